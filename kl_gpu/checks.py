@@ -1,0 +1,155 @@
+"""What the public functions accept. Every refusal names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# 1/T and its product with a logit must stay finite and non-zero in float32.
+TEMPERATURE_RANGE = (1e-30, 1e30)
+
+
+def _type_name(x: object) -> str:
+    return f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def name(argument: str, value: object, allowed: Collection[str]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{argument} must be a string, got {_type_name(value)}")
+    if value not in allowed:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def boolean(argument: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument} must be True or False, got {_type_name(value)}")
+
+
+def backend(value: object) -> None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"backend must be a string or None, got {_type_name(value)}")
+
+
+def beta(value: object, kind: str) -> None:
+    if value is not None:
+        raise ValueError(f"beta is not a parameter of kind {kind!r}, got {value!r}")
+
+
+def temperature(argument: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{argument} must be a float, got {_type_name(value)}")
+    low, high = TEMPERATURE_RANGE
+    if not low <= float(value) <= high:  # NaN fails every comparison
+        raise ValueError(f"{argument} must be a number > 0, within [{low:g}, {high:g}], got {value}")
+
+
+def _integer(argument: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
+        raise TypeError(f"{argument} must be an int, got {_type_name(value)}")
+
+
+def _tensor(argument: str, value: object, dtypes: Collection[torch.dtype], what: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument} must be a tensor, got {_type_name(value)}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{argument} must be {what}, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{argument} must be a dense tensor, got layout {value.layout}")
+
+
+def logits(student: Any, teacher: Any, vocab_size: Any, shift: bool) -> int:
+    """Check both sides against each other; returns the number of columns that count."""
+    for argument, side in (("student_logits", student), ("teacher_logits", teacher)):
+        _tensor(argument, side, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
+        if side.dim() < 1 or side.shape[-1] < 1:
+            raise ValueError(f"{argument} must be [N, V] with at least one column, got {tuple(side.shape)}")
+    if student.device != teacher.device:
+        raise ValueError(
+            "student_logits and teacher_logits must be on one device, "
+            f"got {student.device} and {teacher.device}"
+        )
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            "student_logits and teacher_logits must have the same leading shape, "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    if shift and student.dim() != 3:
+        raise ValueError(f"shift=True needs logits [batch, time, V], got {tuple(student.shape)}")
+    if shift and student.shape[1] < 1:
+        raise ValueError(f"shift=True needs at least one time step, got {tuple(student.shape)}")
+    columns: int = student.shape[-1]
+    if vocab_size is None:
+        if columns != teacher.shape[-1]:
+            raise ValueError(
+                f"vocab_size must be given where the vocabularies differ: student_logits has {columns} "
+                f"columns, teacher_logits {teacher.shape[-1]}"
+            )
+        return columns
+    _integer("vocab_size", vocab_size)
+    largest = min(columns, teacher.shape[-1])
+    if not 1 <= vocab_size <= largest:
+        raise ValueError(f"vocab_size must be within [1, {largest}], got {vocab_size}")
+    return int(vocab_size)
+
+
+def rows(student: Tensor, mask: Any, labels: Any, ignore_index: Any, weight: Any) -> None:
+    """Check what is given per row against the logits' leading shape, before any shift."""
+    _integer("ignore_index", ignore_index)
+    for argument, value, dtypes, what in (
+        ("mask", mask, (torch.bool,), "bool"),
+        ("labels", labels, LABEL_DTYPES, "an integer tensor"),
+        ("weight", weight, LOGIT_DTYPES, "a floating tensor"),
+    ):
+        if value is None:
+            continue
+        _tensor(argument, value, dtypes, what)
+        if value.shape != student.shape[:-1]:
+            raise ValueError(
+                f"{argument} must have the logits' leading shape {tuple(student.shape[:-1])}, "
+                f"got {tuple(value.shape)}"
+            )
+        if value.device != student.device:
+            raise ValueError(f"{argument} must be on {student.device}, as the logits are, got {value.device}")
+
+
+def normalizer(value: Any, reduction: str, device: torch.device) -> None:
+    if value is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"normalizer is the denominator of reduction='mean', got reduction={reduction!r}")
+    if isinstance(value, Tensor):
+        _tensor("normalizer", value, (*LOGIT_DTYPES, *LABEL_DTYPES), "a real number")
+        if value.dim() != 0:
+            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+        if value.device != device and value.device.type != "cpu":
+            raise ValueError(f"normalizer must be on {device} or the CPU, got {value.device}")
+        return
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"normalizer must be a number or a 0-d tensor, got {_type_name(value)}")
+    if not (float(value) > 0 and math.isfinite(value)):
+        raise ValueError(f"normalizer must be a finite number > 0, got {value}")
+
+
+def inplace(student: Tensor, teacher: Tensor) -> None:
+    """Refuse to write the gradient where the logits' memory is needed or shared."""
+    if not (torch.is_grad_enabled() and student.requires_grad):
+        return
+    owner = student if student._base is None else student._base
+    if owner.is_leaf and owner.requires_grad:
+        raise ValueError(
+            "inplace=True would overwrite student_logits, a leaf that requires grad or a view of one; "
+            "give the output of a model"
+        )
+    if student.stride(-1) != 1 and student.shape[-1] > 1:
+        raise ValueError("inplace=True needs student_logits with a contiguous last dimension")
+    if any(step == 0 and size > 1 for size, step in zip(student.shape, student.stride(), strict=True)):
+        raise ValueError("inplace=True needs student_logits with memory of its own, got an expanded view")
+    if student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr():
+        raise ValueError("inplace=True would overwrite teacher_logits, which shares student_logits' memory")

@@ -1,0 +1,168 @@
+"""Public functions: they check arguments, settle which rows count, and reduce."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, ops
+from .autograd import RowDivergence
+from .kinds import KINDS
+
+_DIRECTIONS = {"forward": "forward_kl", "reverse": "reverse_kl"}
+
+
+def kl_div(
+    student_logits: Tensor, teacher_logits: Tensor, *, direction: str = "forward", **options: Any
+) -> Tensor:
+    """KL divergence between two categorical distributions given by logits, per token, in nats.
+
+    With p = softmax(teacher/T), q = softmax(student/T): "forward" is KL(p‖q) = Σ p (log p − log q),
+    "reverse" is KL(q‖p). Kullback and Leibler (1951), eq. 2.4; distillation: Hinton et al. (2015), section 2.
+
+    Args:
+        student_logits: `[N, V]`, N any leading shape; float16, bfloat16, float32 or float64.
+        teacher_logits: `[N, V]`, on the same device; the dtype may differ.
+        direction: "forward" or "reverse".
+        **options: those of :func:`divergence`, `beta` excepted.
+
+    Returns:
+        float32 (float64 where both inputs are); `[N]` for reduction="none", else 0-d. Never negative.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, range, name or combination is wrong; the message names the argument.
+    """
+    checks.name("direction", direction, _DIRECTIONS)
+    return divergence(student_logits, teacher_logits, _DIRECTIONS[direction], **options)
+
+
+def divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    kind: str = "forward_kl",
+    *,
+    beta: float | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    t_squared: bool = False,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Divergence of `kind` between softmax(teacher/T_t) and softmax(student/T_s), per token, in nats.
+
+    Both sides are differentiable. Any view whose last dimension is contiguous is read without a copy.
+
+    Args:
+        student_logits: `[N, V]`, N any leading shape; float16, bfloat16, float32 or float64.
+        teacher_logits: `[N, V]`, on the same device; the dtype may differ.
+        kind: a name in `kl_gpu.KINDS`.
+        beta: the parameter of the kinds that have one.
+        temperature: divides both logits; a float > 0.
+        teacher_temperature: overrides `temperature` on the teacher's side.
+        t_squared: multiply value and gradient by T² (Hinton et al. 2015, section 2.1).
+        mask: bool `[N]`, True counts. A row that does not count has value 0 and gradient 0, whatever it
+            holds.
+        labels: int `[N]`; a row counts where labels != ignore_index. Combines with `mask` by and.
+        ignore_index: the label of rows that do not count.
+        shift: logits at t go with entry t+1 of labels, mask and weight; needs `[batch, time, V]` and gives
+            `[batch, time − 1]`.
+        weight: float `[N]`, multiplies each row's value and gradient.
+        reduction: "none" (`[N]`), "sum", "mean" (sum / rows that count), "batchmean" (sum / first dimension).
+        normalizer: float or 0-d tensor that replaces the denominator of "mean".
+        vocab_size: columns at and past it are ignored on both sides; required where the two V differ.
+        inplace: allow the gradient to be written over the memory of `student_logits` in backward.
+        backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
+
+    Returns:
+        float32 (float64 where both inputs are); `[N]` for reduction="none", else 0-d. Never negative.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, range, name or combination is wrong; the message names the argument.
+        RuntimeError: from backward, when a second derivative is asked for, or when logits were modified
+            since the call.
+    """
+    checks.name("kind", kind, KINDS)
+    checks.name("reduction", reduction, ("none", "sum", "mean", "batchmean"))
+    checks.beta(beta, kind)
+    for argument, flag in (("t_squared", t_squared), ("shift", shift), ("inplace", inplace)):
+        checks.boolean(argument, flag)
+    checks.temperature("temperature", temperature)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    checks.temperature("teacher_temperature", teacher_temperature)
+    if t_squared and temperature != teacher_temperature:
+        raise ValueError(
+            "t_squared needs one temperature: T² has no meaning for "
+            f"temperature={temperature} with teacher_temperature={teacher_temperature}"
+        )
+    vocab_size = checks.logits(student_logits, teacher_logits, vocab_size, shift)
+    checks.rows(student_logits, mask, labels, ignore_index, weight)
+    checks.normalizer(normalizer, reduction, student_logits.device)
+    checks.backend(backend)
+    chosen = ops.resolve_backend(backend, student_logits.device)
+    # Under torch.compile the permission goes unused: what owns the memory is for the compiler to say.
+    inplace = inplace and not torch.compiler.is_compiling()
+    if inplace:
+        checks.inplace(student_logits, teacher_logits)
+
+    if shift:
+        mask, labels, weight = (None if x is None else x[:, 1:] for x in (mask, labels, weight))
+    counts = mask
+    if labels is not None:
+        counts = labels != ignore_index if mask is None else mask & (labels != ignore_index)
+
+    value = RowDivergence.apply(
+        _last_contiguous(student_logits),
+        _last_contiguous(teacher_logits),
+        counts,
+        kind,
+        1.0 / float(temperature),
+        1.0 / float(teacher_temperature),
+        vocab_size,
+        shift,
+        inplace,
+        chosen,
+    )
+    if student_logits.dtype != teacher_logits.dtype:
+        value = value.float()  # float64 with a narrower side: computed in float64, returned in float32
+    if t_squared:
+        value = value * float(temperature) ** 2
+    if weight is not None:
+        # A row that does not count contributes 0 whatever its weight holds.
+        kept = weight if counts is None else torch.where(counts, weight, 0)
+        value = value * kept.to(value.dtype)
+    return _reduce(value, counts, reduction, normalizer)
+
+
+def _last_contiguous(logits: Tensor) -> Tensor:
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def _reduce(
+    value: Tensor, counts: Tensor | None, reduction: str, normalizer: float | Tensor | None
+) -> Tensor:
+    if reduction == "none":
+        return value
+    total = value.sum()
+    if reduction == "sum":
+        return total
+    if normalizer is not None:
+        return total / normalizer
+    if reduction == "batchmean":
+        return total / max(value.shape[0], 1) if value.dim() else total
+    if counts is None:
+        return total / max(value.numel(), 1)
+    # clamp: where no row counts the result is 0, attached to the graph, and nothing waits for the device.
+    return total / counts.sum().clamp_min(1)

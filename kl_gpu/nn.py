@@ -1,0 +1,60 @@
+"""Module faces of the functions."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import checks
+from .functional import divergence
+from .kinds import KINDS
+
+_PER_CALL = ("mask", "labels", "weight", "normalizer")
+_OPTIONS = tuple(
+    name
+    for name, parameter in inspect.signature(divergence).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in _PER_CALL
+)
+
+
+class DivergenceLoss(nn.Module):
+    """`kl_gpu.divergence` as a module: options at construction, what differs per batch in forward.
+
+    Args:
+        kind: a name in `kl_gpu.KINDS`.
+        **options: the options of :func:`kl_gpu.divergence` but mask, labels, weight and normalizer.
+
+    Raises:
+        TypeError: an option is unknown or belongs to forward.
+        ValueError: `kind` is unknown.
+    """
+
+    def __init__(self, kind: str = "forward_kl", **options: Any) -> None:
+        super().__init__()
+        checks.name("kind", kind, KINDS)
+        unknown = sorted(set(options) - set(_OPTIONS))
+        if unknown:
+            raise TypeError(f"DivergenceLoss takes {', '.join(_OPTIONS)}; got {', '.join(unknown)}")
+        self.kind = kind
+        self.options = options
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor:
+        """Arguments, result and errors as :func:`kl_gpu.divergence`."""
+        return divergence(
+            student_logits, teacher_logits, self.kind, mask=mask, labels=labels, weight=weight,
+            normalizer=normalizer, **self.options,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return ", ".join([repr(self.kind), *(f"{name}={value!r}" for name, value in self.options.items())])
