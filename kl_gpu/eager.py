@@ -109,7 +109,8 @@ def value(
             total, slack = total + terms, slack + rest
         if work == torch.float32:
             total = total + (torch.log1p(slack) - slack)
-        kl = total.clamp_min(0)
+        # Times 0: a row without a distribution is NaN also where its columns summed to +inf.
+        kl = (total + (lse_a + lse_b) * 0).clamp_min(0)
         result[i, j] = kl[:, 0].to(out_dtype)
         pairs = [half for x in (lse_a, lse_b, kl) for half in _split(x, out_dtype)]
         stats[i, j, : len(pairs)] = torch.cat(pairs, -1)
@@ -151,7 +152,7 @@ def gradient(
                 to_b = (torch.exp(b - lse_b) - p).mul_(scale * b_scale)
             if grad_a is not None:
                 to_a = (a - b).sub_(lse_a - lse_b).sub_(kl).mul_(p)
-                to_a = torch.where(torch.isneginf(a), 0, to_a).mul_(scale * a_scale)
+                to_a = torch.where(torch.isneginf(a), kl * 0, to_a).mul_(scale * a_scale)  # NaN rows stay NaN
                 to_a = torch.where(torch.isinf(kl), torch.nan, to_a)
             # Both are ready before either is stored: a buffer may be the very memory a or b was read from.
             for out, grad in ((grad_a, to_a), (grad_b, to_b)):

@@ -147,7 +147,8 @@ def _gradient(
     run = _module(backend).gradient
     rows = None if rows is None else rows.contiguous()
     tensors = [student, teacher, rows, grad_student, grad_teacher]
-    start, flat_stats, flat_scale = 0, stats.reshape(-1, STATS), row_scale.reshape(-1)
+    # contiguous: the gradient of a sum comes as one number with stride 0, which a kernel would read past.
+    start, flat_stats, flat_scale = 0, stats.reshape(-1, STATS), row_scale.contiguous().view(-1)
     for s, t, keep, grad_s, grad_t in _views(student.shape[:-1], tensors):
         part = slice(start, start + s.shape[0] * s.shape[1])
         start = part.stop

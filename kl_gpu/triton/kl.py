@@ -21,8 +21,10 @@ from .tiles import (
     is_near,
     log1p_minus,
     log_ratio,
+    narrow,
     one_minus_exp,
     rebase,
+    scaled_exp,
     wide,
 )
 
@@ -78,7 +80,7 @@ def _accumulate(
     A reference fixed by the first tile would do for Gaussian logits. A trained teacher puts most of its mass
     on a token of some later tile, and sums about a distant c cancel: the row would have to be swept again.
     """
-    n_tile = tl.max(a) * k_a
+    n_tile = tl.floor(tl.max(a) * k_a)
     if n_tile > n:
         c_tile = _tile_reference(a, b, n_tile, k_a, valid, a_scale, b_scale, SAME_SCALE)
         h = (c_tile - c) * scale if SAME_SCALE else c_tile - c
@@ -88,7 +90,7 @@ def _accumulate(
         c = c_tile
         # b is measured from its own maximum, where exponents are small, and brought to a's by one factor:
         # an exponent of 64 or more would be rounded by 2.6e-6.
-        n_b = tl.max(b) * k_b
+        n_b = tl.floor(tl.max(b) * k_b)
         level = _other_level(n, c, k_a, k_b, a_scale, b_scale, c_scale)
         to_a = tl.exp2(n_b.to(tl.float64) - level).to(n.dtype)
     w = tl.exp2(fma(a, k_a, -n))
@@ -140,8 +142,8 @@ def _careful_row(
         top_b = tl.maximum(top_b, tl.load(b_row + start + offsets, mask=inside, other=-INF).to(CT))
     m_a = tl.max(top_a)
     m_b = tl.max(top_b)
-    n_a = m_a * k_a
-    n_b = m_b * k_b
+    n_a = tl.floor(m_a * k_a)
+    n_b = tl.floor(m_b * k_b)
 
     # Any c near the mean serves; the difference of the maxima keeps a common shift out of the sum.
     c_start = difference(m_a, m_b, a_scale, b_scale, SAME_SCALE)
@@ -157,7 +159,7 @@ def _careful_row(
         d = difference(a, b, a_scale, b_scale, SAME_SCALE)
         z_a += w
         z_b += tl.exp2(fma(b, k_b, -n_b))
-        shift += tl.where((a > -INF) & (b > -INF), w * (d - c_start), 0.0)
+        shift += tl.where((a == -INF) | (b == -INF), 0.0, w * (d - c_start))
         holes |= ((a > -INF) & (b == -INF)).to(tl.int32)
     z_a = tl.sum(z_a)
     z_b = tl.sum(z_b)
@@ -172,7 +174,7 @@ def _careful_row(
         b = tl.load(b_row + start + offsets, mask=inside, other=-INF).to(CT)
         w = tl.exp2(fma(a, k_a, -n_a))
         x = log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE, EXACT)
-        x = tl.where((a > -INF) & (b > -INF), x, 0.0)
+        x = tl.where((a == -INF) | (b == -INF), 0.0, x)  # a NaN stays
         far = (x > 2.0) | (a == -INF)
         mass_b += tl.where(far, tl.exp2(fma(b, k_b, -n_b)), 0.0)
         a1 += w * x
@@ -182,7 +184,8 @@ def _careful_row(
     z_a = z_a.to(tl.float64)
     z_b = z_b.to(tl.float64)
     a1 = tl.sum(a1).to(tl.float64) / z_a
-    gap = m_b.to(tl.float64) * b_scale - m_a.to(tl.float64) * a_scale - c.to(tl.float64) * c_scale
+    # b's sums are in units of e^gap of a's.
+    gap = (n_b.to(tl.float64) - _other_level(n_a, c, k_a, k_b, a_scale, b_scale, c_scale)) / LOG2E
     a2 = (tl.sum(a2).to(tl.float64) + tl.exp(tl.minimum(gap, 60.0)) * tl.sum(mass_b).to(tl.float64)) / z_a
     y = a1 + a2
     rest = log1p_minus(y)
@@ -279,17 +282,19 @@ def _gradient_tile(
     To b: b − a, written sign(r)·max(a, b)·(1 − e^−|r|) with r = log b − log a: relative precision also where
     the two are nearly equal, and nothing overflows. To a: −a (r + KL).
     """
-    r = log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE, EXACT) - lam
+    x = log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE, EXACT)
+    # Where one logit is −inf the error term is NaN, the difference itself is not.
+    r = tl.where(x == x, x, b - a) - lam
     to_a = r
     to_b = r
     if TO_B:
         rises = r > 0
-        base = tl.exp2(tl.where(rises, fma(b, k_b, -n_b), fma(a, k_a, -n_a)))
+        base = scaled_exp(tl.where(rises, b, a), tl.where(rises, k_b, k_a), tl.where(rises, n_b, n_a))
         factor = tl.where(rises, f_b, -f_a)
         # base = 0 also where both logits are −inf and r is NaN; times factor, so that a NaN row stays NaN.
         to_b = tl.where(base == 0, 0.0, base * one_minus_exp(tl.abs(r))) * factor
     if TO_A:
-        weight = tl.exp2(fma(a, k_a, -n_a))
+        weight = scaled_exp(a, k_a, n_a)
         to_a = tl.where(weight == 0, 0.0, weight * (r + value)) * f_weights
     return to_a, to_b
 
@@ -329,8 +334,11 @@ def _gradient_kernel(
     f_a = upstream * b_scale.to(CT) * tl.load(stats + 1)
     f_b = upstream * b_scale.to(CT) * tl.load(stats + 3)
     f_weights = -upstream * a_scale.to(CT) * tl.load(stats + 1)
+    # A row without a divergence has no gradient either, also where a probability of 0 would hide it.
+    f_a = tl.where(value == value, f_a, value)
+    f_b = tl.where(value == value, f_b, value)
     # An infinite divergence has no gradient to its weights: NaN, never a silent 0.
-    f_weights = tl.where(value == float("inf"), float("nan"), f_weights)
+    f_weights = tl.where(value < float("inf"), f_weights, float("nan"))
     k_a = (a_scale * LOG2E).to(CT)
     k_b = (b_scale * LOG2E).to(CT)
     scale = a_scale.to(CT)
@@ -342,9 +350,9 @@ def _gradient_kernel(
             SAME_SCALE, EXACT, TO_A, TO_B,
         )  # fmt: skip
         if TO_A:
-            tl.store(grad_a, to_a.to(grad_a_ptr.dtype.element_ty))
+            tl.store(grad_a, narrow(to_a, grad_a_ptr.dtype.element_ty))
         if TO_B:
-            tl.store(grad_b, to_b.to(grad_b_ptr.dtype.element_ty))
+            tl.store(grad_b, narrow(to_b, grad_b_ptr.dtype.element_ty))
     else:
         a = tl.load(a_row, mask=inside, other=0.0).to(CT)
         b = tl.load(b_row, mask=inside, other=0.0).to(CT)
@@ -353,9 +361,9 @@ def _gradient_kernel(
             SAME_SCALE, EXACT, TO_A, TO_B,
         )  # fmt: skip
         if TO_A:
-            tl.store(grad_a, to_a.to(grad_a_ptr.dtype.element_ty), mask=inside)
+            tl.store(grad_a, narrow(to_a, grad_a_ptr.dtype.element_ty), mask=inside)
         if TO_B:
-            tl.store(grad_b, to_b.to(grad_b_ptr.dtype.element_ty), mask=inside)
+            tl.store(grad_b, narrow(to_b, grad_b_ptr.dtype.element_ty), mask=inside)
 
 
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}

@@ -1,7 +1,7 @@
 """Device functions the Triton kernels share: differences, the function g, the row state (docs/numerics.md).
 
 A state (m, c, Z, A1, A2) stands for part of a row of KL(a‖b): with w = exp(a − m) and x = (b − a) − c,
-Z = Σ w, A1 = Σ w x, A2 = Σ w g(x). m is kept as n = m·k, the scaled logits in units of log2. c is in raw
+Z = Σ w, A1 = Σ w x, A2 = Σ w g(x). m is kept as n ≈ m·k, in units of log2 and whole. c is in raw
 logits where both temperatures are equal (SAME_SCALE), else in scaled ones; c_scale turns it into nats.
 """
 
@@ -25,6 +25,28 @@ def fma(a, b, c):
     if INTERPRETED and a.dtype == tl.float32:
         return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
     return tl.fma(a, b, c)
+
+
+@triton.jit
+def scaled_exp(logit, k, n):
+    """2^(k·logit − n) to 2e-6 down to e⁻⁴⁴, for a whole n.
+
+    An exponent between −32 and −64 is rounded by up to 1.9e-6 of a unit, so those are taken from n − 32.
+    """
+    exponent = fma(logit, k, -n)
+    deep = exponent < -32.0
+    exponent = tl.where(deep, fma(logit, k, 32.0 - n), exponent)
+    return tl.exp2(exponent) * tl.where(deep, 2.3283064365386963e-10, 1.0).to(logit.dtype)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """x in the dtype it is stored as, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        # The interpreter cuts a bfloat16 off where the hardware rounds.
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit

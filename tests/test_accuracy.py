@@ -1,0 +1,129 @@
+"""The promises about numbers, for every backend and kind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kl_gpu
+from support import DEVICE, DTYPES, check_gradients, check_value, expected, pair
+
+
+def rows(student, teacher, kind, backend, **options):
+    return kl_gpu.divergence(student, teacher, kind, reduction="none", backend=backend, **options)
+
+
+def gradients(student, teacher, kind, backend, scale=1.0, **options):
+    student, teacher = student.detach().requires_grad_(), teacher.detach().requires_grad_()
+    value = rows(student, teacher, kind, backend, **options)
+    value.backward(torch.as_tensor(scale, dtype=value.dtype, device=DEVICE).expand_as(value))
+    return student.grad, teacher.grad
+
+
+@pytest.mark.parametrize("vocab", [7, 1000, 32000, 128256])
+@pytest.mark.parametrize("shift", [0.0, 0.7])
+def test_value_and_gradients(backend: str, kind: str, vocab: int, shift: float) -> None:
+    n = {7: 64, 1000: 16}.get(vocab, 2)
+    for spread in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0):
+        student, teacher = pair(n, vocab, spread=spread, shift=shift)
+        where = f"V={vocab} ε={spread:g} shift={shift}"
+        got = rows(student, teacher, kind, backend)
+        check_value(got, expected(student, teacher, kind), backend, kind, where)
+        if spread in (1e-4, 1.0, 10.0):
+            grads = gradients(student, teacher, kind, backend)
+            check_gradients(student, teacher, grads, kind, backend, where)
+
+
+@pytest.mark.parametrize("student_dtype", DTYPES)
+@pytest.mark.parametrize("teacher_dtype", DTYPES)
+def test_dtypes(backend: str, kind: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> None:
+    for spread in (1e-3, 1.0):
+        student, teacher = pair(8, 1003, spread=spread)
+        student, teacher = student.to(student_dtype), teacher.to(teacher_dtype)
+        where = f"{student_dtype}/{teacher_dtype} ε={spread:g}"
+        got = rows(student, teacher, kind, backend)
+        both_double = student_dtype == teacher_dtype == torch.float64
+        assert got.dtype == (torch.float64 if both_double else torch.float32)
+        check_value(got, expected(student, teacher, kind), backend, kind, where)
+        grads = gradients(student, teacher, kind, backend)
+        assert (grads[0].dtype, grads[1].dtype) == (student_dtype, teacher_dtype)
+        check_gradients(student, teacher, grads, kind, backend, where)
+
+
+@pytest.mark.parametrize("temperatures", [(0.5, 0.5), (3.0, 3.0), (1.7, 1.7), (2.0, 1.0), (0.8, 1.3)])
+def test_temperatures(backend: str, kind: str, temperatures: tuple[float, float]) -> None:
+    options = {"temperature": temperatures[0], "teacher_temperature": temperatures[1]}
+    for spread in (1e-5, 1e-2, 1.0):
+        student, teacher = pair(8, 1003, spread=spread, shift=0.7)
+        got = rows(student, teacher, kind, backend, **options)
+        where = f"T={temperatures} ε={spread:g}"
+        check_value(got, expected(student, teacher, kind, **options), backend, kind, where)
+        grads = gradients(student, teacher, kind, backend, scale=-2.5, **options)
+        check_gradients(student, teacher, grads, kind, backend, where, scale=-2.5, **options)
+
+
+def test_unequal_temperatures_that_make_the_two_sides_equal(backend: str, kind: str) -> None:
+    # s/1.3 ≈ t/0.65: float32 products s·(1/1.3) would be off by more than the difference measured here.
+    teacher = 3 * torch.randn(8, 1003, device=DEVICE)
+    student = 2 * teacher + 1e-5 * torch.randn_like(teacher)
+    options = {"temperature": 1.3, "teacher_temperature": 0.65}
+    got = rows(student, teacher, kind, backend, **options)
+    check_value(got, expected(student, teacher, kind, **options), backend, kind, "s/1.3 ≈ t/0.65")
+
+
+def test_a_peaked_teacher_whose_top_token_is_not_in_the_first_tile(backend: str, kind: str) -> None:
+    # What trained models give: most mass on one token, and student and teacher far apart in the tail.
+    student, teacher = pair(6, 20011, spread=2.0, scale=2.0)
+    for row, column in enumerate((0, 3000, 9999, 12345, 18000, 20010)):
+        teacher[row, column] = 18.0 + row
+        student[row, column] = 18.3 + row
+    where = "peaked"
+    check_value(rows(student, teacher, kind, backend), expected(student, teacher, kind), backend, kind, where)
+    grads = gradients(student, teacher, kind, backend)
+    check_gradients(student, teacher, grads, kind, backend, where)
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_sorted_rows(backend: str, kind: str, descending: bool) -> None:
+    # Ascending rows move the running reference at every tile.
+    student, teacher = pair(2, 32000, spread=0.3)
+    order = teacher.argsort(-1, descending=descending)
+    student, teacher = student.gather(-1, order), teacher.gather(-1, order)
+    check_value(rows(student, teacher, kind, backend), expected(student, teacher, kind), backend, kind, "sorted")
+
+
+def test_mass_that_the_weights_underflow_on(backend: str, kind: str) -> None:
+    # The weight e^-95 is 0 in float32, yet the other side's mass there is the whole divergence.
+    student = torch.tensor([[0.0, -15.0], [0.0, -26.0], [0.0, -19.0], [100.0, 0.0]], device=DEVICE)
+    teacher = torch.tensor([[0.0, -95.0], [0.0, -25.0], [0.0, -20.0], [0.0, 60.0]], device=DEVICE)
+    for s, t in ((student, teacher), (teacher, student)):
+        want = expected(s, t, kind)
+        check_value(rows(s, t, kind, backend), want, backend, kind, "underflow")
+        check_gradients(s, t, gradients(s, t, kind, backend), kind, backend, "underflow")
+
+
+@pytest.mark.parametrize("offset", [100.0, 1000.0, -1000.0])
+def test_logits_far_from_zero(backend: str, kind: str, offset: float) -> None:
+    student, teacher = pair(4, 5000, spread=0.1)
+    student, teacher = student + offset, teacher - offset / 2
+    check_value(rows(student, teacher, kind, backend), expected(student, teacher, kind), backend, kind, "offset")
+    grads = gradients(student, teacher, kind, backend)
+    check_gradients(student, teacher, grads, kind, backend, f"offset {offset}")
+
+
+def test_identical_logits_give_exactly_zero(backend: str, kind: str) -> None:
+    for dtype in DTYPES:
+        for vocab in (1, 7, 5001):
+            logits = (5 * torch.randn(3, vocab, device=DEVICE)).to(dtype)
+            assert (rows(logits, logits.clone(), kind, backend) == 0).all()
+            assert all((g == 0).all() for g in gradients(logits, logits.clone(), kind, backend))
+
+
+def test_the_plain_formula_fails_where_ours_must_not() -> None:
+    # The reason for the arithmetic: if this ever passes with F.kl_div, the bound above tests nothing.
+    student, teacher = pair(8, 32000, spread=1e-5)
+    plain = torch.nn.functional.kl_div(
+        student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    want = torch.as_tensor(expected(student, teacher, "forward_kl"), device=DEVICE)
+    assert ((plain - want).abs() / want).max() > 0.1

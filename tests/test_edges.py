@@ -1,0 +1,168 @@
+"""Every row of the edge table, for every backend, kind and direction of gradient."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import kl_gpu
+from kl_gpu.kinds import KINDS
+from support import DEVICE, check_gradients, check_value, expected, pair
+
+INF = math.inf
+# Widths that are one masked tile, whole tiles, and tiles with a tail.
+WIDTHS = (7, 2048, 5001)
+
+
+def evaluate(student, teacher, kind, backend, **options):
+    """Per-row values and both gradients of their sum."""
+    student, teacher = student.detach().clone().requires_grad_(), teacher.detach().clone().requires_grad_()
+    value = kl_gpu.divergence(student, teacher, kind, reduction="none", backend=backend, **options)
+    value.sum().backward()
+    return value.detach(), student.grad, teacher.grad
+
+
+def sides(kind: str, weights, other):
+    """(student, teacher) where `weights` plays a of KL(a‖b); its own inverse on (student, teacher) results."""
+    return KINDS[kind].order(weights, other) if KINDS[kind].weights == "student" else (other, weights)
+
+
+def by_weights(kind: str, grad_student, grad_teacher):
+    return (grad_student, grad_teacher) if KINDS[kind].weights == "student" else (grad_teacher, grad_student)
+
+
+@pytest.mark.parametrize("vocab", WIDTHS)
+def test_zero_probability_on_the_weights_side(backend: str, kind: str, vocab: int) -> None:
+    other, weights = pair(4, vocab)
+    weights[1, 3] = -INF
+    weights[2, vocab // 2 :] = -INF
+    weights[3, : vocab - 1] = -INF
+    student, teacher = sides(kind, weights, other)
+    value, *grads = evaluate(student, teacher, kind, backend)
+    assert torch.isfinite(value).all()
+    assert all(torch.isfinite(g).all() for g in grads)
+    check_value(value, expected(student, teacher, kind), backend, kind, "a = 0")
+    finite_s, finite_t = student.clamp_min(-1e4), teacher.clamp_min(-1e4)
+    check_gradients(finite_s, finite_t, tuple(grads), kind, backend, "a = 0")
+    assert (by_weights(kind, *grads)[0][weights == -INF] == 0).all()
+
+
+@pytest.mark.parametrize("vocab", WIDTHS)
+@pytest.mark.parametrize("level", [0.0, -200.0])
+def test_zero_probability_on_the_other_side(backend: str, kind: str, vocab: int, level: float) -> None:
+    # At level −200 the weight underflows to 0 in float32; it still is not 0.
+    other, weights = pair(3, vocab)
+    other[1, 3] = -INF
+    weights[1, 3] = level
+    student, teacher = sides(kind, weights, other)
+    value, *grads = evaluate(student, teacher, kind, backend)
+    assert value[1] == INF
+    check_value(value[::2], expected(student, teacher, kind)[::2], backend, kind, "b = 0")
+    to_weights, to_other = by_weights(kind, *grads)
+    assert torch.isnan(to_weights[1]).all(), "an infinite divergence must not train silently"
+    b_minus_a = other.double().softmax(-1) - weights.double().softmax(-1)
+    torch.testing.assert_close(to_other.double(), b_minus_a, rtol=0, atol=2e-6)
+    assert to_other[1].abs().max() > 1e-3
+    assert all(torch.isfinite(g[::2]).all() for g in grads)
+
+
+@pytest.mark.parametrize("vocab", WIDTHS)
+def test_a_column_excluded_on_both_sides_does_not_exist(backend: str, kind: str, vocab: int) -> None:
+    student, teacher = pair(4, vocab, spread=0.1)
+    keep = torch.rand(vocab, device=DEVICE) > 0.4
+    keep[0] = True
+    student[:, ~keep] = -INF
+    teacher[:, ~keep] = -INF
+    value, *grads = evaluate(student, teacher, kind, backend)
+    want, *want_grads = evaluate(student[:, keep], teacher[:, keep], kind, "eager")
+    check_value(value, expected(student[:, keep], teacher[:, keep], kind), backend, kind, "both −inf")
+    for grad, want_grad in zip(grads, want_grads, strict=True):
+        assert (grad[:, ~keep] == 0).all()
+        torch.testing.assert_close(grad[:, keep], want_grad, rtol=1e-4, atol=2e-7)
+    identical = evaluate(student, student, kind, backend)
+    assert all((x == 0).all() for x in identical)
+
+
+@pytest.mark.parametrize("bad", ["nan", "+inf", "all -inf"])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("column", [0, -1])
+def test_a_row_without_a_distribution(backend: str, kind: str, bad: str, side: str, column: int) -> None:
+    for vocab in WIDTHS:
+        logits = dict(zip(("student", "teacher"), pair(3, vocab), strict=True))
+        clean = evaluate(*logits.values(), kind, backend)
+        if bad == "all -inf":
+            logits[side][1] = -INF
+        else:
+            logits[side][1, column] = math.nan if bad == "nan" else INF
+        spoilt = evaluate(*logits.values(), kind, backend)
+        for x, y in zip(spoilt, clean, strict=True):
+            assert torch.isnan(x[1]).all(), f"{bad} at V={vocab}"
+            assert torch.equal(x[::2], y[::2]), "another row noticed"
+
+
+def test_nan_opposite_a_zero(backend: str, kind: str) -> None:
+    student, teacher = pair(1, 50)
+    for nan_side, zero_side in ((student, teacher), (teacher, student)):
+        nan, zero = nan_side.clone(), zero_side.clone()
+        nan[0, 5], zero[0, 5] = math.nan, -INF
+        s, t = (nan, zero) if nan_side is student else (zero, nan)
+        assert all(torch.isnan(x).all() for x in evaluate(s, t, kind, backend))
+
+
+@pytest.mark.parametrize("vocab", WIDTHS)
+def test_masked_rows_are_not_read(backend: str, kind: str, vocab: int) -> None:
+    student, teacher = pair(4, vocab)
+    mask = torch.tensor([True, False, True, False], device=DEVICE)
+    clean = evaluate(student, teacher, kind, backend)
+    student[1], teacher[3] = math.nan, INF
+    masked = evaluate(student, teacher, kind, backend, mask=mask)
+    for x, y in zip(masked, clean, strict=True):
+        assert (x[~mask] == 0).all()
+        assert torch.equal(x[mask], y[mask])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean"])
+def test_no_row_counts(backend: str, kind: str, reduction: str) -> None:
+    student, teacher = pair(3, 40)
+    student.requires_grad_()
+    student.data[0] = math.nan
+    labels = torch.full((3,), -100, device=DEVICE)
+    loss = kl_gpu.divergence(student, teacher, kind, labels=labels, reduction=reduction, backend=backend)
+    assert loss.item() == 0
+    loss.backward()
+    assert (student.grad == 0).all()
+
+
+def test_no_rows(backend: str, kind: str) -> None:
+    for shape in ((0, 9), (2, 0, 9)):
+        student = torch.zeros(shape, device=DEVICE, requires_grad=True)
+        teacher = torch.zeros(shape, device=DEVICE)
+        rows = kl_gpu.divergence(student, teacher, kind, reduction="none", backend=backend)
+        assert rows.shape == shape[:-1]
+        for reduction in ("sum", "mean", "batchmean"):
+            loss = kl_gpu.divergence(student, teacher, kind, reduction=reduction, backend=backend)
+            assert loss.item() == 0
+            loss.backward()
+        assert student.grad.shape == shape
+
+
+def test_one_column(backend: str, kind: str) -> None:
+    student, teacher = pair(5, 1)
+    assert all((x == 0).all() for x in evaluate(student, teacher, kind, backend))
+
+
+def test_one_distribution_without_leading_shape(backend: str, kind: str) -> None:
+    student, teacher = pair(33)
+    for reduction in ("none", "sum", "mean", "batchmean"):
+        got = kl_gpu.divergence(student, teacher, kind, reduction=reduction, backend=backend)
+        assert got.shape == ()
+        check_value(got, expected(student, teacher, kind), backend, kind, "no leading shape")
+
+
+def test_a_uniform_teacher_as_an_expanded_scalar(backend: str, kind: str) -> None:
+    student = 2 * torch.randn(6, 3000, device=DEVICE)
+    teacher = torch.zeros((), device=DEVICE).expand(6, 3000)
+    got = kl_gpu.divergence(student, teacher, kind, reduction="none", backend=backend)
+    check_value(got, expected(student, teacher, kind), backend, kind, "uniform teacher")

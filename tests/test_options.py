@@ -1,0 +1,230 @@
+"""Every row option against the reference, alone and in combination."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import kl_gpu
+from kl_gpu import reference
+from support import DEVICE, expected, pair, to_numpy
+
+
+def test_kl_div_names_the_two_directions(backend: str) -> None:
+    student, teacher = pair(4, 50)
+    for direction, kind in (("forward", "forward_kl"), ("reverse", "reverse_kl")):
+        named = kl_gpu.kl_div(student, teacher, direction=direction, reduction="none", backend=backend)
+        assert torch.equal(named, kl_gpu.divergence(student, teacher, kind, reduction="none", backend=backend))
+        np.testing.assert_allclose(to_numpy(named), expected(student, teacher, kind), rtol=5e-6)
+
+
+def test_forward_is_mode_covering_and_reverse_is_not() -> None:
+    # Pins the orientation by a number from outside: KL((½, ½) ‖ (0.7, 0.3)) = ½ ln(0.25/0.21).
+    p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.7, 0.3])
+    student, teacher = q.log().to(DEVICE), p.log().to(DEVICE)
+    assert kl_gpu.kl_div(student, teacher).item() == pytest.approx(0.0871768, abs=2e-7)
+    assert kl_gpu.kl_div(student, teacher, direction="reverse").item() == pytest.approx(0.0822828, abs=2e-7)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
+def test_reductions(backend: str, kind: str, reduction: str) -> None:
+    student, teacher = pair(3, 5, 70)
+    rows = expected(student, teacher, kind)
+    mask = torch.rand(3, 5, device=DEVICE) > 0.4
+    weight = torch.rand(3, 5, device=DEVICE) - 0.2
+    kept = rows * to_numpy(mask) * to_numpy(weight)
+    want = {
+        "none": kept,
+        "sum": kept.sum(),
+        "mean": kept.sum() / mask.sum().item(),
+        "batchmean": kept.sum() / 3,
+    }[reduction]
+    got = kl_gpu.divergence(
+        student, teacher, kind, mask=mask, weight=weight, reduction=reduction, backend=backend
+    )
+    np.testing.assert_allclose(to_numpy(got), want, rtol=1e-5, atol=1e-7)
+    assert got.shape == (rows.shape if reduction == "none" else ())
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_normalizer(backend: str, kind: str, as_tensor: bool) -> None:
+    student, teacher = pair(6, 70)
+    normalizer = torch.tensor(17, device=DEVICE) if as_tensor else 17.0
+    got = kl_gpu.divergence(student, teacher, kind, normalizer=normalizer, backend=backend)
+    np.testing.assert_allclose(to_numpy(got), expected(student, teacher, kind).sum() / 17, rtol=5e-6)
+
+
+def test_t_squared_scales_value_and_gradient(backend: str, kind: str) -> None:
+    student, teacher = pair(4, 70)
+    student.requires_grad_()
+    options = {"temperature": 2.5, "reduction": "sum", "backend": backend}
+    plain = kl_gpu.divergence(student, teacher, kind, **options)
+    squared = kl_gpu.divergence(student, teacher, kind, t_squared=True, **options)
+    assert squared.item() == pytest.approx(6.25 * plain.item(), rel=1e-6)
+    (g_plain,) = torch.autograd.grad(plain, student)
+    (g_squared,) = torch.autograd.grad(squared, student)
+    torch.testing.assert_close(g_squared, 6.25 * g_plain, rtol=1e-6, atol=1e-9)
+    assert g_squared.abs().max() > 1e-3
+
+
+def test_labels_combine_with_mask_by_and(backend: str, kind: str) -> None:
+    student, teacher = pair(6, 70)
+    labels = torch.tensor([1, -100, 2, -100, 3, 4], device=DEVICE)
+    mask = torch.tensor([1, 1, 0, 0, 1, 1], dtype=torch.bool, device=DEVICE)
+    got = kl_gpu.divergence(student, teacher, kind, labels=labels, mask=mask, reduction="none", backend=backend)
+    assert (got != 0).tolist() == [True, False, False, False, True, True]
+    other = kl_gpu.divergence(
+        student, teacher, kind, labels=labels, ignore_index=3, reduction="none", backend=backend
+    )
+    assert (other != 0).tolist() == [True, True, True, True, False, True]
+
+
+def test_shift_pairs_logits_with_the_next_label(backend: str, kind: str) -> None:
+    student, teacher = pair(2, 5, 70)
+    student.requires_grad_()
+    labels = torch.tensor([[7, 1, -100, 2, 3], [-100, -100, 4, 5, -100]], device=DEVICE)
+    weight = torch.rand(2, 5, device=DEVICE)
+    got = kl_gpu.divergence(
+        student, teacher, kind, labels=labels, weight=weight, shift=True, reduction="none", backend=backend
+    )
+    keep = to_numpy(labels[:, 1:] != -100)
+    want = expected(student[:, :-1], teacher[:, :-1], kind) * keep * to_numpy(weight[:, 1:])
+    np.testing.assert_allclose(to_numpy(got), want, rtol=5e-6)
+    got.sum().backward()
+    assert (student.grad[:, -1] == 0).all()
+    by_hand = student.detach()[:, :-1].clone().requires_grad_()
+    kl_gpu.divergence(
+        by_hand, teacher[:, :-1], kind, labels=labels[:, 1:], weight=weight[:, 1:], reduction="sum", backend=backend
+    ).backward()
+    assert torch.equal(student.grad[:, :-1], by_hand.grad)
+
+
+def test_weight_gets_its_gradient(backend: str, kind: str) -> None:
+    student, teacher = pair(5, 70)
+    weight = torch.rand(5, device=DEVICE, requires_grad=True)
+    kl_gpu.divergence(student, teacher, kind, weight=weight, reduction="sum", backend=backend).backward()
+    np.testing.assert_allclose(to_numpy(weight.grad), expected(student, teacher, kind), rtol=5e-6)
+
+
+def test_a_weight_of_nan_on_a_masked_row_does_not_count(backend: str, kind: str) -> None:
+    student, teacher = pair(3, 70)
+    mask = torch.tensor([True, False, True], device=DEVICE)
+    weight = torch.tensor([1.0, float("nan"), 2.0], device=DEVICE)
+    assert torch.isfinite(kl_gpu.divergence(student, teacher, kind, mask=mask, weight=weight, backend=backend))
+
+
+@pytest.mark.parametrize("sizes", [(151936, 152064), (300, 257), (64, 64)])
+def test_unequal_vocabularies(backend: str, kind: str, sizes: tuple[int, int]) -> None:
+    vocab_size = min(sizes) - 3
+    student, _ = pair(2, sizes[0])
+    teacher, _ = pair(2, sizes[1])
+    student[:, vocab_size:] = float("nan")
+    student.requires_grad_()
+    teacher.requires_grad_()
+    got = kl_gpu.divergence(student, teacher, kind, vocab_size=vocab_size, reduction="sum", backend=backend)
+    narrow = student.detach()[:, :vocab_size], teacher.detach()[:, :vocab_size]
+    np.testing.assert_allclose(to_numpy(got), expected(*narrow, kind).sum(), rtol=5e-6)
+    got.backward()
+    for side in (student, teacher):
+        assert (side.grad[:, vocab_size:] == 0).all()
+        assert side.grad[:, :vocab_size].abs().max() > 1e-4
+
+
+def test_module_face_is_the_function(backend: str, kind: str) -> None:
+    student, teacher = pair(2, 4, 70)
+    labels = torch.tensor([[1, 2, -100, 4], [5, 6, 7, -100]], device=DEVICE)
+    options = {"temperature": 2.0, "t_squared": True, "shift": True, "backend": backend}
+    module = kl_gpu.DivergenceLoss(kind, **options)
+    assert torch.equal(
+        module(student, teacher, labels=labels, normalizer=9),
+        kl_gpu.divergence(student, teacher, kind, labels=labels, normalizer=9, **options),
+    )
+    assert "temperature=2.0" in repr(module)
+    with pytest.raises(TypeError, match="mask"):
+        kl_gpu.DivergenceLoss(kind, mask=None)
+    with pytest.raises(ValueError, match="kind"):
+        kl_gpu.DivergenceLoss("no_such")
+
+
+@st.composite
+def _cases(draw: st.DrawFn) -> dict:
+    equal = draw(st.booleans())
+    temperature = draw(st.sampled_from([0.3, 1.0, 1.7, 4.0]))
+    return {
+        "lead": draw(st.sampled_from([(), (4,), (2, 3), (2, 1, 3)])),
+        "vocab": draw(st.integers(1, 300)),
+        "extra": draw(st.sampled_from([(0, 0), (0, 5), (9, 0), (3, 4)])),
+        "dtypes": draw(st.tuples(*[st.sampled_from([torch.float32, torch.bfloat16, torch.float64])] * 2)),
+        "spread": draw(st.sampled_from([1e-3, 0.1, 1.0, 4.0])),
+        "temperatures": (temperature, temperature if equal else draw(st.sampled_from([0.5, 2.0]))),
+        "t_squared": equal and draw(st.booleans()),
+        "mask": draw(st.booleans()),
+        "labels": draw(st.booleans()),
+        "weight": draw(st.booleans()),
+        "shift": draw(st.booleans()),
+        "reduction": draw(st.sampled_from(["none", "sum", "mean", "batchmean"])),
+        "normalizer": draw(st.sampled_from([None, 3.5])),
+        "holes": draw(st.sampled_from([0.0, 0.2])),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+@settings(
+    max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(case=_cases())
+def test_options_in_combination(backend: str, kind: str, case: dict) -> None:
+    torch.manual_seed(case["seed"])
+    lead, vocab, (s_extra, t_extra) = case["lead"], case["vocab"], case["extra"]
+    student, teacher = pair(*lead, vocab, spread=case["spread"])
+    hole = torch.rand(vocab, device=DEVICE) < case["holes"]
+    hole[0] = False
+    student[..., hole], teacher[..., hole] = -torch.inf, -torch.inf
+    student = torch.nn.functional.pad(student, (0, s_extra), value=5.0).to(case["dtypes"][0])
+    teacher = torch.nn.functional.pad(teacher, (0, t_extra), value=5.0).to(case["dtypes"][1])
+    mask = torch.rand(lead, device=DEVICE) > 0.3 if case["mask"] else None
+    labels = torch.randint(-1, 4, lead, device=DEVICE) if case["labels"] else None
+    weight = torch.rand(lead, device=DEVICE) if case["weight"] else None
+    shift = case["shift"] and len(lead) == 2
+    t_s, t_t = case["temperatures"]
+    normalizer = case["normalizer"] if case["reduction"] == "mean" else None
+    student.requires_grad_()
+    got = kl_gpu.divergence(
+        student, teacher, kind, temperature=t_s, teacher_temperature=t_t, t_squared=case["t_squared"],
+        mask=mask, labels=labels, ignore_index=-1, weight=weight, shift=shift, reduction=case["reduction"],
+        normalizer=normalizer, vocab_size=vocab if s_extra or t_extra else None, backend=backend,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(got.sum(), student)
+
+    part = (slice(None), slice(None, -1)) if shift else (...,)
+    later = (slice(None), slice(1, None)) if shift else (...,)
+    s, t = to_numpy(student)[..., :vocab][part], to_numpy(teacher)[..., :vocab][part]
+    options = {"temperature": t_s, "teacher_temperature": t_t}
+    factor = np.full(s.shape[:-1], t_s**2 if case["t_squared"] else 1.0)
+    counts = np.ones(s.shape[:-1], bool)
+    if mask is not None:
+        counts &= mask.cpu().numpy()[later]
+    if labels is not None:
+        counts &= labels.cpu().numpy()[later] != -1
+    factor = factor * counts * (1.0 if weight is None else to_numpy(weight)[later])
+    divisor = {
+        "none": 1.0,
+        "sum": 1.0,
+        "mean": normalizer or max(counts.sum(), 1),
+        "batchmean": max(s.shape[0], 1) if s.ndim > 1 else 1,
+    }[case["reduction"]]
+    rows = reference.divergence(s, t, kind, **options) * factor / divisor
+    want = rows if case["reduction"] == "none" else rows.sum()
+    np.testing.assert_allclose(to_numpy(got), want, rtol=1e-5, atol=2e-12)
+    want_gradient = np.zeros(student.shape)
+    exact = reference.gradients(s, t, kind, **options)[0] * (factor / divisor)[..., None]
+    want_gradient[..., :vocab][part] = exact
+    rounding = 2.0**-8 if student.dtype == torch.bfloat16 else 1e-6
+    largest = np.abs(exact).max(initial=0.0)
+    np.testing.assert_allclose(
+        to_numpy(gradient), want_gradient, rtol=rounding, atol=4e-6 * np.abs(factor / divisor).max(initial=0) / t_s
+    )
+    assert largest == 0 or np.abs(to_numpy(gradient)).max() > 0
