@@ -1,0 +1,134 @@
+"""Differentiation: against finite differences, twice, after modification, in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kl_gpu
+from support import DEVICE, check_gradients, pair
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradcheck_of_both_sides(backend: str, kind: str, temperature: float) -> None:
+    student, teacher = (x.requires_grad_() for x in pair(2, 3, 13, scale=1.0, dtype=torch.float64))
+    weight = torch.rand(2, 3, device=DEVICE, dtype=torch.float64)
+
+    def call(s, t):
+        return kl_gpu.divergence(
+            s, t, kind, temperature=temperature, weight=weight, reduction="none", backend=backend
+        )
+
+    assert torch.autograd.gradcheck(call, (student, teacher), eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+def test_only_the_side_that_asks_gets_a_gradient(backend: str, kind: str) -> None:
+    for which in (0, 1):
+        sides = list(pair(3, 40))
+        sides[which].requires_grad_()
+        kl_gpu.divergence(*sides, kind, reduction="sum", backend=backend).backward()
+        assert sides[which].grad.abs().max() > 1e-4
+        assert sides[1 - which].grad is None
+
+
+def test_a_teacher_that_is_the_student(backend: str, kind: str) -> None:
+    # One tensor on both sides: the two gradients add up, to exactly zero.
+    logits, _ = pair(3, 40)
+    logits.requires_grad_()
+    kl_gpu.divergence(logits, logits, kind, backend=backend).backward()
+    assert (logits.grad == 0).all()
+
+
+def test_second_backward_with_retain_graph_is_not_scaled_twice(backend: str, kind: str) -> None:
+    student, teacher = pair(3, 40)
+    student.requires_grad_()
+    loss = kl_gpu.divergence(student, teacher, kind, backend=backend)
+    (first,) = torch.autograd.grad(loss, student, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, student)
+    assert torch.equal(first, second)
+    assert first.abs().max() > 1e-4
+
+
+def test_second_derivative_raises(backend: str, kind: str) -> None:
+    student, teacher = pair(3, 40)
+    student.requires_grad_()
+    loss = kl_gpu.divergence(student, teacher, kind, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        (gradient**2).sum().backward()
+
+
+def test_second_derivative_raises_as_part_of_a_larger_loss(backend: str) -> None:
+    # A gradient penalty added to another loss must not quietly lose our share of it.
+    student, teacher = pair(3, 40)
+    student.requires_grad_()
+    loss = kl_gpu.kl_div(student, teacher, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        (student.square().sum() + gradient.square().sum()).backward()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_logits_modified_between_forward_and_backward(backend: str, kind: str, which: int) -> None:
+    leaf = torch.zeros(3, 40, device=DEVICE, requires_grad=True)
+    sides = [leaf + x for x in pair(3, 40)]
+    loss = kl_gpu.divergence(*sides, kind, backend=backend)
+    sides[which].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inplace_writes_the_gradient_over_the_logits(backend: str, kind: str, dtype, shift: bool) -> None:
+    student, teacher = pair(2, 4, 300, dtype=dtype)
+    leaf = student.clone().requires_grad_()
+    want_leaf = student.clone().requires_grad_()
+    options = {"shift": shift, "vocab_size": 290, "backend": backend}
+    kl_gpu.divergence(want_leaf * 1, teacher, kind, **options).backward()
+    logits = leaf * 1
+    # Asks autograd for the very tensor our backward returned.
+    loss = kl_gpu.divergence(logits, teacher, kind, inplace=True, **options)
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert gradient.data_ptr() == logits.data_ptr()
+    assert torch.equal(gradient, want_leaf.grad)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, logits)
+
+
+def test_inplace_without_a_gradient_leaves_the_logits_alone(backend: str, kind: str) -> None:
+    student, teacher = pair(2, 300)
+    before = student.clone()
+    kl_gpu.divergence(student, teacher, kind, inplace=True, backend=backend)
+    assert torch.equal(student, before)
+
+
+def test_inplace_with_both_gradients(backend: str, kind: str) -> None:
+    student, teacher = pair(3, 5001)
+    leaves = student.clone().requires_grad_(), teacher.clone().requires_grad_()
+    kl_gpu.divergence(
+        leaves[0] * 1, leaves[1], kind, reduction="sum", inplace=True, backend=backend
+    ).backward()
+    check_gradients(student, teacher, (leaves[0].grad, leaves[1].grad), kind, backend, "in place")
+
+
+def test_no_graph_without_grad(backend: str, kind: str) -> None:
+    student, teacher = pair(2, 30)
+    student.requires_grad_()
+    with torch.no_grad():
+        assert not kl_gpu.divergence(student, teacher, kind, backend=backend).requires_grad
+    with torch.inference_mode():
+        assert kl_gpu.divergence(student, teacher, kind, backend=backend) > 0
+
+
+def test_works_under_autocast(backend: str, kind: str) -> None:
+    head = torch.randn(16, 300, device=DEVICE, requires_grad=True)
+    hidden, (_, teacher) = torch.randn(4, 16, device=DEVICE), pair(4, 300)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        logits = hidden @ head
+        loss = kl_gpu.divergence(logits, teacher, kind, backend=backend)
+    assert logits.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert torch.isfinite(head.grad).all()
+    assert head.grad.abs().max() > 0

@@ -1,0 +1,154 @@
+"""Every refusal: the right exception, naming the argument, before any kernel starts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import kl_gpu
+from kl_gpu import ops
+
+S, T = torch.zeros(2, 3, 8), torch.ones(2, 3, 8)
+ROWS = torch.ones(2, 3)
+INF, NAN = math.inf, math.nan
+
+# (what is wrong, arguments that replace the good ones, exception, what the message must name)
+CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("student a list", {"student_logits": [[0.0]]}, TypeError, "student_logits.*tensor.*list"),
+    ("teacher None", {"teacher_logits": None}, TypeError, "teacher_logits.*tensor.*NoneType"),
+    ("integer student", {"student_logits": S.long()}, TypeError, "student_logits.*float16.*int64"),
+    ("bool teacher", {"teacher_logits": T.bool()}, TypeError, "teacher_logits.*torch.bool"),
+    ("complex student", {"student_logits": S.to(torch.complex64)}, TypeError, "student_logits.*complex64"),
+    ("float8 student", {"student_logits": S.to(torch.float8_e4m3fn)}, TypeError, "student_logits.*float8"),
+    ("sparse teacher", {"teacher_logits": T.to_sparse()}, TypeError, "teacher_logits.*sparse"),
+    ("0-d student", {"student_logits": S[0, 0, 0]}, ValueError, r"student_logits.*\(\)"),
+    ("no columns", {"student_logits": S[..., :0], "teacher_logits": T[..., :0]}, ValueError, "student_logits.*0"),
+    ("another N", {"teacher_logits": T[:1]}, ValueError, r"student_logits.*teacher_logits.*\(1, 3, 8\)"),
+    ("N would broadcast", {"teacher_logits": T[0]}, ValueError, r"leading shape.*\(3, 8\)"),
+    ("another device", {"teacher_logits": T.to("meta")}, ValueError, "one device.*cpu.*meta"),
+    ("V differs", {"teacher_logits": torch.ones(2, 3, 9)}, ValueError, "vocab_size.*8.*9"),
+    ("vocab_size float", {"vocab_size": 8.0}, TypeError, "vocab_size.*int.*float"),
+    ("vocab_size bool", {"vocab_size": True}, TypeError, "vocab_size.*bool"),
+    ("vocab_size 0", {"vocab_size": 0}, ValueError, r"vocab_size.*\[1, 8\].*0"),
+    ("vocab_size past V", {"vocab_size": 9}, ValueError, r"vocab_size.*\[1, 8\].*9"),
+    ("vocab_size negative", {"vocab_size": -1}, ValueError, "vocab_size.*-1"),
+    ("temperature 0", {"temperature": 0.0}, ValueError, "temperature.*> 0.*0.0"),
+    ("temperature negative", {"temperature": -1.0}, ValueError, "temperature.*-1.0"),
+    ("temperature NaN", {"temperature": NAN}, ValueError, "temperature.*nan"),
+    ("temperature inf", {"temperature": INF}, ValueError, "temperature.*inf"),
+    ("temperature a string", {"temperature": "1"}, TypeError, "temperature.*float.*str"),
+    ("temperature a tensor", {"temperature": torch.tensor(2.0)}, TypeError, "temperature.*float.*tensor"),
+    ("temperature bool", {"temperature": True}, TypeError, "temperature.*bool"),
+    ("temperature None", {"temperature": None}, TypeError, "temperature.*NoneType"),
+    ("teacher_temperature 0", {"teacher_temperature": 0}, ValueError, "teacher_temperature.*0"),
+    ("teacher_temperature a list", {"teacher_temperature": [1.0]}, TypeError, "teacher_temperature.*list"),
+    ("t_squared with two", {"t_squared": True, "teacher_temperature": 2.0}, ValueError, "t_squared.*temperature"),
+    ("t_squared an int", {"t_squared": 1}, TypeError, "t_squared.*True or False.*int"),
+    ("mask float", {"mask": ROWS}, TypeError, "mask.*bool.*float32"),
+    ("mask a list", {"mask": [True]}, TypeError, "mask.*tensor.*list"),
+    ("mask of the wrong shape", {"mask": ROWS[0].bool()}, ValueError, r"mask.*\(2, 3\).*\(3,\)"),
+    ("mask with V", {"mask": S.bool()}, ValueError, r"mask.*\(2, 3, 8\)"),
+    ("mask elsewhere", {"mask": ROWS.bool().to("meta")}, ValueError, "mask.*cpu.*meta"),
+    ("labels float", {"labels": ROWS}, TypeError, "labels.*integer.*float32"),
+    ("labels bool", {"labels": ROWS.bool()}, TypeError, "labels.*torch.bool"),
+    ("labels of the wrong shape", {"labels": ROWS.long().T}, ValueError, r"labels.*\(2, 3\).*\(3, 2\)"),
+    ("labels shifted by hand", {"labels": ROWS[:, 1:].long(), "shift": True}, ValueError, r"labels.*\(2, 2\)"),
+    ("ignore_index float", {"ignore_index": -100.0}, TypeError, "ignore_index.*int.*float"),
+    ("weight int", {"weight": ROWS.long()}, TypeError, "weight.*floating.*int64"),
+    ("weight a float", {"weight": 0.5}, TypeError, "weight.*tensor.*float"),
+    ("weight of the wrong shape", {"weight": ROWS[:1]}, ValueError, r"weight.*\(2, 3\).*\(1, 3\)"),
+    ("shift of 2-D", {"shift": True, "student_logits": S[0], "teacher_logits": T[0]}, ValueError, "shift.*batch"),
+    ("shift of no time", {"shift": True, "student_logits": S[:, :0], "teacher_logits": T[:, :0]}, ValueError, "shift"),
+    ("shift an int", {"shift": 1}, TypeError, "shift.*True or False"),
+    ("reduction unknown", {"reduction": "avg"}, ValueError, "reduction.*'mean'.*'avg'"),
+    ("reduction None", {"reduction": None}, TypeError, "reduction.*string.*NoneType"),
+    ("normalizer with sum", {"normalizer": 2.0, "reduction": "sum"}, ValueError, "normalizer.*mean.*sum"),
+    ("normalizer 0", {"normalizer": 0}, ValueError, "normalizer.*> 0.*0"),
+    ("normalizer NaN", {"normalizer": NAN}, ValueError, "normalizer.*nan"),
+    ("normalizer 1-d", {"normalizer": torch.ones(1)}, ValueError, r"normalizer.*0-d.*\(1,\)"),
+    ("normalizer bool", {"normalizer": True}, TypeError, "normalizer.*bool"),
+    ("normalizer a string", {"normalizer": "7"}, TypeError, "normalizer.*str"),
+    ("inplace an int", {"inplace": 1}, TypeError, "inplace.*True or False"),
+    ("backend unknown", {"backend": "cuda"}, ValueError, "backend.*triton.*eager.*cuda"),
+    ("backend an int", {"backend": 1}, TypeError, "backend.*string.*int"),
+    ("kind unknown", {"kind": "kl"}, ValueError, "kind.*forward_kl.*'kl'"),
+    ("kind None", {"kind": None}, TypeError, "kind.*string"),
+    ("beta where there is none", {"beta": 0.5}, ValueError, "beta.*forward_kl.*0.5"),
+]
+
+
+@pytest.fixture
+def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a kernel was started")
+
+    monkeypatch.setattr(ops, "value", refuse)
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_refused(no_kernel: None, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    call = {"student_logits": S, "teacher_logits": T} | arguments
+    with pytest.raises(error, match=re.compile(message, re.DOTALL)):
+        kl_gpu.divergence(**call)
+
+
+def test_the_good_call_does_reach_a_kernel(no_kernel: None) -> None:
+    with pytest.raises(AssertionError, match="started"):
+        kl_gpu.divergence(S, T)
+
+
+@pytest.mark.parametrize(
+    ("direction", "error"), [("both", ValueError), ("forward_kl", ValueError), (None, TypeError), (1, TypeError)]
+)
+def test_direction(no_kernel: None, direction: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="direction"):
+        kl_gpu.kl_div(S, T, direction=direction)
+
+
+def test_unknown_option(no_kernel: None) -> None:
+    with pytest.raises(TypeError, match="reduce"):
+        kl_gpu.kl_div(S, T, reduce=True)
+
+
+def _leaf() -> torch.Tensor:
+    return torch.zeros(2, 8, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        (_leaf, "leaf"),
+        (lambda: _leaf()[:, :6], "leaf"),
+        (lambda: (_leaf() * 1)[:1].expand(2, 8), "expanded"),
+        (lambda: (torch.zeros(8, 2, requires_grad=True) * 1).T, "contiguous last dimension"),
+    ],
+)
+def test_inplace_refused(no_kernel: None, student: Callable[[], torch.Tensor], message: str) -> None:
+    logits = student()
+    with pytest.raises(ValueError, match=f"inplace.*{message}"):
+        kl_gpu.kl_div(logits, torch.zeros_like(logits), inplace=True)
+
+
+def test_inplace_refused_where_the_teacher_shares_the_memory(no_kernel: None) -> None:
+    both = torch.zeros(2, 2, 8, requires_grad=True) * 1
+    with pytest.raises(ValueError, match=r"inplace.*teacher_logits"):
+        kl_gpu.kl_div(both[0], both[1], inplace=True)
+
+
+def test_triton_refused_on_cpu_tensors_without_the_interpreter(
+    no_kernel: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match=r"backend='triton'.*cpu.*TRITON_INTERPRET"):
+        kl_gpu.kl_div(S, T, backend="triton")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_student_and_teacher_on_two_devices(no_kernel: None) -> None:
+    with pytest.raises(ValueError, match=r"one device.*cpu.*cuda"):
+        kl_gpu.kl_div(S, T.cuda())

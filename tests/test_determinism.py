@@ -1,0 +1,38 @@
+"""The same call gives the same bits, and a row's bits do not depend on its neighbours."""
+
+from __future__ import annotations
+
+import torch
+
+import kl_gpu
+from support import pair
+
+
+def _all(student, teacher, kind, backend):
+    student, teacher = student.detach().requires_grad_(), teacher.detach().requires_grad_()
+    value = kl_gpu.divergence(student, teacher, kind, reduction="none", backend=backend)
+    return value.detach(), *torch.autograd.grad(value.sum(), (student, teacher))
+
+
+def test_fifty_repeats(backend: str, kind: str) -> None:
+    student, teacher = pair(5, 3001)
+    first = _all(student, teacher, kind, backend)
+    for _ in range(50):
+        assert all(torch.equal(x, y) for x, y in zip(first, _all(student, teacher, kind, backend), strict=True))
+
+
+def test_a_row_alone_and_among_others(backend: str, kind: str) -> None:
+    # 2100 columns: a whole tile and a tail.
+    student, teacher = pair(301, 2100)
+    alone = _all(student[150:151], teacher[150:151], kind, backend)
+    for start, stop in ((147, 154), (0, 301), (150, 301)):
+        among = _all(student[start:stop], teacher[start:stop], kind, backend)
+        for x, y in zip(alone, among, strict=True):
+            assert torch.equal(x[0], y[150 - start])
+
+
+def test_a_long_row_alone_and_among_others(backend: str, kind: str) -> None:
+    student, teacher = pair(3, 128256)
+    alone = _all(student[1:2], teacher[1:2], kind, backend)
+    among = _all(student, teacher, kind, backend)
+    assert all(torch.equal(x[0], y[1]) for x, y in zip(alone, among, strict=True))
