@@ -39,7 +39,10 @@ _library.define(
 
 @cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # blocked, or half removed
+        return False
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:

@@ -89,7 +89,9 @@ def test_sorted_rows(backend: str, kind: str, descending: bool) -> None:
     student, teacher = pair(2, 32000, spread=0.3)
     order = teacher.argsort(-1, descending=descending)
     student, teacher = student.gather(-1, order), teacher.gather(-1, order)
-    check_value(rows(student, teacher, kind, backend), expected(student, teacher, kind), backend, kind, "sorted")
+    check_value(
+        rows(student, teacher, kind, backend), expected(student, teacher, kind), backend, kind, "sorted"
+    )
 
 
 def test_mass_that_the_weights_underflow_on(backend: str, kind: str) -> None:
@@ -106,7 +108,9 @@ def test_mass_that_the_weights_underflow_on(backend: str, kind: str) -> None:
 def test_logits_far_from_zero(backend: str, kind: str, offset: float) -> None:
     student, teacher = pair(4, 5000, spread=0.1)
     student, teacher = student + offset, teacher - offset / 2
-    check_value(rows(student, teacher, kind, backend), expected(student, teacher, kind), backend, kind, "offset")
+    check_value(
+        rows(student, teacher, kind, backend), expected(student, teacher, kind), backend, kind, "offset"
+    )
     grads = gradients(student, teacher, kind, backend)
     check_gradients(student, teacher, grads, kind, backend, f"offset {offset}")
 

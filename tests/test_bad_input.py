@@ -27,7 +27,12 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("float8 student", {"student_logits": S.to(torch.float8_e4m3fn)}, TypeError, "student_logits.*float8"),
     ("sparse teacher", {"teacher_logits": T.to_sparse()}, TypeError, "teacher_logits.*sparse"),
     ("0-d student", {"student_logits": S[0, 0, 0]}, ValueError, r"student_logits.*\(\)"),
-    ("no columns", {"student_logits": S[..., :0], "teacher_logits": T[..., :0]}, ValueError, "student_logits.*0"),
+    (
+        "no columns",
+        {"student_logits": S[..., :0], "teacher_logits": T[..., :0]},
+        ValueError,
+        "student_logits.*0",
+    ),
     ("another N", {"teacher_logits": T[:1]}, ValueError, r"student_logits.*teacher_logits.*\(1, 3, 8\)"),
     ("N would broadcast", {"teacher_logits": T[0]}, ValueError, r"leading shape.*\(3, 8\)"),
     ("another device", {"teacher_logits": T.to("meta")}, ValueError, "one device.*cpu.*meta"),
@@ -47,7 +52,12 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("temperature None", {"temperature": None}, TypeError, "temperature.*NoneType"),
     ("teacher_temperature 0", {"teacher_temperature": 0}, ValueError, "teacher_temperature.*0"),
     ("teacher_temperature a list", {"teacher_temperature": [1.0]}, TypeError, "teacher_temperature.*list"),
-    ("t_squared with two", {"t_squared": True, "teacher_temperature": 2.0}, ValueError, "t_squared.*temperature"),
+    (
+        "t_squared with two",
+        {"t_squared": True, "teacher_temperature": 2.0},
+        ValueError,
+        "t_squared.*temperature",
+    ),
     ("t_squared an int", {"t_squared": 1}, TypeError, "t_squared.*True or False.*int"),
     ("mask float", {"mask": ROWS}, TypeError, "mask.*bool.*float32"),
     ("mask a list", {"mask": [True]}, TypeError, "mask.*tensor.*list"),
@@ -57,13 +67,28 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("labels float", {"labels": ROWS}, TypeError, "labels.*integer.*float32"),
     ("labels bool", {"labels": ROWS.bool()}, TypeError, "labels.*torch.bool"),
     ("labels of the wrong shape", {"labels": ROWS.long().T}, ValueError, r"labels.*\(2, 3\).*\(3, 2\)"),
-    ("labels shifted by hand", {"labels": ROWS[:, 1:].long(), "shift": True}, ValueError, r"labels.*\(2, 2\)"),
+    (
+        "labels shifted by hand",
+        {"labels": ROWS[:, 1:].long(), "shift": True},
+        ValueError,
+        r"labels.*\(2, 2\)",
+    ),
     ("ignore_index float", {"ignore_index": -100.0}, TypeError, "ignore_index.*int.*float"),
     ("weight int", {"weight": ROWS.long()}, TypeError, "weight.*floating.*int64"),
     ("weight a float", {"weight": 0.5}, TypeError, "weight.*tensor.*float"),
     ("weight of the wrong shape", {"weight": ROWS[:1]}, ValueError, r"weight.*\(2, 3\).*\(1, 3\)"),
-    ("shift of 2-D", {"shift": True, "student_logits": S[0], "teacher_logits": T[0]}, ValueError, "shift.*batch"),
-    ("shift of no time", {"shift": True, "student_logits": S[:, :0], "teacher_logits": T[:, :0]}, ValueError, "shift"),
+    (
+        "shift of 2-D",
+        {"shift": True, "student_logits": S[0], "teacher_logits": T[0]},
+        ValueError,
+        "shift.*batch",
+    ),
+    (
+        "shift of no time",
+        {"shift": True, "student_logits": S[:, :0], "teacher_logits": T[:, :0]},
+        ValueError,
+        "shift",
+    ),
     ("shift an int", {"shift": 1}, TypeError, "shift.*True or False"),
     ("reduction unknown", {"reduction": "avg"}, ValueError, "reduction.*'mean'.*'avg'"),
     ("reduction None", {"reduction": None}, TypeError, "reduction.*string.*NoneType"),
@@ -103,7 +128,8 @@ def test_the_good_call_does_reach_a_kernel(no_kernel: None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("direction", "error"), [("both", ValueError), ("forward_kl", ValueError), (None, TypeError), (1, TypeError)]
+    ("direction", "error"),
+    [("both", ValueError), ("forward_kl", ValueError), (None, TypeError), (1, TypeError)],
 )
 def test_direction(no_kernel: None, direction: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="direction"):

@@ -18,7 +18,9 @@ def test_fifty_repeats(backend: str, kind: str) -> None:
     student, teacher = pair(5, 3001)
     first = _all(student, teacher, kind, backend)
     for _ in range(50):
-        assert all(torch.equal(x, y) for x, y in zip(first, _all(student, teacher, kind, backend), strict=True))
+        assert all(
+            torch.equal(x, y) for x, y in zip(first, _all(student, teacher, kind, backend), strict=True)
+        )
 
 
 def test_a_row_alone_and_among_others(backend: str, kind: str) -> None:

@@ -25,7 +25,7 @@ def evaluate(student, teacher, kind, backend, **options):
 
 
 def sides(kind: str, weights, other):
-    """(student, teacher) where `weights` plays a of KL(a‖b); its own inverse on (student, teacher) results."""
+    """(student, teacher) where `weights` plays a of KL(a‖b); its own inverse."""
     return KINDS[kind].order(weights, other) if KINDS[kind].weights == "student" else (other, weights)
 
 
@@ -76,7 +76,7 @@ def test_a_column_excluded_on_both_sides_does_not_exist(backend: str, kind: str,
     student[:, ~keep] = -INF
     teacher[:, ~keep] = -INF
     value, *grads = evaluate(student, teacher, kind, backend)
-    want, *want_grads = evaluate(student[:, keep], teacher[:, keep], kind, "eager")
+    _, *want_grads = evaluate(student[:, keep], teacher[:, keep], kind, "eager")
     check_value(value, expected(student[:, keep], teacher[:, keep], kind), backend, kind, "both −inf")
     for grad, want_grad in zip(grads, want_grads, strict=True):
         assert (grad[:, ~keep] == 0).all()

@@ -17,7 +17,9 @@ def test_kl_div_names_the_two_directions(backend: str) -> None:
     student, teacher = pair(4, 50)
     for direction, kind in (("forward", "forward_kl"), ("reverse", "reverse_kl")):
         named = kl_gpu.kl_div(student, teacher, direction=direction, reduction="none", backend=backend)
-        assert torch.equal(named, kl_gpu.divergence(student, teacher, kind, reduction="none", backend=backend))
+        assert torch.equal(
+            named, kl_gpu.divergence(student, teacher, kind, reduction="none", backend=backend)
+        )
         np.testing.assert_allclose(to_numpy(named), expected(student, teacher, kind), rtol=5e-6)
 
 
@@ -74,7 +76,9 @@ def test_labels_combine_with_mask_by_and(backend: str, kind: str) -> None:
     student, teacher = pair(6, 70)
     labels = torch.tensor([1, -100, 2, -100, 3, 4], device=DEVICE)
     mask = torch.tensor([1, 1, 0, 0, 1, 1], dtype=torch.bool, device=DEVICE)
-    got = kl_gpu.divergence(student, teacher, kind, labels=labels, mask=mask, reduction="none", backend=backend)
+    got = kl_gpu.divergence(
+        student, teacher, kind, labels=labels, mask=mask, reduction="none", backend=backend
+    )
     assert (got != 0).tolist() == [True, False, False, False, True, True]
     other = kl_gpu.divergence(
         student, teacher, kind, labels=labels, ignore_index=3, reduction="none", backend=backend
@@ -97,7 +101,13 @@ def test_shift_pairs_logits_with_the_next_label(backend: str, kind: str) -> None
     assert (student.grad[:, -1] == 0).all()
     by_hand = student.detach()[:, :-1].clone().requires_grad_()
     kl_gpu.divergence(
-        by_hand, teacher[:, :-1], kind, labels=labels[:, 1:], weight=weight[:, 1:], reduction="sum", backend=backend
+        by_hand,
+        teacher[:, :-1],
+        kind,
+        labels=labels[:, 1:],
+        weight=weight[:, 1:],
+        reduction="sum",
+        backend=backend,
     ).backward()
     assert torch.equal(student.grad[:, :-1], by_hand.grad)
 
@@ -113,7 +123,9 @@ def test_a_weight_of_nan_on_a_masked_row_does_not_count(backend: str, kind: str)
     student, teacher = pair(3, 70)
     mask = torch.tensor([True, False, True], device=DEVICE)
     weight = torch.tensor([1.0, float("nan"), 2.0], device=DEVICE)
-    assert torch.isfinite(kl_gpu.divergence(student, teacher, kind, mask=mask, weight=weight, backend=backend))
+    assert torch.isfinite(
+        kl_gpu.divergence(student, teacher, kind, mask=mask, weight=weight, backend=backend)
+    )
 
 
 @pytest.mark.parametrize("sizes", [(151936, 152064), (300, 257), (64, 64)])
@@ -173,7 +185,10 @@ def _cases(draw: st.DrawFn) -> dict:
 
 
 @settings(
-    max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(case=_cases())
 def test_options_in_combination(backend: str, kind: str, case: dict) -> None:
@@ -225,6 +240,9 @@ def test_options_in_combination(backend: str, kind: str, case: dict) -> None:
     rounding = 2.0**-8 if student.dtype == torch.bfloat16 else 1e-6
     largest = np.abs(exact).max(initial=0.0)
     np.testing.assert_allclose(
-        to_numpy(gradient), want_gradient, rtol=rounding, atol=4e-6 * np.abs(factor / divisor).max(initial=0) / t_s
+        to_numpy(gradient),
+        want_gradient,
+        rtol=rounding,
+        atol=4e-6 * np.abs(factor / divisor).max(initial=0) / t_s,
     )
     assert largest == 0 or np.abs(to_numpy(gradient)).max() > 0

@@ -16,7 +16,9 @@ def exact_kl(a: np.ndarray, b: np.ndarray) -> mpmath.mpf:
     with mpmath.workdps(60):
         ea, eb = [mpmath.exp(mpmath.mpf(float(x))) for x in a], [mpmath.exp(mpmath.mpf(float(x))) for x in b]
         za, zb = mpmath.fsum(ea), mpmath.fsum(eb)
-        return mpmath.fsum(x / za * (mpmath.log(x / za) - mpmath.log(y / zb)) for x, y in zip(ea, eb, strict=True))
+        return mpmath.fsum(
+            x / za * (mpmath.log(x / za) - mpmath.log(y / zb)) for x, y in zip(ea, eb, strict=True)
+        )
 
 
 @pytest.mark.parametrize("spread", [1e-7, 1e-6, 1e-3, 0.1, 1.0, 10.0, 100.0])

@@ -1,0 +1,30 @@
+# Every target sets up what it needs: a virtual environment in .venv, from the pinned versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)  ## distil a small language model through kl_gpu, on the text of Python's own library
+	$(BIN)/python examples/distill.py $(ARGS)
+
+test: $(READY)  ## every promise, on every backend that runs here
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## ours against plain PyTorch and torch.compile on the device at hand
+	$(BIN)/python -m bench $(ARGS)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable ".[triton,test,bench,demo,lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist out

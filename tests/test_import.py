@@ -1,0 +1,54 @@
+"""Importing the package: without Triton, and how long it takes. Each in an interpreter of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_without_triton() -> None:
+    code = """
+import importlib.abc, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+import torch, kl_gpu
+print(float(kl_gpu.kl_div(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))))
+try:
+    kl_gpu.kl_div(torch.zeros(1, 2), torch.zeros(1, 2), backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    value, message = run(code).splitlines()
+    assert abs(float(value) - 0.46211715726) < 1e-6  # tanh(1/2)
+    assert "triton" in message
+    assert "not installed" in message
+
+
+def test_import_leaves_triton_alone_and_is_quick() -> None:
+    code = """
+import json, sys, time
+import torch
+start = time.perf_counter()
+import kl_gpu
+elapsed = time.perf_counter() - start
+print(json.dumps([elapsed, "kl_gpu.triton" in sys.modules, "triton.language" in sys.modules]))
+"""
+    # The best of several: this asserts what the import does, not how busy the machine is.
+    results = [json.loads(run(code)) for _ in range(5)]
+    assert not any(kernels for _, kernels, _ in results)
+    assert min(elapsed for elapsed, _, _ in results) < 0.050
+
+
+def test_public_names() -> None:
+    import kl_gpu
+
+    for name in kl_gpu.__all__:
+        assert getattr(kl_gpu, name) is not None

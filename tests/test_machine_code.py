@@ -1,0 +1,56 @@
+"""The kernels as GPUs run them, compiled here without one: spills, load width, instructions per pair."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+# H100 has 132 SMs with 4 issue slots at about 1.7 GHz, and 3.0 TB/s: 2 × 2 bytes a pair leave 40 slots in
+# bf16 for the value, 2 × 3 bytes 59 for the gradient, and twice that in fp32.
+BUDGET = {("value", 2): 40, ("gradient", 2): 59, ("value", 4): 80, ("gradient", 4): 118}
+
+
+@pytest.fixture(scope="module")
+def audits() -> list[dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "machine_code.py")],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_kernel_dtype_and_architecture_compiles(audits: list[dict]) -> None:
+    assert {(a["kernel"], a["dtype"], a["arch"]) for a in audits} == {
+        (kernel, dtype, arch)
+        for kernel in ("value", "gradient")
+        for dtype in ("bfloat16", "float16", "float32")
+        for arch in ("sm_80", "sm_90", "sm_100")
+    }
+
+
+def test_nothing_spills(audits: list[dict]) -> None:
+    assert [a for a in audits if a["spill_bytes"]] == []
+
+
+def test_accesses_in_the_main_loop_are_128_bits_wide(audits: list[dict]) -> None:
+    assert [a for a in audits if a["load_bits"] != 128] == []
+    assert [a for a in audits if a["kernel"] == "gradient" and a["store_bits"] != 128] == []
+
+
+def test_memory_stays_the_limit(audits: list[dict]) -> None:
+    for a in audits:
+        itemsize = 4 if a["dtype"] == "float32" else 2
+        assert a["instructions_per_pair"] <= BUDGET[a["kernel"], itemsize], a
+        # 16 exponentials a clock and SM allow about 2.5 an element in bf16 at that bandwidth: 5 a pair.
+        assert 1 <= a["exponentials_per_pair"] <= 5, a

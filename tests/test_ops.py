@@ -1,0 +1,130 @@
+"""The registered operators: opcheck, one graph under torch.compile, no wait for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kl_gpu
+from kl_gpu import ops
+from support import DEVICE, check_gradients, check_value, expected, pair
+
+
+def _compile(function, **options):
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, **options)
+
+
+@pytest.mark.parametrize("with_rows", [False, True])
+def test_opcheck(backend: str, kind: str, with_rows: bool) -> None:
+    student, teacher = pair(2, 3, 40)
+    rows = torch.rand(2, 3, device=DEVICE) > 0.5 if with_rows else None
+    torch.library.opcheck(ops.value, (student, teacher, rows, kind, 1.0, 0.5, backend))
+    _, stats = ops.value(student, teacher, rows, kind, 1.0, 0.5, backend)
+    row_scale = torch.rand(2, 3, device=DEVICE)
+    for grads in (
+        (torch.empty_like(student), None),
+        (torch.empty_like(student), torch.empty_like(teacher)),
+    ):
+        arguments = (student, teacher, rows, stats, row_scale, kind, 1.0, 0.5, backend, *grads)
+        torch.library.opcheck(ops.gradient, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_one_graph_for_value_and_gradient(backend: str, kind: str, dynamic: bool) -> None:
+    def loss(student, teacher, labels):
+        return kl_gpu.divergence(
+            student,
+            teacher,
+            kind,
+            labels=labels,
+            shift=True,
+            temperature=2.0,
+            t_squared=True,
+            backend=backend,
+        )
+
+    compiled = _compile(loss, dynamic=dynamic)
+    for batch, time in ((2, 5), (3, 7)):
+        sides = [x.requires_grad_() for x in pair(batch, time, 90)]
+        labels = torch.randint(-2, 3, (batch, time), device=DEVICE)
+        labels[labels < 0] = -100
+        plain, traced = loss(*sides, labels), compiled(*sides, labels)
+        torch.testing.assert_close(plain, traced, rtol=1e-6, atol=0)  # Inductor sums in its own order
+        for x, y in zip(torch.autograd.grad(plain, sides), torch.autograd.grad(traced, sides), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9)
+            assert x.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"inplace": True}, {"vocab_size": 80}])
+def test_one_graph_with(backend: str, options: dict) -> None:
+    def loss(student, teacher, mask, weight):
+        return kl_gpu.kl_div(student * 2, teacher, mask=mask, weight=weight, backend=backend, **options).sum()
+
+    student, teacher = pair(4, 90)
+    student.requires_grad_()
+    arguments = student, teacher, torch.rand(4, device=DEVICE) > 0.3, torch.rand(4, device=DEVICE)
+    plain, traced = loss(*arguments), _compile(loss, dynamic=True)(*arguments)
+    torch.testing.assert_close(plain, traced, rtol=1e-6, atol=0)
+    want, got = (torch.autograd.grad(x, student)[0] for x in (plain, traced))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+    assert want.abs().max() > 1e-6
+
+
+def test_module_under_compile(backend: str) -> None:
+    module = kl_gpu.DivergenceLoss("reverse_kl", reduction="sum", backend=backend)
+    student, teacher = pair(4, 90)
+    torch.testing.assert_close(
+        module(student, teacher), _compile(module)(student, teacher), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+def test_no_synchronisation_with_the_host(backend: str, kind: str) -> None:
+    student, teacher = pair(8, 5001)
+    student.requires_grad_()
+    labels = torch.randint(-1, 2, (8,), device=DEVICE)
+    normalizer = torch.tensor(5.0, device=DEVICE)
+    kl_gpu.divergence(student, teacher, kind, labels=labels, backend=backend).backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for options in ({}, {"normalizer": normalizer}, {"labels": labels, "ignore_index": -1}):
+            kl_gpu.divergence(student, teacher, kind, backend=backend, **options).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+def test_capture_in_a_cuda_graph(backend: str, kind: str) -> None:
+    student, teacher = pair(8, 5001)
+    student.requires_grad_()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            student.grad = None
+            kl_gpu.divergence(student, teacher, kind, reduction="sum", backend=backend).backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    student.grad = None
+    with torch.cuda.graph(graph):
+        loss = kl_gpu.divergence(student, teacher, kind, reduction="sum", backend=backend)
+        loss.backward()
+    fresh_student, fresh_teacher = pair(8, 5001, spread=0.5)
+    with torch.no_grad():
+        student.copy_(fresh_student)
+        teacher.copy_(fresh_teacher)
+    graph.replay()
+    want = expected(fresh_student, fresh_teacher, kind).sum()
+    check_value(loss.detach()[None], want[None], backend, kind, "graph")
+    zeros = torch.zeros_like(teacher)
+    grads = (student.grad, zeros)
+    assert student.grad.abs().max() > 1e-4
+    with pytest.raises(AssertionError, match="teacher"):
+        check_gradients(fresh_student, fresh_teacher, grads, kind, backend, "graph")
+
+
+def test_default_backend() -> None:
+    assert ops.resolve_backend(None, torch.device("cpu")) == "eager"
+    assert ops.resolve_backend(None, torch.device("cuda")) == "triton"
+    assert ops.resolve_backend(None, torch.device("mps")) == "eager"
