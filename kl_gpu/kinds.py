@@ -7,6 +7,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+# Numbers kept per row between value and gradient. What they mean is each backend's own affair.
+STATS = 8
+
 
 @dataclass(frozen=True)
 class Kind:

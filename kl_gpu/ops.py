@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Numbers kept per row between value and gradient. What they mean is each backend's own affair.
-STATS = 7
+from .kinds import STATS
 
 _MODULES = {"triton": "kl_gpu.triton", "eager": "kl_gpu.eager"}
 BACKENDS = tuple(_MODULES)
@@ -108,8 +107,7 @@ def _value(
     run = _module(backend).value
     rows = None if rows is None else rows.contiguous()
     parts = [
-        run(*views, kind, student_scale, teacher_scale, STATS)
-        for views in _views(lead, [student, teacher, rows])
+        run(*views, kind, student_scale, teacher_scale) for views in _views(lead, [student, teacher, rows])
     ]
     if len(parts) == 1:
         value, stats = parts[0]

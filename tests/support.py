@@ -57,7 +57,7 @@ def check_value(got: Tensor, want: np.ndarray, backend: str, kind: str, where: s
 
 def check_gradients(
     student: Tensor, teacher: Tensor, grads: tuple[Tensor, Tensor], kind: str, backend: str, where: str,
-    scale: np.ndarray | float = 1.0, bound: float = GRADIENT, **options: float,
+    scale: np.ndarray | float = 1.0, **options: float,
 ) -> None:  # fmt: skip
     """The promise: 2e-6·max(p, q)·|scale|, on the weights' side times max(1, |log p − log q|, KL)."""
     s, t = to_numpy(student), to_numpy(teacher)
@@ -73,8 +73,8 @@ def check_gradients(
         ("student", "teacher"), grads, want, (temperature, teacher_temperature), strict=True
     ):
         exact = exact * scale
-        allowed = bound * largest * np.abs(scale) / t_side * (ratio if KINDS[kind].weights == side else 1.0)
+        bound = GRADIENT * largest * np.abs(scale) / t_side * (ratio if KINDS[kind].weights == side else 1.0)
         slack = np.abs(exact) * ROUNDING[grad.dtype] + TINY[grad.dtype]
-        share = ((np.abs(to_numpy(grad) - exact) - slack) / allowed).max()
+        share = ((np.abs(to_numpy(grad) - exact) - slack) / bound).max()
         record("gradient", backend, kind, float(share), f"{where} {side}")
         assert share <= 1, f"{side}: {share} of the bound at {where}"

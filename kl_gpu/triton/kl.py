@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kinds import KINDS
+from ..kinds import KINDS, STATS
 from .tiles import (
     LOG2E,
     NO_REFERENCE,
@@ -30,7 +30,7 @@ from .tiles import (
 
 # Row statistics: n_a, 1/Z_a, n_b, 1/Z_b (so that a_i = 2^(k_a·logit − n_a)/Z_a), then c and lam with
 # log(b_i/a_i) = x_i − lam, and the value.
-_STATS = tl.constexpr(7)
+_STATS = tl.constexpr(STATS)
 
 
 @triton.jit
@@ -211,7 +211,6 @@ def _value_kernel(
     if HAS_ROWS:
         if tl.load(rows_ptr + row) == 0:
             tl.store(value_ptr + row, 0.0)
-            tl.store(out + tl.arange(0, 8), 0.0, mask=tl.arange(0, 8) < _STATS)
             return
     a_row = _row_start(a_ptr, row, n_inner, a_outer, a_inner)
     b_row = _row_start(b_ptr, row, n_inner, b_outer, b_inner)
@@ -408,9 +407,8 @@ def value(
     kind: str,
     student_scale: float,
     teacher_scale: float,
-    n_stats: int,
 ) -> tuple[Tensor, Tensor]:
-    """Per-row divergence `[A*B]` and row statistics `[A*B, n_stats]` of logits `[A, B, V]`."""
+    """Per-row divergence `[A*B]` and row statistics `[A*B, STATS]` of logits `[A, B, V]`."""
     order = KINDS[kind].order
     a, b = order(student, teacher)
     a_scale, b_scale = order(student_scale, teacher_scale)
@@ -418,7 +416,7 @@ def value(
     config = configuration(a, b, a_scale, b_scale, VALUE_COLUMNS)
     dtype = torch.float64 if config["CT"] == tl.float64 else torch.float32
     result = torch.empty(n_rows, dtype=dtype, device=a.device)
-    stats = torch.empty((n_rows, n_stats), dtype=dtype, device=a.device)
+    stats = torch.zeros((n_rows, STATS), dtype=dtype, device=a.device)
     _value_kernel[(n_rows,)](
         a, b, rows, result, stats, a.shape[1], a.stride(0), a.stride(1), b.stride(0), b.stride(1), a.shape[2],
         *_high_low(a_scale), *_high_low(b_scale), HAS_ROWS=rows is not None, **config,
