@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import kl_gpu
@@ -33,8 +34,9 @@ def test_a_row_alone_and_among_others(backend: str, kind: str) -> None:
             assert torch.equal(x[0], y[150 - start])
 
 
-def test_a_long_row_alone_and_among_others(backend: str, kind: str) -> None:
-    student, teacher = pair(3, 128256)
+@pytest.mark.parametrize("vocab", [40001, 128256])
+def test_a_long_row_alone_and_among_others(backend: str, kind: str, vocab: int) -> None:
+    student, teacher = pair(3, vocab)
     alone = _all(student[1:2], teacher[1:2], kind, backend)
     among = _all(student, teacher, kind, backend)
     assert all(torch.equal(x[0], y[1]) for x, y in zip(alone, among, strict=True))
