@@ -1,0 +1,1 @@
+"""What is timed, against whom, with the bytes each must move. `python -m bench --help`."""

@@ -1,0 +1,63 @@
+"""The machine a figure was measured on."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+_UNKNOWN_CACHE = 64 << 20
+
+
+def name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{_cpu_model()}, {threads} thread{'s'[: threads > 1]}"
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last-level cache, which must not hold a previous run's logits."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    units = {"K": 1 << 10, "M": 1 << 20}
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("*/size")]
+    return max(
+        (int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=_UNKNOWN_CACHE
+    )
+
+
+def triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def driver_version(device: torch.device) -> str | None:
+    """The NVIDIA driver's own number, which PyTorch does not tell."""
+    if device.type != "cuda" or (nvidia_smi := shutil.which("nvidia-smi")) is None:
+        return None
+    query = [nvidia_smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    return answer.stdout.splitlines()[0].strip() if answer.returncode == 0 and answer.stdout else None
+
+
+def rows_that_fit(wanted: int, vocab: int, itemsize: int, device: torch.device) -> int:
+    """`wanted` rows, or as many as let every system, plain PyTorch too, find its memory."""
+    free, _ = torch.cuda.mem_get_info(device)
+    buffers = 5 * itemsize  # two sets of student and teacher, one target of the copy
+    plain = 5 * 4 + itemsize  # what plain PyTorch with gradient holds at its peak: fp32 temporaries, gradient
+    rows = min(wanted, int(0.9 * free) // (vocab * (buffers + plain)))
+    return max(1, rows if rows < 64 else rows // 64 * 64)

@@ -1,0 +1,127 @@
+"""What is shown and what is kept: tables for the terminal, JSON for everybody else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from . import machine
+from .cases import Case
+from .measure import Measured, Row
+from .traffic import PASSES
+
+
+@dataclass
+class Report:
+    """The JSON document. `copy_gbps` is the best case's: the others' copies were cut short by their size."""
+
+    device: str
+    date: str  # ISO 8601 with zone
+    torch: str
+    triton: str | None
+    driver: str | None
+    copy_gbps: float = 0.0
+    rows: list[Row] = field(default_factory=list)
+
+    def add(self, measured: Mapping[str, Measured]) -> None:
+        for result in measured.values():
+            self.rows += result.rows
+            self.copy_gbps = max(self.copy_gbps, result.copy_gbps)
+
+    def save(self, folder: Path, *, complete: bool) -> Path:
+        """Writes `device-date.json`, or `….partial.json` of a run that is still going on or was stopped."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
+        stem = f"{slug}-{datetime.fromisoformat(self.date):%Y%m%d-%H%M%S}"
+        partial = folder / f"{stem}.partial.json"
+        partial.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+        return partial.rename(folder / f"{stem}.json") if complete else partial
+
+
+def new_report(device: torch.device) -> Report:
+    return Report(
+        device=machine.name(device),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        torch=torch.__version__,
+        triton=machine.triton_version(),
+        driver=machine.driver_version(device),
+    )
+
+
+def case_table(case: Case, measured: Mapping[str, Measured]) -> Table:
+    """Every system and work of one case."""
+    table = _table(f"{case}, U = {_mb(case.tensor_bytes)} MB", "work", "system")
+    for heading in ("ms", "GB/s", "of copy", "extra MB", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for work, result in measured.items():
+        label = f"{work} {PASSES[work]}U"
+        for row in result.rows:
+            table.add_row(
+                label,
+                escape(row.system),
+                _short(row.ms),
+                _short(row.gbps),
+                f"{row.share_of_copy:.0%}",
+                _mb(row.peak_extra_bytes),
+                f"{row.max_rel_error:.0e}",
+            )
+            label = ""
+        table.add_section()
+    left_out = dict.fromkeys(
+        f"{name} is left out: {why}" for m in measured.values() for name, why in m.left_out.items()
+    )
+    table.caption = escape("\n".join(left_out))
+    return table
+
+
+def summary_table(rows: Sequence[Row]) -> Table:
+    """Medians over kinds and sizes: the share of copy speed, and the time as a multiple of kl_gpu's."""
+    systems = list(dict.fromkeys(row.system for row in rows))
+    ours = {_task(row): row.ms for row in rows if row.system == "kl_gpu"}
+    groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for row in rows:
+        groups.setdefault((row.work, row.dtype), {}).setdefault(row.system, []).append(row)
+
+    table = _table("Share of copy speed, and time as a multiple of kl_gpu's", "work")
+    for system in systems:
+        table.add_column(escape(system), justify="right")
+    for (work, dtype), group in groups.items():
+        cells = []
+        for system in systems:
+            mine = group.get(system, [])
+            share = f"{median(row.share_of_copy for row in mine):.0%}" if mine else "–"
+            ratios = [row.ms / ours[_task(row)] for row in mine if _task(row) in ours]
+            cells.append(f"{share}  {_short(median(ratios))}×" if ratios else share)
+        table.add_row(f"{work} {dtype}", *cells)
+    return table
+
+
+def _task(row: Row) -> tuple[str, str, str, int, int]:
+    return row.kind, row.work, row.dtype, row.N, row.V
+
+
+def _table(title: str, *labels: str) -> Table:
+    table = Table(
+        title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for label in labels:
+        table.add_column(label, no_wrap=True)
+    return table
+
+
+def _short(number: float) -> str:
+    """Three digits without an exponent, and none at all below a thousandth."""
+    return f"{number:.3g}" if 0.001 <= number < 999.5 else f"{number:.0f}"
+
+
+def _mb(size: int) -> str:
+    return _short(size / 1e6)
