@@ -109,7 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     backend = resolve_backend(None, device)
     console.print(f"{report.device}; torch {report.torch}, triton {report.triton}; kl_gpu: {backend}")
     console.print("U: one tensor of logits. 2U, 3U, 5U: the least to move, which GB/s counts.")
-    console.print("extra MB: peak memory beyond the inputs, gradient included. error: relative.\n")
+    console.print("±: distance of a typical run from the median run. share: of the copy's GB/s.")
+    console.print("peak MB: beyond the inputs, the gradient included. error: relative, largest.\n")
+    if device.type == "cpu" and machine.is_busy():
+        console.print(
+            "This machine is busy: figures will be off, and not by the same factor.\n", style="yellow"
+        )
     try:
         for number, case in enumerate(cases, 1):
             with console.status(f"{number} of {len(cases)}: {case}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -24,6 +25,11 @@ def _cpu_model() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
+
+
+def is_busy() -> bool:
+    """Whether others take a core: one thread that waits for it holds up the parallel loop of all."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 1 + torch.get_num_threads() / 4
 
 
 def cache_bytes(device: torch.device) -> int:

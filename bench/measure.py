@@ -17,7 +17,7 @@ from .systems import WORKS, Entry, Output, System
 from .timing import clock_of, interleave
 from .traffic import COPY_PASSES, PASSES, gbps
 
-_COPY = "copy"
+COPY = "copy"
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Row:
 class Measured:
     rows: list[Row]
     copy_gbps: float
+    spread: dict[str, float]  # ms, of the copy too: the median distance of a run from the median run
     left_out: dict[str, str]  # system: why
 
 
@@ -81,14 +82,16 @@ def measure(
         if output is not None:
             errors[name] = max(errors[name], check(entry_of[name], work, problem, turn, output))
 
-    runs: dict[str, Callable[[int], Output | None]] = {_COPY: problem.copy}
+    runs: dict[str, Callable[[int], Output | None]] = {COPY: problem.copy}
     runs.update((name, run_of(entry, work, problem)) for name, entry in entry_of.items())
     times = interleave(clock_of(device), runs, repeats, judge)
+    typical = {name: median(each) for name, each in times.items()}
+    spread = {name: median(abs(ms - typical[name]) for ms in each) for name, each in times.items()}
     case = problem.case
-    copy_gbps = gbps(COPY_PASSES * case.tensor_bytes, median(times.pop(_COPY)))
+    copy_gbps = gbps(COPY_PASSES * case.tensor_bytes, typical.pop(COPY))
     required = PASSES[work] * case.tensor_bytes
     rows = []
-    for name, ms in ((name, median(each)) for name, each in times.items()):
+    for name, ms in typical.items():
         speed = gbps(required, ms)
         rows.append(
             Row(
@@ -106,7 +109,7 @@ def measure(
                 max_rel_error=errors[name],
             )
         )
-    return Measured(rows, copy_gbps, left_out)
+    return Measured(rows, copy_gbps, spread, left_out)
 
 
 def measure_case(

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from . import machine
 from .cases import Case
-from .measure import Measured, Row
-from .traffic import PASSES
+from .measure import COPY, Measured, Row
+from .traffic import COPY_PASSES, PASSES
 
 
 @dataclass
@@ -60,21 +60,28 @@ def new_report(device: torch.device) -> Report:
 def case_table(case: Case, measured: Mapping[str, Measured]) -> Table:
     """Every system and work of one case."""
     table = _table(f"{case}, U = {_mb(case.tensor_bytes)} MB", "work", "system")
-    for heading in ("ms", "GB/s", "of copy", "extra MB", "error"):
+    for heading in ("ms", "±", "GB/s", "share", "peak MB", "error"):
         table.add_column(heading, justify="right", no_wrap=True)
     for work, result in measured.items():
-        label = f"{work} {PASSES[work]}U"
+        copy_ms = COPY_PASSES * case.tensor_bytes / result.copy_gbps / 1e6
+        table.add_row(
+            f"{work} {PASSES[work]}U",
+            COPY,
+            _short(copy_ms),
+            f"{result.spread[COPY] / copy_ms:.0%}",
+            _short(result.copy_gbps),
+        )
         for row in result.rows:
             table.add_row(
-                label,
+                "",
                 escape(row.system),
                 _short(row.ms),
+                f"{result.spread[row.system] / row.ms:.0%}",
                 _short(row.gbps),
                 f"{row.share_of_copy:.0%}",
                 _mb(row.peak_extra_bytes),
                 f"{row.max_rel_error:.0e}",
             )
-            label = ""
         table.add_section()
     left_out = dict.fromkeys(
         f"{name} is left out: {why}" for m in measured.values() for name, why in m.left_out.items()
@@ -91,7 +98,7 @@ def summary_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         groups.setdefault((row.work, row.dtype), {}).setdefault(row.system, []).append(row)
 
-    table = _table("Share of copy speed, and time as a multiple of kl_gpu's", "work")
+    table = _table("Medians: share of copy speed, time ÷ kl_gpu's", "work")
     for system in systems:
         table.add_column(escape(system), justify="right")
     for (work, dtype), group in groups.items():
@@ -111,7 +118,12 @@ def _task(row: Row) -> tuple[str, str, str, int, int]:
 
 def _table(title: str, *labels: str) -> Table:
     table = Table(
-        title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        title=title,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     for label in labels:
         table.add_column(label, no_wrap=True)

@@ -111,7 +111,9 @@ def _paths(lines: list[str]) -> Iterator[list[str]]:
     for start, end in sorted(edges):
         yield _usual_path(code, labels, start, end)
     exits = [at for at, text in enumerate(code) if re.search(r"\bEXIT\b", text) and not text.startswith("@")]
-    yield min((_usual_path(code, labels, 0, at) for at in exits), key=len)
+    paths = [_usual_path(code, labels, 0, at) for at in exits]
+    # Not the way of a row that is masked out.
+    yield min((path for path in paths if _exponentials(path)), key=len, default=code)
 
 
 def _width(code: list[str], mnemonic: str) -> int:
@@ -160,7 +162,7 @@ def compile_kernel(kernel: Any, logits: torch.dtype, constants: dict[str, Any], 
     from triton.compiler import ASTSource
 
     constants = dict(constants)
-    options = {"num_warps": constants.pop("num_warps")}
+    options = {name: constants.pop(name) for name in ("num_warps", "maxnreg") if name in constants}
     names = list(kernel.arg_names)
     signature = _signature(kernel, logits)
     # 16-byte-aligned rows: what a vocabulary that is a multiple of 16 gives.
@@ -206,8 +208,8 @@ def audits() -> Iterator[Audit]:
     for logits in (torch.bfloat16, torch.float16, torch.float32):
         example = torch.empty(1, 1, 128256, dtype=logits, device="meta")
         constants, gradient = (
-            {**kl.configuration(example, example, 1.0, 1.0, columns), "HAS_ROWS": False}
-            for columns in (kl.VALUE_COLUMNS, kl.GRADIENT_COLUMNS)
+            {**kl.configuration(example, example, 1.0, 1.0, shapes), "HAS_ROWS": True}
+            for shapes in (kl.VALUE_SHAPES, kl.GRADIENT_SHAPES)
         )
         for arch in ARCHITECTURES:
             yield audit(kl._value_kernel, "value", "kl", logits, arch, constants)
