@@ -1,0 +1,121 @@
+// Compiled once per instruction set: everything a row needs, behind one table of functions.
+#include <cmath>
+
+#include "careful.h"
+#include "gradient.h"
+#include "row.h"
+#include "sweep.h"
+
+namespace kl::KL_ISA {
+namespace {
+
+template <class T>
+const T* at(const void* row, std::int64_t column) {
+    return static_cast<const T*>(row) + column;
+}
+
+template <class T>
+State collect_as(const Row& row, std::int64_t first, std::int64_t last) {
+    Collector collector(row.scale());
+    for_each_tile(at<T>(row.a, first), at<T>(row.b, first), last - first,
+                  [&](const Stretch<T>& tile) { collector.take(tile); });
+    return collector.total();
+}
+
+// Two formats: tiles are widened to fp32 in L1 first.
+State collect_mixed(const Row& row, std::int64_t first, std::int64_t last) {
+    Collector collector(row.scale());
+    float a[kTile], b[kTile];
+    for (std::int64_t i = first; i < last; i += kTile) {
+        const std::int64_t n = last - i < kTile ? last - i : kTile;
+        widen_run(row.a, row.dtype_a, i, n, a);
+        widen_run(row.b, row.dtype_b, i, n, b);
+        for_each_tile(a, b, n, [&](const Stretch<float>& tile) { collector.take(tile); });
+    }
+    return collector.total();
+}
+
+State collect(const Row& row, std::int64_t first, std::int64_t last) {
+    if (row.dtype_a != row.dtype_b) return collect_mixed(row, first, last);
+    switch (row.dtype_a) {
+        case Dtype::bf16: return collect_as<Bf16>(row, first, last);
+        case Dtype::f16: return collect_as<F16>(row, first, last);
+        default: return collect_as<float>(row, first, last);
+    }
+}
+
+bool fits_fp32(const Row& row, const RowScalars& s) {
+    // Past this, an fp32 holds too little of lse to subtract it.
+    constexpr double limit = 0x1p20;
+    return row.fits_fp32() && std::fabs(s.lse_hi) < limit && std::fabs(s.lse_hi + s.shift_hi) < limit &&
+           !(s.divergence > limit && s.divergence < __builtin_inf());
+}
+
+template <class T>
+T* from(Destination to, std::int64_t column) {
+    return to.data == nullptr ? nullptr : static_cast<T*>(to.data) + column;
+}
+
+template <class T>
+void fill(Destination to, std::int64_t first, std::int64_t last, double x) {
+    T value;
+    round_one(x, value);
+    for (std::int64_t i = first; i < last; ++i) static_cast<T*>(to.data)[i] = value;
+}
+
+void fill(Destination to, std::int64_t first, std::int64_t last, double x) {
+    if (to.data == nullptr) return;
+    switch (to.dtype) {
+        case Dtype::f32: return fill<float>(to, first, last, x);
+        case Dtype::bf16: return fill<Bf16>(to, first, last, x);
+        case Dtype::f16: return fill<F16>(to, first, last, x);
+        case Dtype::f64: return fill<double>(to, first, last, x);
+    }
+}
+
+void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Destination to_b, std::int64_t first,
+              std::int64_t last, bool stream) {
+    const auto settle = [&](Destination& to, double x) {
+        fill(to, first, last, x);
+        to.data = nullptr;
+    };
+    const double nan = std::nan("");
+    if (scalars.verdict == Verdict::zero) {
+        settle(to_a, 0);
+        settle(to_b, 0);
+    }
+    if (scalars.verdict == Verdict::nan || std::isnan(scalars.coefficient_a)) settle(to_a, nan);
+    if (scalars.verdict == Verdict::infinite) settle(to_a, nan);
+    if (scalars.verdict == Verdict::nan || std::isnan(scalars.coefficient_b)) settle(to_b, nan);
+    if (to_a.data == nullptr && to_b.data == nullptr) return;
+
+    if (!fits_fp32(row, scalars)) return gradient_through_copies<double>(row, scalars, to_a, to_b, first, last);
+    if (row.dtype_a != row.dtype_b) return gradient_through_copies<float>(row, scalars, to_a, to_b, first, last);
+    const auto run = [&]<class T>() {
+        gradient_run<T>(at<T>(row.a, first), at<T>(row.b, first), last - first, static_cast<double>(row.scale()), scalars,
+                        from<T>(to_a, first), from<T>(to_b, first), stream);
+    };
+    switch (row.dtype_a) {
+        case Dtype::bf16: run.template operator()<Bf16>(); break;
+        case Dtype::f16: run.template operator()<F16>(); break;
+        default: run.template operator()<float>(); break;
+    }
+    if (stream) stream_fence();
+}
+
+void elementary(int which, const float* x, float* y, std::int64_t n) {
+    for (std::int64_t i = 0; i + lanes<VF> <= n; i += lanes<VF>) {
+        const VF v = load<VF>(x + i);
+        store(y + i, which == 0 ? exp2(v) : which == 1 ? g2(v) : one_minus_exp2_neg(v));
+    }
+}
+
+}  // namespace
+
+#define KL_STRING_(x) #x
+#define KL_STRING(x) KL_STRING_(x)
+
+extern const Kernels kernels;
+const Kernels kernels{KL_STRING(KL_ISA), kBlock, collect, careful, gradient, elementary};
+
+}  // namespace kl::KL_ISA
