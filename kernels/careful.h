@@ -46,18 +46,20 @@ inline RowResult careful(const Row& row) {
     const double m_a = largest(top_a), m_b = largest(top_b);
     if (any<VD>(bad) || !(m_a > -__builtin_inf()) || !(m_b > -__builtin_inf())) return nan_result();
 
+    // From here on each side counts from its own maximum, so that nothing below mixes large numbers.
     VD z_a{}, z_b{}, sum_d{};
     for_each_wide(row, scale_a, scale_b, [&](VD a, VD b, std::int64_t) {
-        const VD w = exp2(max(a - m_a, deepest)), w_b = exp2(max(b - m_b, deepest));
+        const VD u = a - m_a, v = b - m_b;
+        const VD w = exp2(max(u, deepest)), w_b = exp2(max(v, deepest));
         const VL no_a = a == -inf, no_b = b == -inf;
         z_a += no_a ? zero : w;
         z_b += no_b ? zero : w_b;
-        sum_d += (no_a | no_b) ? zero : w * (b - a);
+        sum_d += (no_a | no_b) ? zero : w * (v - u);
     });
     RowResult out;
-    const double z = sum(z_a), c = sum(sum_d) / z;
+    const double z = sum(z_a), c = sum(sum_d) / z, gap = std::log2(sum(z_b)) - std::log2(z);
     out.lse = m_a + std::log2(z);
-    out.shift = m_b + std::log2(sum(z_b)) - out.lse;
+    out.shift = m_b - m_a + gap;
     std::int64_t missing = -padded;
     for (int i = 0; i < lanes<VD>; ++i) missing += holes[i];
     if (missing > 0 || std::fabs(m_a) > 0x1p60 || std::fabs(m_b) > 0x1p60) out.verdict = Verdict::holes;
@@ -66,23 +68,23 @@ inline RowResult careful(const Row& row) {
         out.verdict = Verdict::infinite;
         return out;
     }
-    out.divergence = (out.shift - c) * kLn2;
+    out.divergence = (gap - c) * kLn2;
     if (out.divergence > 1e-3) return out;
 
     // Nearly equal sides: the same quantity as a sum of non-negative terms.
     VD a1{}, a2{};
     for_each_wide(row, scale_a, scale_b, [&](VD a, VD b, std::int64_t) {
         const VL no_a = a == -inf, no_b = b == -inf;
-        const VD far = splat<VD>(32), x = (no_a | no_b) ? zero : (b - a) - c;
-        const VD w_ = exp2(max(a - m_a, deepest)), w_b_ = exp2(max((b - c) - m_a, deepest));
+        const VD u = a - m_a, v = b - m_b, far = splat<VD>(32), x = (no_a | no_b) ? zero : (v - u) - c;
+        const VD w_ = exp2(max(u, deepest)), w_b_ = exp2(max(v - c, deepest));
         const VD w = no_a ? zero : w_, w_b = no_b ? zero : w_b_;
-        VD wg = x > far ? (w_b - w) * kLog2e - w * x : w * g2(min(x, far));
+        const VD wg = x > far ? (w_b - w) * kLog2e - w * x : w * g2(min(x, far));
         a2 += no_a ? w_b * kLog2e : wg;
         a1 += w * x;
     });
     const double mean_x = kLn2 * sum(a1) / z, mean_g = kLn2 * sum(a2) / z;
     out.divergence = divergence_from(mean_x, mean_g);
-    out.shift = c + std::log1p(mean_x + mean_g) * kLog2e;
+    out.shift = m_b - m_a + (c + std::log1p(mean_x + mean_g) * kLog2e);
     return out;
 }
 

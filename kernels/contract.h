@@ -41,7 +41,7 @@ struct Problem {
 // Numbers kept per row between value and gradient. Exponents and differences are in units of ln 2
 // and split into a high and a low part, because one fp32 cannot hold them well enough.
 enum Stat : int {
-    kLseHi = 0,    // log2 sum 2^a, on a coarse grid
+    kLseHi = 0,    // log2 sum 2^a
     kLseLo = 1,
     kShiftHi = 2,  // log2 sum 2^b - log2 sum 2^a
     kShiftLo = 3,

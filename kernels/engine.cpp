@@ -74,12 +74,13 @@ void for_each_block(const Layout& layout, F f) {
 
 template <class R>
 void write(const RowResult& result, R* value, R* stats) {
-    const auto low = [](double x, R hi) { return static_cast<R>(x - static_cast<double>(hi)); };
+    const auto split = [](double x, R* parts) {
+        parts[0] = static_cast<R>(x);
+        parts[1] = static_cast<R>(x - static_cast<double>(parts[0]));
+    };
     *value = static_cast<R>(result.divergence);
-    stats[kLseHi] = static_cast<R>(on_grid(result.lse));
-    stats[kLseLo] = low(result.lse, stats[kLseHi]);
-    stats[kShiftHi] = static_cast<R>(result.shift);
-    stats[kShiftLo] = low(result.shift, stats[kShiftHi]);
+    split(result.lse, stats + kLseHi);
+    split(result.shift, stats + kShiftHi);
     stats[kDivergence] = static_cast<R>(result.divergence);
     stats[kVerdict] = static_cast<R>(static_cast<int>(result.verdict));
     stats[kSpare] = 0;
@@ -88,10 +89,8 @@ void write(const RowResult& result, R* value, R* stats) {
 template <class R>
 RowScalars read(const Problem& p, const R* stats, R row_scale) {
     RowScalars s;
-    s.lse_hi = static_cast<double>(stats[kLseHi]);
-    s.lse_lo = static_cast<double>(stats[kLseLo]);
-    s.shift_hi = static_cast<double>(stats[kShiftHi]);
-    s.shift_lo = static_cast<double>(stats[kShiftLo]);
+    s.lse = static_cast<double>(stats[kLseHi]) + static_cast<double>(stats[kLseLo]);
+    s.shift = static_cast<double>(stats[kShiftHi]) + static_cast<double>(stats[kShiftLo]);
     s.divergence = static_cast<double>(stats[kDivergence]);
     s.verdict = static_cast<Verdict>(static_cast<int>(stats[kVerdict]));
     s.coefficient_a = static_cast<double>(row_scale) * p.a.scale;
@@ -100,8 +99,14 @@ RowScalars read(const Problem& p, const R* stats, R row_scale) {
 }
 
 RowResult settle(const Layout& layout, const Row& row, const State& state) {
-    const RowResult result = finish(state);
-    return result.trusted ? result : layout.k.careful(row);
+    RowResult result = finish(state);
+    if (!result.trusted) return layout.k.careful(row);
+    if (result.sums_b_too) {
+        result.shift = layout.k.lse_b(row) - result.lse;
+        if (result.verdict != Verdict::infinite)
+            result.divergence = std::max(0.0, (result.shift - result.mean_d) / Row::kLog2e);
+    }
+    return result;
 }
 
 RowResult one_column(const Layout& layout, const Row& row) {

@@ -14,22 +14,30 @@ namespace kl::KL_ISA {
 
 template <class V>
 struct RowConstants {
-    V k;
+    V k, k_lo;
     V lse_a_hi, lse_a_lo, lse_b_hi, lse_b_lo, shift_hi, shift_lo, divergence;
     V coefficient_a, coefficient_b;
 
-    RowConstants(double scale, const RowScalars& row) {
+    RowConstants(double exact_scale, const RowScalars& row) {
         using S = typename Traits<V>::Scalar;
         const auto all = [](double x) { return splat<V>(static_cast<S>(x)); };
-        k = all(scale);
-        lse_a_hi = all(row.lse_hi);
-        lse_a_lo = all(row.lse_lo);
-        const double lse_b = row.lse_hi + row.lse_lo + (row.shift_hi + row.shift_lo);
-        const double hi = on_grid(lse_b);
-        lse_b_hi = all(hi);
-        lse_b_lo = all(lse_b - hi);
-        shift_hi = all(row.shift_hi);
-        shift_lo = all(row.shift_lo);
+        const auto low = [](double x) { return x - static_cast<double>(static_cast<S>(x)); };
+        k = all(exact_scale);
+        k_lo = all(low(exact_scale));
+        // The sums behind lse were taken with k rounded to S. What that leaves out is a factor
+        // 2^((z - lse/k) k_lo), which a token far below the top feels.
+        const double share = low(exact_scale) / exact_scale;
+        const auto split = [&](double lse, V& hi, V& lo) {
+            const bool small = lse > -2048 && lse < 2048;
+            const double top = small ? static_cast<double>(static_cast<int>(lse * 4096)) / 4096
+                                     : static_cast<double>(static_cast<S>(lse));
+            hi = all(top);
+            lo = all(lse - top + lse * share);
+        };
+        split(row.lse, lse_a_hi, lse_a_lo);
+        split(row.lse + row.shift, lse_b_hi, lse_b_lo);
+        shift_hi = all(row.shift);
+        shift_lo = all(low(row.shift));
         divergence = all(row.divergence * kLog2e);
         coefficient_a = all(-row.coefficient_a * kLn2);
         coefficient_b = all(row.coefficient_b);
@@ -39,17 +47,18 @@ struct RowConstants {
 // 2^(z k - lse), with one rounding of an argument that is at most 1/2: lse_hi lies on a grid so coarse
 // that adding an integer to it is exact. Rounding z k - lse itself would cost 2e-6 at 2^-64.
 template <bool Guard, class V>
-KL_INLINE V probability(V z, V k, V lse_hi, V lse_lo) {
+KL_INLINE V probability(V z, const RowConstants<V>& row, V lse_hi, V lse_lo) {
+    const V k = row.k;
     V whole = fma(z, k, -lse_hi);
 #if KL_WIDTH == 64
     if constexpr (Guard) whole = max(whole, splat<V>(-300));
     Reduced<V> e = reduce(whole);
-    e.r = fma(z, k, -(lse_hi + e.n)) - lse_lo;
+    e.r = fma(z, k, -(lse_hi + e.n)) + fma(z, row.k_lo, -lse_lo);
     if constexpr (Guard) e.r = max(e.r, splat<V>(-1));
 #else
     // The exponent has been clamped, so r may be anything below; there the result is as good as 0.
     Reduced<V> e = reduce(clamp_exponent(whole));
-    e.r = max(fma(z, k, -(lse_hi + integer(e))) - lse_lo, splat<V>(-1));
+    e.r = max(fma(z, k, -(lse_hi + integer(e))) + fma(z, row.k_lo, -lse_lo), splat<V>(-1));
 #endif
     return exp2_reduced(e);
 }
@@ -80,18 +89,18 @@ KL_INLINE Gradients<V> gradient_of(V a, V b, const RowConstants<V>& row) {
 
     Gradients<V> out{zero, zero};
     if constexpr (ToA) {
-        const V p = probability<Holes>(a, row.k, row.lse_a_hi, row.lse_a_lo);
+        const V p = probability<Holes>(a, row, row.lse_a_hi, row.lse_a_lo);
         out.a = p * (r + row.divergence) * row.coefficient_a;
         if constexpr (Holes) out.a = no_a ? zero : out.a;
     }
     if constexpr (ToB) {
         const Mask<V> b_larger = r > zero;
-        const V larger = probability<Holes>(b_larger ? b : a, row.k, b_larger ? row.lse_b_hi : row.lse_a_hi,
+        const V larger = probability<Holes>(b_larger ? b : a, row, b_larger ? row.lse_b_hi : row.lse_a_hi,
                                             b_larger ? row.lse_b_lo : row.lse_a_lo);
         V difference = with_sign(larger * one_minus_exp2_neg(r), r);
         if constexpr (Holes) {
-            const V p = probability<true>(a, row.k, row.lse_a_hi, row.lse_a_lo);
-            const V q = probability<true>(b, row.k, row.lse_b_hi, row.lse_b_lo);
+            const V p = probability<true>(a, row, row.lse_a_hi, row.lse_a_lo);
+            const V q = probability<true>(b, row, row.lse_b_hi, row.lse_b_lo);
             difference = no_a ? q : no_b ? -p : difference;
             difference = (no_a & no_b) ? zero : difference;
         }
@@ -151,7 +160,7 @@ inline void gradient_run(const T* a, const T* b, std::int64_t n, double scale, c
     const bool holes = scalars.verdict != Verdict::plain;
     // Where the sides' lse are close, the error of fl(b - a) is below the bound: 2^-24 * 16 or, for a
     // larger difference, damped by e^-|r|. fp32 waits for memory anyway and takes the full precision.
-    const double shift = scalars.shift_hi < 0 ? -scalars.shift_hi : scalars.shift_hi;
+    const double shift = scalars.shift < 0 ? -scalars.shift : scalars.shift;
     const bool exact = std::is_same_v<T, float> || (!std::is_same_v<T, double> && shift >= 8);
     const auto with = [&]<bool Exact, bool Holes>() {
         if (to_a != nullptr && to_b != nullptr)
@@ -187,7 +196,7 @@ inline void gradient_through_copies(const Row& row, const RowScalars& scalars, D
                 b[j] *= row.scale_b();
             }
         }
-        const double scale = wide ? 1.0 : static_cast<double>(row.scale());
+        const double scale = wide ? 1.0 : row.exact_scale();
         gradient_run<R>(a, b, n, scale, scalars, to_a.data ? out_a : nullptr, to_b.data ? out_b : nullptr, false);
         if (to_a.data) round_run(out_a, n, to_a.data, to_a.dtype, i);
         if (to_b.data) round_run(out_b, n, to_b.data, to_b.dtype, i);

@@ -19,7 +19,8 @@ struct Row {
     bool fits_fp32() const {
         return dtype_a != Dtype::f64 && dtype_b != Dtype::f64 && inverse_temperature_a == inverse_temperature_b;
     }
-    float scale() const { return static_cast<float>(inverse_temperature_a * kLog2e); }
+    double exact_scale() const { return inverse_temperature_a * kLog2e; }
+    float scale() const { return static_cast<float>(exact_scale()); }
 
     // In fp64, the very factor that the fp32 kernels use where they may use one, so that the two agree.
     double scale_a() const { return fits_fp32() ? static_cast<double>(scale()) : inverse_temperature_a * kLog2e; }
@@ -28,17 +29,10 @@ struct Row {
 
 // What gradient kernels know about a row.
 struct RowScalars {
-    double lse_hi, lse_lo, shift_hi, shift_lo, divergence;
+    double lse, shift, divergence;
     Verdict verdict;
     double coefficient_a, coefficient_b;  // row_scale / temperature
 };
-
-// The high part of lse, on a grid so coarse that adding an integer to it in fp32 is exact.
-inline double on_grid(double lse) {
-    const bool small = lse > -2048 && lse < 2048;
-    return small ? static_cast<double>(static_cast<std::int64_t>(lse * 4096)) / 4096
-                 : static_cast<double>(static_cast<float>(lse));
-}
 
 struct Destination {
     void* data;  // the row's first column, or nullptr
@@ -50,6 +44,7 @@ struct Kernels {
     std::int64_t block;  // columns of one unit of work
     State (*collect)(const Row&, std::int64_t first, std::int64_t last);
     RowResult (*careful)(const Row&);
+    double (*lse_b)(const Row&);
     // stream: store past the cache.
     void (*gradient)(const Row&, const RowScalars&, Destination to_a, Destination to_b, std::int64_t first,
                      std::int64_t last, bool stream);

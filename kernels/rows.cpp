@@ -35,6 +35,23 @@ State collect_mixed(const Row& row, std::int64_t first, std::int64_t last) {
     return collector.total();
 }
 
+template <class T>
+double lse_b_as(const Row& row) {
+    float m = -__builtin_inff();
+    double z = 0;
+    const T* b = at<T>(row.b, 0);
+    for_each_tile(b, b, row.columns, [&](const Stretch<T>& tile) { add_to_lse(tile.b, tile.columns, row.scale(), m, z); });
+    return static_cast<double>(m) + std::log2(z);
+}
+
+double lse_b(const Row& row) {
+    switch (row.dtype_b) {
+        case Dtype::bf16: return lse_b_as<Bf16>(row);
+        case Dtype::f16: return lse_b_as<F16>(row);
+        default: return lse_b_as<float>(row);
+    }
+}
+
 State collect(const Row& row, std::int64_t first, std::int64_t last) {
     if (row.dtype_a != row.dtype_b) return collect_mixed(row, first, last);
     switch (row.dtype_a) {
@@ -44,11 +61,12 @@ State collect(const Row& row, std::int64_t first, std::int64_t last) {
     }
 }
 
-bool fits_fp32(const Row& row, const RowScalars& s) {
-    // Past this, an fp32 holds too little of lse to subtract it.
+// Whether the scalars say too little of the row for its gradient: past 2^20 two fp32 do not hold an
+// lse to the precision that its subtraction needs.
+bool are_vast(const RowScalars& s) {
     constexpr double limit = 0x1p20;
-    return row.fits_fp32() && std::fabs(s.lse_hi) < limit && std::fabs(s.lse_hi + s.shift_hi) < limit &&
-           !(s.divergence > limit && s.divergence < __builtin_inf());
+    return !(std::fabs(s.lse) < limit) || !(std::fabs(s.lse + s.shift) < limit) ||
+           (s.divergence > limit && s.divergence < __builtin_inf());
 }
 
 template <class T>
@@ -89,10 +107,18 @@ void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Desti
     if (scalars.verdict == Verdict::nan || std::isnan(scalars.coefficient_b)) settle(to_b, nan);
     if (to_a.data == nullptr && to_b.data == nullptr) return;
 
-    if (!fits_fp32(row, scalars)) return gradient_through_copies<double>(row, scalars, to_a, to_b, first, last);
+    if (are_vast(scalars)) {
+        const RowResult again = careful(row);
+        RowScalars wide = scalars;
+        wide.lse = again.lse;
+        wide.shift = again.shift;
+        wide.divergence = again.divergence;
+        return gradient_through_copies<double>(row, wide, to_a, to_b, first, last);
+    }
+    if (!row.fits_fp32()) return gradient_through_copies<double>(row, scalars, to_a, to_b, first, last);
     if (row.dtype_a != row.dtype_b) return gradient_through_copies<float>(row, scalars, to_a, to_b, first, last);
     const auto run = [&]<class T>() {
-        gradient_run<T>(at<T>(row.a, first), at<T>(row.b, first), last - first, static_cast<double>(row.scale()), scalars,
+        gradient_run<T>(at<T>(row.a, first), at<T>(row.b, first), last - first, row.exact_scale(), scalars,
                         from<T>(to_a, first), from<T>(to_b, first), stream);
     };
     switch (row.dtype_a) {
@@ -116,6 +142,6 @@ void elementary(int which, const float* x, float* y, std::int64_t n) {
 #define KL_STRING(x) KL_STRING_(x)
 
 extern const Kernels kernels;
-const Kernels kernels{KL_STRING(KL_ISA), kBlock, collect, careful, gradient, elementary};
+const Kernels kernels{KL_STRING(KL_ISA), kBlock, collect, careful, lse_b, gradient, elementary};
 
 }  // namespace kl::KL_ISA

@@ -21,11 +21,17 @@ double g(double x) {
 State seen_from(Frame to, const State& s) {
     State out = s;
     out.frame = to;
-    const double h = (to.c - s.frame.c) * kLn2;
-    const double weight = std::exp2(s.frame.m - to.m);
+    const double step = static_cast<double>(to.c) - static_cast<double>(s.frame.c), h = step * kLn2;
+    const double weight = std::exp2(static_cast<double>(s.frame.m) - static_cast<double>(to.m));
     if (h != 0) {
-        out.a1 = s.a1 - (to.c - s.frame.c) * s.z;
+        out.a1 = s.a1 - step * s.z;
         out.a2 = std::exp(-h) * s.a2 + std::expm1(-h) * s.a1 + s.z * (g(-h) / kLn2);
+    }
+    const double weight_of_b = std::exp2(static_cast<double>(s.frame.m + s.frame.c) - static_cast<double>(to.m + to.c));
+    if (weight == 0 && weight_of_b == 0) {
+        // Columns masked with a number such as -1e9: whatever was summed there, it is nothing here.
+        out.z = out.a1 = out.a2 = out.spent = 0;
+        return out;
     }
     out.z *= weight;
     out.a1 *= weight;
@@ -44,8 +50,9 @@ State merge(const State& s, const State& t) {
     Frame to = s.frame;
     if (s.has_mass() && t.has_mass()) {
         to.m = s.frame.m > t.frame.m ? s.frame.m : t.frame.m;
-        const double zs = s.z * std::exp2(s.frame.m - to.m), zt = t.z * std::exp2(t.frame.m - to.m);
-        to.c = s.frame.c + (t.frame.c - s.frame.c) * (zt / (zs + zt));
+        const auto mass = [&](const State& u) { return u.z * std::exp2(static_cast<double>(u.frame.m) - static_cast<double>(to.m)); };
+        const double zs = mass(s), zt = mass(t), cs = static_cast<double>(s.frame.c), ct = static_cast<double>(t.frame.c);
+        to.c = static_cast<float>(cs + (ct - cs) * (zt / (zs + zt)));
     } else if (t.has_mass()) {
         to = t.frame;
     }
@@ -75,17 +82,20 @@ RowResult nan_result() {
 RowResult finish(const State& s) {
     if ((s.flags & kSawNan) || !s.has_mass() || !(s.flags & kSawB)) {
         RowResult out = nan_result();
-        // A sum that overflowed must not pass for a NaN among the logits.
-        out.trusted = (s.flags & kSawNan) || s.z == 0 || !(s.flags & kSawB);
+        // A sum that overflowed or underflowed must not pass for a NaN among the logits.
+        out.trusted = (s.flags & kSawNan) != 0;
         return out;
     }
     const double mean_x = kLn2 * s.a1 / s.z, mean_g = kLn2 * s.a2 / s.z, y = mean_x + mean_g;
     RowResult out;
-    out.lse = s.frame.m + std::log2(s.z);
-    out.shift = s.frame.c + std::log1p(y) / kLn2;
+    out.lse = static_cast<double>(s.frame.m) + std::log2(s.z);
+    out.shift = static_cast<double>(s.frame.c) + std::log1p(y) / kLn2;
     out.divergence = divergence_from(mean_x, mean_g);
+    out.mean_d = static_cast<double>(s.frame.c) + s.a1 / s.z;
     if (s.flags & (kSawHole | kSawVast)) out.verdict = Verdict::holes;
-    out.trusted = std::isfinite(s.z) && std::isfinite(s.a1) && std::isfinite(s.a2);
+    // Past 2^20 an fp32 holds too little of m and c to subtract them.
+    out.trusted = std::isfinite(s.z) && std::isfinite(s.a1) && std::isfinite(s.a2) &&
+                  std::fabs(s.frame.m) < 0x1p20f && std::fabs(s.frame.c) < 0x1p20f;
     if (s.flags & kSawInfinite) {
         // Columns that b excludes pull y towards -1, where 1 + y is what is left of a subtraction.
         out.divergence = std::numeric_limits<double>::infinity();
@@ -93,11 +103,12 @@ RowResult finish(const State& s) {
         out.trusted = out.trusted && y > -0.5;
         return out;
     }
-    const double errors = kLn2 * s.spent / s.z / (y > 0 ? 1 + y : 1);
-    if (errors > 8 * out.divergence) out.trusted = false;
-    if ((s.flags & kSawFarTail) && y < 1) out.trusted = false;
+    const double errors = kLn2 * s.spent / s.z / (1 + y);
+    if (!(y > -1) || errors > 8 * out.divergence) out.trusted = false;
+    if ((s.flags & kSawFarTail) && y < 0.5) out.trusted = false;
+    out.sums_b_too = (s.flags & kSawTail) && y >= 0.5;
     // d carries an error of up to 2^-24 |c|; that is nothing as long as the typical x is not far below c.
-    const double c = s.frame.c * kLn2;
+    const double c = static_cast<double>(s.frame.c) * kLn2;
     if ((s.flags & kSawRounding) && 2 * out.divergence * 1024 < c * c) out.trusted = false;
     return out;
 }

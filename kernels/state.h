@@ -12,18 +12,22 @@
 namespace kl {
 
 enum Flag : unsigned {
-    kSawNan = 1,         // NaN or +inf
-    kSawHole = 2,        // -inf on either side
-    kSawInfinite = 4,    // -inf in b where a is finite
-    kSawB = 8,           // some finite b
-    kSawRounding = 16,   // d was rounded to fp32 before c was taken off
-    kSawVast = 32,       // finite, but so large that fp32 products overflow
-    kSawLargeX = 64,     // 2^x might outweigh a weight that underflows
-    kSawFarTail = 128,    // some 2^x so large that its rounding shows if little else adds up
+    kSawNan = 1,        // NaN or +inf
+    kSawHole = 2,       // -inf on either side
+    kSawInfinite = 4,   // -inf in b where a is finite
+    kSawB = 8,          // some finite b
+    kSawRounding = 16,  // d was rounded to fp32 before c was taken off
+    kSawVast = 32,      // finite, but so large that fp32 products overflow
+    kSawLargeX = 64,    // 2^x might outweigh a weight that underflows
+    kSawTail = 128,     // 2^x with an x past 16, whose rounding shows in lse(b) if nothing outweighs it
+    kSawFarTail = 256,  // past 32: it shows in the value too
 };
 
+// In fp32, because the sweeps hold it so, and a state must know exactly where it was seen from.
 struct Frame {
-    double m = 0, c = 0;
+    float m = 0, c = 0;
+
+    bool operator==(const Frame&) const = default;
 };
 
 struct State {
@@ -48,7 +52,9 @@ struct RowResult {
     double lse = 0;         // log2 sum 2^a
     double shift = 0;       // log2 sum 2^b - log2 sum 2^a
     Verdict verdict = Verdict::plain;
-    bool trusted = true;  // false: rounding may have eaten the result, look at the row again in fp64
+    bool trusted = true;    // false: rounding may have eaten the result, look at the row again in fp64
+    bool sums_b_too = false;  // true: lse(b) rests on a few large 2^x and is better summed by itself
+    double mean_d = 0;      // E_a[d]
 };
 
 RowResult finish(const State&);

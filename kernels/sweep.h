@@ -21,7 +21,7 @@ constexpr std::int64_t kAhead = 1024;        // columns: the hardware prefetcher
 
 // Above this x (in ln 2), 2^x may outweigh a 2^(a-m) that has already underflowed to nothing.
 constexpr double kLargeX = 57;
-constexpr double kFarTail = 32;
+constexpr double kTail = 16, kFarTail = 32;
 constexpr double kLargeSum = 0x1p100;
 
 constexpr float kVast = 0x1p100f;  // beyond it products with log2(e) / temperature may overflow
@@ -58,8 +58,8 @@ KL_INLINE void accumulate(VF a, VF b, VF k, VF m, VF c, Accumulators& s) {
 // The fast sweep. A NaN or an infinity anywhere makes a sum that is not finite.
 template <bool Exact, class T>
 inline Sums sweep(const Stretch<T>& in, float scale, Frame frame) {
-    const VF k = splat<VF>(scale), m = splat<VF>(static_cast<float>(frame.m)),
-             c = splat<VF>(static_cast<float>(frame.c));
+    const VF k = splat<VF>(scale), m = splat<VF>(frame.m),
+             c = splat<VF>(frame.c);
     Accumulators s, t;
     for (std::int64_t i = 0; i < in.columns; i += kStep<T>) {
         for (std::int64_t line = 0; line < static_cast<std::int64_t>(kStep<T> * sizeof(T)); line += 64) {
@@ -81,12 +81,12 @@ inline bool is_usable(const Sums& s) {
 // 2^(b - c - m) - w (1 + x), and columns missing on one side or on both get what the limit gives.
 template <class T>
 inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
-    const VF inf = splat<VF>(__builtin_inff()), zero{}, vast = splat<VF>(kVast), far = splat<VF>(static_cast<float>(kFarTail));
+    const VF inf = splat<VF>(__builtin_inff()), zero{}, vast = splat<VF>(kVast), far = splat<VF>(static_cast<float>(kTail));
     const VF log2e = splat<VF>(static_cast<float>(kLog2e));
-    const VF k = splat<VF>(scale), m = splat<VF>(static_cast<float>(frame.m)),
-             c = splat<VF>(static_cast<float>(frame.c));
-    const float mc = static_cast<float>(frame.m + frame.c);
-    const VF mc_hi = splat<VF>(mc), mc_lo = splat<VF>(static_cast<float>(frame.m + frame.c - static_cast<double>(mc)));
+    const VF k = splat<VF>(scale), m = splat<VF>(frame.m),
+             c = splat<VF>(frame.c);
+    const float mc = frame.m + frame.c;
+    const VF mc_hi = splat<VF>(mc), mc_lo = splat<VF>(-difference_error(-frame.m, frame.c, -mc));
     // fma(-3e38, k, -m) is -inf, whose range reduction is NaN: masks of that size are common.
     const VF deepest = splat<VF>(-1000);
 
@@ -133,16 +133,41 @@ inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
     if (any<VF>(bad)) out.flags |= kSawNan;
     if (any<VF>(infinite)) out.flags |= kSawInfinite;
     if (any<VF>(seen_b)) out.flags |= kSawB;
+    if (static_cast<double>(largest(s.x)) > kTail) out.flags |= kSawTail;
     if (static_cast<double>(largest(s.x)) > kLargeX) out.flags |= kSawLargeX;
     // Some instruction sets' exp2 stops at 2^126 where it should overflow.
     if (!(out.z < kLargeSum && std::fabs(out.a2) < kLargeSum)) out.a2 = __builtin_inf();
     return out;
 }
 
+// Adds a stretch of one side to sum 2^(b - m) in m's own frame.
+template <class T>
+inline void add_to_lse(const T* b, std::int64_t n, float scale, float& m, double& z) {
+    const VF k = splat<VF>(scale), deepest = splat<VF>(-1000);
+    VF top = splat<VF>(-__builtin_inff());
+    for (std::int64_t i = 0; i < n; i += kStep<T>) {
+        const auto v = load_pair(b + i);
+        top = max(v.x, max(v.y, top));
+    }
+    const float here = largest(top) * scale;
+    if (here > m) {
+        z *= std::exp2(static_cast<double>(m) - static_cast<double>(here));
+        m = here;
+    }
+    if (!(m > -__builtin_inff())) return;
+    VF s{}, t{};
+    for (std::int64_t i = 0; i < n; i += kStep<T>) {
+        const auto v = load_pair(b + i);
+        s += exp2(max(fma(v.x, k, splat<VF>(-m)), deepest));
+        t += exp2(max(fma(v.y, k, splat<VF>(-m)), deepest));
+    }
+    z += sum(s + t);
+}
+
 // A frame for a stretch that may hold anything: the largest finite a. Where a has nothing at all,
 // the frame serves b's columns alone.
 template <class T>
-inline Frame frame_for(const Stretch<T>& in, float scale, double c) {
+inline Frame frame_for(const Stretch<T>& in, float scale, float c) {
     VF top_a = splat<VF>(-__builtin_inff()), top_b = top_a;
     for (std::int64_t i = 0; i < in.columns; i += kStep<T>) {
         const auto a = load_pair(in.a + i), b = load_pair(in.b + i);
@@ -150,17 +175,17 @@ inline Frame frame_for(const Stretch<T>& in, float scale, double c) {
         top_b = max(b.x, max(b.y, top_b));
     }
     const float a = largest(top_a) * scale, b = largest(top_b) * scale;
-    if (std::fabs(a) < __builtin_inff()) return {static_cast<double>(a), c};
-    if (std::fabs(b) < __builtin_inff()) return {static_cast<double>(b), 0};
+    if (std::fabs(a) < __builtin_inff()) return {a, c};
+    if (std::fabs(b) < __builtin_inff()) return {b, 0};
     return {0, c};
 }
 
-// b - a at the first column that both sides have: near enough to E_a[d] to begin with.
+// b - a at the first column that carries weight: near enough to E_a[d] to begin with.
 template <class T>
-inline double first_shift(const Stretch<T>& in, float scale) {
+inline float first_shift(const Stretch<T>& in, float scale, float m) {
     for (std::int64_t i = 0; i < in.columns; ++i) {
-        const float d = (widen_one(in.b[i]) - widen_one(in.a[i])) * scale;
-        if (std::fabs(d) < kVast) return static_cast<double>(d);
+        const float a = widen_one(in.a[i]), d = (widen_one(in.b[i]) - a) * scale;
+        if (a * scale > m - 20 && std::fabs(d) < kVast) return d;
     }
     return 0;
 }
@@ -173,18 +198,19 @@ public:
     template <class T>
     void take(const Stretch<T>& in) {
         if (in.columns == 0) return;
-        if (total_.is_empty()) frame_ = rounded(frame_for(in, scale_, first_shift(in, scale_)));
+        if (total_.is_empty()) {
+            frame_ = frame_for(in, scale_, 0);
+            frame_.c = first_shift(in, scale_, frame_.m);
+        }
         State piece = look(in, frame_);
         State both = add(piece);
         if (moves_the_mean_far(both)) {
             const double left = both.a2 - kLn2 * both.a1 * both.a1 / (2 * both.z);
             if (piece.has_mass() && piece.spent > 4 * left) {
-                piece = look(in, rounded({piece.frame.m, piece.frame.c + piece.a1 / piece.z}));
+                piece = look(in, at_mean(piece));
                 both = add(piece);
             }
-            both = seen_from(rounded({both.frame.m, both.frame.c + both.a1 / both.z}), both);
-        } else if (both.frame.m != frame_.m || both.frame.c != frame_.c) {
-            both = seen_from(rounded(both.frame), both);
+            both = seen_from(at_mean(both), both);
         }
         total_ = both;
         frame_ = both.frame;
@@ -193,31 +219,31 @@ public:
     const State& total() const { return total_; }
 
 private:
-    // The sweeps hold m and c in fp32, so a frame must be a pair of fp32.
-    static Frame rounded(Frame f) {
-        return {static_cast<double>(static_cast<float>(f.m)), static_cast<double>(static_cast<float>(f.c))};
+    static Frame at_mean(const State& s) {
+        return {s.frame.m, static_cast<float>(static_cast<double>(s.frame.c) + s.a1 / s.z)};
     }
 
     template <class T>
     State look(const Stretch<T>& in, Frame frame) {
         if (!expect_holes_ && in.padding == 0) {
             // The error of fl(b - a) is at most 2^-24 |c|: nothing beside an x that is usually over |c| / 16.
-            const bool coarse = 512 * total_.a2 > kLn2 * total_.z * frame.c * frame.c;
+            const bool coarse = 512 * total_.a2 > kLn2 * total_.z * static_cast<double>(frame.c * frame.c);
             const Sums s = coarse ? sweep<false>(in, scale_, frame) : sweep<true>(in, scale_, frame);
             if (is_usable(s)) {
                 State out{frame, s.z, s.a1, s.a2, s.a2, kSawB};
                 if (coarse) out.flags |= kSawRounding;
+                if (s.largest_x > kTail) out.flags |= kSawTail;
                 if (s.largest_x > kFarTail) out.flags |= kSawFarTail;
                 return out;
             }
         }
-        const State out = sweep_holes(in, scale_, rounded(frame_for(in, scale_, frame.c)));
+        const State out = sweep_holes(in, scale_, frame_for(in, scale_, frame.c));
         expect_holes_ = (out.flags & (kSawHole | kSawVast | kSawLargeX)) != 0;
         return out;
     }
 
     State add(const State& piece) const {
-        if (piece.frame.m != total_.frame.m || piece.frame.c != total_.frame.c) return merge(total_, piece);
+        if (piece.frame != total_.frame) return merge(total_, piece);
         State out = total_;
         out.z += piece.z;
         out.a1 += piece.a1;
