@@ -27,12 +27,16 @@ inline void for_each_wide(const Row& row, double scale_a, double scale_b, Take t
     }
 }
 
-inline RowResult careful(const Row& row) {
+struct CarefulResult : RowResult {
+    double lse_b = 0;  // lse_a + shift, where those two are too large for their sum to keep it
+};
+
+inline CarefulResult careful(const Row& row) {
     const VD inf = splat<VD>(__builtin_inf()), zero{}, deepest = splat<VD>(-1020);
     // The gradient multiplies by an fp32 factor; with the same factor here the two agree.
     const double scale_a = row.scale_a(), scale_b = row.scale_b();
 
-    VD top_a = -inf, top_b = -inf;
+    VD top_a = -inf, top_b = -inf, reach = zero;
     VL bad{}, infinite{}, holes{};
     std::int64_t padded = 0;
     for_each_wide(row, scale_a, scale_b, [&](VD a, VD b, std::int64_t padding) {
@@ -42,9 +46,10 @@ inline RowResult careful(const Row& row) {
         padded += padding;
         top_a = max(a, top_a);
         top_b = max(b, top_b);
+        reach = max(abs(a == -inf ? zero : a), max(abs(b == -inf ? zero : b), reach));
     });
     const double m_a = largest(top_a), m_b = largest(top_b);
-    if (any<VD>(bad) || !(m_a > -__builtin_inf()) || !(m_b > -__builtin_inf())) return nan_result();
+    if (any<VD>(bad) || !(m_a > -__builtin_inf()) || !(m_b > -__builtin_inf())) return {nan_result(), 0};
 
     // From here on each side counts from its own maximum, so that nothing below mixes large numbers.
     VD z_a{}, z_b{}, sum_d{};
@@ -56,13 +61,14 @@ inline RowResult careful(const Row& row) {
         z_b += no_b ? zero : w_b;
         sum_d += (no_a | no_b) ? zero : w * (v - u);
     });
-    RowResult out;
+    CarefulResult out;
     const double z = sum(z_a), c = sum(sum_d) / z, gap = std::log2(sum(z_b)) - std::log2(z);
-    out.lse = m_a + std::log2(z);
+    out.lse_a = m_a + std::log2(z);
+    out.lse_b = m_b + std::log2(sum(z_b));
     out.shift = m_b - m_a + gap;
     std::int64_t missing = -padded;
     for (int i = 0; i < lanes<VD>; ++i) missing += holes[i];
-    if (missing > 0 || std::fabs(m_a) > 0x1p60 || std::fabs(m_b) > 0x1p60) out.verdict = Verdict::holes;
+    if (missing > 0 || largest(reach) > 0x1p60) out.verdict = Verdict::holes;
     if (any<VD>(infinite)) {
         out.divergence = __builtin_inf();
         out.verdict = Verdict::infinite;

@@ -74,7 +74,13 @@ KL_INLINE VF scale(VF p, Reduced<VF> x) {
 KL_INLINE VD scale(VD p, Reduced<VD> x) {
     return bits<VD>(_mm512_scalef_pd(bits<__m512d>(p), bits<__m512d>(x.n)));
 }
-KL_INLINE VF integer(Reduced<VF> x) { return x.n; }
+template <class V>
+KL_INLINE V integer(Reduced<V> x) {
+    return x.n;
+}
+// The smaller of |x| and 1 with the sign of x; 1 for NaN.
+KL_INLINE VF within_one(VF x) { return bits<VF>(_mm512_range_ps(bits<__m512>(x), bits<__m512>(splat<VF>(1)), 2)); }
+KL_INLINE VD within_one(VD x) { return bits<VD>(_mm512_range_pd(bits<__m512d>(x), bits<__m512d>(splat<VD>(1)), 2)); }
 #else
 template <class V>
 KL_INLINE V clamp_exponent(V x) {
@@ -96,6 +102,11 @@ template <class V>
 KL_INLINE V integer(Reduced<V> x) {
     return x.n - Traits<V>::round_magic;
 }
+// A clamped exponent is only ever too high, so nothing above needs holding.
+template <class V>
+KL_INLINE V within_one(V x) {
+    return max(x, splat<V>(-1));
+}
 #endif
 
 // 2^r * 2^n.  fp32: 2.5 ulp.
@@ -104,11 +115,17 @@ KL_INLINE V exp2_reduced(Reduced<V> x) {
     return scale(mad(horner(Poly<V>::exp2, x.r), x.r, splat<V>(1)), x);
 }
 
-// 2^x.  fp32: 2.5 ulp on [-125, 126]; below it a number under 2^-124, above it one over 2^125; NaN
-// gives NaN with AVX-512 and anything elsewhere.
+// 2^x.  fp32: 2.5 ulp on [-125, 126]; below it under 2^-124 and in the end 0, above it over 2^125;
+// NaN gives NaN with AVX-512 and anything elsewhere.
 template <class V>
 KL_INLINE V exp2(V x) {
-    return exp2_reduced(reduce(clamp_exponent(x)));
+    const V y = exp2_reduced(reduce(clamp_exponent(x)));
+#if KL_WIDTH == 64
+    return y;
+#else
+    // What the clamp leaves of a weight that is nothing must not count where it meets an x of 1e38.
+    return bits<V>(bits<Mask<V>>(y) & Mask<V>(x >= splat<V>(-Traits<V>::bias + 2)));
+#endif
 }
 
 // (2^x - 1 - x ln 2) / ln 2, which is never negative.  fp32: 8 ulp for finite x up to 126. Where x

@@ -79,7 +79,7 @@ void write(const RowResult& result, R* value, R* stats) {
         parts[1] = static_cast<R>(x - static_cast<double>(parts[0]));
     };
     *value = static_cast<R>(result.divergence);
-    split(result.lse, stats + kLseHi);
+    split(result.lse_a, stats + kLseHi);
     split(result.shift, stats + kShiftHi);
     stats[kDivergence] = static_cast<R>(result.divergence);
     stats[kVerdict] = static_cast<R>(static_cast<int>(result.verdict));
@@ -89,8 +89,9 @@ void write(const RowResult& result, R* value, R* stats) {
 template <class R>
 RowScalars read(const Problem& p, const R* stats, R row_scale) {
     RowScalars s;
-    s.lse = static_cast<double>(stats[kLseHi]) + static_cast<double>(stats[kLseLo]);
+    s.lse_a = static_cast<double>(stats[kLseHi]) + static_cast<double>(stats[kLseLo]);
     s.shift = static_cast<double>(stats[kShiftHi]) + static_cast<double>(stats[kShiftLo]);
+    s.lse_b = s.lse_a + s.shift;
     s.divergence = static_cast<double>(stats[kDivergence]);
     s.verdict = static_cast<Verdict>(static_cast<int>(stats[kVerdict]));
     s.coefficient_a = static_cast<double>(row_scale) * p.a.scale;
@@ -102,7 +103,7 @@ RowResult settle(const Layout& layout, const Row& row, const State& state) {
     RowResult result = finish(state);
     if (!result.trusted) return layout.k.careful(row);
     if (result.sums_b_too) {
-        result.shift = layout.k.lse_b(row) - result.lse;
+        result.shift = layout.k.lse_b(row) - result.lse_a;
         if (result.verdict != Verdict::infinite)
             result.divergence = std::max(0.0, (result.shift - result.mean_d) / Row::kLog2e);
     }

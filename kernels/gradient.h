@@ -34,8 +34,8 @@ struct RowConstants {
             hi = all(top);
             lo = all(lse - top + lse * share);
         };
-        split(row.lse, lse_a_hi, lse_a_lo);
-        split(row.lse + row.shift, lse_b_hi, lse_b_lo);
+        split(row.lse_a, lse_a_hi, lse_a_lo);
+        split(row.lse_b, lse_b_hi, lse_b_lo);
         shift_hi = all(row.shift);
         shift_lo = all(low(row.shift));
         divergence = all(row.divergence * kLog2e);
@@ -46,20 +46,12 @@ struct RowConstants {
 
 // 2^(z k - lse), with one rounding of an argument that is at most 1/2: lse_hi lies on a grid so coarse
 // that adding an integer to it is exact. Rounding z k - lse itself would cost 2e-6 at 2^-64.
-template <bool Guard, class V>
+// Where z is so far down that its product has lost its fraction, r is held to one: the result is 0
+// through n then, and must not become inf * 0.
+template <class V>
 KL_INLINE V probability(V z, const RowConstants<V>& row, V lse_hi, V lse_lo) {
-    const V k = row.k;
-    V whole = fma(z, k, -lse_hi);
-#if KL_WIDTH == 64
-    if constexpr (Guard) whole = max(whole, splat<V>(-300));
-    Reduced<V> e = reduce(whole);
-    e.r = fma(z, k, -(lse_hi + e.n)) + fma(z, row.k_lo, -lse_lo);
-    if constexpr (Guard) e.r = max(e.r, splat<V>(-1));
-#else
-    // The exponent has been clamped, so r may be anything below; there the result is as good as 0.
-    Reduced<V> e = reduce(clamp_exponent(whole));
-    e.r = max(fma(z, k, -(lse_hi + integer(e))) + fma(z, row.k_lo, -lse_lo), splat<V>(-1));
-#endif
+    Reduced<V> e = reduce(clamp_exponent(fma(z, row.k, -lse_hi)));
+    e.r = within_one(fma(z, row.k, -(lse_hi + integer(e))) + fma(z, row.k_lo, -lse_lo));
     return exp2_reduced(e);
 }
 
@@ -85,22 +77,27 @@ KL_INLINE Gradients<V> gradient_of(V a, V b, const RowConstants<V>& row) {
         r += fma(difference_error(b, a, d), row.k, -row.shift_lo);
     else
         r -= row.shift_lo;
-    if constexpr (Holes) r = min(max(r, splat<V>(-0x1p100f)), splat<V>(0x1p100f));
+    // So that an r past the format's range meets a p of 0, or of 2^-125, as a number. Where such an r
+    // counts the row is vast, and fp64 works on it.
+    if constexpr (Holes) {
+        constexpr S limit = static_cast<S>(sizeof(S) == 4 ? 0x1p60 : 0x1p500);
+        r = min(max(r, splat<V>(-limit)), splat<V>(limit));
+    }
 
     Gradients<V> out{zero, zero};
     if constexpr (ToA) {
-        const V p = probability<Holes>(a, row, row.lse_a_hi, row.lse_a_lo);
+        const V p = probability(a, row, row.lse_a_hi, row.lse_a_lo);
         out.a = p * (r + row.divergence) * row.coefficient_a;
         if constexpr (Holes) out.a = no_a ? zero : out.a;
     }
     if constexpr (ToB) {
         const Mask<V> b_larger = r > zero;
-        const V larger = probability<Holes>(b_larger ? b : a, row, b_larger ? row.lse_b_hi : row.lse_a_hi,
+        const V larger = probability(b_larger ? b : a, row, b_larger ? row.lse_b_hi : row.lse_a_hi,
                                             b_larger ? row.lse_b_lo : row.lse_a_lo);
         V difference = with_sign(larger * one_minus_exp2_neg(r), r);
         if constexpr (Holes) {
-            const V p = probability<true>(a, row, row.lse_a_hi, row.lse_a_lo);
-            const V q = probability<true>(b, row, row.lse_b_hi, row.lse_b_lo);
+            const V p = probability(a, row, row.lse_a_hi, row.lse_a_lo);
+            const V q = probability(b, row, row.lse_b_hi, row.lse_b_lo);
             difference = no_a ? q : no_b ? -p : difference;
             difference = (no_a & no_b) ? zero : difference;
         }

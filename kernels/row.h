@@ -29,7 +29,7 @@ struct Row {
 
 // What gradient kernels know about a row.
 struct RowScalars {
-    double lse, shift, divergence;
+    double lse_a, lse_b, shift, divergence;
     Verdict verdict;
     double coefficient_a, coefficient_b;  // row_scale / temperature
 };

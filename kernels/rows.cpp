@@ -44,6 +44,8 @@ double lse_b_as(const Row& row) {
     return static_cast<double>(m) + std::log2(z);
 }
 
+RowResult careful_row(const Row& row) { return careful(row); }
+
 double lse_b(const Row& row) {
     switch (row.dtype_b) {
         case Dtype::bf16: return lse_b_as<Bf16>(row);
@@ -65,7 +67,7 @@ State collect(const Row& row, std::int64_t first, std::int64_t last) {
 // lse to the precision that its subtraction needs.
 bool are_vast(const RowScalars& s) {
     constexpr double limit = 0x1p20;
-    return !(std::fabs(s.lse) < limit) || !(std::fabs(s.lse + s.shift) < limit) ||
+    return !(std::fabs(s.lse_a) < limit) || !(std::fabs(s.lse_b) < limit) ||
            (s.divergence > limit && s.divergence < __builtin_inf());
 }
 
@@ -108,9 +110,10 @@ void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Desti
     if (to_a.data == nullptr && to_b.data == nullptr) return;
 
     if (are_vast(scalars)) {
-        const RowResult again = careful(row);
+        const CarefulResult again = careful(row);
         RowScalars wide = scalars;
-        wide.lse = again.lse;
+        wide.lse_a = again.lse_a;
+        wide.lse_b = again.lse_b;
         wide.shift = again.shift;
         wide.divergence = again.divergence;
         return gradient_through_copies<double>(row, wide, to_a, to_b, first, last);
@@ -142,6 +145,6 @@ void elementary(int which, const float* x, float* y, std::int64_t n) {
 #define KL_STRING(x) KL_STRING_(x)
 
 extern const Kernels kernels;
-const Kernels kernels{KL_STRING(KL_ISA), kBlock, collect, careful, lse_b, gradient, elementary};
+const Kernels kernels{KL_STRING(KL_ISA), kBlock, collect, careful_row, lse_b, gradient, elementary};
 
 }  // namespace kl::KL_ISA

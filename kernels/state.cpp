@@ -28,7 +28,7 @@ State seen_from(Frame to, const State& s) {
         out.a2 = std::exp(-h) * s.a2 + std::expm1(-h) * s.a1 + s.z * (g(-h) / kLn2);
     }
     const double weight_of_b = std::exp2(static_cast<double>(s.frame.m + s.frame.c) - static_cast<double>(to.m + to.c));
-    if (weight == 0 && weight_of_b == 0) {
+    if (weight == 0 && weight_of_b == 0 && std::isfinite(s.a2)) {
         // Columns masked with a number such as -1e9: whatever was summed there, it is nothing here.
         out.z = out.a1 = out.a2 = out.spent = 0;
         return out;
@@ -74,7 +74,7 @@ double divergence_from(double mean_x, double mean_g) {
 
 RowResult nan_result() {
     RowResult out;
-    out.divergence = out.lse = out.shift = std::numeric_limits<double>::quiet_NaN();
+    out.divergence = out.lse_a = out.shift = std::numeric_limits<double>::quiet_NaN();
     out.verdict = Verdict::nan;
     return out;
 }
@@ -88,13 +88,13 @@ RowResult finish(const State& s) {
     }
     const double mean_x = kLn2 * s.a1 / s.z, mean_g = kLn2 * s.a2 / s.z, y = mean_x + mean_g;
     RowResult out;
-    out.lse = static_cast<double>(s.frame.m) + std::log2(s.z);
+    out.lse_a = static_cast<double>(s.frame.m) + std::log2(s.z);
     out.shift = static_cast<double>(s.frame.c) + std::log1p(y) / kLn2;
     out.divergence = divergence_from(mean_x, mean_g);
     out.mean_d = static_cast<double>(s.frame.c) + s.a1 / s.z;
     if (s.flags & (kSawHole | kSawVast)) out.verdict = Verdict::holes;
     // Past 2^20 an fp32 holds too little of m and c to subtract them.
-    out.trusted = std::isfinite(s.z) && std::isfinite(s.a1) && std::isfinite(s.a2) &&
+    out.trusted = !(s.flags & kSawHugeA) && std::isfinite(s.z) && std::isfinite(s.a1) && std::isfinite(s.a2) &&
                   std::fabs(s.frame.m) < 0x1p20f && std::fabs(s.frame.c) < 0x1p20f;
     if (s.flags & kSawInfinite) {
         // Columns that b excludes pull y towards -1, where 1 + y is what is left of a subtraction.

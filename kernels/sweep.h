@@ -22,6 +22,7 @@ constexpr std::int64_t kAhead = 1024;        // columns: the hardware prefetcher
 // Above this x (in ln 2), 2^x may outweigh a 2^(a-m) that has already underflowed to nothing.
 constexpr double kLargeX = 57;
 constexpr double kTail = 16, kFarTail = 32;
+constexpr float kHugeA = 0x1p20f;
 constexpr double kLargeSum = 0x1p100;
 
 constexpr float kVast = 0x1p100f;  // beyond it products with log2(e) / temperature may overflow
@@ -232,12 +233,14 @@ private:
             if (is_usable(s)) {
                 State out{frame, s.z, s.a1, s.a2, s.a2, kSawB};
                 if (coarse) out.flags |= kSawRounding;
+                if (frame.m > kHugeA) out.flags |= kSawHugeA;
                 if (s.largest_x > kTail) out.flags |= kSawTail;
                 if (s.largest_x > kFarTail) out.flags |= kSawFarTail;
                 return out;
             }
         }
-        const State out = sweep_holes(in, scale_, frame_for(in, scale_, frame.c));
+        State out = sweep_holes(in, scale_, frame_for(in, scale_, frame.c));
+        if (out.frame.m > kHugeA) out.flags |= kSawHugeA;
         expect_holes_ = (out.flags & (kSawHole | kSawVast | kSawLargeX)) != 0;
         return out;
     }
