@@ -95,8 +95,8 @@ KL_INLINE Reduced<V> reduce(V x) {
 }
 template <class V>
 KL_INLINE V scale(V p, Reduced<V> x) {
-    using I = Mask<V>;
-    return bits<V>(bits<I>(p) + (bits<I>(x.n) << Traits<V>::mantissa));
+    using U = typename Traits<V>::Unsigned;
+    return bits<V>(bits<U>(p) + (bits<U>(x.n) << Traits<V>::mantissa));
 }
 template <class V>
 KL_INLINE V integer(Reduced<V> x) {

@@ -17,9 +17,9 @@ struct Job {
     Task task;
     void* context;
     std::int64_t items;
-    int helpers_wanted;
+    int helpers_wanted;  // this and the next but one are guarded by the pool's mutex
     std::atomic<std::int64_t> next{0};
-    int helpers_inside = 0;  // guarded by the pool's mutex
+    int helpers_inside = 0;
 
     void work() {
         for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) task(context, i);
@@ -29,13 +29,14 @@ struct Job {
 class Pool {
 public:
     void run(Job& job) {
+        const int helpers = job.helpers_wanted;
         {
             std::lock_guard lock(mutex_);
-            for (; started_ < job.helpers_wanted && started_ < kMostHelpers; ++started_)
+            for (; started_ < helpers && started_ < kMostHelpers; ++started_)
                 std::thread([this] { help(); }).detach();
             open_.push_back(&job);
         }
-        for (int i = 0; i < job.helpers_wanted; ++i) wake_.notify_one();
+        for (int i = 0; i < helpers; ++i) wake_.notify_one();
         job.work();
         std::unique_lock lock(mutex_);
         // A helper that is still asleep must not find a job whose caller has gone.

@@ -33,6 +33,7 @@ typedef std::int32_t VI __attribute__((vector_size(KL_WIDTH)));
 typedef std::uint32_t VU __attribute__((vector_size(KL_WIDTH)));
 typedef double VD __attribute__((vector_size(KL_WIDTH)));
 typedef std::int64_t VL __attribute__((vector_size(KL_WIDTH)));
+typedef std::uint64_t VUL __attribute__((vector_size(KL_WIDTH)));
 
 template <class V>
 struct Traits;
@@ -40,6 +41,7 @@ template <>
 struct Traits<VF> {
     using Scalar = float;
     using Int = VI;
+    using Unsigned = VU;
     static constexpr int mantissa = 23, bias = 127;
     static constexpr std::int32_t sign = INT32_MIN;
     static constexpr float round_magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
@@ -48,6 +50,7 @@ template <>
 struct Traits<VD> {
     using Scalar = double;
     using Int = VL;
+    using Unsigned = VUL;
     static constexpr int mantissa = 52, bias = 1023;
     static constexpr std::int64_t sign = INT64_MIN;
     static constexpr double round_magic = 6755399441055744.0;  // 1.5 * 2^52

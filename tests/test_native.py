@@ -544,7 +544,7 @@ FUZZ = """
     import sys, numpy as np, torch
     from kl_gpu import native
     rng = np.random.default_rng(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
-    out = []
+    out, slack = [], []
     for dtype, raw in [(torch.float32, np.uint32), (torch.bfloat16, np.uint16), (torch.float16, np.uint16)]:
         for columns in ROWS:
             rows = 100_000 // columns + 2
@@ -560,8 +560,10 @@ FUZZ = """
                 native.gradient(s, t, None, stats, torch.ones_like(value), kind, 1.0, 1.0, *grads)
                 # The bound on the weights' side grows with the row's divergence.
                 scale = value.double().nan_to_num(posinf=1.0).clamp(min=1.0)[:, None]
-                out += [value.numpy(), *((g[0].double() / scale).float().numpy().ravel() for g in grads)]
-    np.save(PATH, np.concatenate(out))
+                out += [value.double().numpy(), *((g[0].double() / scale).numpy().ravel() for g in grads)]
+                # Two results within the bound may still round to neighbouring 16-bit numbers.
+                slack += [np.full(len(x), r) for x, r in zip(out[-3:], [0, *2 * [torch.finfo(dtype).eps]])]
+    np.save(PATH, np.stack([np.concatenate(out), np.concatenate(slack)]))
 """
 
 
@@ -571,10 +573,11 @@ def test_instruction_sets_agree_on_any_bits(tmp_path):
     for isa in native.supported_isas():
         path = str(tmp_path / f"{isa}.npy")
         run_with_isa(isa, FUZZ.replace("ROWS", repr(columns)).replace("PATH", repr(path)))
-        results[isa] = np.load(path).astype(np.float64)
+        results[isa], slack = np.load(path)
     first, *others = results.values()
     for other in others:
         np.testing.assert_array_equal(np.isnan(first), np.isnan(other))
         np.testing.assert_array_equal(np.isinf(first), np.isinf(other))
         finite = np.isfinite(first)
-        np.testing.assert_allclose(first[finite], other[finite], rtol=1e-5, atol=5e-6)
+        apart = np.abs(first[finite] - other[finite])
+        assert (apart <= 5e-6 + (1e-5 + slack[finite]) * np.abs(first[finite])).all()
