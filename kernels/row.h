@@ -48,7 +48,10 @@ struct Kernels {
     // stream: store past the cache.
     void (*gradient)(const Row&, const RowScalars&, Destination to_a, Destination to_b, std::int64_t first,
                      std::int64_t last, bool stream);
-    void (*elementary)(int which, const float* x, float* y, std::int64_t n);  // for tests
+    // For tests and benches.
+    void (*elementary)(int which, const float* x, float* y, std::int64_t n);
+    std::uint64_t (*probe_read)(const char* a, const char* b, std::int64_t bytes);
+    void (*probe_write)(const char* a, const char* b, char* to, std::int64_t bytes);
 };
 
 }  // namespace kl

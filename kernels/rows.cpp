@@ -139,12 +139,41 @@ void elementary(int which, const float* x, float* y, std::int64_t n) {
     }
 }
 
+constexpr std::int64_t kProbeStep = 4 * kWidth, kProbeAhead = 4096;
+
+KL_INLINE void prefetch_step(const char* p) {
+    for (std::int64_t line = 0; line < kProbeStep; line += 64) __builtin_prefetch(p + kProbeAhead + line);
+}
+
+std::uint64_t probe_read(const char* a, const char* b, std::int64_t bytes) {
+    VU sums[4] = {};
+    for (std::int64_t i = 0; i + kProbeStep <= bytes; i += kProbeStep) {
+        prefetch_step(a + i);
+        prefetch_step(b + i);
+        for (int j = 0; j < 4; ++j) sums[j] ^= load<VU>(a + i + j * kWidth) ^ load<VU>(b + i + j * kWidth);
+    }
+    std::uint64_t total = 0;
+    for (const VU& s : sums)
+        for (int i = 0; i < lanes<VF>; ++i) total ^= s[i];
+    return total;
+}
+
+void probe_write(const char* a, const char* b, char* to, std::int64_t bytes) {
+    for (std::int64_t i = 0; i + kProbeStep <= bytes; i += kProbeStep) {
+        prefetch_step(a + i);
+        prefetch_step(b + i);
+        for (int j = 0; j < 4; ++j)
+            stream(to + i + j * kWidth, load<VU>(a + i + j * kWidth) ^ load<VU>(b + i + j * kWidth));
+    }
+    stream_fence();
+}
+
 }  // namespace
 
 #define KL_STRING_(x) #x
 #define KL_STRING(x) KL_STRING_(x)
 
 extern const Kernels kernels;
-const Kernels kernels{KL_STRING(KL_ISA), kBlock, collect, careful_row, lse_b, gradient, elementary};
+const Kernels kernels{KL_STRING(KL_ISA), kBlock, collect, careful_row, lse_b, gradient, elementary, probe_read, probe_write};
 
 }  // namespace kl::KL_ISA

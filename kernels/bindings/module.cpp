@@ -9,6 +9,7 @@
 
 #include "../contract.h"
 #include "../dispatch.h"
+#include "../probe.h"
 
 namespace nb = nanobind;
 
@@ -70,5 +71,14 @@ NB_MODULE(_native, m) {
     m.def("elementary", [](int which, Address x, Address y, std::int64_t n) {
         nb::gil_scoped_release unlocked;
         kl::kernels().elementary(which, pointer<const float>(x), pointer<float>(y), n);
+    });
+    // For bench/: what memory gives to code that only reads, or reads and writes.
+    m.def("probe_read", [](Address a, Address b, std::int64_t bytes, int threads) {
+        nb::gil_scoped_release unlocked;
+        return kl::probe_read(pointer(a), pointer(b), bytes, threads);
+    });
+    m.def("probe_write", [](Address a, Address b, Address to, std::int64_t bytes, int threads) {
+        nb::gil_scoped_release unlocked;
+        kl::probe_write(pointer(a), pointer(b), pointer(to), bytes, threads);
     });
 }
