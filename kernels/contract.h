@@ -1,0 +1,78 @@
+// What a caller hands to the kernels and what it gets back: pointers, strides, sizes, row scalars.
+//
+// KL(a||b) is always written from the weights' side `a` to the other side `b`; which of them is
+// the student is the caller's business.
+#pragma once
+
+#include <cstdint>
+
+namespace kl {
+
+enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
+
+// A logits tensor [A, B, V] whose last stride is 1; the leading strides count elements and may be 0.
+struct Logits {
+    const void* data;
+    std::int64_t stride_a, stride_b;
+    Dtype dtype;
+    double scale;  // 1 / temperature
+};
+
+// Where a gradient goes; data == nullptr where nobody asked for it.
+struct Gradient {
+    void* data;
+    std::int64_t stride_a, stride_b;
+    Dtype dtype;
+};
+
+// bool [A, B]; data == nullptr means every row counts.
+struct RowMask {
+    const std::uint8_t* data;
+    std::int64_t stride_a, stride_b;
+};
+
+struct Problem {
+    Logits a, b;
+    RowMask rows;
+    std::int64_t size_a, size_b, columns;
+    int threads;
+};
+
+// Numbers kept per row between value and gradient. Exponents and differences are in units of ln 2
+// and split into a high and a low part, because one fp32 cannot hold them well enough.
+enum Stat : int {
+    kLseHi = 0,    // log2 sum 2^a
+    kLseLo = 1,
+    kShiftHi = 2,  // log2 sum 2^b - log2 sum 2^a
+    kShiftLo = 3,
+    kDivergence = 4,
+    kVerdict = 5,  // a Verdict
+    kSpare = 6,
+    kStats = 7,
+};
+
+enum class Verdict : int {
+    plain = 0,     // every logit of the row is finite
+    holes = 1,     // -inf somewhere: some columns have no mass on one side or on both
+    infinite = 2,  // b excludes a token that a allows: the value is +inf
+    nan = 3,       // NaN or +inf somewhere, or a side with no mass at all
+    zero = 4,      // one column: nothing can diverge
+};
+
+// Value and stats hold fp64 where `wide`, else fp32; [A*B] and [A*B, kStats], contiguous.
+void value(const Problem&, bool wide, void* value, void* stats);
+
+// row_scale [A*B] in the stats' dtype. A gradient may be written over the logits it belongs to.
+void gradient(const Problem&, bool wide, const void* stats, const void* row_scale, const Gradient& to_a,
+              const Gradient& to_b);
+
+// Both in one visit of each row, for callers who know row_scale beforehand: the second read of a
+// row's logits then comes from cache.
+void value_and_gradient(const Problem&, bool wide, const void* row_scale, void* value, void* stats,
+                        const Gradient& to_a, const Gradient& to_b);
+
+// The instruction set in use, and all that this processor can run, best first, separated by commas.
+const char* isa();
+const char* supported_isas();
+
+}  // namespace kl

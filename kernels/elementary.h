@@ -1,0 +1,160 @@
+// Exponentials in base 2, so that the range reduction is exact and needs one subtraction.
+// Errors are stated in ulp of the result (units of 2^-24 relative for fp32) and are what
+// tests/test_native.py asserts over every exponent and 10^7 points.
+#pragma once
+
+#include "simd.h"
+
+namespace kl::KL_ISA {
+
+constexpr double kLn2 = 0.69314718055994530942;
+constexpr double kLog2e = 1.44269504088896340736;
+
+template <class V, int N>
+KL_INLINE V horner(const double (&c)[N], V x) {
+    using S = typename Traits<V>::Scalar;
+    V p = splat<V>(static_cast<S>(c[N - 1]));
+    for (int i = N - 2; i >= 0; --i) p = mad(p, x, splat<V>(static_cast<S>(c[i])));
+    return p;
+}
+
+// Minimax on [-1/2, 1/2].
+template <class V>
+struct Poly;
+template <>
+struct Poly<VF> {
+    // (2^r - 1) / r so that 1 + r*P is 2^r to 9.2e-8.
+    static constexpr double exp2[] = {0.693146978045, 0.240222424012, 0.0555073346366, 0.0096714979858,
+                                      0.00132647542076};
+    // (2^r - 1) / r itself to 1.1e-8.
+    static constexpr double expm1[] = {0.693147187927, 0.24022649795,    0.055503574337,
+                                       0.00961823749116, 0.00133907354655, 0.000154035137217};
+    // (2^r - 1 - r ln 2) / (r^2 ln 2) to 1.3e-7.
+    static constexpr double g[] = {0.346573587181, 0.0800750730506, 0.0138760893312, 0.00193050633483,
+                                   0.000222424323718};
+};
+template <>
+struct Poly<VD> {
+    static constexpr double exp2[] = {0.6931471805599453257,    0.2402265069591013106,    0.05550410866482008801,
+                                      0.009618129107594188279,  0.00133335581467740002,   0.0001540353045703662277,
+                                      0.00001525273349343777449, 1.321543531613339281e-6, 1.017819951861206878e-7,
+                                      7.073777938330788397e-9,  4.43477146917858287e-10};
+    static constexpr const double (&expm1)[11] = exp2;
+    static constexpr double g[] = {0.3465735902799726548,    0.08007550231970025808,   0.01387602716620537893,
+                                   0.001923625821524041299,  0.0002222259691076057918, 0.00002200504345621553332,
+                                   1.90659172121493627e-6,   1.468384026360645094e-7,  1.017809723349267798e-8,
+                                   6.427141184127395424e-10, 3.706854448848525724e-11};
+};
+
+// x = n + r with integer n and |r| <= 1/2; scale(p, n) is p * 2^n.
+//
+// With AVX-512 both are single instructions and right for every x. Elsewhere n is taken from the
+// low bits of x + magic, and x must have been clamped to the exponents that the format can hold.
+template <class V>
+struct Reduced {
+    V r, n;
+};
+
+#if KL_WIDTH == 64
+template <class V>
+KL_INLINE V clamp_exponent(V x) {
+    return x;
+}
+KL_INLINE Reduced<VF> reduce(VF x) {
+    VF n = bits<VF>(_mm512_roundscale_ps(bits<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return {x - n, n};
+}
+KL_INLINE Reduced<VD> reduce(VD x) {
+    VD n = bits<VD>(_mm512_roundscale_pd(bits<__m512d>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return {x - n, n};
+}
+KL_INLINE VF scale(VF p, Reduced<VF> x) {
+    return bits<VF>(_mm512_scalef_ps(bits<__m512>(p), bits<__m512>(x.n)));
+}
+KL_INLINE VD scale(VD p, Reduced<VD> x) {
+    return bits<VD>(_mm512_scalef_pd(bits<__m512d>(p), bits<__m512d>(x.n)));
+}
+template <class V>
+KL_INLINE V integer(Reduced<V> x) {
+    return x.n;
+}
+// The smaller of |x| and 1 with the sign of x; 1 for NaN.
+KL_INLINE VF within_one(VF x) { return bits<VF>(_mm512_range_ps(bits<__m512>(x), bits<__m512>(splat<VF>(1)), 2)); }
+KL_INLINE VD within_one(VD x) { return bits<VD>(_mm512_range_pd(bits<__m512d>(x), bits<__m512d>(splat<VD>(1)), 2)); }
+#else
+template <class V>
+KL_INLINE V clamp_exponent(V x) {
+    using S = typename Traits<V>::Scalar;
+    constexpr S limit = Traits<V>::bias - 1;
+    return min(splat<V>(limit), max(splat<V>(-limit + 1), x));
+}
+template <class V>
+KL_INLINE Reduced<V> reduce(V x) {
+    V t = x + Traits<V>::round_magic;
+    return {x - (t - Traits<V>::round_magic), t};
+}
+template <class V>
+KL_INLINE V scale(V p, Reduced<V> x) {
+    using U = typename Traits<V>::Unsigned;
+    return bits<V>(bits<U>(p) + (bits<U>(x.n) << Traits<V>::mantissa));
+}
+template <class V>
+KL_INLINE V integer(Reduced<V> x) {
+    return x.n - Traits<V>::round_magic;
+}
+// A clamped exponent is only ever too high, so nothing above needs holding.
+template <class V>
+KL_INLINE V within_one(V x) {
+    return max(x, splat<V>(-1));
+}
+#endif
+
+// 2^r * 2^n.  fp32: 2.5 ulp.
+template <class V>
+KL_INLINE V exp2_reduced(Reduced<V> x) {
+    return scale(mad(horner(Poly<V>::exp2, x.r), x.r, splat<V>(1)), x);
+}
+
+// 2^x.  fp32: 2.5 ulp on [-125, 126]; below it under 2^-124 and in the end 0, above it over 2^125;
+// NaN gives NaN with AVX-512 and anything elsewhere.
+template <class V>
+KL_INLINE V exp2(V x) {
+    const V y = exp2_reduced(reduce(clamp_exponent(x)));
+#if KL_WIDTH == 64
+    return y;
+#else
+    // What the clamp leaves of a weight that is nothing must not count where it meets an x of 1e38.
+    return bits<V>(bits<Mask<V>>(y) & Mask<V>(x >= splat<V>(-Traits<V>::bias + 2)));
+#endif
+}
+
+// (2^x - 1 - x ln 2) / ln 2, which is never negative.  fp32: 8 ulp for finite x up to 126. Where x
+// rounds to n = 0 the terms beside the polynomial vanish exactly, so no blend is needed.
+template <class V>
+KL_INLINE V g2(V x) {
+    using S = typename Traits<V>::Scalar;
+    const V log2e = splat<V>(static_cast<S>(kLog2e));
+    Reduced<V> e = reduce(clamp_exponent(x));
+    V two_n = scale(splat<V>(1), e);
+    V scaled = two_n * e.r;
+    // In this order the large terms meet first and leave without a rounding.
+    V rest = mad(two_n, e.r, mad(two_n, log2e, -log2e)) - x;
+    return mad(scaled, e.r * horner(Poly<V>::g, e.r), rest);
+}
+
+// 1 - 2^-|x|, for infinite x too.  fp32: 3 ulp.
+template <class V>
+KL_INLINE V one_minus_exp2_neg(V x) {
+    Reduced<V> e = reduce(max(splat<V>(-100), -abs(x)));
+    V two_n = scale(splat<V>(1), e);
+    return (splat<V>(1) - two_n) - two_n * (e.r * horner(Poly<V>::expm1, e.r));
+}
+
+// The rounding error of hi = x - y (Knuth): x - y == hi + error, exactly.
+template <class V>
+KL_INLINE V difference_error(V x, V y, V hi) {
+    V t = hi - x;
+    return (x - (hi - t)) - (y + t);
+}
+
+}  // namespace kl::KL_ISA

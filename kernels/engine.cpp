@@ -1,0 +1,237 @@
+// Who does which part of a problem: rows over threads, and where there are fewer rows than threads,
+// blocks of a row over threads. A row's state is folded from the same blocks in the same order either
+// way, so its bits depend on nothing but the row.
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "contract.h"
+#include "dispatch.h"
+#include "pool.h"
+#include "row.h"
+
+namespace kl {
+namespace {
+
+constexpr std::int64_t kGrain = 32768;                   // columns worth handing to another thread
+constexpr std::int64_t kStreamBytes = 4 * 1024 * 1024;  // smaller gradients stay in cache for their reader
+
+std::int64_t size_of(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
+
+template <class T, class Side>
+T* row_of(T* data, const Side& side, std::int64_t i, std::int64_t j) {
+    const std::int64_t offset = (i * side.stride_a + j * side.stride_b) * size_of(side.dtype);
+    return static_cast<T*>(static_cast<std::conditional_t<std::is_const_v<T>, const char*, char*>>(data) + offset);
+}
+
+struct Layout {
+    const Problem& p;
+    const Kernels& k;
+
+    std::int64_t rows() const { return p.size_a * p.size_b; }
+    std::int64_t blocks() const { return (p.columns + k.block - 1) / k.block; }
+    bool counts(std::int64_t r) const {
+        return p.rows.data == nullptr ||
+               p.rows.data[r / p.size_b * p.rows.stride_a + r % p.size_b * p.rows.stride_b] != 0;
+    }
+    Row row(std::int64_t r) const {
+        const std::int64_t i = r / p.size_b, j = r % p.size_b;
+        return {row_of(p.a.data, p.a, i, j), row_of(p.b.data, p.b, i, j), p.a.dtype, p.b.dtype,
+                p.a.scale, p.b.scale, p.columns};
+    }
+    Destination to(const Gradient& g, std::int64_t r) const {
+        if (g.data == nullptr) return {nullptr, g.dtype};
+        return {row_of(g.data, g, r / p.size_b, r % p.size_b), g.dtype};
+    }
+    State block(const Row& row, std::int64_t n) const {
+        return k.collect(row, n * k.block, std::min(p.columns, (n + 1) * k.block));
+    }
+
+    // Rows per item of work, and whether rows are split at all.
+    std::int64_t rows_per_item() const { return std::max<std::int64_t>(1, kGrain / std::max<std::int64_t>(p.columns, 1)); }
+    bool splits_rows() const { return p.threads > 1 && blocks() > 1 && rows() < 2 * static_cast<std::int64_t>(p.threads); }
+};
+
+// Calls f(row) for every row, over threads.
+template <class F>
+void for_each_row(const Layout& layout, F f) {
+    const std::int64_t step = layout.rows_per_item(), rows = layout.rows();
+    auto item = [&](std::int64_t i) {
+        for (std::int64_t r = i * step; r < std::min(rows, (i + 1) * step); ++r) f(r);
+    };
+    run_items((rows + step - 1) / step, layout.p.threads, [](void* c, std::int64_t i) { (*static_cast<decltype(item)*>(c))(i); },
+              &item);
+}
+
+// Calls f(row, block) for every block of every row, over threads.
+template <class F>
+void for_each_block(const Layout& layout, F f) {
+    const std::int64_t blocks = layout.blocks();
+    auto item = [&](std::int64_t i) { f(i / blocks, i % blocks); };
+    run_items(layout.rows() * blocks, layout.p.threads,
+              [](void* c, std::int64_t i) { (*static_cast<decltype(item)*>(c))(i); }, &item);
+}
+
+template <class R>
+void write(const RowResult& result, R* value, R* stats) {
+    const auto split = [](double x, R* parts) {
+        parts[0] = static_cast<R>(x);
+        parts[1] = static_cast<R>(x - static_cast<double>(parts[0]));
+    };
+    *value = static_cast<R>(result.divergence);
+    split(result.lse_a, stats + kLseHi);
+    split(result.shift, stats + kShiftHi);
+    stats[kDivergence] = static_cast<R>(result.divergence);
+    stats[kVerdict] = static_cast<R>(static_cast<int>(result.verdict));
+    stats[kSpare] = 0;
+}
+
+template <class R>
+RowScalars read(const Problem& p, const R* stats, R row_scale) {
+    RowScalars s;
+    s.lse_a = static_cast<double>(stats[kLseHi]) + static_cast<double>(stats[kLseLo]);
+    s.shift = static_cast<double>(stats[kShiftHi]) + static_cast<double>(stats[kShiftLo]);
+    s.lse_b = s.lse_a + s.shift;
+    s.divergence = static_cast<double>(stats[kDivergence]);
+    s.verdict = static_cast<Verdict>(static_cast<int>(stats[kVerdict]));
+    s.coefficient_a = static_cast<double>(row_scale) * p.a.scale;
+    s.coefficient_b = static_cast<double>(row_scale) * p.b.scale;
+    return s;
+}
+
+RowResult settle(const Layout& layout, const Row& row, const State& state) {
+    RowResult result = finish(state);
+    if (!result.trusted) return layout.k.careful(row);
+    if (result.sums_b_too) {
+        result.shift = layout.k.lse_b(row) - result.lse_a;
+        if (result.verdict != Verdict::infinite)
+            result.divergence = std::max(0.0, (result.shift - result.mean_d) / Row::kLog2e);
+    }
+    return result;
+}
+
+RowResult one_column(const Layout& layout, const Row& row) {
+    RowResult result = layout.k.careful(row);
+    if (result.verdict != Verdict::nan) {
+        result.divergence = 0;
+        result.verdict = Verdict::zero;
+    }
+    return result;
+}
+
+RowResult look_at(const Layout& layout, const Row& row) {
+    if (row.columns == 1) return one_column(layout, row);
+    if (!row.fits_fp32()) return layout.k.careful(row);
+    State state;
+    for (std::int64_t n = 0; n < layout.blocks(); ++n) state = merge(state, layout.block(row, n));
+    return settle(layout, row, state);
+}
+
+template <class R>
+void write_masked(R* value, R* stats) {
+    *value = 0;
+    std::fill_n(stats, static_cast<int>(kStats), R{0});
+    stats[kVerdict] = static_cast<R>(static_cast<int>(Verdict::zero));
+}
+
+template <class R>
+void value_of(const Problem& p, R* value, R* stats) {
+    const Layout layout{p, kernels()};
+    const bool fp32 = layout.rows() > 0 && layout.row(0).fits_fp32();
+    if (layout.splits_rows() && fp32) {
+        std::vector<State> states(static_cast<std::size_t>(layout.rows() * layout.blocks()));
+        for_each_block(layout, [&](std::int64_t r, std::int64_t n) {
+            if (layout.counts(r)) states[static_cast<std::size_t>(r * layout.blocks() + n)] = layout.block(layout.row(r), n);
+        });
+        for_each_row(layout, [&](std::int64_t r) {
+            if (!layout.counts(r)) return write_masked(value + r, stats + r * kStats);
+            State state;
+            for (std::int64_t n = 0; n < layout.blocks(); ++n)
+                state = merge(state, states[static_cast<std::size_t>(r * layout.blocks() + n)]);
+            write(settle(layout, layout.row(r), state), value + r, stats + r * kStats);
+        });
+        return;
+    }
+    for_each_row(layout, [&](std::int64_t r) {
+        if (!layout.counts(r)) return write_masked(value + r, stats + r * kStats);
+        write(look_at(layout, layout.row(r)), value + r, stats + r * kStats);
+    });
+}
+
+bool streams(const Layout& layout, const Gradient& g, const Logits& logits) {
+    // Over the logits' own memory the lines are in cache already.
+    return g.data != nullptr && g.data != logits.data && layout.rows() * layout.p.columns * size_of(g.dtype) >= kStreamBytes;
+}
+
+template <class R>
+void gradient_of_row(const Layout& layout, std::int64_t r, const R* stats, R row_scale, const Gradient& to_a,
+                     const Gradient& to_b, bool stream, std::int64_t first, std::int64_t last) {
+    RowScalars scalars = read(layout.p, stats, row_scale);
+    if (!layout.counts(r)) {
+        scalars = {};
+        scalars.verdict = Verdict::zero;
+    }
+    layout.k.gradient(layout.row(r), scalars, layout.to(to_a, r), layout.to(to_b, r), first, last, stream);
+}
+
+template <class R>
+void gradient_of(const Problem& p, const R* stats, const R* row_scale, const Gradient& to_a, const Gradient& to_b) {
+    const Layout layout{p, kernels()};
+    const bool stream = streams(layout, to_a, p.a) || streams(layout, to_b, p.b);
+    if (layout.splits_rows()) {
+        for_each_block(layout, [&](std::int64_t r, std::int64_t n) {
+            gradient_of_row(layout, r, stats + r * kStats, row_scale[r], to_a, to_b, stream, n * layout.k.block,
+                            std::min(p.columns, (n + 1) * layout.k.block));
+        });
+        return;
+    }
+    for_each_row(layout, [&](std::int64_t r) {
+        gradient_of_row(layout, r, stats + r * kStats, row_scale[r], to_a, to_b, stream, 0, p.columns);
+    });
+}
+
+template <class R>
+void both_of(const Problem& p, const R* row_scale, R* value, R* stats, const Gradient& to_a, const Gradient& to_b) {
+    const Layout layout{p, kernels()};
+    if (layout.splits_rows()) {
+        value_of(p, value, stats);
+        gradient_of(p, stats, row_scale, to_a, to_b);
+        return;
+    }
+    const bool stream = streams(layout, to_a, p.a) || streams(layout, to_b, p.b);
+    for_each_row(layout, [&](std::int64_t r) {
+        R* const row_stats = stats + r * kStats;
+        if (layout.counts(r))
+            write(look_at(layout, layout.row(r)), value + r, row_stats);
+        else
+            write_masked(value + r, row_stats);
+        gradient_of_row(layout, r, row_stats, row_scale[r], to_a, to_b, stream, 0, p.columns);
+    });
+}
+
+}  // namespace
+
+void value(const Problem& p, bool wide, void* value, void* stats) {
+    if (wide)
+        value_of(p, static_cast<double*>(value), static_cast<double*>(stats));
+    else
+        value_of(p, static_cast<float*>(value), static_cast<float*>(stats));
+}
+
+void gradient(const Problem& p, bool wide, const void* stats, const void* row_scale, const Gradient& to_a,
+              const Gradient& to_b) {
+    if (wide)
+        gradient_of(p, static_cast<const double*>(stats), static_cast<const double*>(row_scale), to_a, to_b);
+    else
+        gradient_of(p, static_cast<const float*>(stats), static_cast<const float*>(row_scale), to_a, to_b);
+}
+
+void value_and_gradient(const Problem& p, bool wide, const void* row_scale, void* value, void* stats,
+                        const Gradient& to_a, const Gradient& to_b) {
+    if (wide)
+        both_of(p, static_cast<const double*>(row_scale), static_cast<double*>(value), static_cast<double*>(stats), to_a, to_b);
+    else
+        both_of(p, static_cast<const float*>(row_scale), static_cast<float*>(value), static_cast<float*>(stats), to_a, to_b);
+}
+
+}  // namespace kl

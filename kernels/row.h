@@ -1,0 +1,57 @@
+// One row as the kernels of every instruction set take it.
+#pragma once
+
+#include "contract.h"
+#include "state.h"
+
+namespace kl {
+
+struct Row {
+    const void *a, *b;
+    Dtype dtype_a, dtype_b;
+    double inverse_temperature_a, inverse_temperature_b;
+    std::int64_t columns;
+
+    static constexpr double kLog2e = 1.44269504088896340736;
+
+    // fp32 arithmetic serves unless fp64 logits ask for more, or two temperatures leave b - a without
+    // a meaning: then the difference of two products must be right to the last bit.
+    bool fits_fp32() const {
+        return dtype_a != Dtype::f64 && dtype_b != Dtype::f64 && inverse_temperature_a == inverse_temperature_b;
+    }
+    double exact_scale() const { return inverse_temperature_a * kLog2e; }
+    float scale() const { return static_cast<float>(exact_scale()); }
+
+    // In fp64, the very factor that the fp32 kernels use where they may use one, so that the two agree.
+    double scale_a() const { return fits_fp32() ? static_cast<double>(scale()) : inverse_temperature_a * kLog2e; }
+    double scale_b() const { return fits_fp32() ? static_cast<double>(scale()) : inverse_temperature_b * kLog2e; }
+};
+
+// What gradient kernels know about a row.
+struct RowScalars {
+    double lse_a, lse_b, shift, divergence;
+    Verdict verdict;
+    double coefficient_a, coefficient_b;  // row_scale / temperature
+};
+
+struct Destination {
+    void* data;  // the row's first column, or nullptr
+    Dtype dtype;
+};
+
+struct Kernels {
+    const char* name;
+    std::int64_t block;  // columns of one unit of work
+    State (*collect)(const Row&, std::int64_t first, std::int64_t last);
+    RowResult (*careful)(const Row&);
+    double (*lse_b)(const Row&);
+    // stream: store past the cache.
+    void (*gradient)(const Row&, const RowScalars&, Destination to_a, Destination to_b, std::int64_t first,
+                     std::int64_t last, bool stream);
+    // For tests and benches.
+    void (*elementary)(int which, const float* x, float* y, std::int64_t n);
+    std::uint64_t (*probe_read)(const char* a, const char* b, std::int64_t bytes);
+    void (*probe_write)(const char* a, const char* b, char* to, std::int64_t bytes);
+};
+
+}  // namespace kl

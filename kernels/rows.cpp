@@ -1,0 +1,179 @@
+// Compiled once per instruction set: everything a row needs, behind one table of functions.
+#include <cmath>
+
+#include "careful.h"
+#include "gradient.h"
+#include "row.h"
+#include "sweep.h"
+
+namespace kl::KL_ISA {
+namespace {
+
+template <class T>
+const T* at(const void* row, std::int64_t column) {
+    return static_cast<const T*>(row) + column;
+}
+
+template <class T>
+State collect_as(const Row& row, std::int64_t first, std::int64_t last) {
+    Collector collector(row.scale());
+    for_each_tile(at<T>(row.a, first), at<T>(row.b, first), last - first,
+                  [&](const Stretch<T>& tile) { collector.take(tile); });
+    return collector.total();
+}
+
+// Two formats: tiles are widened to fp32 in L1 first.
+State collect_mixed(const Row& row, std::int64_t first, std::int64_t last) {
+    Collector collector(row.scale());
+    float a[kTile], b[kTile];
+    for (std::int64_t i = first; i < last; i += kTile) {
+        const std::int64_t n = last - i < kTile ? last - i : kTile;
+        widen_run(row.a, row.dtype_a, i, n, a);
+        widen_run(row.b, row.dtype_b, i, n, b);
+        for_each_tile(a, b, n, [&](const Stretch<float>& tile) { collector.take(tile); });
+    }
+    return collector.total();
+}
+
+template <class T>
+double lse_b_as(const Row& row) {
+    float m = -__builtin_inff();
+    double z = 0;
+    const T* b = at<T>(row.b, 0);
+    for_each_tile(b, b, row.columns, [&](const Stretch<T>& tile) { add_to_lse(tile.b, tile.columns, row.scale(), m, z); });
+    return static_cast<double>(m) + std::log2(z);
+}
+
+RowResult careful_row(const Row& row) { return careful(row); }
+
+double lse_b(const Row& row) {
+    switch (row.dtype_b) {
+        case Dtype::bf16: return lse_b_as<Bf16>(row);
+        case Dtype::f16: return lse_b_as<F16>(row);
+        default: return lse_b_as<float>(row);
+    }
+}
+
+State collect(const Row& row, std::int64_t first, std::int64_t last) {
+    if (row.dtype_a != row.dtype_b) return collect_mixed(row, first, last);
+    switch (row.dtype_a) {
+        case Dtype::bf16: return collect_as<Bf16>(row, first, last);
+        case Dtype::f16: return collect_as<F16>(row, first, last);
+        default: return collect_as<float>(row, first, last);
+    }
+}
+
+// Whether the scalars say too little of the row for its gradient: past 2^20 two fp32 do not hold an
+// lse to the precision that its subtraction needs.
+bool are_vast(const RowScalars& s) {
+    constexpr double limit = 0x1p20;
+    return !(std::fabs(s.lse_a) < limit) || !(std::fabs(s.lse_b) < limit) ||
+           (s.divergence > limit && s.divergence < __builtin_inf());
+}
+
+template <class T>
+T* from(Destination to, std::int64_t column) {
+    return to.data == nullptr ? nullptr : static_cast<T*>(to.data) + column;
+}
+
+template <class T>
+void fill(Destination to, std::int64_t first, std::int64_t last, double x) {
+    T value;
+    round_one(x, value);
+    for (std::int64_t i = first; i < last; ++i) static_cast<T*>(to.data)[i] = value;
+}
+
+void fill(Destination to, std::int64_t first, std::int64_t last, double x) {
+    if (to.data == nullptr) return;
+    switch (to.dtype) {
+        case Dtype::f32: return fill<float>(to, first, last, x);
+        case Dtype::bf16: return fill<Bf16>(to, first, last, x);
+        case Dtype::f16: return fill<F16>(to, first, last, x);
+        case Dtype::f64: return fill<double>(to, first, last, x);
+    }
+}
+
+void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Destination to_b, std::int64_t first,
+              std::int64_t last, bool stream) {
+    const auto settle = [&](Destination& to, double x) {
+        fill(to, first, last, x);
+        to.data = nullptr;
+    };
+    const double nan = std::nan("");
+    if (scalars.verdict == Verdict::zero) {
+        settle(to_a, 0);
+        settle(to_b, 0);
+    }
+    if (scalars.verdict == Verdict::nan || std::isnan(scalars.coefficient_a)) settle(to_a, nan);
+    if (scalars.verdict == Verdict::infinite) settle(to_a, nan);
+    if (scalars.verdict == Verdict::nan || std::isnan(scalars.coefficient_b)) settle(to_b, nan);
+    if (to_a.data == nullptr && to_b.data == nullptr) return;
+
+    if (are_vast(scalars)) {
+        const CarefulResult again = careful(row);
+        RowScalars wide = scalars;
+        wide.lse_a = again.lse_a;
+        wide.lse_b = again.lse_b;
+        wide.shift = again.shift;
+        wide.divergence = again.divergence;
+        return gradient_through_copies<double>(row, wide, to_a, to_b, first, last);
+    }
+    if (!row.fits_fp32()) return gradient_through_copies<double>(row, scalars, to_a, to_b, first, last);
+    if (row.dtype_a != row.dtype_b) return gradient_through_copies<float>(row, scalars, to_a, to_b, first, last);
+    const auto run = [&]<class T>() {
+        gradient_run<T>(at<T>(row.a, first), at<T>(row.b, first), last - first, row.exact_scale(), scalars,
+                        from<T>(to_a, first), from<T>(to_b, first), stream);
+    };
+    switch (row.dtype_a) {
+        case Dtype::bf16: run.template operator()<Bf16>(); break;
+        case Dtype::f16: run.template operator()<F16>(); break;
+        default: run.template operator()<float>(); break;
+    }
+    if (stream) stream_fence();
+}
+
+void elementary(int which, const float* x, float* y, std::int64_t n) {
+    for (std::int64_t i = 0; i + lanes<VF> <= n; i += lanes<VF>) {
+        const VF v = load<VF>(x + i);
+        store(y + i, which == 0 ? exp2(v) : which == 1 ? g2(v) : one_minus_exp2_neg(v));
+    }
+}
+
+constexpr std::int64_t kProbeStep = 4 * kWidth, kProbeAhead = 4096;
+
+KL_INLINE void prefetch_step(const char* p) {
+    for (std::int64_t line = 0; line < kProbeStep; line += 64) __builtin_prefetch(p + kProbeAhead + line);
+}
+
+std::uint64_t probe_read(const char* a, const char* b, std::int64_t bytes) {
+    VU sums[4] = {};
+    for (std::int64_t i = 0; i + kProbeStep <= bytes; i += kProbeStep) {
+        prefetch_step(a + i);
+        prefetch_step(b + i);
+        for (int j = 0; j < 4; ++j) sums[j] ^= load<VU>(a + i + j * kWidth) ^ load<VU>(b + i + j * kWidth);
+    }
+    std::uint64_t total = 0;
+    for (const VU& s : sums)
+        for (int i = 0; i < lanes<VF>; ++i) total ^= s[i];
+    return total;
+}
+
+void probe_write(const char* a, const char* b, char* to, std::int64_t bytes) {
+    for (std::int64_t i = 0; i + kProbeStep <= bytes; i += kProbeStep) {
+        prefetch_step(a + i);
+        prefetch_step(b + i);
+        for (int j = 0; j < 4; ++j)
+            stream(to + i + j * kWidth, load<VU>(a + i + j * kWidth) ^ load<VU>(b + i + j * kWidth));
+    }
+    stream_fence();
+}
+
+}  // namespace
+
+#define KL_STRING_(x) #x
+#define KL_STRING(x) KL_STRING_(x)
+
+extern const Kernels kernels;
+const Kernels kernels{KL_STRING(KL_ISA), kBlock, collect, careful_row, lse_b, gradient, elementary, probe_read, probe_write};
+
+}  // namespace kl::KL_ISA

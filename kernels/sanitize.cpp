@@ -1,0 +1,102 @@
+// What the sanitizers run: every format, odd sizes in buffers without a byte to spare, special
+// numbers, one thread and many, and callers at the same time. Exits with 1 where two thread counts
+// disagree in a bit; the sanitizers see to the rest.
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "contract.h"
+
+namespace {
+
+using Bytes = std::unique_ptr<unsigned char[]>;
+
+std::int64_t size_of(kl::Dtype t) { return t == kl::Dtype::f64 ? 8 : t == kl::Dtype::f32 ? 4 : 2; }
+
+// Any bits at all in every other row, small numbers in the rest.
+Bytes logits(kl::Dtype dtype, std::int64_t rows, std::int64_t columns, unsigned seed) {
+    std::mt19937 random(seed);
+    const std::int64_t size = size_of(dtype);
+    Bytes out(new unsigned char[static_cast<std::size_t>(rows * columns * size)]);
+    for (std::int64_t i = 0; i < rows * columns; ++i) {
+        std::uint64_t bits = (static_cast<std::uint64_t>(random()) << 32) | random();
+        if (i / columns % 2 == 0) {
+            const float x = static_cast<float>(static_cast<int>(random() % 2048) - 1024) / 128;
+            const double wide = static_cast<double>(x);
+            std::uint32_t narrow;
+            std::memcpy(&narrow, &x, 4);
+            if (dtype == kl::Dtype::f64) std::memcpy(&bits, &wide, 8);
+            if (dtype == kl::Dtype::f32) bits = narrow;
+            if (dtype == kl::Dtype::bf16) bits = narrow >> 16;
+            if (dtype == kl::Dtype::f16) bits = (bits & 0x83ffu) | 0x3c00u;
+        }
+        std::memcpy(out.get() + i * size, &bits, static_cast<std::size_t>(size));
+    }
+    return out;
+}
+
+struct Result {
+    std::vector<double> value, stats;
+    Bytes to_a, to_b;
+};
+
+Result run(kl::Dtype a, kl::Dtype b, std::int64_t rows, std::int64_t columns, int threads, bool fused) {
+    const Bytes left = logits(a, rows, columns, 1), right = logits(b, rows, columns, 2);
+    std::unique_ptr<std::uint8_t[]> mask(new std::uint8_t[static_cast<std::size_t>(rows)]);
+    for (std::int64_t i = 0; i < rows; ++i) mask[static_cast<std::size_t>(i)] = i % 5 != 3;
+    const bool wide = a == kl::Dtype::f64 || b == kl::Dtype::f64;
+    const double other_scale = columns % 2 == 0 ? 1.0 : 0.5;
+    const kl::Problem p{{left.get(), columns, columns, a, 1.0}, {right.get(), columns, columns, b, other_scale},
+                        {mask.get(), 1, 1}, rows, 1, columns, threads};
+    Result out;
+    const auto n = static_cast<std::size_t>(rows);
+    out.value.resize(n);
+    out.stats.resize(n * kl::kStats);
+    const std::vector<double> wide_scale(n, 0.5);
+    const std::vector<float> scale(n, 0.5f);
+    const void* row_scale = wide ? static_cast<const void*>(wide_scale.data()) : scale.data();
+    out.to_a.reset(new unsigned char[static_cast<std::size_t>(rows * columns * size_of(a))]);
+    out.to_b.reset(new unsigned char[static_cast<std::size_t>(rows * columns * size_of(b))]);
+    const kl::Gradient to_a{out.to_a.get(), columns, columns, a}, to_b{out.to_b.get(), columns, columns, b};
+    if (fused) {
+        kl::value_and_gradient(p, wide, row_scale, out.value.data(), out.stats.data(), to_a, to_b);
+    } else {
+        kl::value(p, wide, out.value.data(), out.stats.data());
+        kl::gradient(p, wide, out.stats.data(), row_scale, to_a, to_b);
+    }
+    return out;
+}
+
+bool same(const Result& x, const Result& y, std::size_t bytes_a, std::size_t bytes_b) {
+    return std::memcmp(x.value.data(), y.value.data(), x.value.size() * sizeof(double)) == 0 &&
+           std::memcmp(x.to_a.get(), y.to_a.get(), bytes_a) == 0 && std::memcmp(x.to_b.get(), y.to_b.get(), bytes_b) == 0;
+}
+
+}  // namespace
+
+int main() {
+    const kl::Dtype dtypes[] = {kl::Dtype::f32, kl::Dtype::bf16, kl::Dtype::f16, kl::Dtype::f64};
+    std::atomic<int> wrong{0};
+    const auto check = [&](kl::Dtype a, kl::Dtype b, std::int64_t rows, std::int64_t columns) {
+        const Result one = run(a, b, rows, columns, 1, false), many = run(a, b, rows, columns, 4, true);
+        const auto size = static_cast<std::size_t>(rows * columns);
+        if (same(one, many, size * static_cast<std::size_t>(size_of(a)), size * static_cast<std::size_t>(size_of(b)))) return;
+        ++wrong;
+        std::printf("dtypes %d and %d, %lld x %lld: the bits depend on the threads\n", static_cast<int>(a), static_cast<int>(b),
+                    static_cast<long long>(rows), static_cast<long long>(columns));
+    };
+    for (const kl::Dtype a : dtypes)
+        for (const kl::Dtype b : dtypes)
+            for (const std::int64_t columns : {1, 2, 15, 33, 127, 2049, 4100}) check(a, b, 7, columns);
+    for (const kl::Dtype a : {kl::Dtype::f32, kl::Dtype::bf16}) check(a, a, 2, 70001);
+
+    std::vector<std::thread> callers;
+    for (int i = 0; i < 4; ++i) callers.emplace_back([&] { check(kl::Dtype::f32, kl::Dtype::f32, 40, 5003); });
+    for (std::thread& t : callers) t.join();
+    std::printf("%s: %s\n", kl::isa(), wrong == 0 ? "clean" : "WRONG");
+    return wrong == 0 ? 0 : 1;
+}

@@ -1,0 +1,116 @@
+#include "state.h"
+
+#include <cmath>
+#include <limits>
+
+namespace kl {
+namespace {
+
+constexpr double kLn2 = 0.69314718055994530942;
+
+// expm1(x) - x without cancellation.
+double g(double x) {
+    if (std::fabs(x) > 0.25) return std::expm1(x) - x;
+    double term = 0.5 * x * x, total = term;
+    for (int n = 3; n <= 12; ++n) total += term *= x / n;
+    return total;
+}
+
+}  // namespace
+
+State seen_from(Frame to, const State& s) {
+    State out = s;
+    out.frame = to;
+    const double step = static_cast<double>(to.c) - static_cast<double>(s.frame.c), h = step * kLn2;
+    const double weight = std::exp2(static_cast<double>(s.frame.m) - static_cast<double>(to.m));
+    if (h != 0) {
+        out.a1 = s.a1 - step * s.z;
+        out.a2 = std::exp(-h) * s.a2 + std::expm1(-h) * s.a1 + s.z * (g(-h) / kLn2);
+    }
+    const double weight_of_b = std::exp2(static_cast<double>(s.frame.m + s.frame.c) - static_cast<double>(to.m + to.c));
+    if (weight == 0 && weight_of_b == 0 && std::isfinite(s.a2)) {
+        // Columns masked with a number such as -1e9: whatever was summed there, it is nothing here.
+        out.z = out.a1 = out.a2 = out.spent = 0;
+        return out;
+    }
+    out.z *= weight;
+    out.a1 *= weight;
+    out.a2 *= weight;
+    out.spent *= weight;
+    return out;
+}
+
+State merge(const State& s, const State& t) {
+    State out = s;
+    if (s.is_empty() || t.is_empty()) {
+        out = s.is_empty() ? t : s;
+        out.flags = s.flags | t.flags;
+        return out;
+    }
+    Frame to = s.frame;
+    if (s.has_mass() && t.has_mass()) {
+        to.m = s.frame.m > t.frame.m ? s.frame.m : t.frame.m;
+        const auto mass = [&](const State& u) { return u.z * std::exp2(static_cast<double>(u.frame.m) - static_cast<double>(to.m)); };
+        const double zs = mass(s), zt = mass(t), cs = static_cast<double>(s.frame.c), ct = static_cast<double>(t.frame.c);
+        to.c = static_cast<float>(cs + (ct - cs) * (zt / (zs + zt)));
+    } else if (t.has_mass()) {
+        to = t.frame;
+    }
+    out = seen_from(to, s);
+    const State other = seen_from(to, t);
+    out.z += other.z;
+    out.a1 += other.a1;
+    out.a2 += other.a2;
+    out.spent += other.spent;
+    out.flags |= other.flags;
+    return out;
+}
+
+double divergence_from(double mean_x, double mean_g) {
+    const double y = mean_x + mean_g;
+    const double kl = std::fabs(y) < 0.5 ? mean_g + (std::log1p(y) - y) : std::log1p(y) - mean_x;
+    return kl > 0 ? kl : (kl == kl ? 0.0 : kl);
+}
+
+RowResult nan_result() {
+    RowResult out;
+    out.divergence = out.lse_a = out.shift = std::numeric_limits<double>::quiet_NaN();
+    out.verdict = Verdict::nan;
+    return out;
+}
+
+RowResult finish(const State& s) {
+    if ((s.flags & kSawNan) || !s.has_mass() || !(s.flags & kSawB)) {
+        RowResult out = nan_result();
+        // A sum that overflowed or underflowed must not pass for a NaN among the logits.
+        out.trusted = (s.flags & kSawNan) != 0;
+        return out;
+    }
+    const double mean_x = kLn2 * s.a1 / s.z, mean_g = kLn2 * s.a2 / s.z, y = mean_x + mean_g;
+    RowResult out;
+    out.lse_a = static_cast<double>(s.frame.m) + std::log2(s.z);
+    out.shift = static_cast<double>(s.frame.c) + std::log1p(y) / kLn2;
+    out.divergence = divergence_from(mean_x, mean_g);
+    out.mean_d = static_cast<double>(s.frame.c) + s.a1 / s.z;
+    if (s.flags & (kSawHole | kSawVast)) out.verdict = Verdict::holes;
+    // Past 2^20 an fp32 holds too little of m and c to subtract them.
+    out.trusted = !(s.flags & kSawHugeA) && std::isfinite(s.z) && std::isfinite(s.a1) && std::isfinite(s.a2) &&
+                  std::fabs(s.frame.m) < 0x1p20f && std::fabs(s.frame.c) < 0x1p20f;
+    if (s.flags & kSawInfinite) {
+        // Columns that b excludes pull y towards -1, where 1 + y is what is left of a subtraction.
+        out.divergence = std::numeric_limits<double>::infinity();
+        out.verdict = Verdict::infinite;
+        out.trusted = out.trusted && y > -0.5;
+        return out;
+    }
+    const double errors = kLn2 * s.spent / s.z / (1 + y);
+    if (!(y > -1) || errors > 8 * out.divergence) out.trusted = false;
+    if ((s.flags & kSawFarTail) && y < 0.5) out.trusted = false;
+    out.sums_b_too = (s.flags & kSawTail) && y >= 0.5;
+    // d carries an error of up to 2^-24 |c|; that is nothing as long as the typical x is not far below c.
+    const double c = static_cast<double>(s.frame.c) * kLn2;
+    if ((s.flags & kSawRounding) && 2 * out.divergence * 1024 < c * c) out.trusted = false;
+    return out;
+}
+
+}  // namespace kl

@@ -1,0 +1,67 @@
+// What a stretch of columns says about its row, and how two stretches become one.
+//
+// Exponents and differences are in units of ln 2. With d = b - a, a stretch seen from the frame
+// (m, c) keeps, over its columns,
+//     z = sum w,   a1 = sum w x,   a2 = sum w g(x) / ln 2,   w = 2^(a - m),   x = d - c,
+// where g(x) = 2^x - 1 - x ln 2 >= 0. Then y = E[2^x - 1] = ln 2 (a1 + a2) / z and
+//     KL(a||b) = E[g] + log1p(y) - y,   lse(b) - lse(a) = c + log2(1 + y).
+#pragma once
+
+#include "contract.h"
+
+namespace kl {
+
+enum Flag : unsigned {
+    kSawNan = 1,        // NaN or +inf
+    kSawHole = 2,       // -inf on either side
+    kSawInfinite = 4,   // -inf in b where a is finite
+    kSawB = 8,          // some finite b
+    kSawRounding = 16,  // d was rounded to fp32 before c was taken off
+    kSawVast = 32,      // finite, but so large that fp32 products overflow
+    kSawLargeX = 64,    // 2^x might outweigh a weight that underflows
+    kSawTail = 128,     // 2^x with an x past 16, whose rounding shows in lse(b) if nothing outweighs it
+    kSawFarTail = 256,  // past 32: it shows in the value too
+    kSawHugeA = 512,    // an a so large that fp32 cannot subtract m from it
+};
+
+// In fp32, because the sweeps hold it so, and a state must know exactly where it was seen from.
+struct Frame {
+    float m = 0, c = 0;
+
+    bool operator==(const Frame&) const = default;
+};
+
+struct State {
+    Frame frame;
+    double z = 0, a1 = 0, a2 = 0;
+    double spent = 0;  // the a2 that were summed up in fp32: what their rounding errors scale with
+    unsigned flags = 0;
+
+    bool has_mass() const { return z > 0; }
+    bool is_empty() const { return z == 0 && a2 == 0; }
+};
+
+// The same stretch seen from another frame.
+State seen_from(Frame, const State&);
+
+// Two stretches, seen from the z-weighted mean of their shifts. The order of the arguments counts:
+// rows are bitwise reproducible because callers always fold from the first column to the last.
+State merge(const State&, const State&);
+
+struct RowResult {
+    double divergence = 0;  // in nats
+    double lse_a = 0;       // log2 sum 2^a
+    double shift = 0;       // log2 sum 2^b - lse_a
+    Verdict verdict = Verdict::plain;
+    bool trusted = true;    // false: rounding may have eaten the result, look at the row again in fp64
+    bool sums_b_too = false;  // true: lse(b) rests on a few large 2^x and is better summed by itself
+    double mean_d = 0;      // E_a[d]
+};
+
+RowResult finish(const State&);
+RowResult nan_result();
+
+// KL in nats from y and from E[x], E[g] in nats, by whichever form does not cancel.
+double divergence_from(double mean_x, double mean_g);
+
+}  // namespace kl

@@ -1,0 +1,287 @@
+// The value's sweep: one read of a stretch of columns in fp32, whatever 16- or 32-bit format holds them.
+//
+// It goes tile by tile, small enough that a tile read twice comes from L1 the second time, with the
+// frame (m, c) fixed inside a tile. The frame that suits the first tile need not suit the row: real
+// teachers put most of their mass on a few tokens in some other tile, and seen from a c that is far
+// from E_a[d] almost all of a2 would cancel in the end. So where a tile moves the mean far, the tile
+// is swept again from its own mean. That happens about ln(#tiles) times in a row.
+#pragma once
+
+#include <cmath>
+
+#include "elementary.h"
+#include "formats.h"
+#include "state.h"
+
+namespace kl::KL_ISA {
+
+constexpr std::int64_t kTile = 2048;         // columns: 16 KiB of fp32 from both sides
+constexpr std::int64_t kBlock = 16 * kTile;  // the unit of work where a row is split over threads
+constexpr std::int64_t kAhead = 1024;        // columns: the hardware prefetchers stop at page ends
+
+// Above this x (in ln 2), 2^x may outweigh a 2^(a-m) that has already underflowed to nothing.
+constexpr double kLargeX = 57;
+constexpr double kTail = 16, kFarTail = 32;
+constexpr float kHugeA = 0x1p20f;
+constexpr double kLargeSum = 0x1p100;
+
+constexpr float kVast = 0x1p100f;  // beyond it products with log2(e) / temperature may overflow
+
+// A stretch of one row, as the sweep reads it.
+template <class T>
+struct Stretch {
+    const T *a, *b;
+    std::int64_t columns;  // a multiple of kStep<T>
+    std::int64_t padding;  // how many of them only fill the last step up, with -inf
+};
+
+struct Sums {
+    double z, a1, a2, largest_x;
+};
+
+struct Accumulators {
+    VF z{}, a1{}, a2{}, x = splat<VF>(-1);
+};
+
+// What every column goes through. Exact also keeps what fl(b - a) rounds away.
+template <bool Exact>
+KL_INLINE void accumulate(VF a, VF b, VF k, VF m, VF c, Accumulators& s) {
+    VF d = b - a;
+    VF x = fma(d, k, -c);
+    if constexpr (Exact) x = fma(difference_error(b, a, d), k, x);
+    VF w = exp2(fma(a, k, -m));
+    s.z += w;
+    s.a1 = mad(w, x, s.a1);
+    s.a2 = mad(w, g2(x), s.a2);
+    s.x = max(x, s.x);
+}
+
+// The fast sweep. A NaN or an infinity anywhere makes a sum that is not finite.
+template <bool Exact, class T>
+inline Sums sweep(const Stretch<T>& in, float scale, Frame frame) {
+    const VF k = splat<VF>(scale), m = splat<VF>(frame.m),
+             c = splat<VF>(frame.c);
+    Accumulators s, t;
+    for (std::int64_t i = 0; i < in.columns; i += kStep<T>) {
+        for (std::int64_t line = 0; line < static_cast<std::int64_t>(kStep<T> * sizeof(T)); line += 64) {
+            __builtin_prefetch(reinterpret_cast<const char*>(in.a + i + kAhead) + line);
+            __builtin_prefetch(reinterpret_cast<const char*>(in.b + i + kAhead) + line);
+        }
+        const auto a = load_pair(in.a + i), b = load_pair(in.b + i);
+        accumulate<Exact>(a.x, b.x, k, m, c, s);
+        accumulate<Exact>(a.y, b.y, k, m, c, t);
+    }
+    return {sum(s.z + t.z), sum(s.a1 + t.a1), sum(s.a2 + t.a2), static_cast<double>(largest(max(s.x, t.x)))};
+}
+
+inline bool is_usable(const Sums& s) {
+    return s.z < kLargeSum && s.a2 < kLargeSum && std::fabs(s.a1) < kLargeSum && s.largest_x < kLargeX;
+}
+
+// The sweep for stretches that hold -inf, or an x too large for w * g(x). There w g(x) is taken as
+// 2^(b - c - m) - w (1 + x), and columns missing on one side or on both get what the limit gives.
+template <class T>
+inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
+    const VF inf = splat<VF>(__builtin_inff()), zero{}, vast = splat<VF>(kVast), far = splat<VF>(static_cast<float>(kTail));
+    const VF log2e = splat<VF>(static_cast<float>(kLog2e));
+    const VF k = splat<VF>(scale), m = splat<VF>(frame.m),
+             c = splat<VF>(frame.c);
+    const float mc = frame.m + frame.c;
+    const VF mc_hi = splat<VF>(mc), mc_lo = splat<VF>(-difference_error(-frame.m, frame.c, -mc));
+    // fma(-3e38, k, -m) is -inf, whose range reduction is NaN: masks of that size are common.
+    const VF deepest = splat<VF>(-1000);
+
+    Accumulators s;
+    VI bad{}, infinite{}, seen_b{}, large{}, holes{};
+    auto column = [&](VF a, VF b) {
+        const VI no_a = a == -inf, no_b = b == -inf;
+        bad |= ~((a < inf) & (b < inf));
+        infinite |= ~no_a & no_b;
+        seen_b |= ~no_b;
+        large |= (abs(a) > vast) | (abs(b) > vast);
+        holes -= no_a | no_b;
+        a = no_a ? zero : a;
+        b = no_b ? zero : b;
+        const VF d = b - a;
+        const VF x_ = min(fma(difference_error(b, a, d), k, fma(d, k, -c)), vast);
+        const VF x = (no_a | no_b) ? zero : x_;
+        const VF w_ = exp2(max(fma(a, k, -m), deepest)), w_b_ = exp2(max(fma(b, k, -mc_hi) - mc_lo, deepest));
+        const VF w = no_a ? zero : w_, w_b = no_b ? zero : w_b_;
+        VF wg = x > far ? (w_b - w) * log2e - w * x : w * g2(min(x, far));
+        wg = no_a ? w_b * log2e : wg;
+        wg = (no_b & ~no_a) ? -w * log2e : wg;
+        s.z += w;
+        s.a1 = mad(w, x, s.a1);
+        s.a2 += wg;
+        s.x = max(x, s.x);
+    };
+    for (std::int64_t i = 0; i < in.columns; i += kStep<T>) {
+        const auto a = load_pair(in.a + i), b = load_pair(in.b + i);
+        column(a.x, b.x);
+        column(a.y, b.y);
+    }
+
+    State out;
+    out.frame = frame;
+    out.z = sum(s.z);
+    out.a1 = sum(s.a1);
+    out.a2 = sum(s.a2);
+    out.spent = std::fabs(out.a2);
+    std::int64_t missing = -in.padding;
+    for (int i = 0; i < lanes<VF>; ++i) missing += holes[i];
+    if (missing > 0) out.flags |= kSawHole;
+    if (any<VF>(large)) out.flags |= kSawVast;
+    if (any<VF>(bad)) out.flags |= kSawNan;
+    if (any<VF>(infinite)) out.flags |= kSawInfinite;
+    if (any<VF>(seen_b)) out.flags |= kSawB;
+    if (static_cast<double>(largest(s.x)) > kTail) out.flags |= kSawTail;
+    if (static_cast<double>(largest(s.x)) > kLargeX) out.flags |= kSawLargeX;
+    // Some instruction sets' exp2 stops at 2^126 where it should overflow.
+    if (!(out.z < kLargeSum && std::fabs(out.a2) < kLargeSum)) out.a2 = __builtin_inf();
+    return out;
+}
+
+// Adds a stretch of one side to sum 2^(b - m) in m's own frame.
+template <class T>
+inline void add_to_lse(const T* b, std::int64_t n, float scale, float& m, double& z) {
+    const VF k = splat<VF>(scale), deepest = splat<VF>(-1000);
+    VF top = splat<VF>(-__builtin_inff());
+    for (std::int64_t i = 0; i < n; i += kStep<T>) {
+        const auto v = load_pair(b + i);
+        top = max(v.x, max(v.y, top));
+    }
+    const float here = largest(top) * scale;
+    if (here > m) {
+        z *= std::exp2(static_cast<double>(m) - static_cast<double>(here));
+        m = here;
+    }
+    if (!(m > -__builtin_inff())) return;
+    VF s{}, t{};
+    for (std::int64_t i = 0; i < n; i += kStep<T>) {
+        const auto v = load_pair(b + i);
+        s += exp2(max(fma(v.x, k, splat<VF>(-m)), deepest));
+        t += exp2(max(fma(v.y, k, splat<VF>(-m)), deepest));
+    }
+    z += sum(s + t);
+}
+
+// A frame for a stretch that may hold anything: the largest finite a. Where a has nothing at all,
+// the frame serves b's columns alone.
+template <class T>
+inline Frame frame_for(const Stretch<T>& in, float scale, float c) {
+    VF top_a = splat<VF>(-__builtin_inff()), top_b = top_a;
+    for (std::int64_t i = 0; i < in.columns; i += kStep<T>) {
+        const auto a = load_pair(in.a + i), b = load_pair(in.b + i);
+        top_a = max(a.x, max(a.y, top_a));
+        top_b = max(b.x, max(b.y, top_b));
+    }
+    const float a = largest(top_a) * scale, b = largest(top_b) * scale;
+    if (std::fabs(a) < __builtin_inff()) return {a, c};
+    if (std::fabs(b) < __builtin_inff()) return {b, 0};
+    return {0, c};
+}
+
+// b - a at the first column that carries weight: near enough to E_a[d] to begin with.
+template <class T>
+inline float first_shift(const Stretch<T>& in, float scale, float m) {
+    for (std::int64_t i = 0; i < in.columns; ++i) {
+        const float a = widen_one(in.a[i]), d = (widen_one(in.b[i]) - a) * scale;
+        if (a * scale > m - 20 && std::fabs(d) < kVast) return d;
+    }
+    return 0;
+}
+
+// Collects the state of a block of columns.
+class Collector {
+public:
+    explicit Collector(float scale) : scale_(scale) {}
+
+    template <class T>
+    void take(const Stretch<T>& in) {
+        if (in.columns == 0) return;
+        if (total_.is_empty()) {
+            frame_ = frame_for(in, scale_, 0);
+            frame_.c = first_shift(in, scale_, frame_.m);
+        }
+        State piece = look(in, frame_);
+        State both = add(piece);
+        if (moves_the_mean_far(both)) {
+            const double left = both.a2 - kLn2 * both.a1 * both.a1 / (2 * both.z);
+            if (piece.has_mass() && piece.spent > 4 * left) {
+                piece = look(in, at_mean(piece));
+                both = add(piece);
+            }
+            both = seen_from(at_mean(both), both);
+        }
+        total_ = both;
+        frame_ = both.frame;
+    }
+
+    const State& total() const { return total_; }
+
+private:
+    static Frame at_mean(const State& s) {
+        return {s.frame.m, static_cast<float>(static_cast<double>(s.frame.c) + s.a1 / s.z)};
+    }
+
+    template <class T>
+    State look(const Stretch<T>& in, Frame frame) {
+        if (!expect_holes_ && in.padding == 0) {
+            // The error of fl(b - a) is at most 2^-24 |c|: nothing beside an x that is usually over |c| / 16.
+            const bool coarse = 512 * total_.a2 > kLn2 * total_.z * static_cast<double>(frame.c * frame.c);
+            const Sums s = coarse ? sweep<false>(in, scale_, frame) : sweep<true>(in, scale_, frame);
+            if (is_usable(s)) {
+                State out{frame, s.z, s.a1, s.a2, s.a2, kSawB};
+                if (coarse) out.flags |= kSawRounding;
+                if (frame.m > kHugeA) out.flags |= kSawHugeA;
+                if (s.largest_x > kTail) out.flags |= kSawTail;
+                if (s.largest_x > kFarTail) out.flags |= kSawFarTail;
+                return out;
+            }
+        }
+        State out = sweep_holes(in, scale_, frame_for(in, scale_, frame.c));
+        if (out.frame.m > kHugeA) out.flags |= kSawHugeA;
+        expect_holes_ = (out.flags & (kSawHole | kSawVast | kSawLargeX)) != 0;
+        return out;
+    }
+
+    State add(const State& piece) const {
+        if (piece.frame != total_.frame) return merge(total_, piece);
+        State out = total_;
+        out.z += piece.z;
+        out.a1 += piece.a1;
+        out.a2 += piece.a2;
+        out.spent += piece.spent;
+        out.flags |= piece.flags;
+        return out;
+    }
+
+    // True where, seen from here, more than three quarters of a2 would cancel in the end.
+    static bool moves_the_mean_far(const State& s) {
+        return s.has_mass() && s.a1 * s.a1 * kLn2 > 1.5 * s.a2 * s.z && std::isfinite(s.a2);
+    }
+
+    float scale_;
+    Frame frame_;
+    State total_;
+    bool expect_holes_ = false;
+};
+
+// Feeds `n` columns to `take`, tile by tile; what is left at the end is filled up with -inf.
+template <class T, class Take>
+inline void for_each_tile(const T* a, const T* b, std::int64_t n, Take take) {
+    const std::int64_t whole = n / kStep<T> * kStep<T>;
+    for (std::int64_t i = 0; i < whole; i += kTile) {
+        const std::int64_t length = whole - i < kTile ? whole - i : kTile;
+        take(Stretch<T>{a + i, b + i, length, 0});
+    }
+    if (whole == n) return;
+    T last_a[kStep<T>], last_b[kStep<T>];
+    for (int i = 0; i < kStep<T>; ++i) {
+        last_a[i] = whole + i < n ? a[whole + i] : minus_infinity<T>();
+        last_b[i] = whole + i < n ? b[whole + i] : minus_infinity<T>();
+    }
+    take(Stretch<T>{last_a, last_b, kStep<T>, whole + kStep<T> - n});
+}
+
+}  // namespace kl::KL_ISA
