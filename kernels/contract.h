@@ -48,7 +48,7 @@ enum Stat : int {
     kDivergence = 4,
     kVerdict = 5,  // a Verdict
     kSpare = 6,
-    kStats = 7,
+    kStats = 8,  // one unused: the count is every backend's
 };
 
 enum class Verdict : int {

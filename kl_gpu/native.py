@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .kinds import KINDS, STATS
+
 try:
     from kl_gpu import _native
 except ImportError:  # installed where no compiler was at hand
     _native = None  # type: ignore[assignment]
-
-STATS = 7
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _NOWHERE = (0, 0, 0, 0)
@@ -57,7 +57,7 @@ def _problem(
 ) -> tuple[bool, tuple]:
     """Whether the student is the weights' side, and what every entry of the extension begins with."""
     student_side, teacher_side = _side(student, student_scale), _side(teacher, teacher_scale)
-    student_weighs = kind == "reverse_kl"
+    student_weighs = KINDS[kind].weights == "student"
     a, b = (student_side, teacher_side) if student_weighs else (teacher_side, student_side)
     wide = a[3] == 3 or b[3] == 3
     return student_weighs, (a, b, _rows(rows), (*student.shape, torch.get_num_threads()), wide)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .kinds import STATS
 
-_MODULES = {"triton": "kl_gpu.triton", "eager": "kl_gpu.eager"}
+_MODULES = {"triton": "kl_gpu.triton", "native": "kl_gpu.native", "eager": "kl_gpu.eager"}
 BACKENDS = tuple(_MODULES)
 _TRITON_DEVICES = frozenset({"cuda", "xpu"})
 
@@ -44,6 +44,11 @@ def _has_triton() -> bool:
         return False
 
 
+@cache
+def _has_native() -> bool:
+    return importlib.util.find_spec("kl_gpu._native") is not None
+
+
 def resolve_backend(backend: str | None, device: torch.device) -> str:
     """The backend for tensors on `device`: the one named, or the fastest that can run there.
 
@@ -51,9 +56,16 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
         ValueError: `backend` is unknown, or cannot run on this device or in this installation.
     """
     if backend is None:
+        if device.type == "cpu" and _has_native():
+            return "native"
         return "triton" if device.type in _TRITON_DEVICES and _has_triton() else "eager"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    if backend == "native":
+        if not _has_native():
+            raise ValueError("backend='native' needs the compiled kernels, which this installation has not")
+        if device.type != "cpu":
+            raise ValueError(f"backend='native' runs on the CPU, got tensors on {device}")
     if backend == "triton":
         if not _has_triton():
             raise ValueError("backend='triton' needs the triton package, which is not installed")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -125,6 +127,7 @@ def test_capture_in_a_cuda_graph(backend: str, kind: str) -> None:
 
 
 def test_default_backend() -> None:
-    assert ops.resolve_backend(None, torch.device("cpu")) == "eager"
+    compiled = importlib.util.find_spec("kl_gpu._native") is not None
+    assert ops.resolve_backend(None, torch.device("cpu")) == ("native" if compiled else "eager")
     assert ops.resolve_backend(None, torch.device("cuda")) == "triton"
     assert ops.resolve_backend(None, torch.device("mps")) == "eager"
