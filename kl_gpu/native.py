@@ -53,7 +53,12 @@ def _rows(rows: Tensor | None) -> tuple[int, int, int]:
 
 
 def _problem(
-    student: Tensor, teacher: Tensor, rows: Tensor | None, kind: str, student_scale: float, teacher_scale: float
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor | None,
+    kind: str,
+    student_scale: float,
+    teacher_scale: float,
 ) -> tuple[bool, tuple]:
     """Whether the student is the weights' side, and what every entry of the extension begins with."""
     student_side, teacher_side = _side(student, student_scale), _side(teacher, teacher_scale)
@@ -66,7 +71,8 @@ def _problem(
 def _empty(student: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
     n = student.shape[0] * student.shape[1]
     dtype = torch.float64 if wide else torch.float32
-    return torch.empty(n, dtype=dtype), torch.empty(n, STATS, dtype=dtype)
+    # zeros: what the kernels leave unused must be the same on every run too.
+    return torch.empty(n, dtype=dtype), torch.zeros(n, STATS, dtype=dtype)
 
 
 def value(

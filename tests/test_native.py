@@ -77,7 +77,9 @@ def reference(student, teacher, kind="forward_kl", student_scale=1.0, teacher_sc
         grad_a[i] = np.where(in_a, -p * (r + value[i]), 0)
         with np.errstate(over="ignore"):
             grad_b[i] = np.where(in_a & in_b, np.where(r < 0, p * np.expm1(r), -q * np.expm1(-r)), q)
-    scale_a, scale_b = (teacher_scale, student_scale) if kind == "forward_kl" else (student_scale, teacher_scale)
+    scale_a, scale_b = (
+        (teacher_scale, student_scale) if kind == "forward_kl" else (student_scale, teacher_scale)
+    )
     grad_a, grad_b = grad_a * scale_a, grad_b * scale_b
     grads = (grad_b, grad_a) if kind == "forward_kl" else (grad_a, grad_b)
     return value, *(g.reshape(shape) for g in grads)
@@ -93,7 +95,9 @@ def small_log_gap(y):
 # -- helpers ----------------------------------------------------------------------------------------
 
 
-def evaluate(student, teacher, kind="forward_kl", rows=None, student_scale=1.0, teacher_scale=1.0, row_scale=None):
+def evaluate(
+    student, teacher, kind="forward_kl", rows=None, student_scale=1.0, teacher_scale=1.0, row_scale=None
+):
     """Value and both gradients, by the separate calls."""
     value, stats = native.value(student, teacher, rows, kind, student_scale, teacher_scale)
     scale = torch.ones_like(value) if row_scale is None else row_scale
@@ -206,7 +210,11 @@ def test_sorted_rows(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_the_weights_all_but_exclude(kind):
     """2^(a-m) underflows in fp32 where 2^x is enormous."""
-    rows = [([0.0, -95.0], [0.0, -15.0]), ([0.0, -200.0, 1.0], [0.0, 60.0, 1.0]), ([0.0, -60.0, 1.0], [0.0, -30.0, 1.0])]
+    rows = [
+        ([0.0, -95.0], [0.0, -15.0]),
+        ([0.0, -200.0, 1.0], [0.0, 60.0, 1.0]),
+        ([0.0, -60.0, 1.0], [0.0, -30.0, 1.0]),
+    ]
     for t, s in rows:
         t, s = torch.tensor([[t]]), torch.tensor([[s]])
         if kind == "reverse_kl":
@@ -357,7 +365,10 @@ def bits(x: torch.Tensor) -> bytes:
 @pytest.mark.parametrize("columns", [33, 50257])
 def test_views_are_read_as_they_lie(dtype, columns):
     s, t = pair(24, columns + 3, 0.2, 0.7, dtype)
-    s, t = s.view(4, 6, -1)[:, :-1, 1 : columns + 1], t.view(4, 6, -1)[:1, 1:, 2 : columns + 2].expand(4, 5, columns)
+    s, t = (
+        s.view(4, 6, -1)[:, :-1, 1 : columns + 1],
+        t.view(4, 6, -1)[:1, 1:, 2 : columns + 2].expand(4, 5, columns),
+    )
     rows = (torch.arange(24) % 3 > 0).view(4, 6)[:, 1:]
     strided = evaluate(s, t, rows=rows)
     plain = evaluate(s.contiguous(), t.contiguous(), rows=rows.contiguous())
@@ -394,7 +405,9 @@ def test_repeats_are_bitwise_equal():
 def test_fused_and_in_place_give_the_bits_of_the_separate_calls(kind, dtype, shape):
     s, t = pair(shape[0] * shape[1], shape[2], 0.2, 0.7, dtype)
     s, t = s.view(shape), t.view(shape)
-    scale = torch.linspace(-1, 2, shape[0] * shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    scale = torch.linspace(
+        -1, 2, shape[0] * shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32
+    )
     value, grad_s, grad_t = evaluate(s, t, kind, row_scale=scale)
     to_s, to_t = torch.empty_like(s), torch.empty_like(t)
     fused, _ = native.value_and_gradient(s, t, None, scale, kind, 1.0, 1.0, to_s, to_t)
@@ -485,7 +498,12 @@ def test_after_fork():
 def run_with_isa(isa: str, code: str) -> str:
     env = {**os.environ, "KL_GPU_ISA": isa}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=1200, check=False
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
