@@ -47,7 +47,7 @@ enum Stat : int {
     kShiftLo = 3,
     kDivergence = 4,
     kVerdict = 5,  // a Verdict
-    kSpare = 6,
+    kTopR = 6,     // the largest log2 q - log2 p, or +inf where it was not noted
     kStats = 7,
 };
 
