@@ -47,8 +47,9 @@ enum Stat : int {
     kShiftLo = 3,
     kDivergence = 4,
     kVerdict = 5,  // a Verdict
-    kSpare = 6,
-    kStats = 8,  // one unused: the count is every backend's
+    kTopR = 6,     // the largest log2 q - log2 p, or +inf where it was not noted
+    kSpare = 7,
+    kStats = 8,
 };
 
 enum class Verdict : int {

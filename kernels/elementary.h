@@ -78,6 +78,15 @@ template <class V>
 KL_INLINE V integer(Reduced<V> x) {
     return x.n;
 }
+// p * factor * 2^n for any finite p and factor.
+template <class V>
+KL_INLINE V scale_product(V p, V factor, Reduced<V> x) {
+    return scale(p * factor, x);
+}
+template <class V>
+KL_INLINE V clamp_for_product(V x) {
+    return x;
+}
 // The smaller of |x| and 1 with the sign of x; 1 for NaN.
 KL_INLINE VF within_one(VF x) { return bits<VF>(_mm512_range_ps(bits<__m512>(x), bits<__m512>(splat<VF>(1)), 2)); }
 KL_INLINE VD within_one(VD x) { return bits<VD>(_mm512_range_pd(bits<__m512d>(x), bits<__m512d>(splat<VD>(1)), 2)); }
@@ -102,6 +111,23 @@ template <class V>
 KL_INLINE V integer(Reduced<V> x) {
     return x.n - Traits<V>::round_magic;
 }
+// p * factor * 2^n for any finite p and factor: n in two halves, because p * factor may be 0 or
+// subnormal, where adding to the exponent's bits is no scaling, and because half of n is enough to
+// leave the format's range.
+template <class V>
+KL_INLINE V clamp_for_product(V x) {
+    using S = typename Traits<V>::Scalar;
+    constexpr S limit = 2 * Traits<V>::bias - 4;
+    return min(splat<V>(limit), max(splat<V>(-limit), x));
+}
+template <class V>
+KL_INLINE V scale_product(V p, V factor, Reduced<V> x) {
+    using I = Mask<V>;
+    const V one = splat<V>(1);
+    const I n = bits<I>(x.n) - bits<I>(splat<V>(Traits<V>::round_magic)), half = n >> 1;
+    const auto two_to = [&](I m) { return scale(one, Reduced<V>{one, bits<V>(m)}); };
+    return p * two_to(half) * factor * two_to(n - half);
+}
 // A clamped exponent is only ever too high, so nothing above needs holding.
 template <class V>
 KL_INLINE V within_one(V x) {
@@ -109,17 +135,18 @@ KL_INLINE V within_one(V x) {
 }
 #endif
 
-// 2^r * 2^n.  fp32: 2.5 ulp.
+// 2^r for |r| <= 1/2.  fp32: 2.5 ulp.
 template <class V>
-KL_INLINE V exp2_reduced(Reduced<V> x) {
-    return scale(mad(horner(Poly<V>::exp2, x.r), x.r, splat<V>(1)), x);
+KL_INLINE V exp2_fraction(V r) {
+    return mad(horner(Poly<V>::exp2, r), r, splat<V>(1));
 }
 
 // 2^x.  fp32: 2.5 ulp on [-125, 126]; below it under 2^-124 and in the end 0, above it over 2^125;
 // NaN gives NaN with AVX-512 and anything elsewhere.
 template <class V>
 KL_INLINE V exp2(V x) {
-    const V y = exp2_reduced(reduce(clamp_exponent(x)));
+    const Reduced<V> e = reduce(clamp_exponent(x));
+    const V y = scale(exp2_fraction(e.r), e);
 #if KL_WIDTH == 64
     return y;
 #else
@@ -128,26 +155,41 @@ KL_INLINE V exp2(V x) {
 #endif
 }
 
+// x = n + r again, with 2^n beside it.
+template <class V>
+struct Split {
+    V r, n, two_n;
+};
+template <class V>
+KL_INLINE Split<V> split(V x, V one) {
+    const Reduced<V> e = reduce(x);
+    return {e.r, integer(e), scale(one, e)};
+}
+
 // (2^x - 1 - x ln 2) / ln 2, which is never negative.  fp32: 8 ulp for finite x up to 126. Where x
 // rounds to n = 0 the terms beside the polynomial vanish exactly, so no blend is needed.
 template <class V>
 KL_INLINE V g2(V x) {
     using S = typename Traits<V>::Scalar;
     const V log2e = splat<V>(static_cast<S>(kLog2e));
-    Reduced<V> e = reduce(clamp_exponent(x));
-    V two_n = scale(splat<V>(1), e);
-    V scaled = two_n * e.r;
+    const Split<V> e = split(clamp_exponent(x), splat<V>(1));
     // In this order the large terms meet first and leave without a rounding.
-    V rest = mad(two_n, e.r, mad(two_n, log2e, -log2e)) - x;
-    return mad(scaled, e.r * horner(Poly<V>::g, e.r), rest);
+    const V rest = mad(e.two_n, e.r, mad(e.two_n, log2e, -log2e)) - x;
+    return mad(e.two_n * e.r, e.r * horner(Poly<V>::g, e.r), rest);
 }
 
-// 1 - 2^-|x|, for infinite x too.  fp32: 3 ulp.
+// sign * (2^r two_n - 1), sign being 1 or -1 and already in two_n.
 template <class V>
-KL_INLINE V one_minus_exp2_neg(V x) {
-    Reduced<V> e = reduce(max(splat<V>(-100), -abs(x)));
-    V two_n = scale(splat<V>(1), e);
-    return (splat<V>(1) - two_n) - two_n * (e.r * horner(Poly<V>::expm1, e.r));
+KL_INLINE V exp2m1_split(V r, V two_n, V sign) {
+    return mad(two_n, r * horner(Poly<V>::expm1, r), two_n - sign);
+}
+
+// 2^x - 1.  fp32: 3 ulp up to 126.
+template <class V>
+KL_INLINE V exp2m1(V x) {
+    const V one = splat<V>(1);
+    const Split<V> e = split(max(splat<V>(-100), x), one);
+    return exp2m1_split(e.r, e.two_n, one);
 }
 
 // The rounding error of hi = x - y (Knuth): x - y == hi + error, exactly.

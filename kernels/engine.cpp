@@ -83,7 +83,7 @@ void write(const RowResult& result, R* value, R* stats) {
     split(result.shift, stats + kShiftHi);
     stats[kDivergence] = static_cast<R>(result.divergence);
     stats[kVerdict] = static_cast<R>(static_cast<int>(result.verdict));
-    stats[kSpare] = 0;
+    stats[kTopR] = static_cast<R>(result.top_r);
 }
 
 template <class R>
@@ -94,6 +94,7 @@ RowScalars read(const Problem& p, const R* stats, R row_scale) {
     s.lse_b = s.lse_a + s.shift;
     s.divergence = static_cast<double>(stats[kDivergence]);
     s.verdict = static_cast<Verdict>(static_cast<int>(stats[kVerdict]));
+    s.top_r = static_cast<double>(stats[kTopR]);
     s.coefficient_a = static_cast<double>(row_scale) * p.a.scale;
     s.coefficient_b = static_cast<double>(row_scale) * p.b.scale;
     return s;
@@ -205,7 +206,11 @@ void both_of(const Problem& p, const R* row_scale, R* value, R* stats, const Gra
             write(look_at(layout, layout.row(r)), value + r, row_stats);
         else
             write_masked(value + r, row_stats);
-        gradient_of_row(layout, r, row_stats, row_scale[r], to_a, to_b, stream, 0, p.columns);
+        // From the last block to the first: the end of the row was read last and is in cache, while in
+        // reading order a row a little larger than the cache would be gone before it is read again.
+        for (std::int64_t n = layout.blocks() - 1; n >= 0; --n)
+            gradient_of_row(layout, r, row_stats, row_scale[r], to_a, to_b, stream, n * layout.k.block,
+                            std::min(p.columns, (n + 1) * layout.k.block));
     });
 }
 

@@ -1,10 +1,13 @@
 // The gradient of KL(a||b) from a row's saved scalars, column by column.
 //
 // With p = softmax(a), q = softmax(b) and r = log q - log p:
-//     d KL / d b = q - p = sign(r) max(p, q) (1 - e^-|r|)
+//     d KL / d b = q - p = p (e^r - 1)
 //     d KL / d a = -p (r + KL)
-// The first form has relative precision where p and q nearly agree, and nothing in it overflows.
+// The first form has relative precision where p and q nearly agree. Nothing overflows in it as long as
+// no r of the row is large, which the value's sweep has noted.
 #pragma once
+
+#include <cmath>
 
 #include "elementary.h"
 #include "formats.h"
@@ -12,47 +15,83 @@
 
 namespace kl::KL_ISA {
 
-template <class V>
-struct RowConstants {
-    V k, k_lo;
-    V lse_a_hi, lse_a_lo, lse_b_hi, lse_b_lo, shift_hi, shift_lo, divergence;
-    V coefficient_a, coefficient_b;
+// How much care a row needs.
+enum class Form {
+    quick,    // the error of fl(b - a) and of k in fp32 stay below the bound
+    precise,  // they would not: both are made up for
+    general,  // -inf, an r past every exponent, or a row scale so odd that it cannot hide in an exponent
+};
 
-    RowConstants(double exact_scale, const RowScalars& row) {
+inline Form form_for(double exact_scale, const RowScalars& row, bool is_fp32) {
+    const auto odd = [](double coefficient) { return !(std::fabs(coefficient) > 0x1p-60 && std::fabs(coefficient) < 0x1p60); };
+    if (row.verdict != Verdict::plain || !(row.top_r < 100) || odd(row.coefficient_a) || odd(row.coefficient_b))
+        return Form::general;
+    const double rounded = static_cast<double>(static_cast<float>(exact_scale));
+    const bool good_k = std::fabs(rounded - exact_scale) < 1.5e-8 * exact_scale;
+    // fp32 waits for memory anyway.
+    return !is_fp32 && good_k && row.top_r < 32 && std::fabs(row.shift) < 8 ? Form::quick : Form::precise;
+}
+
+// A number to subtract from a product: its high part lies on a grid so coarse that adding an integer
+// to it is exact.
+template <class V>
+struct Offset {
+    V hi, lo;
+
+    // The sums behind an lse were taken with k rounded to V's scalar. What that leaves out is a factor
+    // 2^((z - lse/k) k_lo), which a token far below the top feels: `correction` is lse k_lo/k.
+    Offset(double x, double correction) {
         using S = typename Traits<V>::Scalar;
-        const auto all = [](double x) { return splat<V>(static_cast<S>(x)); };
-        const auto low = [](double x) { return x - static_cast<double>(static_cast<S>(x)); };
-        k = all(exact_scale);
-        k_lo = all(low(exact_scale));
-        // The sums behind lse were taken with k rounded to S. What that leaves out is a factor
-        // 2^((z - lse/k) k_lo), which a token far below the top feels.
-        const double share = low(exact_scale) / exact_scale;
-        const auto split = [&](double lse, V& hi, V& lo) {
-            const bool small = lse > -2048 && lse < 2048;
-            const double top = small ? static_cast<double>(static_cast<int>(lse * 4096)) / 4096
-                                     : static_cast<double>(static_cast<S>(lse));
-            hi = all(top);
-            lo = all(lse - top + lse * share);
-        };
-        split(row.lse_a, lse_a_hi, lse_a_lo);
-        split(row.lse_b, lse_b_hi, lse_b_lo);
-        shift_hi = all(row.shift);
-        shift_lo = all(low(row.shift));
-        divergence = all(row.divergence * kLog2e);
-        coefficient_a = all(-row.coefficient_a * kLn2);
-        coefficient_b = all(row.coefficient_b);
+        const bool small = x > -2048 && x < 2048;
+        const double top = small ? static_cast<double>(static_cast<int>(x * 4096)) / 4096 : static_cast<double>(static_cast<S>(x));
+        hi = splat<V>(static_cast<S>(top));
+        lo = splat<V>(static_cast<S>(x - top + correction));
     }
 };
 
-// 2^(z k - lse), with one rounding of an argument that is at most 1/2: lse_hi lies on a grid so coarse
-// that adding an integer to it is exact. Rounding z k - lse itself would cost 2e-6 at 2^-64.
-// Where z is so far down that its product has lost its fraction, r is held to one: the result is 0
-// through n then, and must not become inf * 0.
 template <class V>
-KL_INLINE V probability(V z, const RowConstants<V>& row, V lse_hi, V lse_lo) {
-    Reduced<V> e = reduce(clamp_exponent(fma(z, row.k, -lse_hi)));
-    e.r = within_one(fma(z, row.k, -(lse_hi + integer(e))) + fma(z, row.k_lo, -lse_lo));
-    return exp2_reduced(e);
+struct RowConstants {
+    using S = typename Traits<V>::Scalar;
+
+    V k, k_lo;
+    Offset<V> lse_a, lse_b, shift;
+    Offset<V> weight_a, weight_b;  // lse_a less the logarithm of what multiplies each side's gradient
+    V divergence, sign_a, sign_b;
+    V coefficient_a, coefficient_b;
+
+    RowConstants(double exact_scale, const RowScalars& row)
+        : k(splat<V>(static_cast<S>(exact_scale))),
+          k_lo(splat<V>(static_cast<S>(low(exact_scale)))),
+          lse_a(row.lse_a, row.lse_a * share(exact_scale)),
+          lse_b(row.lse_b, row.lse_b * share(exact_scale)),
+          shift(row.shift, row.shift * share(exact_scale)),
+          weight_a(row.lse_a - std::log2(std::fabs(row.coefficient_a * kLn2)), row.lse_a * share(exact_scale)),
+          weight_b(row.lse_a - std::log2(std::fabs(row.coefficient_b)), row.lse_a * share(exact_scale)),
+          divergence(splat<V>(static_cast<S>(row.divergence * kLog2e))),
+          sign_a(splat<V>(row.coefficient_a < 0 ? 1 : -1)),
+          sign_b(splat<V>(row.coefficient_b < 0 ? -1 : 1)),
+          coefficient_a(splat<V>(static_cast<S>(-row.coefficient_a * kLn2))),
+          coefficient_b(splat<V>(static_cast<S>(row.coefficient_b))) {}
+
+private:
+    static double low(double x) { return x - static_cast<double>(static_cast<S>(x)); }
+    static double share(double x) { return low(x) / x; }
+};
+
+// z k - offset - n: one rounding, of a result that is small where it counts.
+template <Form form, class V>
+KL_INLINE V product_less(V z, const RowConstants<V>& row, const Offset<V>& offset, V n) {
+    const V rest = fma(z, row.k, -(offset.hi + n));
+    return form == Form::quick ? rest - offset.lo : rest + fma(z, row.k_lo, -offset.lo);
+}
+
+// 2^(z k - offset). Where z is so far down that its product has lost its fraction, r is held to one:
+// the result is 0 through n then, and must not become inf * 0.
+template <Form form, class V>
+KL_INLINE V power(V z, const RowConstants<V>& row, const Offset<V>& offset, V factor = splat<V>(1)) {
+    const Reduced<V> e = reduce(clamp_for_product(fma(z, row.k, -offset.hi)));
+    const V r = within_one(product_less<form>(z, row, offset, integer(e)));
+    return scale_product(exp2_fraction(r), factor, e);
 }
 
 template <class V>
@@ -60,60 +99,64 @@ struct Gradients {
     V a, b;
 };
 
-template <bool Exact, bool Holes, bool ToA, bool ToB, class V>
+template <Form form, bool ToA, bool ToB, class V>
 KL_INLINE Gradients<V> gradient_of(V a, V b, const RowConstants<V>& row) {
-    using S = typename Traits<V>::Scalar;
-    const V zero{};
-    Mask<V> no_a{}, no_b{};
-    if constexpr (Holes) {
-        no_a = a == splat<V>(-static_cast<S>(__builtin_inf()));
-        no_b = b == splat<V>(-static_cast<S>(__builtin_inf()));
-        a = no_a ? zero : a;
-        b = no_b ? zero : b;
-    }
     const V d = b - a;
-    V r = fma(d, row.k, -row.shift_hi);
-    if constexpr (Exact)
-        r += fma(difference_error(b, a, d), row.k, -row.shift_lo);
-    else
-        r -= row.shift_lo;
-    // So that an r past the format's range meets a p of 0, or of 2^-125, as a number. Where such an r
-    // counts the row is vast, and fp64 works on it.
-    if constexpr (Holes) {
-        constexpr S limit = static_cast<S>(sizeof(S) == 4 ? 0x1p60 : 0x1p500);
-        r = min(max(r, splat<V>(-limit)), splat<V>(limit));
-    }
-
-    Gradients<V> out{zero, zero};
+    Gradients<V> out{};
     if constexpr (ToA) {
-        const V p = probability(a, row, row.lse_a_hi, row.lse_a_lo);
-        out.a = p * (r + row.divergence) * row.coefficient_a;
-        if constexpr (Holes) out.a = no_a ? zero : out.a;
+        V r = product_less<form>(d, row, row.shift, V{});
+        if constexpr (form == Form::precise) r = fma(difference_error(b, a, d), row.k, r);
+        out.a = power<form>(a, row, row.weight_a, mad(r, row.sign_a, row.divergence * row.sign_a));
     }
     if constexpr (ToB) {
-        const Mask<V> b_larger = r > zero;
-        const V larger = probability(b_larger ? b : a, row, b_larger ? row.lse_b_hi : row.lse_a_hi,
-                                            b_larger ? row.lse_b_lo : row.lse_a_lo);
-        V difference = with_sign(larger * one_minus_exp2_neg(r), r);
-        if constexpr (Holes) {
-            const V p = probability(a, row, row.lse_a_hi, row.lse_a_lo);
-            const V q = probability(b, row, row.lse_b_hi, row.lse_b_lo);
-            difference = no_a ? q : no_b ? -p : difference;
-            difference = (no_a & no_b) ? zero : difference;
-        }
-        out.b = difference * row.coefficient_b;
+        Split<V> r = split(max(splat<V>(-100), fma(d, row.k, -row.shift.hi)), row.sign_b);
+        r.r = product_less<form>(d, row, row.shift, r.n);
+        if constexpr (form == Form::precise) r.r = fma(difference_error(b, a, d), row.k, r.r);
+        out.b = power<form>(a, row, row.weight_b, exp2m1_split(within_one(r.r), r.two_n, row.sign_b));
+    }
+    return out;
+}
+
+// Columns missing on one side or on both get what the limit gives, and where q is the larger by far it
+// is taken as it is.
+template <bool ToA, bool ToB, class V>
+KL_INLINE Gradients<V> gradient_in_general(V a, V b, const RowConstants<V>& row) {
+    using S = typename Traits<V>::Scalar;
+    const V zero{}, minus_inf = splat<V>(-static_cast<S>(__builtin_inf()));
+    const Mask<V> no_a = a == minus_inf, no_b = b == minus_inf;
+    a = no_a ? zero : a;
+    b = no_b ? zero : b;
+    const V d = b - a;
+    const V r_ = fma(difference_error(b, a, d), row.k, product_less<Form::general>(d, row, row.shift, zero));
+    // So that an r past the format's range meets a p of 0, or of 2^-125, as a number. Where such an r
+    // counts the row is vast, and fp64 works on it.
+    const V limit = splat<V>(static_cast<S>(sizeof(S) == 4 ? 0x1p60 : 0x1p500));
+    const V r = min(max(r_, -limit), limit);
+    const V p = power<Form::general>(a, row, row.lse_a), q = power<Form::general>(b, row, row.lse_b);
+
+    Gradients<V> out{};
+    if constexpr (ToA) out.a = no_a ? zero : p * (r + row.divergence) * row.coefficient_a;
+    if constexpr (ToB) {
+        V difference = with_sign((r > zero ? q : p) * -exp2m1(-abs(r)), r);
+        difference = no_a ? q : no_b ? -p : difference;
+        out.b = ((no_a & no_b) ? zero : difference) * row.coefficient_b;
     }
     return out;
 }
 
 // A stretch whose logits and gradients share one format. `n` is a multiple of kStep<T>.
-template <bool Exact, bool Holes, bool ToA, bool ToB, bool Stream, class T>
+template <Form form, bool ToA, bool ToB, bool Stream, class T>
 inline void gradient_steps(const T* a, const T* b, std::int64_t n, const RowConstants<Wide<T>>& row, T* to_a, T* to_b) {
     const RowConstants<Wide<T>> constants = row;
     for (std::int64_t i = 0; i < n; i += kStep<T>) {
         const auto va = load_pair(a + i), vb = load_pair(b + i);
-        const auto x = gradient_of<Exact, Holes, ToA, ToB>(va.x, vb.x, constants);
-        const auto y = gradient_of<Exact, Holes, ToA, ToB>(va.y, vb.y, constants);
+        const auto columns = [&](auto a, auto b) KL_INLINE_LAMBDA {
+            if constexpr (form == Form::general)
+                return gradient_in_general<ToA, ToB>(a, b, constants);
+            else
+                return gradient_of<form, ToA, ToB>(a, b, constants);
+        };
+        const auto x = columns(va.x, vb.x), y = columns(va.y, vb.y);
         if constexpr (ToA) store_pair<Stream>(to_a + i, {x.a, y.a});
         if constexpr (ToB) store_pair<Stream>(to_b + i, {x.b, y.b});
     }
@@ -121,14 +164,14 @@ inline void gradient_steps(const T* a, const T* b, std::int64_t n, const RowCons
 
 // Any n, any alignment. What does not fill a step, or lies before the first aligned store, goes
 // through a copy of one step; the arithmetic is the same, so no bit depends on where a column lies.
-template <bool Exact, bool Holes, bool ToA, bool ToB, class T>
+template <Form form, bool ToA, bool ToB, class T>
 inline void gradient_stretch(const T* a, const T* b, std::int64_t n, const RowConstants<Wide<T>>& row, T* to_a, T* to_b,
                              bool stream) {
     const auto partial = [&](std::int64_t first, std::int64_t count) {
         T part_a[kStep<T>] = {}, part_b[kStep<T>] = {}, out_a[kStep<T>], out_b[kStep<T>];
         std::memcpy(part_a, a + first, static_cast<std::size_t>(count) * sizeof(T));
         std::memcpy(part_b, b + first, static_cast<std::size_t>(count) * sizeof(T));
-        gradient_steps<Exact, Holes, ToA, ToB, false>(part_a, part_b, kStep<T>, row, out_a, out_b);
+        gradient_steps<form, ToA, ToB, false>(part_a, part_b, kStep<T>, row, out_a, out_b);
         if constexpr (ToA) std::memcpy(to_a + first, out_a, static_cast<std::size_t>(count) * sizeof(T));
         if constexpr (ToB) std::memcpy(to_b + first, out_b, static_cast<std::size_t>(count) * sizeof(T));
     };
@@ -143,10 +186,18 @@ inline void gradient_stretch(const T* a, const T* b, std::int64_t n, const RowCo
     const std::int64_t whole = (n - head) / kStep<T> * kStep<T>;
     if (head > 0) partial(0, head);
     T *steps_a = ToA ? to_a + head : nullptr, *steps_b = ToB ? to_b + head : nullptr;
+    if (stream) {
+        // A streaming store into a page that the TLB does not hold stalls the ones behind it for the
+        // whole page walk: a quarter of the time at 4 KiB pages. Asked for together, the walks overlap.
+        for (std::int64_t i = 0; i < n; i += 4096 / static_cast<std::int64_t>(sizeof(T))) {
+            if constexpr (ToA) __builtin_prefetch(to_a + i, 1);
+            if constexpr (ToB) __builtin_prefetch(to_b + i, 1);
+        }
+    }
     if (stream)
-        gradient_steps<Exact, Holes, ToA, ToB, true>(a + head, b + head, whole, row, steps_a, steps_b);
+        gradient_steps<form, ToA, ToB, true>(a + head, b + head, whole, row, steps_a, steps_b);
     else
-        gradient_steps<Exact, Holes, ToA, ToB, false>(a + head, b + head, whole, row, steps_a, steps_b);
+        gradient_steps<form, ToA, ToB, false>(a + head, b + head, whole, row, steps_a, steps_b);
     if (head + whole < n) partial(head + whole, n - head - whole);
 }
 
@@ -154,27 +205,20 @@ template <class T>
 inline void gradient_run(const T* a, const T* b, std::int64_t n, double scale, const RowScalars& scalars, T* to_a, T* to_b,
                          bool stream) {
     const RowConstants<Wide<T>> row(scale, scalars);
-    const bool holes = scalars.verdict != Verdict::plain;
-    // Where the sides' lse are close, the error of fl(b - a) is below the bound: 2^-24 * 16 or, for a
-    // larger difference, damped by e^-|r|. fp32 waits for memory anyway and takes the full precision.
-    const double shift = scalars.shift < 0 ? -scalars.shift : scalars.shift;
-    const bool exact = std::is_same_v<T, float> || (!std::is_same_v<T, double> && shift >= 8);
-    const auto with = [&]<bool Exact, bool Holes>() {
+    const auto with = [&]<Form form>() {
         if (to_a != nullptr && to_b != nullptr)
-            gradient_stretch<Exact, Holes, true, true>(a, b, n, row, to_a, to_b, stream);
+            gradient_stretch<form, true, true>(a, b, n, row, to_a, to_b, stream);
         else if (to_a != nullptr)
-            gradient_stretch<Exact, Holes, true, false>(a, b, n, row, to_a, to_b, stream);
+            gradient_stretch<form, true, false>(a, b, n, row, to_a, to_b, stream);
         else
-            gradient_stretch<Exact, Holes, false, true>(a, b, n, row, to_a, to_b, stream);
+            gradient_stretch<form, false, true>(a, b, n, row, to_a, to_b, stream);
     };
-    if (exact && holes)
-        with.template operator()<true, true>();
-    else if (exact)
-        with.template operator()<true, false>();
-    else if (holes)
-        with.template operator()<false, true>();
-    else
-        with.template operator()<false, false>();
+    if constexpr (std::is_same_v<T, double>) return with.template operator()<Form::general>();
+    switch (form_for(scale, scalars, std::is_same_v<T, float>)) {
+        case Form::quick: return with.template operator()<Form::quick>();
+        case Form::precise: return with.template operator()<Form::precise>();
+        case Form::general: return with.template operator()<Form::general>();
+    }
 }
 
 // `first` to `last` of a row, through copies in R: for sides of two formats, and for fp64 arithmetic.

@@ -30,6 +30,7 @@ struct Row {
 // What gradient kernels know about a row.
 struct RowScalars {
     double lse_a, lse_b, shift, divergence;
+    double top_r;  // no log2 q - log2 p of the row is larger
     Verdict verdict;
     double coefficient_a, coefficient_b;  // row_scale / temperature
 };

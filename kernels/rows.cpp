@@ -22,7 +22,7 @@ State collect_as(const Row& row, std::int64_t first, std::int64_t last) {
     return collector.total();
 }
 
-// Two formats: tiles are widened to fp32 in L1 first.
+// Two formats: widened to fp32 in L1 first.
 State collect_mixed(const Row& row, std::int64_t first, std::int64_t last) {
     Collector collector(row.scale());
     float a[kTile], b[kTile];
@@ -107,6 +107,9 @@ void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Desti
     if (scalars.verdict == Verdict::nan || std::isnan(scalars.coefficient_a)) settle(to_a, nan);
     if (scalars.verdict == Verdict::infinite) settle(to_a, nan);
     if (scalars.verdict == Verdict::nan || std::isnan(scalars.coefficient_b)) settle(to_b, nan);
+    // p and q are finite in what is left, and a gradient of -0 helps nobody.
+    if (to_a.data != nullptr && scalars.coefficient_a == 0) settle(to_a, 0);
+    if (to_b.data != nullptr && scalars.coefficient_b == 0) settle(to_b, 0);
     if (to_a.data == nullptr && to_b.data == nullptr) return;
 
     if (are_vast(scalars)) {
@@ -135,7 +138,7 @@ void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Desti
 void elementary(int which, const float* x, float* y, std::int64_t n) {
     for (std::int64_t i = 0; i + lanes<VF> <= n; i += lanes<VF>) {
         const VF v = load<VF>(x + i);
-        store(y + i, which == 0 ? exp2(v) : which == 1 ? g2(v) : one_minus_exp2_neg(v));
+        store(y + i, which == 0 ? exp2(v) : which == 1 ? g2(v) : exp2m1(v));
     }
 }
 

@@ -23,6 +23,7 @@
 #endif
 
 #define KL_INLINE inline __attribute__((always_inline))
+#define KL_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace kl::KL_ISA {
 

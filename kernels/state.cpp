@@ -1,5 +1,6 @@
 #include "state.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -45,6 +46,7 @@ State merge(const State& s, const State& t) {
     if (s.is_empty() || t.is_empty()) {
         out = s.is_empty() ? t : s;
         out.flags = s.flags | t.flags;
+        out.top_d = std::max(s.top_d, t.top_d);
         return out;
     }
     Frame to = s.frame;
@@ -63,6 +65,7 @@ State merge(const State& s, const State& t) {
     out.a2 += other.a2;
     out.spent += other.spent;
     out.flags |= other.flags;
+    out.top_d = std::max(out.top_d, other.top_d);
     return out;
 }
 
@@ -92,6 +95,7 @@ RowResult finish(const State& s) {
     out.shift = static_cast<double>(s.frame.c) + std::log1p(y) / kLn2;
     out.divergence = divergence_from(mean_x, mean_g);
     out.mean_d = static_cast<double>(s.frame.c) + s.a1 / s.z;
+    out.top_r = s.top_d - out.shift;
     if (s.flags & (kSawHole | kSawVast)) out.verdict = Verdict::holes;
     // Past 2^20 an fp32 holds too little of m and c to subtract them.
     out.trusted = !(s.flags & kSawHugeA) && std::isfinite(s.z) && std::isfinite(s.a1) && std::isfinite(s.a2) &&

@@ -7,6 +7,8 @@
 //     KL(a||b) = E[g] + log1p(y) - y,   lse(b) - lse(a) = c + log2(1 + y).
 #pragma once
 
+#include <limits>
+
 #include "contract.h"
 
 namespace kl {
@@ -34,6 +36,7 @@ struct Frame {
 struct State {
     Frame frame;
     double z = 0, a1 = 0, a2 = 0;
+    double top_d = -std::numeric_limits<double>::infinity();  // the largest d
     double spent = 0;  // the a2 that were summed up in fp32: what their rounding errors scale with
     unsigned flags = 0;
 
@@ -56,6 +59,7 @@ struct RowResult {
     bool trusted = true;    // false: rounding may have eaten the result, look at the row again in fp64
     bool sums_b_too = false;  // true: lse(b) rests on a few large 2^x and is better summed by itself
     double mean_d = 0;      // E_a[d]
+    double top_r = std::numeric_limits<double>::infinity();  // no log2 q - log2 p is larger
 };
 
 RowResult finish(const State&);

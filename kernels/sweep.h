@@ -7,6 +7,7 @@
 // is swept again from its own mean. That happens about ln(#tiles) times in a row.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "elementary.h"
@@ -15,9 +16,13 @@
 
 namespace kl::KL_ISA {
 
-constexpr std::int64_t kTile = 2048;         // columns: 16 KiB of fp32 from both sides
-constexpr std::int64_t kBlock = 16 * kTile;  // the unit of work where a row is split over threads
-constexpr std::int64_t kAhead = 1024;        // columns: the hardware prefetchers stop at page ends
+// 64 additions to each fp32 accumulator, so that rounding stays well under the promise even where
+// every column adds the same number; with AVX-512 2048 columns, 16 KiB of fp32 from both sides.
+constexpr std::int64_t kTile = 128 * lanes<VF>;
+// A block begins with little: enough to know a frame by, cheap to sweep twice.
+constexpr std::int64_t kFirstTile = kTile / 8;
+constexpr std::int64_t kBlock = 32768;  // the unit of work where a row is split over threads
+constexpr std::int64_t kAhead = 4096;  // bytes: the hardware prefetchers stop at page ends
 
 // Above this x (in ln 2), 2^x may outweigh a 2^(a-m) that has already underflowed to nothing.
 constexpr double kLargeX = 57;
@@ -64,8 +69,8 @@ inline Sums sweep(const Stretch<T>& in, float scale, Frame frame) {
     Accumulators s, t;
     for (std::int64_t i = 0; i < in.columns; i += kStep<T>) {
         for (std::int64_t line = 0; line < static_cast<std::int64_t>(kStep<T> * sizeof(T)); line += 64) {
-            __builtin_prefetch(reinterpret_cast<const char*>(in.a + i + kAhead) + line);
-            __builtin_prefetch(reinterpret_cast<const char*>(in.b + i + kAhead) + line);
+            __builtin_prefetch(reinterpret_cast<const char*>(in.a + i) + kAhead + line);
+            __builtin_prefetch(reinterpret_cast<const char*>(in.b + i) + kAhead + line);
         }
         const auto a = load_pair(in.a + i), b = load_pair(in.b + i);
         accumulate<Exact>(a.x, b.x, k, m, c, s);
@@ -93,7 +98,7 @@ inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
 
     Accumulators s;
     VI bad{}, infinite{}, seen_b{}, large{}, holes{};
-    auto column = [&](VF a, VF b) {
+    const auto column = [&](VF a, VF b) KL_INLINE_LAMBDA {
         const VI no_a = a == -inf, no_b = b == -inf;
         bad |= ~((a < inf) & (b < inf));
         infinite |= ~no_a & no_b;
@@ -127,6 +132,7 @@ inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
     out.a1 = sum(s.a1);
     out.a2 = sum(s.a2);
     out.spent = std::fabs(out.a2);
+    out.top_d = static_cast<double>(frame.c + largest(s.x));
     std::int64_t missing = -in.padding;
     for (int i = 0; i < lanes<VF>; ++i) missing += holes[i];
     if (missing > 0) out.flags |= kSawHole;
@@ -231,7 +237,7 @@ private:
             const bool coarse = 512 * total_.a2 > kLn2 * total_.z * static_cast<double>(frame.c * frame.c);
             const Sums s = coarse ? sweep<false>(in, scale_, frame) : sweep<true>(in, scale_, frame);
             if (is_usable(s)) {
-                State out{frame, s.z, s.a1, s.a2, s.a2, kSawB};
+                State out{frame, s.z, s.a1, s.a2, static_cast<double>(frame.c) + s.largest_x, s.a2, kSawB};
                 if (coarse) out.flags |= kSawRounding;
                 if (frame.m > kHugeA) out.flags |= kSawHugeA;
                 if (s.largest_x > kTail) out.flags |= kSawTail;
@@ -252,6 +258,7 @@ private:
         out.a1 += piece.a1;
         out.a2 += piece.a2;
         out.spent += piece.spent;
+        out.top_d = std::max(out.top_d, piece.top_d);
         out.flags |= piece.flags;
         return out;
     }
@@ -271,8 +278,8 @@ private:
 template <class T, class Take>
 inline void for_each_tile(const T* a, const T* b, std::int64_t n, Take take) {
     const std::int64_t whole = n / kStep<T> * kStep<T>;
-    for (std::int64_t i = 0; i < whole; i += kTile) {
-        const std::int64_t length = whole - i < kTile ? whole - i : kTile;
+    for (std::int64_t i = 0, length = kFirstTile; i < whole; i += length, length = kTile) {
+        if (length > whole - i) length = whole - i;
         take(Stretch<T>{a + i, b + i, length, 0});
     }
     if (whole == n) return;

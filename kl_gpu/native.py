@@ -12,9 +12,9 @@ from torch import Tensor
 from .kinds import KINDS, STATS
 
 try:
-    from kl_gpu import _native
+    import kl_gpu._native as _native
 except ImportError:  # installed where no compiler was at hand
-    _native = None  # type: ignore[assignment]
+    _native = None
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _NOWHERE = (0, 0, 0, 0)
@@ -49,7 +49,7 @@ def _target(grad: Tensor | None) -> tuple[int, int, int, int]:
 
 
 def _rows(rows: Tensor | None) -> tuple[int, int, int]:
-    return _ALL_ROWS if rows is None else (rows.data_ptr(), *rows.stride())
+    return _ALL_ROWS if rows is None else (rows.data_ptr(), rows.stride(0), rows.stride(1))
 
 
 def _problem(

@@ -67,7 +67,7 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release unlocked;
         kl::value_and_gradient(p, wide, pointer(row_scale), pointer(value), pointer(stats), target(to_a), target(to_b));
     });
-    // For the test of their error bounds: 0 is exp2, 1 is g2, 2 is 1 - 2^-|x|; n is a multiple of 16.
+    // For the test of their error bounds: 0 is exp2, 1 is g2, 2 is 2^x - 1; n is a multiple of 16.
     m.def("elementary", [](int which, Address x, Address y, std::int64_t n) {
         nb::gil_scoped_release unlocked;
         kl::kernels().elementary(which, pointer<const float>(x), pointer<float>(y), n);
