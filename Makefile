@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sanitize clean
 
 demo: $(READY)  ## distil a small language model through kl_gpu, on the text of Python's own library
 	$(BIN)/python examples/distill.py $(ARGS)
@@ -20,7 +20,15 @@ lint: $(READY)
 bench: $(READY)  ## ours against plain PyTorch and torch.compile on the device at hand
 	$(BIN)/python -m bench $(ARGS)
 
-$(READY): pyproject.toml constraints.txt
+# The C++ kernels under AddressSanitizer with UBSan, then under ThreadSanitizer; needs cmake and a compiler.
+sanitize:
+	for kind in address thread; do \
+		cmake -S . -B build/sanitize-$$kind -DKL_GPU_SANITIZE=$$kind && \
+		cmake --build build/sanitize-$$kind --parallel 2 && \
+		build/sanitize-$$kind/kl_sanitize || exit 1; \
+	done
+
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/* kernels/bindings/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable ".[triton,test,bench,demo,lint]"
