@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .kinds import KINDS, STATS
+from .kinds import KINDS
 
 # 512 Ki float64 elements are 4 MiB: the few buffers a chunk needs stay in a last cache of 32 MiB, and each
 # operation is long enough to hide what starting it costs.
@@ -140,24 +140,23 @@ def value(
     a_all, b_all = order(student, teacher)
     a_scale, b_scale = order(student_scale, teacher_scale)
     shape = student.shape[:2]
-    result = torch.empty(shape, dtype=out_dtype, device=student.device)
-    stats = torch.zeros((*shape, STATS), dtype=out_dtype, device=student.device)
     worker = _worker(student.device)
+    found = torch.empty((*shape, 3), dtype=torch.float64, device=worker)  # both normalisers, the divergence
     rows_at_once = max((block.stop - block.start for _, block in _blocks(student.shape)), default=0)
     columns = min(student.shape[2], _CHUNK)
     buffers = torch.empty((2, 2, rows_at_once, columns), dtype=torch.float64, device=worker)
     for i, j in _blocks(student.shape):
         a, b = _Side(a_all[i, j], a_scale, buffers[0]), _Side(b_all[i, j], b_scale, buffers[1])
-        kl = _kl(a, b).clamp_min_(0)
-        if student.shape[-1] == 1:
-            kl = kl * 0  # as below, and NaN where there is no distribution
-        log_a, log_b = a.log_normalizer(), b.log_normalizer()
-        result[i, j] = kl[:, 0].to(out_dtype)
-        parts = [part for x, n in ((log_a, 3), (log_b, 3), (kl, 2)) for part in _split(x, n, out_dtype)]
-        stats[i, j] = torch.cat(parts, -1)
+        found[i, j] = torch.cat((a.log_normalizer(), b.log_normalizer(), _kl(a, b)), -1)
+    kl = found[..., 2:].clamp_min_(0)
+    if student.shape[-1] == 1:
+        kl.mul_(0)  # as below, and NaN where there is no distribution
+    found = found.view(-1, 3)
+    parts = [part for k, n in enumerate((3, 3, 2)) for part in _split(found[:, k : k + 1], n, out_dtype)]
+    result = parts[6][:, 0]
     if rows is not None:
-        result = torch.where(rows, result, 0)
-    return result.view(-1), stats.view(-1, STATS)
+        result = torch.where(rows.reshape(-1).to(worker), result, 0)
+    return result.to(student.device), torch.cat(parts, -1).to(student.device)
 
 
 def gradient(
