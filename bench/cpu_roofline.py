@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+
 from kl_gpu import _native, native
 
 FLOORS = {  # share of memory, times torch.compile, times eager
@@ -43,7 +44,8 @@ def interleaved(candidates: dict[str, Callable[[], object]], repeats: int) -> di
 
 def plain(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """What people write: per-token KL(teacher‖student) from log-softmax."""
-    return F.kl_div(F.log_softmax(student, -1), F.log_softmax(teacher, -1), reduction="none", log_target=True).sum(-1)
+    log_q, log_p = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
 def candidates(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -89,7 +91,8 @@ def ratio(over: list[float], under: list[float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--columns", type=int, default=128256)
     parser.add_argument("--threads", type=int, default=2)
@@ -99,7 +102,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
-    print(f"{native.isa()}, {args.threads} threads, N = {args.rows}, V = {args.columns}, medians of {args.repeats}")
+    print(f"{native.isa()}, {args.threads} threads, N = {args.rows}, V = {args.columns}, {args.repeats} rounds")
     print(f"{'':27}{'ms':>8}{'GB/s':>7}{'of memory':>15}{'of torch.compile':>20}{'of eager':>16}")
     report = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -117,9 +120,8 @@ def main() -> None:
                 f"{name + ' ' + work:27}{seconds * 1e3:8.2f}{rate:7.1f}{share:8.0%} (≥{floor[0]:3.0%})"
                 f"{against_compile:11.1f} × (≥{floor[1]:3.1f}){against_eager:8.1f} × (≥{floor[2]:2d})"
             )
-            report.append(
-                {"dtype": name, "work": work, "bytes": passes, "seconds": {k: v for k, v in times.items() if k.endswith("/" + work)}}
-            )
+            rounds = {k: v for k, v in times.items() if k.endswith("/" + work)}
+            report.append({"dtype": name, "work": work, "passes": passes, "seconds": rounds})
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"isa": native.isa(), "arguments": vars(args), "results": report}, file, indent=1)

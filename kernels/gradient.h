@@ -106,6 +106,8 @@ KL_INLINE Gradients<V> gradient_of(V a, V b, const RowConstants<V>& row) {
     if constexpr (ToA) {
         V r = product_less<form>(d, row, row.shift, V{});
         if constexpr (form == Form::precise) r = fma(difference_error(b, a, d), row.k, r);
+        // -3e38 on one side would overflow here, and inf times a p of 0 is not 0.
+        r = max(r, splat<V>(-0x1p100f));
         out.a = power<form>(a, row, row.weight_a, mad(r, row.sign_a, row.divergence * row.sign_a));
     }
     if constexpr (ToB) {

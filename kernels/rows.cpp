@@ -40,7 +40,7 @@ double lse_b_as(const Row& row) {
     float m = -__builtin_inff();
     double z = 0;
     const T* b = at<T>(row.b, 0);
-    for_each_tile(b, b, row.columns, [&](const Stretch<T>& tile) { add_to_lse(tile.b, tile.columns, row.scale(), m, z); });
+    for_each_tile(b, b, row.columns, [&](const Stretch<T>& tile) { add_to_lse(tile, row.scale(), m, z); });
     return static_cast<double>(m) + std::log2(z);
 }
 

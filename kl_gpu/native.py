@@ -53,7 +53,12 @@ def _rows(rows: Tensor | None) -> tuple[int, int, int]:
 
 
 def _problem(
-    student: Tensor, teacher: Tensor, rows: Tensor | None, kind: str, student_scale: float, teacher_scale: float
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor | None,
+    kind: str,
+    student_scale: float,
+    teacher_scale: float,
 ) -> tuple[bool, tuple]:
     """Whether the student is the weights' side, and what every entry of the extension begins with."""
     student_side, teacher_side = _side(student, student_scale), _side(teacher, teacher_scale)
