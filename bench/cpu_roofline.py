@@ -102,7 +102,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
-    print(f"{native.isa()}, {args.threads} threads, N = {args.rows}, V = {args.columns}, {args.repeats} rounds")
+    print(f"{native.isa()}, {args.threads} threads, {args.rows} × {args.columns}, {args.repeats} rounds")
     print(f"{'':27}{'ms':>8}{'GB/s':>7}{'of memory':>15}{'of torch.compile':>20}{'of eager':>16}")
     report = []
     for dtype in (torch.float32, torch.bfloat16):

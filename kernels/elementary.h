@@ -166,12 +166,16 @@ KL_INLINE Split<V> split(V x, V one) {
     return {e.r, integer(e), scale(one, e)};
 }
 
-// (2^x - 1 - x ln 2) / ln 2, which is never negative.  fp32: 8 ulp for finite x up to 126. Where x
-// rounds to n = 0 the terms beside the polynomial vanish exactly, so no blend is needed.
+// (2^x - 1 - x ln 2) / ln 2, which is never negative.  fp32: 8 ulp for finite x up to 126, and over
+// 2^125 for larger ones. Where x rounds to n = 0 the terms beside the polynomial vanish exactly, so no
+// blend is needed.
 template <class V>
 KL_INLINE V g2(V x) {
     using S = typename Traits<V>::Scalar;
     const V log2e = splat<V>(static_cast<S>(kLog2e));
+#if KL_WIDTH < 64
+    x = min(splat<V>(static_cast<S>(Traits<V>::bias - 1)), x);
+#endif
     const Split<V> e = split(clamp_exponent(x), splat<V>(1));
     // In this order the large terms meet first and leave without a rounding.
     const V rest = mad(e.two_n, e.r, mad(e.two_n, log2e, -log2e)) - x;

@@ -98,7 +98,7 @@ RowResult finish(const State& s) {
     out.top_r = s.top_d - out.shift;
     if (s.flags & (kSawHole | kSawVast)) out.verdict = Verdict::holes;
     // Past 2^20 an fp32 holds too little of m and c to subtract them.
-    out.trusted = !(s.flags & kSawHugeA) && std::isfinite(s.z) && std::isfinite(s.a1) && std::isfinite(s.a2) &&
+    out.trusted = !(s.flags & (kSawHugeA | kSawFarB)) && std::isfinite(s.z) && std::isfinite(s.a1) && std::isfinite(s.a2) &&
                   std::fabs(s.frame.m) < 0x1p20f && std::fabs(s.frame.c) < 0x1p20f;
     if (s.flags & kSawInfinite) {
         // Columns that b excludes pull y towards -1, where 1 + y is what is left of a subtraction.

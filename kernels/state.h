@@ -23,7 +23,8 @@ enum Flag : unsigned {
     kSawLargeX = 64,    // 2^x might outweigh a weight that underflows
     kSawTail = 128,     // 2^x with an x past 16, whose rounding shows in lse(b) if nothing outweighs it
     kSawFarTail = 256,  // past 32: it shows in the value too
-    kSawHugeA = 512,    // an a so large that fp32 cannot subtract m from it
+    kSawFarB = 512,     // a b so low that it may count even where a's weight underflows
+    kSawHugeA = 1024,    // an a so large that fp32 cannot subtract m from it
 };
 
 // In fp32, because the sweeps hold it so, and a state must know exactly where it was seen from.

@@ -24,9 +24,13 @@ constexpr std::int64_t kFirstTile = kTile / 8;
 constexpr std::int64_t kBlock = 32768;  // the unit of work where a row is split over threads
 constexpr std::int64_t kAhead = 4096;  // bytes: the hardware prefetchers stop at page ends
 
-// Above this x (in ln 2), 2^x may outweigh a 2^(a-m) that has already underflowed to nothing.
-constexpr double kLargeX = 57;
-constexpr double kTail = 16, kFarTail = 32;
+// How far x went shows in the largest g2(x), which is large on both sides: past this one 2^x may outweigh
+// a weight that has already underflowed to nothing, and so may -x, where b is -1e30.
+constexpr double kLargeG = 0x1p48;
+// g2(16) and g2(32), where the rounding of 2^x begins to show in lse(b) and in the value.
+constexpr double kTailG = 0x1p16 * kLog2e, kFarTailG = 0x1p32 * kLog2e;
+// The same for the careful sweep, on x.
+constexpr float kTailX = 16, kLargeX = 48, kFarB = -0x1p32f;
 constexpr float kHugeA = 0x1p20f;
 constexpr double kLargeSum = 0x1p100;
 
@@ -65,11 +69,11 @@ struct Stretch {
 };
 
 struct Sums {
-    double z, a1, a2, largest_x;
+    double z, a1, a2, largest_g;
 };
 
 struct Accumulators {
-    VF z{}, a1{}, a2{}, x = splat<VF>(-1);
+    VF z{}, a1{}, a2{}, largest_g{};
 };
 
 // What every column goes through. Exact also keeps what fl(b - a) rounds away.
@@ -81,8 +85,9 @@ KL_INLINE void accumulate(VF a, VF b, VF k, VF m, VF c, Accumulators& s) {
     VF w = exp2(fma(a, k, -m));
     s.z += w;
     s.a1 = mad(w, x, s.a1);
-    s.a2 = mad(w, g2(x), s.a2);
-    s.x = max(x, s.x);
+    const VF g = g2(x);
+    s.a2 = mad(w, g, s.a2);
+    s.largest_g = max(g, s.largest_g);
 }
 
 // The fast sweep. A NaN or an infinity anywhere makes a sum that is not finite.
@@ -100,18 +105,18 @@ inline Sums sweep(const Stretch<T>& in, float scale, Frame frame) {
         accumulate<Exact>(a.x, b.x, k, m, c, s);
         accumulate<Exact>(a.y, b.y, k, m, c, t);
     });
-    return {sum(s.z + t.z), sum(s.a1 + t.a1), sum(s.a2 + t.a2), static_cast<double>(largest(max(s.x, t.x)))};
+    return {sum(s.z + t.z), sum(s.a1 + t.a1), sum(s.a2 + t.a2), static_cast<double>(largest(max(s.largest_g, t.largest_g)))};
 }
 
 inline bool is_usable(const Sums& s) {
-    return s.z < kLargeSum && s.a2 < kLargeSum && std::fabs(s.a1) < kLargeSum && s.largest_x < kLargeX;
+    return s.z < kLargeSum && s.a2 < kLargeSum && std::fabs(s.a1) < kLargeSum && s.largest_g < kLargeG;
 }
 
 // The sweep for stretches that hold -inf, or an x too large for w * g(x). There w g(x) is taken as
 // 2^(b - c - m) - w (1 + x), and columns missing on one side or on both get what the limit gives.
 template <class T>
 inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
-    const VF inf = splat<VF>(__builtin_inff()), zero{}, vast = splat<VF>(kVast), far = splat<VF>(static_cast<float>(kTail));
+    const VF inf = splat<VF>(__builtin_inff()), zero{}, vast = splat<VF>(kVast), far = splat<VF>(kTailX);
     const VF log2e = splat<VF>(static_cast<float>(kLog2e));
     const VF k = splat<VF>(scale), m = splat<VF>(frame.m),
              c = splat<VF>(frame.c);
@@ -120,7 +125,7 @@ inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
     // fma(-3e38, k, -m) is -inf, whose range reduction is NaN: masks of that size are common.
     const VF deepest = splat<VF>(-1000);
 
-    Accumulators s;
+    VF z{}, a1{}, a2{}, high = splat<VF>(-1), low{};
     VI bad{}, infinite{}, seen_b{}, large{}, holes{};
     const auto column = [&](VF a, VF b) KL_INLINE_LAMBDA {
         const VI no_a = a == -inf, no_b = b == -inf;
@@ -139,10 +144,11 @@ inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
         VF wg = x > far ? (w_b - w) * log2e - w * x : w * g2(min(x, far));
         wg = no_a ? w_b * log2e : wg;
         wg = (no_b & ~no_a) ? -w * log2e : wg;
-        s.z += w;
-        s.a1 = mad(w, x, s.a1);
-        s.a2 += wg;
-        s.x = max(x, s.x);
+        z += w;
+        a1 = mad(w, x, a1);
+        a2 += wg;
+        high = max(x, high);
+        low = min(x, low);
     };
     in.for_each_step([&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
         const auto a = load_pair(at_a), b = load_pair(at_b);
@@ -152,11 +158,11 @@ inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
 
     State out;
     out.frame = frame;
-    out.z = sum(s.z);
-    out.a1 = sum(s.a1);
-    out.a2 = sum(s.a2);
+    out.z = sum(z);
+    out.a1 = sum(a1);
+    out.a2 = sum(a2);
     out.spent = std::fabs(out.a2);
-    out.top_d = static_cast<double>(frame.c + largest(s.x));
+    out.top_d = static_cast<double>(frame.c + largest(high));
     std::int64_t missing = -in.padding();
     for (int i = 0; i < lanes<VF>; ++i) missing += holes[i];
     if (missing > 0) out.flags |= kSawHole;
@@ -164,8 +170,9 @@ inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
     if (any<VF>(bad)) out.flags |= kSawNan;
     if (any<VF>(infinite)) out.flags |= kSawInfinite;
     if (any<VF>(seen_b)) out.flags |= kSawB;
-    if (static_cast<double>(largest(s.x)) > kTail) out.flags |= kSawTail;
-    if (static_cast<double>(largest(s.x)) > kLargeX) out.flags |= kSawLargeX;
+    if (largest(high) > kTailX) out.flags |= kSawTail;
+    if (largest(high) > kLargeX) out.flags |= kSawLargeX;
+    if (largest(-low) > -kFarB) out.flags |= kSawFarB;
     // Some instruction sets' exp2 stops at 2^126 where it should overflow.
     if (!(out.z < kLargeSum && std::fabs(out.a2) < kLargeSum)) out.a2 = __builtin_inf();
     return out;
@@ -276,11 +283,13 @@ private:
             const bool coarse = 512 * total_.a2 > kLn2 * total_.z * static_cast<double>(frame.c * frame.c);
             const Sums s = coarse ? sweep<false>(in, scale_, frame) : sweep<true>(in, scale_, frame);
             if (is_usable(s)) {
-                State out{frame, s.z, s.a1, s.a2, static_cast<double>(frame.c) + s.largest_x, s.a2, kSawB};
+                // 2^x = 1 + (x + g) ln 2, and no x is past 48.
+                const double top_x = std::log2(kLn2 * s.largest_g + 35);
+                State out{frame, s.z, s.a1, s.a2, static_cast<double>(frame.c) + top_x, s.a2, kSawB};
                 if (coarse) out.flags |= kSawRounding;
                 if (frame.m > kHugeA) out.flags |= kSawHugeA;
-                if (s.largest_x > kTail) out.flags |= kSawTail;
-                if (s.largest_x > kFarTail) out.flags |= kSawFarTail;
+                if (s.largest_g > kTailG) out.flags |= kSawTail;
+                if (s.largest_g > kFarTailG) out.flags |= kSawFarTail;
                 return out;
             }
         }

@@ -17,6 +17,9 @@ except ImportError:  # installed where no compiler was at hand
 STATS = 7
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_Side = tuple[int, int, int, int, float]
+_Rows = tuple[int, int, int]
+_Sizes = tuple[int, int, int, int]
 _NOWHERE = (0, 0, 0, 0)
 _ALL_ROWS = (0, 0, 0)
 
@@ -49,7 +52,10 @@ def _target(grad: Tensor | None) -> tuple[int, int, int, int]:
 
 
 def _rows(rows: Tensor | None) -> tuple[int, int, int]:
-    return _ALL_ROWS if rows is None else (rows.data_ptr(), *rows.stride())
+    if rows is None:
+        return _ALL_ROWS
+    stride_a, stride_b = rows.stride()
+    return rows.data_ptr(), stride_a, stride_b
 
 
 def _problem(
@@ -59,13 +65,14 @@ def _problem(
     kind: str,
     student_scale: float,
     teacher_scale: float,
-) -> tuple[bool, tuple]:
+) -> tuple[bool, tuple[_Side, _Side, _Rows, _Sizes, bool]]:
     """Whether the student is the weights' side, and what every entry of the extension begins with."""
     student_side, teacher_side = _side(student, student_scale), _side(teacher, teacher_scale)
     student_weighs = kind == "reverse_kl"
     a, b = (student_side, teacher_side) if student_weighs else (teacher_side, student_side)
     wide = a[3] == 3 or b[3] == 3
-    return student_weighs, (a, b, _rows(rows), (*student.shape, torch.get_num_threads()), wide)
+    size_a, size_b, columns = student.shape
+    return student_weighs, (a, b, _rows(rows), (size_a, size_b, columns, torch.get_num_threads()), wide)
 
 
 def _empty(student: Tensor, wide: bool) -> tuple[Tensor, Tensor]:

@@ -557,7 +557,7 @@ FUZZ = """
         ends = torch.iinfo(raw)
         for columns in COLUMNS:
             shape = (1, 100_000 // columns + 2, columns)
-            s, t = (torch.randint(ends.min, ends.max + 1, shape, dtype=raw, generator=g).view(dtype) for _ in "st")
+            s, t = torch.randint(ends.min, ends.max + 1, (2, *shape), dtype=raw, generator=g).view(dtype)
             # Half the rows: any bits but NaN and +inf, so that something finite comes out.
             for x in (s, t):
                 tame = x[:, ::2]
