@@ -91,8 +91,8 @@ def ratio(over: list[float], under: list[float]) -> float:
 
 
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--columns", type=int, default=128256)
     parser.add_argument("--threads", type=int, default=2)
@@ -102,8 +102,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
-    size = f"N = {args.rows}, V = {args.columns}"
-    print(f"{native.isa()}, {args.threads} threads, {size}, medians of {args.repeats}")
+    print(f"{native.isa()}, {args.threads} threads, {args.rows} × {args.columns}, {args.repeats} rounds")
     print(f"{'':27}{'ms':>8}{'GB/s':>7}{'of memory':>15}{'of torch.compile':>20}{'of eager':>16}")
     report = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -121,14 +120,8 @@ def main() -> None:
                 f"{name + ' ' + work:27}{seconds * 1e3:8.2f}{rate:7.1f}{share:8.0%} (≥{floor[0]:3.0%})"
                 f"{against_compile:11.1f} × (≥{floor[1]:3.1f}){against_eager:8.1f} × (≥{floor[2]:2d})"
             )
-            report.append(
-                {
-                    "dtype": name,
-                    "work": work,
-                    "bytes": passes,
-                    "seconds": {k: v for k, v in times.items() if k.endswith("/" + work)},
-                }
-            )
+            rounds = {k: v for k, v in times.items() if k.endswith("/" + work)}
+            report.append({"dtype": name, "work": work, "passes": passes, "seconds": rounds})
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"isa": native.isa(), "arguments": vars(args), "results": report}, file, indent=1)

@@ -41,15 +41,14 @@ struct Problem {
 // Numbers kept per row between value and gradient. Exponents and differences are in units of ln 2
 // and split into a high and a low part, because one fp32 cannot hold them well enough.
 enum Stat : int {
-    kLseHi = 0,    // log2 sum 2^a
+    kLseHi = 0,  // log2 sum 2^a
     kLseLo = 1,
     kShiftHi = 2,  // log2 sum 2^b - log2 sum 2^a
     kShiftLo = 3,
     kDivergence = 4,
     kVerdict = 5,  // a Verdict
     kTopR = 6,     // the largest log2 q - log2 p, or +inf where it was not noted
-    kSpare = 7,
-    kStats = 8,
+    kStats = 8,    // one more than is used: kl_gpu/kinds.py has as many for every backend
 };
 
 enum class Verdict : int {

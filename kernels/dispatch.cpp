@@ -30,7 +30,8 @@ std::vector<const Kernels*> detect() {
     __builtin_cpu_init();
     const bool v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
     const bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
+                    __builtin_cpu_supports("bmi2");
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
@@ -61,7 +62,8 @@ const std::vector<const Kernels*>& supported_kernels() {
 
 const Kernels& kernels() {
     static const Kernels* const chosen = choose();
-    if (chosen == nullptr) throw std::runtime_error("this processor lacks x86-64-v2, which the kernels need at least");
+    if (chosen == nullptr)
+        throw std::runtime_error("this processor lacks x86-64-v2, which the kernels need at least");
     return *chosen;
 }
 

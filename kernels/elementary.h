@@ -27,7 +27,7 @@ struct Poly<VF> {
     static constexpr double exp2[] = {0.693146978045, 0.240222424012, 0.0555073346366, 0.0096714979858,
                                       0.00132647542076};
     // (2^r - 1) / r itself to 1.1e-8.
-    static constexpr double expm1[] = {0.693147187927, 0.24022649795,    0.055503574337,
+    static constexpr double expm1[] = {0.693147187927,   0.24022649795,    0.055503574337,
                                        0.00961823749116, 0.00133907354655, 0.000154035137217};
     // (2^r - 1 - r ln 2) / (r^2 ln 2) to 1.3e-7.
     static constexpr double g[] = {0.346573587181, 0.0800750730506, 0.0138760893312, 0.00193050633483,
@@ -35,15 +35,15 @@ struct Poly<VF> {
 };
 template <>
 struct Poly<VD> {
-    static constexpr double exp2[] = {0.6931471805599453257,    0.2402265069591013106,    0.05550410866482008801,
-                                      0.009618129107594188279,  0.00133335581467740002,   0.0001540353045703662277,
-                                      0.00001525273349343777449, 1.321543531613339281e-6, 1.017819951861206878e-7,
-                                      7.073777938330788397e-9,  4.43477146917858287e-10};
+    static constexpr double exp2[] = {
+        0.6931471805599453257,   0.2402265069591013106,    0.05550410866482008801,    0.009618129107594188279,
+        0.00133335581467740002,  0.0001540353045703662277, 0.00001525273349343777449, 1.321543531613339281e-6,
+        1.017819951861206878e-7, 7.073777938330788397e-9,  4.43477146917858287e-10};
     static constexpr const double (&expm1)[11] = exp2;
-    static constexpr double g[] = {0.3465735902799726548,    0.08007550231970025808,   0.01387602716620537893,
-                                   0.001923625821524041299,  0.0002222259691076057918, 0.00002200504345621553332,
-                                   1.90659172121493627e-6,   1.468384026360645094e-7,  1.017809723349267798e-8,
-                                   6.427141184127395424e-10, 3.706854448848525724e-11};
+    static constexpr double g[] = {
+        0.3465735902799726548,    0.08007550231970025808,    0.01387602716620537893,  0.001923625821524041299,
+        0.0002222259691076057918, 0.00002200504345621553332, 1.90659172121493627e-6,  1.468384026360645094e-7,
+        1.017809723349267798e-8,  6.427141184127395424e-10,  3.706854448848525724e-11};
 };
 
 // x = n + r with integer n and |r| <= 1/2; scale(p, n) is p * 2^n.
@@ -88,8 +88,12 @@ KL_INLINE V clamp_for_product(V x) {
     return x;
 }
 // The smaller of |x| and 1 with the sign of x; 1 for NaN.
-KL_INLINE VF within_one(VF x) { return bits<VF>(_mm512_range_ps(bits<__m512>(x), bits<__m512>(splat<VF>(1)), 2)); }
-KL_INLINE VD within_one(VD x) { return bits<VD>(_mm512_range_pd(bits<__m512d>(x), bits<__m512d>(splat<VD>(1)), 2)); }
+KL_INLINE VF within_one(VF x) {
+    return bits<VF>(_mm512_range_ps(bits<__m512>(x), bits<__m512>(splat<VF>(1)), 2));
+}
+KL_INLINE VD within_one(VD x) {
+    return bits<VD>(_mm512_range_pd(bits<__m512d>(x), bits<__m512d>(splat<VD>(1)), 2));
+}
 #else
 template <class V>
 KL_INLINE V clamp_exponent(V x) {
@@ -151,7 +155,7 @@ KL_INLINE V exp2(V x) {
     return y;
 #else
     // What the clamp leaves of a weight that is nothing must not count where it meets an x of 1e38.
-    return bits<V>(bits<Mask<V>>(y) & Mask<V>(x >= splat<V>(-Traits<V>::bias + 2)));
+    return bits<V>(bits<Mask<V> >(y) & Mask<V>(x >= splat<V>(-Traits<V>::bias + 2)));
 #endif
 }
 
@@ -166,12 +170,16 @@ KL_INLINE Split<V> split(V x, V one) {
     return {e.r, integer(e), scale(one, e)};
 }
 
-// (2^x - 1 - x ln 2) / ln 2, which is never negative.  fp32: 8 ulp for finite x up to 126. Where x
-// rounds to n = 0 the terms beside the polynomial vanish exactly, so no blend is needed.
+// (2^x - 1 - x ln 2) / ln 2, which is never negative.  fp32: 8 ulp for finite x up to 126, and over
+// 2^125 for larger ones. Where x rounds to n = 0 the terms beside the polynomial vanish exactly, so no
+// blend is needed.
 template <class V>
 KL_INLINE V g2(V x) {
     using S = typename Traits<V>::Scalar;
     const V log2e = splat<V>(static_cast<S>(kLog2e));
+#if KL_WIDTH < 64
+    x = min(splat<V>(static_cast<S>(Traits<V>::bias - 1)), x);
+#endif
     const Split<V> e = split(clamp_exponent(x), splat<V>(1));
     // In this order the large terms meet first and leave without a rounding.
     const V rest = mad(e.two_n, e.r, mad(e.two_n, log2e, -log2e)) - x;

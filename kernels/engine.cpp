@@ -13,7 +13,7 @@
 namespace kl {
 namespace {
 
-constexpr std::int64_t kGrain = 32768;                   // columns worth handing to another thread
+constexpr std::int64_t kGrain = 32768;                  // columns worth handing to another thread
 constexpr std::int64_t kStreamBytes = 4 * 1024 * 1024;  // smaller gradients stay in cache for their reader
 
 std::int64_t size_of(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
@@ -21,7 +21,8 @@ std::int64_t size_of(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4
 template <class T, class Side>
 T* row_of(T* data, const Side& side, std::int64_t i, std::int64_t j) {
     const std::int64_t offset = (i * side.stride_a + j * side.stride_b) * size_of(side.dtype);
-    return static_cast<T*>(static_cast<std::conditional_t<std::is_const_v<T>, const char*, char*>>(data) + offset);
+    return static_cast<T*>(static_cast<std::conditional_t<std::is_const_v<T>, const char*, char*>>(data) +
+                           offset);
 }
 
 struct Layout {
@@ -36,8 +37,13 @@ struct Layout {
     }
     Row row(std::int64_t r) const {
         const std::int64_t i = r / p.size_b, j = r % p.size_b;
-        return {row_of(p.a.data, p.a, i, j), row_of(p.b.data, p.b, i, j), p.a.dtype, p.b.dtype,
-                p.a.scale, p.b.scale, p.columns};
+        return {row_of(p.a.data, p.a, i, j),
+                row_of(p.b.data, p.b, i, j),
+                p.a.dtype,
+                p.b.dtype,
+                p.a.scale,
+                p.b.scale,
+                p.columns};
     }
     Destination to(const Gradient& g, std::int64_t r) const {
         if (g.data == nullptr) return {nullptr, g.dtype};
@@ -48,8 +54,12 @@ struct Layout {
     }
 
     // Rows per item of work, and whether rows are split at all.
-    std::int64_t rows_per_item() const { return std::max<std::int64_t>(1, kGrain / std::max<std::int64_t>(p.columns, 1)); }
-    bool splits_rows() const { return p.threads > 1 && blocks() > 1 && rows() < 2 * static_cast<std::int64_t>(p.threads); }
+    std::int64_t rows_per_item() const {
+        return std::max<std::int64_t>(1, kGrain / std::max<std::int64_t>(p.columns, 1));
+    }
+    bool splits_rows() const {
+        return p.threads > 1 && blocks() > 1 && rows() < 2 * static_cast<std::int64_t>(p.threads);
+    }
 };
 
 // Calls f(row) for every row, over threads.
@@ -59,8 +69,8 @@ void for_each_row(const Layout& layout, F f) {
     auto item = [&](std::int64_t i) {
         for (std::int64_t r = i * step; r < std::min(rows, (i + 1) * step); ++r) f(r);
     };
-    run_items((rows + step - 1) / step, layout.p.threads, [](void* c, std::int64_t i) { (*static_cast<decltype(item)*>(c))(i); },
-              &item);
+    run_items((rows + step - 1) / step, layout.p.threads,
+              [](void* c, std::int64_t i) { (*static_cast<decltype(item)*>(c))(i); }, &item);
 }
 
 // Calls f(row, block) for every block of every row, over threads.
@@ -68,8 +78,9 @@ template <class F>
 void for_each_block(const Layout& layout, F f) {
     const std::int64_t blocks = layout.blocks();
     auto item = [&](std::int64_t i) { f(i / blocks, i % blocks); };
-    run_items(layout.rows() * blocks, layout.p.threads,
-              [](void* c, std::int64_t i) { (*static_cast<decltype(item)*>(c))(i); }, &item);
+    run_items(
+        layout.rows() * blocks, layout.p.threads,
+        [](void* c, std::int64_t i) { (*static_cast<decltype(item)*>(c))(i); }, &item);
 }
 
 template <class R>
@@ -142,7 +153,8 @@ void value_of(const Problem& p, R* value, R* stats) {
     if (layout.splits_rows() && fp32) {
         std::vector<State> states(static_cast<std::size_t>(layout.rows() * layout.blocks()));
         for_each_block(layout, [&](std::int64_t r, std::int64_t n) {
-            if (layout.counts(r)) states[static_cast<std::size_t>(r * layout.blocks() + n)] = layout.block(layout.row(r), n);
+            if (layout.counts(r))
+                states[static_cast<std::size_t>(r * layout.blocks() + n)] = layout.block(layout.row(r), n);
         });
         for_each_row(layout, [&](std::int64_t r) {
             if (!layout.counts(r)) return write_masked(value + r, stats + r * kStats);
@@ -161,7 +173,8 @@ void value_of(const Problem& p, R* value, R* stats) {
 
 bool streams(const Layout& layout, const Gradient& g, const Logits& logits) {
     // Over the logits' own memory the lines are in cache already.
-    return g.data != nullptr && g.data != logits.data && layout.rows() * layout.p.columns * size_of(g.dtype) >= kStreamBytes;
+    return g.data != nullptr && g.data != logits.data &&
+           layout.rows() * layout.p.columns * size_of(g.dtype) >= kStreamBytes;
 }
 
 template <class R>
@@ -176,13 +189,14 @@ void gradient_of_row(const Layout& layout, std::int64_t r, const R* stats, R row
 }
 
 template <class R>
-void gradient_of(const Problem& p, const R* stats, const R* row_scale, const Gradient& to_a, const Gradient& to_b) {
+void gradient_of(const Problem& p, const R* stats, const R* row_scale, const Gradient& to_a,
+                 const Gradient& to_b) {
     const Layout layout{p, kernels()};
     const bool stream = streams(layout, to_a, p.a) || streams(layout, to_b, p.b);
     if (layout.splits_rows()) {
         for_each_block(layout, [&](std::int64_t r, std::int64_t n) {
-            gradient_of_row(layout, r, stats + r * kStats, row_scale[r], to_a, to_b, stream, n * layout.k.block,
-                            std::min(p.columns, (n + 1) * layout.k.block));
+            gradient_of_row(layout, r, stats + r * kStats, row_scale[r], to_a, to_b, stream,
+                            n * layout.k.block, std::min(p.columns, (n + 1) * layout.k.block));
         });
         return;
     }
@@ -192,7 +206,8 @@ void gradient_of(const Problem& p, const R* stats, const R* row_scale, const Gra
 }
 
 template <class R>
-void both_of(const Problem& p, const R* row_scale, R* value, R* stats, const Gradient& to_a, const Gradient& to_b) {
+void both_of(const Problem& p, const R* row_scale, R* value, R* stats, const Gradient& to_a,
+             const Gradient& to_b) {
     const Layout layout{p, kernels()};
     if (layout.splits_rows()) {
         value_of(p, value, stats);
@@ -234,9 +249,11 @@ void gradient(const Problem& p, bool wide, const void* stats, const void* row_sc
 void value_and_gradient(const Problem& p, bool wide, const void* row_scale, void* value, void* stats,
                         const Gradient& to_a, const Gradient& to_b) {
     if (wide)
-        both_of(p, static_cast<const double*>(row_scale), static_cast<double*>(value), static_cast<double*>(stats), to_a, to_b);
+        both_of(p, static_cast<const double*>(row_scale), static_cast<double*>(value),
+                static_cast<double*>(stats), to_a, to_b);
     else
-        both_of(p, static_cast<const float*>(row_scale), static_cast<float*>(value), static_cast<float*>(stats), to_a, to_b);
+        both_of(p, static_cast<const float*>(row_scale), static_cast<float*>(value),
+                static_cast<float*>(stats), to_a, to_b);
 }
 
 }  // namespace kl

@@ -59,9 +59,13 @@ KL_INLINE Pair<VF> load_pair(const Bf16* p) {
 }
 
 #if KL_WIDTH == 64
-KL_INLINE VF widen(const F16* p) { return bits<VF>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))); }
+KL_INLINE VF widen(const F16* p) {
+    return bits<VF>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
 #elif KL_WIDTH == 32
-KL_INLINE VF widen(const F16* p) { return bits<VF>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
+KL_INLINE VF widen(const F16* p) {
+    return bits<VF>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 #else
 KL_INLINE VF widen(const F16* p) {
     typedef std::uint16_t Half __attribute__((vector_size(KL_WIDTH / 2)));
@@ -184,10 +188,14 @@ inline void widen_run(const T* p, std::int64_t n, R* out) {
 template <class R>
 inline void widen_run(const void* p, Dtype t, std::int64_t column, std::int64_t n, R* out) {
     switch (t) {
-        case Dtype::f32: return widen_run(static_cast<const float*>(p) + column, n, out);
-        case Dtype::bf16: return widen_run(static_cast<const Bf16*>(p) + column, n, out);
-        case Dtype::f16: return widen_run(static_cast<const F16*>(p) + column, n, out);
-        case Dtype::f64: return widen_run(static_cast<const double*>(p) + column, n, out);
+        case Dtype::f32:
+            return widen_run(static_cast<const float*>(p) + column, n, out);
+        case Dtype::bf16:
+            return widen_run(static_cast<const Bf16*>(p) + column, n, out);
+        case Dtype::f16:
+            return widen_run(static_cast<const F16*>(p) + column, n, out);
+        case Dtype::f64:
+            return widen_run(static_cast<const double*>(p) + column, n, out);
     }
 }
 
@@ -197,10 +205,14 @@ inline void round_run(const R* in, std::int64_t n, void* p, Dtype t, std::int64_
         for (std::int64_t i = 0; i < n; ++i) round_one(in[i], out[column + i]);
     };
     switch (t) {
-        case Dtype::f32: return run(static_cast<float*>(p));
-        case Dtype::bf16: return run(static_cast<Bf16*>(p));
-        case Dtype::f16: return run(static_cast<F16*>(p));
-        case Dtype::f64: return run(static_cast<double*>(p));
+        case Dtype::f32:
+            return run(static_cast<float*>(p));
+        case Dtype::bf16:
+            return run(static_cast<Bf16*>(p));
+        case Dtype::f16:
+            return run(static_cast<F16*>(p));
+        case Dtype::f64:
+            return run(static_cast<double*>(p));
     }
 }
 

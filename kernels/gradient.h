@@ -23,8 +23,11 @@ enum class Form {
 };
 
 inline Form form_for(double exact_scale, const RowScalars& row, bool is_fp32) {
-    const auto odd = [](double coefficient) { return !(std::fabs(coefficient) > 0x1p-60 && std::fabs(coefficient) < 0x1p60); };
-    if (row.verdict != Verdict::plain || !(row.top_r < 100) || odd(row.coefficient_a) || odd(row.coefficient_b))
+    const auto odd = [](double coefficient) {
+        return !(std::fabs(coefficient) > 0x1p-60 && std::fabs(coefficient) < 0x1p60);
+    };
+    if (row.verdict != Verdict::plain || !(row.top_r < 100) || odd(row.coefficient_a) ||
+        odd(row.coefficient_b))
         return Form::general;
     const double rounded = static_cast<double>(static_cast<float>(exact_scale));
     const bool good_k = std::fabs(rounded - exact_scale) < 1.5e-8 * exact_scale;
@@ -43,7 +46,8 @@ struct Offset {
     Offset(double x, double correction) {
         using S = typename Traits<V>::Scalar;
         const bool small = x > -2048 && x < 2048;
-        const double top = small ? static_cast<double>(static_cast<int>(x * 4096)) / 4096 : static_cast<double>(static_cast<S>(x));
+        const double top = small ? static_cast<double>(static_cast<int>(x * 4096)) / 4096
+                                 : static_cast<double>(static_cast<S>(x));
         hi = splat<V>(static_cast<S>(top));
         lo = splat<V>(static_cast<S>(x - top + correction));
     }
@@ -65,7 +69,8 @@ struct RowConstants {
           lse_a(row.lse_a, row.lse_a * share(exact_scale)),
           lse_b(row.lse_b, row.lse_b * share(exact_scale)),
           shift(row.shift, row.shift * share(exact_scale)),
-          weight_a(row.lse_a - std::log2(std::fabs(row.coefficient_a * kLn2)), row.lse_a * share(exact_scale)),
+          weight_a(row.lse_a - std::log2(std::fabs(row.coefficient_a * kLn2)),
+                   row.lse_a * share(exact_scale)),
           weight_b(row.lse_a - std::log2(std::fabs(row.coefficient_b)), row.lse_a * share(exact_scale)),
           divergence(splat<V>(static_cast<S>(row.divergence * kLog2e))),
           sign_a(splat<V>(row.coefficient_a < 0 ? 1 : -1)),
@@ -106,6 +111,8 @@ KL_INLINE Gradients<V> gradient_of(V a, V b, const RowConstants<V>& row) {
     if constexpr (ToA) {
         V r = product_less<form>(d, row, row.shift, V{});
         if constexpr (form == Form::precise) r = fma(difference_error(b, a, d), row.k, r);
+        // -3e38 on one side would overflow here, and inf times a p of 0 is not 0.
+        r = max(r, splat<V>(-0x1p100f));
         out.a = power<form>(a, row, row.weight_a, mad(r, row.sign_a, row.divergence * row.sign_a));
     }
     if constexpr (ToB) {
@@ -146,7 +153,8 @@ KL_INLINE Gradients<V> gradient_in_general(V a, V b, const RowConstants<V>& row)
 
 // A stretch whose logits and gradients share one format. `n` is a multiple of kStep<T>.
 template <Form form, bool ToA, bool ToB, bool Stream, class T>
-inline void gradient_steps(const T* a, const T* b, std::int64_t n, const RowConstants<Wide<T>>& row, T* to_a, T* to_b) {
+inline void gradient_steps(const T* a, const T* b, std::int64_t n, const RowConstants<Wide<T>>& row, T* to_a,
+                           T* to_b) {
     const RowConstants<Wide<T>> constants = row;
     for (std::int64_t i = 0; i < n; i += kStep<T>) {
         const auto va = load_pair(a + i), vb = load_pair(b + i);
@@ -165,8 +173,8 @@ inline void gradient_steps(const T* a, const T* b, std::int64_t n, const RowCons
 // Any n, any alignment. What does not fill a step, or lies before the first aligned store, goes
 // through a copy of one step; the arithmetic is the same, so no bit depends on where a column lies.
 template <Form form, bool ToA, bool ToB, class T>
-inline void gradient_stretch(const T* a, const T* b, std::int64_t n, const RowConstants<Wide<T>>& row, T* to_a, T* to_b,
-                             bool stream) {
+inline void gradient_stretch(const T* a, const T* b, std::int64_t n, const RowConstants<Wide<T>>& row,
+                             T* to_a, T* to_b, bool stream) {
     const auto partial = [&](std::int64_t first, std::int64_t count) {
         T part_a[kStep<T>] = {}, part_b[kStep<T>] = {}, out_a[kStep<T>], out_b[kStep<T>];
         std::memcpy(part_a, a + first, static_cast<std::size_t>(count) * sizeof(T));
@@ -175,7 +183,9 @@ inline void gradient_stretch(const T* a, const T* b, std::int64_t n, const RowCo
         if constexpr (ToA) std::memcpy(to_a + first, out_a, static_cast<std::size_t>(count) * sizeof(T));
         if constexpr (ToB) std::memcpy(to_b + first, out_b, static_cast<std::size_t>(count) * sizeof(T));
     };
-    const auto misaligned = [](const T* p) { return static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(p) % kWidth); };
+    const auto misaligned = [](const T* p) {
+        return static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(p) % kWidth);
+    };
     std::int64_t head = 0;
     if (stream) {
         const T* out = ToB ? to_b : to_a;
@@ -202,8 +212,8 @@ inline void gradient_stretch(const T* a, const T* b, std::int64_t n, const RowCo
 }
 
 template <class T>
-inline void gradient_run(const T* a, const T* b, std::int64_t n, double scale, const RowScalars& scalars, T* to_a, T* to_b,
-                         bool stream) {
+inline void gradient_run(const T* a, const T* b, std::int64_t n, double scale, const RowScalars& scalars,
+                         T* to_a, T* to_b, bool stream) {
     const RowConstants<Wide<T>> row(scale, scalars);
     const auto with = [&]<Form form>() {
         if (to_a != nullptr && to_b != nullptr)
@@ -215,16 +225,19 @@ inline void gradient_run(const T* a, const T* b, std::int64_t n, double scale, c
     };
     if constexpr (std::is_same_v<T, double>) return with.template operator()<Form::general>();
     switch (form_for(scale, scalars, std::is_same_v<T, float>)) {
-        case Form::quick: return with.template operator()<Form::quick>();
-        case Form::precise: return with.template operator()<Form::precise>();
-        case Form::general: return with.template operator()<Form::general>();
+        case Form::quick:
+            return with.template operator()<Form::quick>();
+        case Form::precise:
+            return with.template operator()<Form::precise>();
+        case Form::general:
+            return with.template operator()<Form::general>();
     }
 }
 
 // `first` to `last` of a row, through copies in R: for sides of two formats, and for fp64 arithmetic.
 template <class R>
-inline void gradient_through_copies(const Row& row, const RowScalars& scalars, Destination to_a, Destination to_b,
-                                    std::int64_t first, std::int64_t last) {
+inline void gradient_through_copies(const Row& row, const RowScalars& scalars, Destination to_a,
+                                    Destination to_b, std::int64_t first, std::int64_t last) {
     constexpr bool wide = std::is_same_v<R, double>;
     R a[kScratchColumns], b[kScratchColumns], out_a[kScratchColumns], out_b[kScratchColumns];
     for (std::int64_t i = first; i < last; i += kScratchColumns) {
@@ -238,7 +251,8 @@ inline void gradient_through_copies(const Row& row, const RowScalars& scalars, D
             }
         }
         const double scale = wide ? 1.0 : row.exact_scale();
-        gradient_run<R>(a, b, n, scale, scalars, to_a.data ? out_a : nullptr, to_b.data ? out_b : nullptr, false);
+        gradient_run<R>(a, b, n, scale, scalars, to_a.data ? out_a : nullptr, to_b.data ? out_b : nullptr,
+                        false);
         if (to_a.data) round_run(out_a, n, to_a.data, to_a.dtype, i);
         if (to_b.data) round_run(out_b, n, to_b.data, to_b.dtype, i);
     }

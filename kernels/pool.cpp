@@ -76,7 +76,8 @@ Pool& pool() {
     Pool* p = current.load(std::memory_order_acquire);
     if (p != nullptr) return *p;
 #if defined(__unix__) || defined(__APPLE__)
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr, std::memory_order_release); });
+    static const int registered =
+        pthread_atfork(nullptr, nullptr, [] { current.store(nullptr, std::memory_order_release); });
     (void)registered;
 #endif
     Pool* fresh = new Pool;

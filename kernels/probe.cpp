@@ -14,8 +14,8 @@ constexpr std::int64_t kSlice = 1 << 20;
 template <class F>
 void for_each_slice(std::int64_t bytes, int threads, F f) {
     auto item = [&](std::int64_t i) { f(i * kSlice, std::min(bytes, (i + 1) * kSlice)); };
-    run_items((bytes + kSlice - 1) / kSlice, threads, [](void* c, std::int64_t i) { (*static_cast<decltype(item)*>(c))(i); },
-              &item);
+    run_items((bytes + kSlice - 1) / kSlice, threads,
+              [](void* c, std::int64_t i) { (*static_cast<decltype(item)*>(c))(i); }, &item);
 }
 
 }  // namespace
@@ -24,7 +24,8 @@ std::uint64_t probe_read(const void* a, const void* b, std::int64_t bytes, int t
     const Kernels& k = kernels();
     std::atomic<std::uint64_t> total{0};
     for_each_slice(bytes, threads, [&](std::int64_t first, std::int64_t last) {
-        total.fetch_xor(k.probe_read(static_cast<const char*>(a) + first, static_cast<const char*>(b) + first, last - first),
+        total.fetch_xor(k.probe_read(static_cast<const char*>(a) + first, static_cast<const char*>(b) + first,
+                                     last - first),
                         std::memory_order_relaxed);
     });
     return total;
@@ -33,8 +34,8 @@ std::uint64_t probe_read(const void* a, const void* b, std::int64_t bytes, int t
 void probe_write(const void* a, const void* b, void* to, std::int64_t bytes, int threads) {
     const Kernels& k = kernels();
     for_each_slice(bytes, threads, [&](std::int64_t first, std::int64_t last) {
-        k.probe_write(static_cast<const char*>(a) + first, static_cast<const char*>(b) + first, static_cast<char*>(to) + first,
-                      last - first);
+        k.probe_write(static_cast<const char*>(a) + first, static_cast<const char*>(b) + first,
+                      static_cast<char*>(to) + first, last - first);
     });
 }
 

@@ -17,14 +17,19 @@ struct Row {
     // fp32 arithmetic serves unless fp64 logits ask for more, or two temperatures leave b - a without
     // a meaning: then the difference of two products must be right to the last bit.
     bool fits_fp32() const {
-        return dtype_a != Dtype::f64 && dtype_b != Dtype::f64 && inverse_temperature_a == inverse_temperature_b;
+        return dtype_a != Dtype::f64 && dtype_b != Dtype::f64 &&
+               inverse_temperature_a == inverse_temperature_b;
     }
     double exact_scale() const { return inverse_temperature_a * kLog2e; }
     float scale() const { return static_cast<float>(exact_scale()); }
 
     // In fp64, the very factor that the fp32 kernels use where they may use one, so that the two agree.
-    double scale_a() const { return fits_fp32() ? static_cast<double>(scale()) : inverse_temperature_a * kLog2e; }
-    double scale_b() const { return fits_fp32() ? static_cast<double>(scale()) : inverse_temperature_b * kLog2e; }
+    double scale_a() const {
+        return fits_fp32() ? static_cast<double>(scale()) : inverse_temperature_a * kLog2e;
+    }
+    double scale_b() const {
+        return fits_fp32() ? static_cast<double>(scale()) : inverse_temperature_b * kLog2e;
+    }
 };
 
 // What gradient kernels know about a row.

@@ -40,7 +40,7 @@ double lse_b_as(const Row& row) {
     float m = -__builtin_inff();
     double z = 0;
     const T* b = at<T>(row.b, 0);
-    for_each_tile(b, b, row.columns, [&](const Stretch<T>& tile) { add_to_lse(tile.b, tile.columns, row.scale(), m, z); });
+    for_each_tile(b, b, row.columns, [&](const Stretch<T>& tile) { add_to_lse(tile, row.scale(), m, z); });
     return static_cast<double>(m) + std::log2(z);
 }
 
@@ -48,18 +48,24 @@ RowResult careful_row(const Row& row) { return careful(row); }
 
 double lse_b(const Row& row) {
     switch (row.dtype_b) {
-        case Dtype::bf16: return lse_b_as<Bf16>(row);
-        case Dtype::f16: return lse_b_as<F16>(row);
-        default: return lse_b_as<float>(row);
+        case Dtype::bf16:
+            return lse_b_as<Bf16>(row);
+        case Dtype::f16:
+            return lse_b_as<F16>(row);
+        default:
+            return lse_b_as<float>(row);
     }
 }
 
 State collect(const Row& row, std::int64_t first, std::int64_t last) {
     if (row.dtype_a != row.dtype_b) return collect_mixed(row, first, last);
     switch (row.dtype_a) {
-        case Dtype::bf16: return collect_as<Bf16>(row, first, last);
-        case Dtype::f16: return collect_as<F16>(row, first, last);
-        default: return collect_as<float>(row, first, last);
+        case Dtype::bf16:
+            return collect_as<Bf16>(row, first, last);
+        case Dtype::f16:
+            return collect_as<F16>(row, first, last);
+        default:
+            return collect_as<float>(row, first, last);
     }
 }
 
@@ -86,15 +92,19 @@ void fill(Destination to, std::int64_t first, std::int64_t last, double x) {
 void fill(Destination to, std::int64_t first, std::int64_t last, double x) {
     if (to.data == nullptr) return;
     switch (to.dtype) {
-        case Dtype::f32: return fill<float>(to, first, last, x);
-        case Dtype::bf16: return fill<Bf16>(to, first, last, x);
-        case Dtype::f16: return fill<F16>(to, first, last, x);
-        case Dtype::f64: return fill<double>(to, first, last, x);
+        case Dtype::f32:
+            return fill<float>(to, first, last, x);
+        case Dtype::bf16:
+            return fill<Bf16>(to, first, last, x);
+        case Dtype::f16:
+            return fill<F16>(to, first, last, x);
+        case Dtype::f64:
+            return fill<double>(to, first, last, x);
     }
 }
 
-void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Destination to_b, std::int64_t first,
-              std::int64_t last, bool stream) {
+void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Destination to_b,
+              std::int64_t first, std::int64_t last, bool stream) {
     const auto settle = [&](Destination& to, double x) {
         fill(to, first, last, x);
         to.data = nullptr;
@@ -122,15 +132,22 @@ void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Desti
         return gradient_through_copies<double>(row, wide, to_a, to_b, first, last);
     }
     if (!row.fits_fp32()) return gradient_through_copies<double>(row, scalars, to_a, to_b, first, last);
-    if (row.dtype_a != row.dtype_b) return gradient_through_copies<float>(row, scalars, to_a, to_b, first, last);
+    if (row.dtype_a != row.dtype_b)
+        return gradient_through_copies<float>(row, scalars, to_a, to_b, first, last);
     const auto run = [&]<class T>() {
         gradient_run<T>(at<T>(row.a, first), at<T>(row.b, first), last - first, row.exact_scale(), scalars,
                         from<T>(to_a, first), from<T>(to_b, first), stream);
     };
     switch (row.dtype_a) {
-        case Dtype::bf16: run.template operator()<Bf16>(); break;
-        case Dtype::f16: run.template operator()<F16>(); break;
-        default: run.template operator()<float>(); break;
+        case Dtype::bf16:
+            run.template operator()<Bf16>();
+            break;
+        case Dtype::f16:
+            run.template operator()<F16>();
+            break;
+        default:
+            run.template operator()<float>();
+            break;
     }
     if (stream) stream_fence();
 }
@@ -177,6 +194,7 @@ void probe_write(const char* a, const char* b, char* to, std::int64_t bytes) {
 #define KL_STRING(x) KL_STRING_(x)
 
 extern const Kernels kernels;
-const Kernels kernels{KL_STRING(KL_ISA), kBlock, collect, careful_row, lse_b, gradient, elementary, probe_read, probe_write};
+const Kernels kernels{KL_STRING(KL_ISA), kBlock,     collect,    careful_row, lse_b,
+                      gradient,          elementary, probe_read, probe_write};
 
 }  // namespace kl::KL_ISA

@@ -50,8 +50,13 @@ Result run(kl::Dtype a, kl::Dtype b, std::int64_t rows, std::int64_t columns, in
     for (std::int64_t i = 0; i < rows; ++i) mask[static_cast<std::size_t>(i)] = i % 5 != 3;
     const bool wide = a == kl::Dtype::f64 || b == kl::Dtype::f64;
     const double other_scale = columns % 2 == 0 ? 1.0 : 0.5;
-    const kl::Problem p{{left.get(), columns, columns, a, 1.0}, {right.get(), columns, columns, b, other_scale},
-                        {mask.get(), 1, 1}, rows, 1, columns, threads};
+    const kl::Problem p{{left.get(), columns, columns, a, 1.0},
+                        {right.get(), columns, columns, b, other_scale},
+                        {mask.get(), 1, 1},
+                        rows,
+                        1,
+                        columns,
+                        threads};
     Result out;
     const auto n = static_cast<std::size_t>(rows);
     out.value.resize(n);
@@ -73,7 +78,8 @@ Result run(kl::Dtype a, kl::Dtype b, std::int64_t rows, std::int64_t columns, in
 
 bool same(const Result& x, const Result& y, std::size_t bytes_a, std::size_t bytes_b) {
     return std::memcmp(x.value.data(), y.value.data(), x.value.size() * sizeof(double)) == 0 &&
-           std::memcmp(x.to_a.get(), y.to_a.get(), bytes_a) == 0 && std::memcmp(x.to_b.get(), y.to_b.get(), bytes_b) == 0;
+           std::memcmp(x.to_a.get(), y.to_a.get(), bytes_a) == 0 &&
+           std::memcmp(x.to_b.get(), y.to_b.get(), bytes_b) == 0;
 }
 
 }  // namespace
@@ -84,10 +90,12 @@ int main() {
     const auto check = [&](kl::Dtype a, kl::Dtype b, std::int64_t rows, std::int64_t columns) {
         const Result one = run(a, b, rows, columns, 1, false), many = run(a, b, rows, columns, 4, true);
         const auto size = static_cast<std::size_t>(rows * columns);
-        if (same(one, many, size * static_cast<std::size_t>(size_of(a)), size * static_cast<std::size_t>(size_of(b)))) return;
+        if (same(one, many, size * static_cast<std::size_t>(size_of(a)),
+                 size * static_cast<std::size_t>(size_of(b))))
+            return;
         ++wrong;
-        std::printf("dtypes %d and %d, %lld x %lld: the bits depend on the threads\n", static_cast<int>(a), static_cast<int>(b),
-                    static_cast<long long>(rows), static_cast<long long>(columns));
+        std::printf("dtypes %d and %d, %lld x %lld: the bits depend on the threads\n", static_cast<int>(a),
+                    static_cast<int>(b), static_cast<long long>(rows), static_cast<long long>(columns));
     };
     for (const kl::Dtype a : dtypes)
         for (const kl::Dtype b : dtypes)
@@ -95,7 +103,8 @@ int main() {
     for (const kl::Dtype a : {kl::Dtype::f32, kl::Dtype::bf16}) check(a, a, 2, 70001);
 
     std::vector<std::thread> callers;
-    for (int i = 0; i < 4; ++i) callers.emplace_back([&] { check(kl::Dtype::f32, kl::Dtype::f32, 40, 5003); });
+    for (int i = 0; i < 4; ++i)
+        callers.emplace_back([&] { check(kl::Dtype::f32, kl::Dtype::f32, 40, 5003); });
     for (std::thread& t : callers) t.join();
     std::printf("%s: %s\n", kl::isa(), wrong == 0 ? "clean" : "WRONG");
     return wrong == 0 ? 0 : 1;

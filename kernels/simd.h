@@ -116,7 +116,8 @@ KL_INLINE VF fma(VF a, VF b, VF c) {
     return c;
 #else
     for (int i = 0; i < lanes<VF>; ++i)
-        c[i] = static_cast<float>(static_cast<double>(a[i]) * static_cast<double>(b[i]) + static_cast<double>(c[i]));
+        c[i] = static_cast<float>(static_cast<double>(a[i]) * static_cast<double>(b[i]) +
+                                  static_cast<double>(c[i]));
     return c;
 #endif
 }

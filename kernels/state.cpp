@@ -28,7 +28,8 @@ State seen_from(Frame to, const State& s) {
         out.a1 = s.a1 - step * s.z;
         out.a2 = std::exp(-h) * s.a2 + std::expm1(-h) * s.a1 + s.z * (g(-h) / kLn2);
     }
-    const double weight_of_b = std::exp2(static_cast<double>(s.frame.m + s.frame.c) - static_cast<double>(to.m + to.c));
+    const double weight_of_b =
+        std::exp2(static_cast<double>(s.frame.m + s.frame.c) - static_cast<double>(to.m + to.c));
     if (weight == 0 && weight_of_b == 0 && std::isfinite(s.a2)) {
         // Columns masked with a number such as -1e9: whatever was summed there, it is nothing here.
         out.z = out.a1 = out.a2 = out.spent = 0;
@@ -52,8 +53,11 @@ State merge(const State& s, const State& t) {
     Frame to = s.frame;
     if (s.has_mass() && t.has_mass()) {
         to.m = s.frame.m > t.frame.m ? s.frame.m : t.frame.m;
-        const auto mass = [&](const State& u) { return u.z * std::exp2(static_cast<double>(u.frame.m) - static_cast<double>(to.m)); };
-        const double zs = mass(s), zt = mass(t), cs = static_cast<double>(s.frame.c), ct = static_cast<double>(t.frame.c);
+        const auto mass = [&](const State& u) {
+            return u.z * std::exp2(static_cast<double>(u.frame.m) - static_cast<double>(to.m));
+        };
+        const double zs = mass(s), zt = mass(t), cs = static_cast<double>(s.frame.c),
+                     ct = static_cast<double>(t.frame.c);
         to.c = static_cast<float>(cs + (ct - cs) * (zt / (zs + zt)));
     } else if (t.has_mass()) {
         to = t.frame;
@@ -98,8 +102,8 @@ RowResult finish(const State& s) {
     out.top_r = s.top_d - out.shift;
     if (s.flags & (kSawHole | kSawVast)) out.verdict = Verdict::holes;
     // Past 2^20 an fp32 holds too little of m and c to subtract them.
-    out.trusted = !(s.flags & kSawHugeA) && std::isfinite(s.z) && std::isfinite(s.a1) && std::isfinite(s.a2) &&
-                  std::fabs(s.frame.m) < 0x1p20f && std::fabs(s.frame.c) < 0x1p20f;
+    out.trusted = !(s.flags & (kSawHugeA | kSawFarB)) && std::isfinite(s.z) && std::isfinite(s.a1) &&
+                  std::isfinite(s.a2) && std::fabs(s.frame.m) < 0x1p20f && std::fabs(s.frame.c) < 0x1p20f;
     if (s.flags & kSawInfinite) {
         // Columns that b excludes pull y towards -1, where 1 + y is what is left of a subtraction.
         out.divergence = std::numeric_limits<double>::infinity();

@@ -23,7 +23,8 @@ enum Flag : unsigned {
     kSawLargeX = 64,    // 2^x might outweigh a weight that underflows
     kSawTail = 128,     // 2^x with an x past 16, whose rounding shows in lse(b) if nothing outweighs it
     kSawFarTail = 256,  // past 32: it shows in the value too
-    kSawHugeA = 512,    // an a so large that fp32 cannot subtract m from it
+    kSawFarB = 512,     // a b so low that it may count even where a's weight underflows
+    kSawHugeA = 1024,   // an a so large that fp32 cannot subtract m from it
 };
 
 // In fp32, because the sweeps hold it so, and a state must know exactly where it was seen from.
@@ -56,9 +57,9 @@ struct RowResult {
     double lse_a = 0;       // log2 sum 2^a
     double shift = 0;       // log2 sum 2^b - lse_a
     Verdict verdict = Verdict::plain;
-    bool trusted = true;    // false: rounding may have eaten the result, look at the row again in fp64
+    bool trusted = true;      // false: rounding may have eaten the result, look at the row again in fp64
     bool sums_b_too = false;  // true: lse(b) rests on a few large 2^x and is better summed by itself
-    double mean_d = 0;      // E_a[d]
+    double mean_d = 0;        // E_a[d]
     double top_r = std::numeric_limits<double>::infinity();  // no log2 q - log2 p is larger
 };
 

@@ -22,30 +22,59 @@ constexpr std::int64_t kTile = 128 * lanes<VF>;
 // A block begins with little: enough to know a frame by, cheap to sweep twice.
 constexpr std::int64_t kFirstTile = kTile / 8;
 constexpr std::int64_t kBlock = 32768;  // the unit of work where a row is split over threads
-constexpr std::int64_t kAhead = 4096;  // bytes: the hardware prefetchers stop at page ends
+constexpr std::int64_t kAhead = 4096;   // bytes: the hardware prefetchers stop at page ends
 
-// Above this x (in ln 2), 2^x may outweigh a 2^(a-m) that has already underflowed to nothing.
-constexpr double kLargeX = 57;
-constexpr double kTail = 16, kFarTail = 32;
+// How far x went shows in the largest g2(x), which is large on both sides: past this one 2^x may outweigh
+// a weight that has already underflowed to nothing, and so may -x, where b is -1e30.
+constexpr double kLargeG = 0x1p48;
+// g2(16) and g2(32), where the rounding of 2^x begins to show in lse(b) and in the value.
+constexpr double kTailG = 0x1p16 * kLog2e, kFarTailG = 0x1p32 * kLog2e;
+// The same for the careful sweep, on x.
+constexpr float kTailX = 16, kLargeX = 48, kFarB = -0x1p32f;
 constexpr float kHugeA = 0x1p20f;
 constexpr double kLargeSum = 0x1p100;
 
 constexpr float kVast = 0x1p100f;  // beyond it products with log2(e) / temperature may overflow
 
-// A stretch of one row, as the sweep reads it.
+// A stretch of one row. Columns that do not fill a step lie in a copy of one step, filled up in a way
+// that each reader can digest.
 template <class T>
 struct Stretch {
     const T *a, *b;
     std::int64_t columns;  // a multiple of kStep<T>
-    std::int64_t padding;  // how many of them only fill the last step up, with -inf
+    std::int64_t rest;     // columns in the copy
+    T last_a[kStep<T>], last_b[kStep<T>];
+
+    Stretch(const T* a_, const T* b_, std::int64_t n)
+        : a(a_), b(b_), columns(n / kStep<T> * kStep<T>), rest(n - columns) {
+        if (rest == 0) return;
+        std::memcpy(last_a, a + columns, static_cast<std::size_t>(rest) * sizeof(T));
+        std::memcpy(last_b, b + columns, static_cast<std::size_t>(rest) * sizeof(T));
+        fill(minus_infinity<T>(), minus_infinity<T>());
+    }
+
+    std::int64_t padding() const { return rest == 0 ? 0 : kStep<T> - rest; }
+    void fill(T with_a, T with_b) {
+        for (std::int64_t i = rest; i < kStep<T>; ++i) {
+            last_a[i] = with_a;
+            last_b[i] = with_b;
+        }
+    }
+
+    // Calls f(a, b) for every step, the copy last.
+    template <class F>
+    KL_INLINE void for_each_step(F f) const {
+        for (std::int64_t i = 0; i < columns; i += kStep<T>) f(a + i, b + i);
+        if (rest > 0) f(last_a, last_b);
+    }
 };
 
 struct Sums {
-    double z, a1, a2, largest_x;
+    double z, a1, a2, largest_g;
 };
 
 struct Accumulators {
-    VF z{}, a1{}, a2{}, x = splat<VF>(-1);
+    VF z{}, a1{}, a2{}, largest_g{};
 };
 
 // What every column goes through. Exact also keeps what fl(b - a) rounds away.
@@ -57,56 +86,56 @@ KL_INLINE void accumulate(VF a, VF b, VF k, VF m, VF c, Accumulators& s) {
     VF w = exp2(fma(a, k, -m));
     s.z += w;
     s.a1 = mad(w, x, s.a1);
-    s.a2 = mad(w, g2(x), s.a2);
-    s.x = max(x, s.x);
+    const VF g = g2(x);
+    s.a2 = mad(w, g, s.a2);
+    s.largest_g = max(g, s.largest_g);
 }
 
 // The fast sweep. A NaN or an infinity anywhere makes a sum that is not finite.
 template <bool Exact, class T>
 inline Sums sweep(const Stretch<T>& in, float scale, Frame frame) {
-    const VF k = splat<VF>(scale), m = splat<VF>(frame.m),
-             c = splat<VF>(frame.c);
+    const VF k = splat<VF>(scale), m = splat<VF>(frame.m), c = splat<VF>(frame.c);
     Accumulators s, t;
-    for (std::int64_t i = 0; i < in.columns; i += kStep<T>) {
+    in.for_each_step([&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
         for (std::int64_t line = 0; line < static_cast<std::int64_t>(kStep<T> * sizeof(T)); line += 64) {
-            __builtin_prefetch(reinterpret_cast<const char*>(in.a + i) + kAhead + line);
-            __builtin_prefetch(reinterpret_cast<const char*>(in.b + i) + kAhead + line);
+            __builtin_prefetch(reinterpret_cast<const char*>(at_a) + kAhead + line);
+            __builtin_prefetch(reinterpret_cast<const char*>(at_b) + kAhead + line);
         }
-        const auto a = load_pair(in.a + i), b = load_pair(in.b + i);
+        const auto a = load_pair(at_a), b = load_pair(at_b);
         accumulate<Exact>(a.x, b.x, k, m, c, s);
         accumulate<Exact>(a.y, b.y, k, m, c, t);
-    }
-    return {sum(s.z + t.z), sum(s.a1 + t.a1), sum(s.a2 + t.a2), static_cast<double>(largest(max(s.x, t.x)))};
+    });
+    return {sum(s.z + t.z), sum(s.a1 + t.a1), sum(s.a2 + t.a2),
+            static_cast<double>(largest(max(s.largest_g, t.largest_g)))};
 }
 
 inline bool is_usable(const Sums& s) {
-    return s.z < kLargeSum && s.a2 < kLargeSum && std::fabs(s.a1) < kLargeSum && s.largest_x < kLargeX;
+    return s.z < kLargeSum && s.a2 < kLargeSum && std::fabs(s.a1) < kLargeSum && s.largest_g < kLargeG;
 }
 
 // The sweep for stretches that hold -inf, or an x too large for w * g(x). There w g(x) is taken as
 // 2^(b - c - m) - w (1 + x), and columns missing on one side or on both get what the limit gives.
 template <class T>
 inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
-    const VF inf = splat<VF>(__builtin_inff()), zero{}, vast = splat<VF>(kVast), far = splat<VF>(static_cast<float>(kTail));
+    const VF inf = splat<VF>(__builtin_inff()), zero{}, vast = splat<VF>(kVast), far = splat<VF>(kTailX);
     const VF log2e = splat<VF>(static_cast<float>(kLog2e));
-    const VF k = splat<VF>(scale), m = splat<VF>(frame.m),
-             c = splat<VF>(frame.c);
+    const VF k = splat<VF>(scale), m = splat<VF>(frame.m), c = splat<VF>(frame.c);
     const float mc = frame.m + frame.c;
     const VF mc_hi = splat<VF>(mc), mc_lo = splat<VF>(-difference_error(-frame.m, frame.c, -mc));
     // fma(-3e38, k, -m) is -inf, whose range reduction is NaN: masks of that size are common.
     const VF deepest = splat<VF>(-1000);
 
-    Accumulators s;
+    VF z{}, a1{}, a2{}, high = splat<VF>(-1), low{};
     VI bad{}, infinite{}, seen_b{}, large{}, holes{};
     const auto column = [&](VF a, VF b) KL_INLINE_LAMBDA {
         const VI no_a = a == -inf, no_b = b == -inf;
         bad |= ~((a < inf) & (b < inf));
         infinite |= ~no_a & no_b;
         seen_b |= ~no_b;
-        large |= (abs(a) > vast) | (abs(b) > vast);
         holes -= no_a | no_b;
         a = no_a ? zero : a;
         b = no_b ? zero : b;
+        large |= (abs(a) > vast) | (abs(b) > vast);
         const VF d = b - a;
         const VF x_ = min(fma(difference_error(b, a, d), k, fma(d, k, -c)), vast);
         const VF x = (no_a | no_b) ? zero : x_;
@@ -115,33 +144,35 @@ inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
         VF wg = x > far ? (w_b - w) * log2e - w * x : w * g2(min(x, far));
         wg = no_a ? w_b * log2e : wg;
         wg = (no_b & ~no_a) ? -w * log2e : wg;
-        s.z += w;
-        s.a1 = mad(w, x, s.a1);
-        s.a2 += wg;
-        s.x = max(x, s.x);
+        z += w;
+        a1 = mad(w, x, a1);
+        a2 += wg;
+        high = max(x, high);
+        low = min(x, low);
     };
-    for (std::int64_t i = 0; i < in.columns; i += kStep<T>) {
-        const auto a = load_pair(in.a + i), b = load_pair(in.b + i);
+    in.for_each_step([&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
+        const auto a = load_pair(at_a), b = load_pair(at_b);
         column(a.x, b.x);
         column(a.y, b.y);
-    }
+    });
 
     State out;
     out.frame = frame;
-    out.z = sum(s.z);
-    out.a1 = sum(s.a1);
-    out.a2 = sum(s.a2);
+    out.z = sum(z);
+    out.a1 = sum(a1);
+    out.a2 = sum(a2);
     out.spent = std::fabs(out.a2);
-    out.top_d = static_cast<double>(frame.c + largest(s.x));
-    std::int64_t missing = -in.padding;
+    out.top_d = static_cast<double>(frame.c + largest(high));
+    std::int64_t missing = -in.padding();
     for (int i = 0; i < lanes<VF>; ++i) missing += holes[i];
     if (missing > 0) out.flags |= kSawHole;
     if (any<VF>(large)) out.flags |= kSawVast;
     if (any<VF>(bad)) out.flags |= kSawNan;
     if (any<VF>(infinite)) out.flags |= kSawInfinite;
     if (any<VF>(seen_b)) out.flags |= kSawB;
-    if (static_cast<double>(largest(s.x)) > kTail) out.flags |= kSawTail;
-    if (static_cast<double>(largest(s.x)) > kLargeX) out.flags |= kSawLargeX;
+    if (largest(high) > kTailX) out.flags |= kSawTail;
+    if (largest(high) > kLargeX) out.flags |= kSawLargeX;
+    if (largest(-low) > -kFarB) out.flags |= kSawFarB;
     // Some instruction sets' exp2 stops at 2^126 where it should overflow.
     if (!(out.z < kLargeSum && std::fabs(out.a2) < kLargeSum)) out.a2 = __builtin_inf();
     return out;
@@ -149,13 +180,13 @@ inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
 
 // Adds a stretch of one side to sum 2^(b - m) in m's own frame.
 template <class T>
-inline void add_to_lse(const T* b, std::int64_t n, float scale, float& m, double& z) {
+inline void add_to_lse(const Stretch<T>& in, float scale, float& m, double& z) {
     const VF k = splat<VF>(scale), deepest = splat<VF>(-1000);
     VF top = splat<VF>(-__builtin_inff());
-    for (std::int64_t i = 0; i < n; i += kStep<T>) {
-        const auto v = load_pair(b + i);
+    in.for_each_step([&](const T*, const T* b) KL_INLINE_LAMBDA {
+        const auto v = load_pair(b);
         top = max(v.x, max(v.y, top));
-    }
+    });
     const float here = largest(top) * scale;
     if (here > m) {
         z *= std::exp2(static_cast<double>(m) - static_cast<double>(here));
@@ -163,11 +194,12 @@ inline void add_to_lse(const T* b, std::int64_t n, float scale, float& m, double
     }
     if (!(m > -__builtin_inff())) return;
     VF s{}, t{};
-    for (std::int64_t i = 0; i < n; i += kStep<T>) {
-        const auto v = load_pair(b + i);
-        s += exp2(max(fma(v.x, k, splat<VF>(-m)), deepest));
-        t += exp2(max(fma(v.y, k, splat<VF>(-m)), deepest));
-    }
+    const VF below = splat<VF>(-m);
+    in.for_each_step([&](const T*, const T* b) KL_INLINE_LAMBDA {
+        const auto v = load_pair(b);
+        s += exp2(max(fma(v.x, k, below), deepest));
+        t += exp2(max(fma(v.y, k, below), deepest));
+    });
     z += sum(s + t);
 }
 
@@ -176,11 +208,11 @@ inline void add_to_lse(const T* b, std::int64_t n, float scale, float& m, double
 template <class T>
 inline Frame frame_for(const Stretch<T>& in, float scale, float c) {
     VF top_a = splat<VF>(-__builtin_inff()), top_b = top_a;
-    for (std::int64_t i = 0; i < in.columns; i += kStep<T>) {
-        const auto a = load_pair(in.a + i), b = load_pair(in.b + i);
+    in.for_each_step([&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
+        const auto a = load_pair(at_a), b = load_pair(at_b);
         top_a = max(a.x, max(a.y, top_a));
         top_b = max(b.x, max(b.y, top_b));
-    }
+    });
     const float a = largest(top_a) * scale, b = largest(top_b) * scale;
     if (std::fabs(a) < __builtin_inff()) return {a, c};
     if (std::fabs(b) < __builtin_inff()) return {b, 0};
@@ -190,11 +222,16 @@ inline Frame frame_for(const Stretch<T>& in, float scale, float c) {
 // b - a at the first column that carries weight: near enough to E_a[d] to begin with.
 template <class T>
 inline float first_shift(const Stretch<T>& in, float scale, float m) {
-    for (std::int64_t i = 0; i < in.columns; ++i) {
-        const float a = widen_one(in.a[i]), d = (widen_one(in.b[i]) - a) * scale;
-        if (a * scale > m - 20 && std::fabs(d) < kVast) return d;
-    }
-    return 0;
+    const auto search = [&](const T* at_a, const T* at_b, std::int64_t n, float& d) {
+        for (std::int64_t i = 0; i < n; ++i) {
+            const float a = widen_one(at_a[i]);
+            d = (widen_one(at_b[i]) - a) * scale;
+            if (a * scale > m - 20 && std::fabs(d) < kVast) return true;
+        }
+        return false;
+    };
+    float d = 0;
+    return search(in.a, in.b, in.columns, d) || search(in.last_a, in.last_b, in.rest, d) ? d : 0;
 }
 
 // Collects the state of a block of columns.
@@ -203,8 +240,7 @@ public:
     explicit Collector(float scale) : scale_(scale) {}
 
     template <class T>
-    void take(const Stretch<T>& in) {
-        if (in.columns == 0) return;
+    void take(Stretch<T> in) {
         if (total_.is_empty()) {
             frame_ = frame_for(in, scale_, 0);
             frame_.c = first_shift(in, scale_, frame_.m);
@@ -231,20 +267,33 @@ private:
     }
 
     template <class T>
-    State look(const Stretch<T>& in, Frame frame) {
-        if (!expect_holes_ && in.padding == 0) {
+    State look(Stretch<T>& in, Frame frame) {
+        // A frame so far out that bf16 could not place the filling well below m.
+        const bool far_out = std::fabs(frame.m) > 8192 || std::fabs(frame.c) > 8192;
+        if (!expect_holes_ && !(in.rest > 0 && far_out)) {
+            if (in.rest > 0) {
+                // Filled up with columns of no weight and a d near c. Where the format cannot hold them,
+                // -inf comes of it and the sums say so.
+                T a, b;
+                round_one((frame.m - 1000) / scale_, a);
+                round_one((frame.m - 1000 + frame.c) / scale_, b);
+                in.fill(a, b);
+            }
             // The error of fl(b - a) is at most 2^-24 |c|: nothing beside an x that is usually over |c| / 16.
             const bool coarse = 512 * total_.a2 > kLn2 * total_.z * static_cast<double>(frame.c * frame.c);
             const Sums s = coarse ? sweep<false>(in, scale_, frame) : sweep<true>(in, scale_, frame);
             if (is_usable(s)) {
-                State out{frame, s.z, s.a1, s.a2, static_cast<double>(frame.c) + s.largest_x, s.a2, kSawB};
+                // 2^x = 1 + (x + g) ln 2, and no x is past 48.
+                const double top_x = std::log2(kLn2 * s.largest_g + 35);
+                State out{frame, s.z, s.a1, s.a2, static_cast<double>(frame.c) + top_x, s.a2, kSawB};
                 if (coarse) out.flags |= kSawRounding;
                 if (frame.m > kHugeA) out.flags |= kSawHugeA;
-                if (s.largest_x > kTail) out.flags |= kSawTail;
-                if (s.largest_x > kFarTail) out.flags |= kSawFarTail;
+                if (s.largest_g > kTailG) out.flags |= kSawTail;
+                if (s.largest_g > kFarTailG) out.flags |= kSawFarTail;
                 return out;
             }
         }
+        if (in.rest > 0) in.fill(minus_infinity<T>(), minus_infinity<T>());
         State out = sweep_holes(in, scale_, frame_for(in, scale_, frame.c));
         if (out.frame.m > kHugeA) out.flags |= kSawHugeA;
         expect_holes_ = (out.flags & (kSawHole | kSawVast | kSawLargeX)) != 0;
@@ -274,21 +323,12 @@ private:
     bool expect_holes_ = false;
 };
 
-// Feeds `n` columns to `take`, tile by tile; what is left at the end is filled up with -inf.
+// Feeds `n` columns to `take`, tile by tile.
 template <class T, class Take>
 inline void for_each_tile(const T* a, const T* b, std::int64_t n, Take take) {
-    const std::int64_t whole = n / kStep<T> * kStep<T>;
-    for (std::int64_t i = 0, length = kFirstTile; i < whole; i += length, length = kTile) {
-        if (length > whole - i) length = whole - i;
-        take(Stretch<T>{a + i, b + i, length, 0});
-    }
-    if (whole == n) return;
-    T last_a[kStep<T>], last_b[kStep<T>];
-    for (int i = 0; i < kStep<T>; ++i) {
-        last_a[i] = whole + i < n ? a[whole + i] : minus_infinity<T>();
-        last_b[i] = whole + i < n ? b[whole + i] : minus_infinity<T>();
-    }
-    take(Stretch<T>{last_a, last_b, kStep<T>, whole + kStep<T> - n});
+    std::int64_t length = n > kTile ? kFirstTile : n;
+    for (std::int64_t i = 0; i < n; i += length, length = n - i < kTile ? n - i : kTile)
+        take(Stretch<T>(a + i, b + i, length));
 }
 
 }  // namespace kl::KL_ISA

@@ -16,10 +16,10 @@ namespace nb = nanobind;
 namespace {
 
 using Address = std::uintptr_t;
-using Side = std::tuple<Address, std::int64_t, std::int64_t, int, double>;     // data, strides, dtype, scale
-using Target = std::tuple<Address, std::int64_t, std::int64_t, int>;           // data or 0, strides, dtype
-using Rows = std::tuple<Address, std::int64_t, std::int64_t>;                  // data or 0, strides
-using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t, int>;       // A, B, V, threads
+using Side = std::tuple<Address, std::int64_t, std::int64_t, int, double>;  // data, strides, dtype, scale
+using Target = std::tuple<Address, std::int64_t, std::int64_t, int>;        // data or 0, strides, dtype
+using Rows = std::tuple<Address, std::int64_t, std::int64_t>;               // data or 0, strides
+using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t, int>;    // A, B, V, threads
 
 template <class T = void>
 T* pointer(Address address) {
@@ -27,7 +27,8 @@ T* pointer(Address address) {
 }
 
 kl::Logits logits(const Side& s) {
-    return {pointer(std::get<0>(s)), std::get<1>(s), std::get<2>(s), static_cast<kl::Dtype>(std::get<3>(s)), std::get<4>(s)};
+    return {pointer(std::get<0>(s)), std::get<1>(s), std::get<2>(s), static_cast<kl::Dtype>(std::get<3>(s)),
+            std::get<4>(s)};
 }
 
 kl::Gradient target(const Target& t) {
@@ -49,24 +50,26 @@ kl::Problem problem(const Side& a, const Side& b, const Rows& rows, const Sizes&
 NB_MODULE(_native, m) {
     m.def("isa", [] { return std::string(kl::isa()); });
     m.def("supported_isas", [] { return std::string(kl::supported_isas()); });
-    m.def("value", [](const Side& a, const Side& b, const Rows& rows, const Sizes& sizes, bool wide, Address value,
-                      Address stats) {
+    m.def("value", [](const Side& a, const Side& b, const Rows& rows, const Sizes& sizes, bool wide,
+                      Address value, Address stats) {
         const kl::Problem p = problem(a, b, rows, sizes);
         nb::gil_scoped_release unlocked;
         kl::value(p, wide, pointer(value), pointer(stats));
     });
-    m.def("gradient", [](const Side& a, const Side& b, const Rows& rows, const Sizes& sizes, bool wide, Address stats,
-                         Address row_scale, const Target& to_a, const Target& to_b) {
+    m.def("gradient", [](const Side& a, const Side& b, const Rows& rows, const Sizes& sizes, bool wide,
+                         Address stats, Address row_scale, const Target& to_a, const Target& to_b) {
         const kl::Problem p = problem(a, b, rows, sizes);
         nb::gil_scoped_release unlocked;
         kl::gradient(p, wide, pointer(stats), pointer(row_scale), target(to_a), target(to_b));
     });
-    m.def("value_and_gradient", [](const Side& a, const Side& b, const Rows& rows, const Sizes& sizes, bool wide,
-                                   Address row_scale, Address value, Address stats, const Target& to_a, const Target& to_b) {
-        const kl::Problem p = problem(a, b, rows, sizes);
-        nb::gil_scoped_release unlocked;
-        kl::value_and_gradient(p, wide, pointer(row_scale), pointer(value), pointer(stats), target(to_a), target(to_b));
-    });
+    m.def("value_and_gradient",
+          [](const Side& a, const Side& b, const Rows& rows, const Sizes& sizes, bool wide, Address row_scale,
+             Address value, Address stats, const Target& to_a, const Target& to_b) {
+              const kl::Problem p = problem(a, b, rows, sizes);
+              nb::gil_scoped_release unlocked;
+              kl::value_and_gradient(p, wide, pointer(row_scale), pointer(value), pointer(stats),
+                                     target(to_a), target(to_b));
+          });
     // For the test of their error bounds: 0 is exp2, 1 is g2, 2 is 2^x - 1; n is a multiple of 16.
     m.def("elementary", [](int which, Address x, Address y, std::int64_t n) {
         nb::gil_scoped_release unlocked;

@@ -1,0 +1,38 @@
+"""The extension that kernels/bindings/module.cpp defines; kl_gpu/native.py says what its arguments are."""
+
+_Side = tuple[int, int, int, int, float]
+_Rows = tuple[int, int, int]
+_Sizes = tuple[int, int, int, int]
+_Target = tuple[int, int, int, int]
+
+def isa() -> str: ...
+def supported_isas() -> str: ...
+def value(a: _Side, b: _Side, rows: _Rows, sizes: _Sizes, wide: bool, value: int, stats: int, /) -> None: ...
+def gradient(
+    a: _Side,
+    b: _Side,
+    rows: _Rows,
+    sizes: _Sizes,
+    wide: bool,
+    stats: int,
+    row_scale: int,
+    to_a: _Target,
+    to_b: _Target,
+    /,
+) -> None: ...
+def value_and_gradient(
+    a: _Side,
+    b: _Side,
+    rows: _Rows,
+    sizes: _Sizes,
+    wide: bool,
+    row_scale: int,
+    value: int,
+    stats: int,
+    to_a: _Target,
+    to_b: _Target,
+    /,
+) -> None: ...
+def elementary(which: int, x: int, y: int, n: int, /) -> None: ...
+def probe_read(a: int, b: int, size: int, threads: int, /) -> int: ...
+def probe_write(a: int, b: int, to: int, size: int, threads: int, /) -> None: ...
