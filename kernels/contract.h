@@ -48,7 +48,7 @@ enum Stat : int {
     kDivergence = 4,
     kVerdict = 5,  // a Verdict
     kTopR = 6,     // the largest log2 q - log2 p, or +inf where it was not noted
-    kStats = 8,    // one more than is used: kl_gpu/kinds.py has as many for every backend
+    kStats = 12,   // as kl_gpu/kinds.py has it: other backends keep more
 };
 
 enum class Verdict : int {

@@ -1,7 +1,6 @@
 """Backend "native": the compiled CPU kernels of `kernels/`.
 
 Tensors in, tensors out; what they must look like has been checked before anything gets here.
-Everything is written for KL(a‖b): a weighs the terms, b is the other side.
 """
 
 from __future__ import annotations
@@ -9,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kinds import KINDS, STATS
+from .kinds import STATS
+from .problem import Problem
 
 try:
     import kl_gpu._native as _native
@@ -17,6 +17,8 @@ except ImportError:  # installed where no compiler was at hand
     _native = None
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+# As kernels/contract.h numbers them.
+_FAMILIES = {"kl": 0, "jeffreys": 1, "js": 2, "skew": 3, "tv": 4}
 _NOWHERE = (0, 0, 0, 0)
 _ALL_ROWS = (0, 0, 0)
 
@@ -48,89 +50,43 @@ def _target(grad: Tensor | None) -> tuple[int, int, int, int]:
     return grad.data_ptr(), stride_a, stride_b, _DTYPES[grad.dtype]
 
 
-def _rows(rows: Tensor | None) -> tuple[int, int, int]:
-    return _ALL_ROWS if rows is None else (rows.data_ptr(), rows.stride(0), rows.stride(1))
+def _arguments(p: Problem) -> tuple:
+    """What every entry of the extension begins with."""
+    rows = _ALL_ROWS if p.rows is None else (p.rows.data_ptr(), p.rows.stride(0), p.rows.stride(1))
+    sizes = (*p.a.shape, torch.get_num_threads())
+    sides = _side(p.a, p.a_scale), _side(p.b, p.b_scale)
+    return *sides, rows, sizes, _FAMILIES[p.family], p.beta, p.dtype == torch.float64
 
 
-def _problem(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Tensor | None,
-    kind: str,
-    student_scale: float,
-    teacher_scale: float,
-) -> tuple[bool, tuple]:
-    """Whether the student is the weights' side, and what every entry of the extension begins with."""
-    student_side, teacher_side = _side(student, student_scale), _side(teacher, teacher_scale)
-    student_weighs = KINDS[kind].weights == "student"
-    a, b = (student_side, teacher_side) if student_weighs else (teacher_side, student_side)
-    wide = a[3] == 3 or b[3] == 3
-    return student_weighs, (a, b, _rows(rows), (*student.shape, torch.get_num_threads()), wide)
-
-
-def _empty(student: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
-    n = student.shape[0] * student.shape[1]
-    dtype = torch.float64 if wide else torch.float32
+def _outputs(p: Problem) -> tuple[Tensor, Tensor]:
     # zeros: what the kernels leave unused must be the same on every run too.
-    return torch.empty(n, dtype=dtype), torch.zeros(n, STATS, dtype=dtype)
+    return torch.empty(p.n_rows, dtype=p.dtype), torch.zeros(p.n_rows, STATS, dtype=p.dtype)
 
 
-def value(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Tensor | None,
-    kind: str,
-    student_scale: float,
-    teacher_scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Per-row divergence `[A*B]` and the numbers `[A*B, STATS]` that `gradient` needs.
-
-    student, teacher: [A, B, V], last stride 1, the others anything. rows: bool [A, B] or None;
-    a row that is False is not read and has value 0.
-    """
-    _, problem = _problem(student, teacher, rows, kind, student_scale, teacher_scale)
-    value, stats = _empty(student, problem[-1])
-    _native.value(*problem, value.data_ptr(), stats.data_ptr())
+def value(p: Problem) -> tuple[Tensor, Tensor]:
+    """Per-row divergence `[A*B]` and the row statistics `[A*B, STATS]` that `gradient` needs."""
+    value, stats = _outputs(p)
+    _native.value(*_arguments(p), value.data_ptr(), stats.data_ptr())
     return value, stats
 
 
 def gradient(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Tensor | None,
-    stats: Tensor,
-    row_scale: Tensor,
-    kind: str,
-    student_scale: float,
-    teacher_scale: float,
-    grad_student: Tensor | None,
-    grad_teacher: Tensor | None,
+    p: Problem, stats: Tensor, row_scale: Tensor, grad_a: Tensor | None, grad_b: Tensor | None
 ) -> None:
-    """Writes row_scale · ∂value/∂logits. A gradient may lie over the very logits it belongs to."""
-    student_weighs, problem = _problem(student, teacher, rows, kind, student_scale, teacher_scale)
-    to_student, to_teacher = _target(grad_student), _target(grad_teacher)
-    to_a, to_b = (to_student, to_teacher) if student_weighs else (to_teacher, to_student)
-    _native.gradient(*problem, stats.data_ptr(), row_scale.data_ptr(), to_a, to_b)
+    """Write row_scale · ∂value/∂logits. A gradient may lie over the very logits it belongs to."""
+    _native.gradient(*_arguments(p), stats.data_ptr(), row_scale.data_ptr(), _target(grad_a), _target(grad_b))
 
 
 def value_and_gradient(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Tensor | None,
-    row_scale: Tensor,
-    kind: str,
-    student_scale: float,
-    teacher_scale: float,
-    grad_student: Tensor | None,
-    grad_teacher: Tensor | None,
+    p: Problem, row_scale: Tensor, grad_a: Tensor | None, grad_b: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`value` and `gradient` in one visit of each row: 3 U of memory traffic where the two calls take 5 U.
+    """`value` and `gradient` in one visit of each row, for callers who know row_scale beforehand.
 
-    For callers who know row_scale beforehand. The bits are those of the two calls.
+    3 U of memory traffic where the two calls take 5 U; the bits are those of the two calls.
     """
-    student_weighs, problem = _problem(student, teacher, rows, kind, student_scale, teacher_scale)
-    value, stats = _empty(student, problem[-1])
-    to_student, to_teacher = _target(grad_student), _target(grad_teacher)
-    to_a, to_b = (to_student, to_teacher) if student_weighs else (to_teacher, to_student)
-    _native.value_and_gradient(*problem, row_scale.data_ptr(), value.data_ptr(), stats.data_ptr(), to_a, to_b)
+    value, stats = _outputs(p)
+    _native.value_and_gradient(
+        *_arguments(p), row_scale.data_ptr(), value.data_ptr(), stats.data_ptr(), _target(grad_a),
+        _target(grad_b),
+    )  # fmt: skip
     return value, stats

@@ -1,0 +1,55 @@
+"""What a backend is asked to compute, already turned to the two roles of the kind's family."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kinds import KINDS
+
+
+class Problem(NamedTuple):
+    """One family of divergences between a and b, row by row.
+
+    Attributes:
+        a, b: logits `[A, B, V]`, last stride 1, the other two anything.
+        rows: bool `[A, B]`, or None where every row counts. A row that is False has value and gradient 0.
+        family: the formula, as `kl_gpu.kinds` names it.
+        beta: its parameter, strictly between 0 and 1; 0 where it has none.
+        a_scale, b_scale: 1/temperature of each side.
+    """
+
+    a: Tensor
+    b: Tensor
+    rows: Tensor | None
+    family: str
+    beta: float
+    a_scale: float
+    b_scale: float
+
+    @classmethod
+    def of(
+        cls,
+        student: Tensor,
+        teacher: Tensor,
+        rows: Tensor | None,
+        kind: str,
+        beta: float,
+        student_scale: float,
+        teacher_scale: float,
+    ) -> Problem:
+        """From the caller's two sides; `kind` is a name in `KINDS`."""
+        order = KINDS[kind].order
+        sides = order(student, teacher)
+        return cls(*sides, rows, KINDS[kind].family, beta, *order(student_scale, teacher_scale))
+
+    @property
+    def n_rows(self) -> int:
+        return self.a.shape[0] * self.a.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What rows are computed and returned in: float64 if either side is, else float32."""
+        return torch.float64 if torch.float64 in (self.a.dtype, self.b.dtype) else torch.float32
