@@ -1,8 +1,8 @@
-"""The torch.autograd.Function: value now, gradient later from saved row statistics (5 U of traffic)."""
+"""The torch.autograd.Functions: per row with the gradient later (5 U of traffic), reduced with it at once (3 U)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,19 +10,34 @@ from torch import Tensor
 from . import ops
 
 
-def _columns(logits: Tensor, vocab_size: int, shift: bool) -> Tensor:
-    """The part of the logits that counts, as a view."""
-    if shift:
-        logits = logits[:, :-1]
-    return logits if logits.shape[-1] == vocab_size else logits[..., :vocab_size]
+class Call(NamedTuple):
+    """What stays the same between forward and backward, tensors apart."""
 
+    kind: str
+    beta: float
+    student_scale: float
+    teacher_scale: float
+    backend: str
+    vocab_size: int
+    shift: bool
+    inplace: bool
 
-def _zero_rest(grad: Tensor, vocab_size: int, shift: bool) -> None:
-    """Zero what `_columns` leaves out."""
-    if grad.shape[-1] != vocab_size:
-        grad[..., vocab_size:].zero_()
-    if shift:
-        grad[:, -1:].zero_()
+    @property
+    def numbers(self) -> tuple[str, float, float, float, str]:
+        return self[:5]
+
+    def columns(self, logits: Tensor) -> Tensor:
+        """The part of the logits that counts, as a view."""
+        if self.shift:
+            logits = logits[:, :-1]
+        return logits if logits.shape[-1] == self.vocab_size else logits[..., : self.vocab_size]
+
+    def zero_rest(self, grad: Tensor) -> None:
+        """Zero what `columns` leaves out."""
+        if grad.shape[-1] != self.vocab_size:
+            grad[..., self.vocab_size :].zero_()
+        if self.shift:
+            grad[:, -1:].zero_()
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -41,6 +56,46 @@ class _FirstDerivative(torch.autograd.Function):
         raise RuntimeError("kl_gpu has no second derivatives: its gradients are not differentiable")
 
 
+Grads = tuple[Tensor | None, Tensor | None]
+
+
+def _buffers(student: Tensor, teacher: Tensor, call: Call, needs: tuple[bool, bool]) -> Grads:
+    """Where the gradients go, with what does not count already 0."""
+    to_student = (student.detach() if call.inplace else torch.empty_like(student)) if needs[0] else None
+    return to_student, torch.empty_like(teacher) if needs[1] else None
+
+
+def _gradients(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor | None,
+    stats: Tensor,
+    row_scale: Tensor,
+    call: Call,
+    needs: tuple[bool, bool],
+) -> Grads:
+    """row_scale · ∂value/∂logits of whole tensors, from the saved row statistics."""
+    with torch.no_grad():
+        grads = _buffers(student, teacher, call, needs)
+        narrow = [None if grad is None else call.columns(grad) for grad in grads]
+        sides = call.columns(student), call.columns(teacher)
+        ops.gradient(*sides, rows, stats, row_scale.to(stats.dtype), *call.numbers, *narrow)
+        for grad in grads:
+            if grad is not None:
+                call.zero_rest(grad)
+        if needs[0] and call.inplace:
+            # A second backward would read gradients as logits: the version counter makes it raise.
+            torch.autograd.graph.increment_version(student)
+    return grads
+
+
+def _once_differentiable(grads: Grads, *sources: Tensor) -> Grads:
+    if not torch.is_grad_enabled():
+        return grads
+    tied = [None if grad is None else _FirstDerivative.apply(grad, *sources) for grad in grads]
+    return tied[0], tied[1]
+
+
 class RowDivergence(torch.autograd.Function):
     """Per-row divergence `[N]` of logits `[N, V]`.
 
@@ -49,47 +104,50 @@ class RowDivergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        rows: Tensor | None,
-        kind: str,
-        student_scale: float,
-        teacher_scale: float,
-        vocab_size: int,
-        shift: bool,
-        inplace: bool,
-        backend: str,
-    ) -> Tensor:
-        s, t = _columns(student, vocab_size, shift), _columns(teacher, vocab_size, shift)
-        value, stats = ops.value(s, t, rows, kind, student_scale, teacher_scale, backend)
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, rows: Tensor | None, call: Call) -> Tensor:
+        value, stats = ops.value(call.columns(student), call.columns(teacher), rows, *call.numbers)
         ctx.save_for_backward(student, teacher, rows, stats)
-        ctx.call = (kind, student_scale, teacher_scale, backend)
-        ctx.narrow = (vocab_size, shift)
-        ctx.inplace = inplace
+        ctx.call = call
         return value
 
     @staticmethod
     def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, rows, stats = ctx.saved_tensors
-        needs_student, needs_teacher = ctx.needs_input_grad[:2]
-        grads: list[Tensor | None] = [None, None]
-        with torch.no_grad():
-            if needs_student:
-                grads[0] = student.detach() if ctx.inplace else torch.empty_like(student)
-            if needs_teacher:
-                grads[1] = torch.empty_like(teacher)
-            narrow = [None if grad is None else _columns(grad, *ctx.narrow) for grad in grads]
-            s, t = _columns(student, *ctx.narrow), _columns(teacher, *ctx.narrow)
-            ops.gradient(s, t, rows, stats, row_gradient.to(stats.dtype), *ctx.call, *narrow)
-            for grad in grads:
-                if grad is not None:
-                    _zero_rest(grad, *ctx.narrow)
-            if needs_student and ctx.inplace:
-                # A second backward would read gradients as logits: the version counter makes it raise.
-                torch.autograd.graph.increment_version(student)
-        if torch.is_grad_enabled():
-            sources = (row_gradient, student, teacher)
-            grads = [None if grad is None else _FirstDerivative.apply(grad, *sources) for grad in grads]
-        return (*grads, *(None,) * 8)
+        needs = ctx.needs_input_grad[:2]
+        grads = _gradients(student, teacher, rows, stats, row_gradient, ctx.call, needs)
+        return (*_once_differentiable(grads, row_gradient, student, teacher), None, None)
+
+
+class WeightedSum(torch.autograd.Function):
+    """Σ row_scale · divergence, 0-d, for row factors `[N]` that are known beforehand.
+
+    The gradient is written in forward, while the rows are in cache, for the incoming gradient of 1 that
+    `loss.backward()` brings. Any other one gets it computed again from the logits: scaling what was rounded
+    to 16 bits would round it twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, rows: Tensor | None, row_scale: Tensor, call: Call
+    ) -> Tensor:
+        grads = _buffers(student, teacher, call, ctx.needs_input_grad[:2])
+        narrow = [None if grad is None else call.columns(grad) for grad in grads]
+        sides = call.columns(student), call.columns(teacher)
+        value, stats = ops.value_and_gradient(*sides, rows, row_scale, *call.numbers, *narrow)
+        for grad in grads:
+            if grad is not None:
+                call.zero_rest(grad)
+        # The logits too: modifying them before backward must raise, as it does everywhere else.
+        ctx.save_for_backward(student, teacher, rows, row_scale, stats, *grads)
+        ctx.call = call
+        return (value * row_scale).sum()
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher, rows, row_scale, stats, *saved = ctx.saved_tensors
+        grads: Grads = (saved[0], saved[1])
+        if incoming.item() != 1:
+            scale = incoming * row_scale
+            needs = ctx.needs_input_grad[:2]
+            grads = _gradients(student, teacher, rows, stats, scale, ctx.call, needs)
+        return (*_once_differentiable(grads, incoming, student, teacher), None, None, None)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kinds import KINDS
+
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # 1/T and its product with a logit must stay finite and non-zero in float32.
@@ -37,9 +39,17 @@ def backend(value: object) -> None:
         raise TypeError(f"backend must be a string or None, got {_type_name(value)}")
 
 
-def beta(value: object, kind: str) -> None:
-    if value is not None:
+def beta(value: Any, kind: str) -> None:
+    of = KINDS[kind]
+    if value is None:
+        return
+    if of.beta is None:
         raise ValueError(f"beta is not a parameter of kind {kind!r}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"beta must be a float, got {_type_name(value)}")
+    one = of.ends[1] is not None
+    if not (0 <= float(value) < 1 or (one and float(value) == 1)):  # NaN fails every comparison
+        raise ValueError(f"beta must be within [0, 1{']' if one else ')'} for kind {kind!r}, got {value}")
 
 
 def temperature(argument: str, value: Any) -> None:

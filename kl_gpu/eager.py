@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .kinds import KINDS
+from .problem import Problem
 
 # 512 Ki float64 elements are 4 MiB: the few buffers a chunk needs stay in a last cache of 32 MiB, and each
 # operation is long enough to hide what starting it costs.
@@ -81,7 +81,7 @@ def _log_ratio(a: Tensor, b: Tensor, shift: Tensor, a_scale: float, b_scale: flo
     return torch.add(-shift, a, alpha=b_scale, out=a)
 
 
-def _terms(x: Tensor, w: Tensor, q: Tensor, no_weight: Tensor, no_other: Tensor) -> Tensor:
+def _kl_terms(x: Tensor, w: Tensor, q: Tensor, no_weight: Tensor, no_other: Tensor) -> Tensor:
     """w·g(x) ≥ 0, the terms of KL(a‖b) for w = a, q = b, x = log b/a, also where a probability is 0."""
     terms = torch.where(x.abs() < 1, torch.expm1(x).sub_(x).mul_(w), q - w - w * x)
     terms = torch.where(no_other, torch.inf, terms)
@@ -111,7 +111,7 @@ def _kl(a: _Side, b: _Side) -> Tensor:
         (logits_a, w), (logits_b, q) = a.load(c), b.load(c)
         no_weight, no_other = torch.isneginf(logits_a), torch.isneginf(logits_b)
         x = _log_ratio(logits_a, logits_b, shift, a.scale, b.scale)
-        careful += _sum(_terms(x, w.div_(a.total), q.div_(b.total), no_weight, no_other))
+        careful += _sum(_kl_terms(x, w.div_(a.total), q.div_(b.total), no_weight, no_other))
     # Times 0: a row without a distribution is NaN also where its columns summed to +inf.
     return torch.where(enough, plain, careful + shift * 0)
 
@@ -126,88 +126,166 @@ def _split(x: Tensor, n: int, dtype: torch.dtype) -> list[Tensor]:
     return parts
 
 
-def value(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Tensor | None,
-    kind: str,
-    student_scale: float,
-    teacher_scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Per-row divergence `[A*B]` and row statistics `[A*B, STATS]` of logits `[A, B, V]`."""
-    out_dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-    order = KINDS[kind].order
-    a_all, b_all = order(student, teacher)
-    a_scale, b_scale = order(student_scale, teacher_scale)
-    shape = student.shape[:2]
-    worker = _worker(student.device)
-    found = torch.empty((*shape, 3), dtype=torch.float64, device=worker)  # both normalisers, the divergence
-    rows_at_once = max((block.stop - block.start for _, block in _blocks(student.shape)), default=0)
-    columns = min(student.shape[2], _CHUNK)
-    buffers = torch.empty((2, 2, rows_at_once, columns), dtype=torch.float64, device=worker)
-    for i, j in _blocks(student.shape):
-        a, b = _Side(a_all[i, j], a_scale, buffers[0]), _Side(b_all[i, j], b_scale, buffers[1])
-        found[i, j] = torch.cat((a.log_normalizer(), b.log_normalizer(), _kl(a, b)), -1)
-    kl = found[..., 2:].clamp_min_(0)
-    if student.shape[-1] == 1:
-        kl.mul_(0)  # as below, and NaN where there is no distribution
-    found = found.view(-1, 3)
-    parts = [part for k, n in enumerate((3, 3, 2)) for part in _split(found[:, k : k + 1], n, out_dtype)]
-    result = parts[6][:, 0]
-    if rows is not None:
-        result = torch.where(rows.reshape(-1).to(worker), result, 0)
-    return result.to(student.device), torch.cat(parts, -1).to(student.device)
+# From here on r = log b/a, −inf where b has no mass, +inf where a has none; a column without either has r = 0.
+# A formula gives, per column, the divergence's term ≥ 0 and a·∂D/∂a, b·∂D/∂b up to a multiple of a and b.
+_Formula = tuple[Tensor, Tensor, Tensor]
+
+
+def _mixture(x: Tensor, o: Tensor, r: Tensor, other: float) -> tuple[Tensor, Tensor]:
+    """Terms of KL(x‖m) and log m/x, for m = (1 − other)·x + other·o and r = log o/x."""
+    z = torch.expm1(r.clamp_max(700)).mul_(other)
+    u = torch.log1p(z)
+    return torch.where(r < 1, (z - u).mul_(x), other * (o - x) - x * u), u
+
+
+def _jeffreys(a: Tensor, b: Tensor, r: Tensor, beta: float) -> _Formula:
+    no_a, no_b = torch.isposinf(r), torch.isneginf(r)
+    forward, reverse = _kl_terms(r, a, b, no_a, no_b), _kl_terms(-r, b, a, no_b, no_a)
+    d = torch.where(r.abs() < 1, a * torch.expm1(r), b - a)
+    ar, br = torch.where(no_a, 0, a * r), torch.where(no_b, 0, b * r)
+    w = 1 - beta
+    return w * forward + beta * reverse, -w * ar - beta * d, w * d + beta * br
+
+
+def _js(a: Tensor, b: Tensor, r: Tensor, beta: float) -> _Formula:
+    (to_a, u), (to_b, v) = _mixture(a, b, r, 1 - beta), _mixture(b, a, -r, beta)
+    return beta * to_a + (1 - beta) * to_b, -beta * a * u, (beta - 1) * b * v
+
+
+def _skew(a: Tensor, b: Tensor, r: Tensor, beta: float) -> _Formula:
+    terms, u = _mixture(a, b, r, 1 - beta)
+    n = -torch.expm1(-u)  # 1 − a/m
+    return terms, a * (beta * n - u), (1 - beta) * b * n
+
+
+def _tv(a: Tensor, b: Tensor, r: Tensor, beta: float) -> _Formula:
+    half = torch.sign(r) / 2
+    return torch.where(r.abs() < 1, a * torch.expm1(r), b - a) * half, -a * half, b * half
+
+
+_FORMULAS = {"jeffreys": _jeffreys, "js": _js, "skew": _skew, "tv": _tv}
+
+
+def _formula(
+    p: Problem, logits: tuple[Tensor, Tensor], probabilities: tuple[Tensor, Tensor], shift: Tensor
+) -> _Formula:
+    """The family's formula on a chunk; takes over the memory of the logits."""
+    neither = torch.isneginf(logits[0]) & torch.isneginf(logits[1])
+    r = torch.where(neither, 0, _log_ratio(*logits, shift, p.a_scale, p.b_scale))
+    return _FORMULAS[p.family](*probabilities, r, p.beta)
+
+
+def _sums(p: Problem, a: _Side, b: _Side) -> tuple[Tensor, Tensor, Tensor]:
+    """The row sums of the formula's three parts, `[R, 1]` each."""
+    shift = b.log_normalizer() - a.log_normalizer()
+    totals = [torch.zeros_like(shift) for _ in range(3)]
+    for c in _columns(a.rows.shape[-1]):
+        (logits_a, w), (logits_b, q) = a.load(c), b.load(c)
+        parts = _formula(p, (logits_a, logits_b), (w.div_(a.total), q.div_(b.total)), shift)
+        for total, part in zip(totals, parts, strict=True):
+            total += _sum(part)
+    return totals[0] + shift * 0, totals[1], totals[2]
+
+
+def _split(x: Tensor, n: int, dtype: torch.dtype) -> list[Tensor]:
+    """x as a sum of n numbers of `dtype`: three float32 hold all of a float64."""
+    parts = []
+    for _ in range(n):
+        part = x.to(dtype)
+        parts.append(part)
+        x = torch.where(torch.isfinite(part), x - part.to(x.dtype), 0)
+    return parts
+
+
+# Row statistics: log normaliser of a and of b, the divergence, then the sums of the formula's other two parts,
+# each as a sum of so many numbers.
+_STATS = (3, 3, 2, 2, 2)
+
+
+def value(p: Problem) -> tuple[Tensor, Tensor]:
+    """Per-row divergence `[A*B]` and row statistics `[A*B, STATS]`."""
+    shape = p.a.shape
+    worker = _worker(p.a.device)
+    found = torch.zeros((*shape[:2], len(_STATS)), dtype=torch.float64, device=worker)
+    rows_at_once = max((block.stop - block.start for _, block in _blocks(shape)), default=0)
+    buffers = torch.empty((2, 2, rows_at_once, min(shape[2], _CHUNK)), dtype=torch.float64, device=worker)
+    for i, j in _blocks(shape):
+        a, b = _Side(p.a[i, j], p.a_scale, buffers[0]), _Side(p.b[i, j], p.b_scale, buffers[1])
+        parts = (_kl(a, b),) if p.family == "kl" else _sums(p, a, b)
+        found[i, j, : 2 + len(parts)] = torch.cat((a.log_normalizer(), b.log_normalizer(), *parts), -1)
+    found[..., 2].clamp_min_(0)
+    if shape[2] == 1:
+        found[..., 2:].mul_(0)  # as in `gradient`, and NaN where there is no distribution
+    found = found.view(-1, len(_STATS))
+    stats = [part for k, n in enumerate(_STATS) for part in _split(found[:, k : k + 1], n, p.dtype)]
+    result = stats[6][:, 0]
+    if p.rows is not None:
+        result = torch.where(p.rows.reshape(-1).to(worker), result, 0)
+    return result.to(p.a.device), torch.cat(stats, -1).to(p.a.device)
+
+
+def _kl_gradients(
+    p: Problem, a: Tensor, b: Tensor, sums: tuple[Tensor, ...], needs_a: bool
+) -> tuple[Tensor | None, Tensor]:
+    """∂KL/∂(scaled logits) of a chunk, over the memory of a and b."""
+    log_a, log_b, kl = sums[:3]
+    to_a = None
+    if needs_a:
+        to_a = _log_ratio(a.clone(), b, log_b - log_a, p.a_scale, p.b_scale).add_(kl).neg_()
+        # Times 0: a NaN row stays NaN. Nothing flows to a logit of −inf.
+        to_a = torch.where(torch.isneginf(a), kl * 0, to_a)
+    w, q = _normalised(a, log_a, p.a_scale), _normalised(b, log_b, p.b_scale)
+    if to_a is not None:
+        to_a = torch.where(torch.isinf(kl), torch.nan, to_a.mul_(w))
+    return to_a, q.sub_(w)
+
+
+def _normalised(logits: Tensor, log_normalizer: Tensor, scale: float) -> Tensor:
+    """Probabilities, over the memory of the logits."""
+    return torch.add(log_normalizer * -_LOG2E, logits, alpha=scale * _LOG2E, out=logits).exp2_()
+
+
+def _formula_gradients(p: Problem, a: Tensor, b: Tensor, sums: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """∂D/∂(scaled logits) of a chunk: each side's part of the formula less its own share of the row's sum."""
+    log_a, log_b, _, *means = sums
+    sides = _normalised(a.clone(), log_a, p.a_scale), _normalised(b.clone(), log_b, p.b_scale)
+    _, *flows = _formula(p, (a, b), sides, log_b - log_a)
+    # An infinite divergence has no gradient to the side whose mean is infinite: NaN, never a silent 0.
+    grads = [
+        torch.where(torch.isfinite(mean), flow.sub_(side * mean), torch.nan)
+        for side, flow, mean in zip(sides, flows, means, strict=True)
+    ]
+    return grads[0], grads[1]
 
 
 def gradient(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Tensor | None,
-    stats: Tensor,
-    row_scale: Tensor,
-    kind: str,
-    student_scale: float,
-    teacher_scale: float,
-    grad_student: Tensor | None,
-    grad_teacher: Tensor | None,
+    p: Problem, stats: Tensor, row_scale: Tensor, grad_a: Tensor | None, grad_b: Tensor | None
 ) -> None:
     """Write row_scale · ∂divergence/∂logits into the given `[A, B, V]` buffers; either may be None."""
-    order = KINDS[kind].order
-    a_all, b_all = order(student, teacher)
-    a_scale, b_scale = order(student_scale, teacher_scale)
-    grad_a, grad_b = order(grad_student, grad_teacher)
-    worker = _worker(student.device)
-    inner = student.shape[1]
+    worker = _worker(p.a.device)
+    inner = p.a.shape[1]
     buffers: dict[torch.Size, Tensor] = {}
-    for i, j in _blocks(student.shape):
+    for i, j in _blocks(p.a.shape):
         flat = slice(i * inner + j.start, i * inner + j.stop)
-        parts = stats[flat].to(worker, torch.float64)
-        log_a, log_b, kl = (part.sum(-1, keepdim=True) for part in parts.split((3, 3, 2), -1))
+        parts = stats[flat].to(worker, torch.float64).split(_STATS, -1)
+        sums = tuple(part.sum(-1, keepdim=True) for part in parts)
         scale = row_scale[flat, None].to(worker, torch.float64)
-        keep = None if rows is None else rows[i, j, None].to(worker)
-        for c in _columns(student.shape[-1]):
-            a_rows, b_rows = a_all[i, j, c], b_all[i, j, c]
+        keep = None if p.rows is None else p.rows[i, j, None].to(worker)
+        for c in _columns(p.a.shape[-1]):
+            a_rows, b_rows = p.a[i, j, c], p.b[i, j, c]
             if a_rows.shape not in buffers:
                 buffers[a_rows.shape] = torch.empty((2, *a_rows.shape), dtype=torch.float64, device=worker)
             a, b = buffers[a_rows.shape]
             a.copy_(a_rows)
             b.copy_(b_rows)
-            to_a = to_b = None
-            if grad_a is not None:
-                x = _log_ratio(a.clone(), b, log_b - log_a, a_scale, b_scale)
-                to_a = x.add_(kl).neg_()
-                # Times 0: a NaN row stays NaN. Nothing flows to a logit of −inf.
-                to_a = torch.where(torch.isneginf(a), kl * 0, to_a)
-            p = torch.add(log_a * -_LOG2E, a, alpha=a_scale * _LOG2E, out=a).exp2_()
-            if to_a is not None:
-                to_a = to_a.mul_(p).mul_(scale * a_scale)
-                to_a = torch.where(torch.isinf(kl), torch.nan, to_a)
-            if grad_b is not None:
-                q = torch.add(log_b * -_LOG2E, b, alpha=b_scale * _LOG2E, out=b).exp2_()
-                to_b = q.sub_(p).mul_(scale * b_scale)
-            if student.shape[-1] == 1:
-                to_a = to_b = kl * 0  # a probability of 1 that two exponentials would round
+            if p.family == "kl":
+                grads = _kl_gradients(p, a, b, sums, grad_a is not None)
+            else:
+                grads = _formula_gradients(p, a, b, sums)
             # Both are ready before either is stored: a buffer may be the very memory a or b was read from.
-            for out, grad in ((grad_a, to_a), (grad_b, to_b)):
+            for out, grad, side_scale in zip((grad_a, grad_b), grads, (p.a_scale, p.b_scale), strict=True):
                 if out is not None and grad is not None:
+                    if p.a.shape[-1] == 1:
+                        grad = sums[2] * 0  # a probability of 1 that two exponentials would round
+                    grad = grad * (scale * side_scale)
                     out[i, j, c] = grad if keep is None else torch.where(keep, grad, 0)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks, ops
-from .autograd import RowDivergence
+from .autograd import Call, RowDivergence, WeightedSum
 from .kinds import KINDS
 
 _DIRECTIONS = {"forward": "forward_kl", "reverse": "reverse_kl"}
@@ -39,6 +40,30 @@ def kl_div(
     return divergence(student_logits, teacher_logits, _DIRECTIONS[direction], **options)
 
 
+def js_div(
+    student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, **options: Any
+) -> Tensor:
+    """Generalised Jensen-Shannon divergence of two categorical distributions given by logits, in nats.
+
+    β KL(p‖m) + (1−β) KL(q‖m) with m = βp + (1−β)q; β = 0 gives KL(p‖q) and β = 1 gives KL(q‖p), as in
+    Agarwal et al. (2024), "On-Policy Distillation of Language Models", eq. 1 and section 3.
+
+    Args:
+        student_logits: `[N, V]`, N any leading shape; float16, bfloat16, float32 or float64.
+        teacher_logits: `[N, V]`, on the same device; the dtype may differ.
+        beta: the weight of the teacher in the mixture, in [0, 1]; a new value compiles nothing.
+        **options: those of :func:`divergence`.
+
+    Returns:
+        float32 (float64 where both inputs are); `[N]` for reduction="none", else 0-d. Never negative.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, range, name or combination is wrong; the message names the argument.
+    """
+    return divergence(student_logits, teacher_logits, "js", beta=beta, **options)
+
+
 def divergence(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -67,7 +92,8 @@ def divergence(
         student_logits: `[N, V]`, N any leading shape; float16, bfloat16, float32 or float64.
         teacher_logits: `[N, V]`, on the same device; the dtype may differ.
         kind: a name in `kl_gpu.KINDS`.
-        beta: the parameter of the kinds that have one.
+        beta: the parameter of the kinds that have one, by default theirs: `jeffreys` and `js` take [0, 1], the
+            skew divergences [0, 1). A number at run time: a new value compiles nothing.
         temperature: divides both logits; a float > 0.
         teacher_temperature: overrides `temperature` on the teacher's side.
         t_squared: multiply value and gradient by T² (Hinton et al. 2015, section 2.1).
@@ -122,47 +148,71 @@ def divergence(
     counts = mask
     if labels is not None:
         counts = labels != ignore_index if mask is None else mask & (labels != ignore_index)
-
-    value = RowDivergence.apply(
-        _last_contiguous(student_logits),
-        _last_contiguous(teacher_logits),
-        counts,
-        kind,
-        1.0 / float(temperature),
-        1.0 / float(teacher_temperature),
-        vocab_size,
-        shift,
-        inplace,
-        chosen,
-    )
-    if student_logits.dtype != teacher_logits.dtype:
-        value = value.float()  # float64 with a narrower side: computed in float64, returned in float32
-    if t_squared:
-        value = value * float(temperature) ** 2
-    if weight is not None:
+    if weight is not None and counts is not None:
         # A row that does not count contributes 0 whatever its weight holds.
-        kept = weight if counts is None else torch.where(counts, weight, 0)
-        value = value * kept.to(value.dtype)
-    return _reduce(value, counts, reduction, normalizer)
+        weight = torch.where(counts, weight, 0)
+
+    student, teacher = _last_contiguous(student_logits), _last_contiguous(teacher_logits)
+    scales = 1.0 / float(temperature), 1.0 / float(teacher_temperature)
+    call = Call(*KINDS[kind].at(beta), *scales, chosen, vocab_size, shift, inplace)
+    factor = float(temperature) ** 2 if t_squared else 1.0
+    lead = call.columns(student).shape[:-1]
+    denominator = _denominator(lead, counts, reduction, normalizer)
+    mixed = student.dtype != teacher.dtype  # float64 with a narrower side: computed in float64, returned in float32
+
+    if reduction != "none" and _gradient_at_once(student, teacher, weight, normalizer, call):
+        row_scale = _row_scale(lead, student, teacher, weight) * factor / denominator
+        total = WeightedSum.apply(student, teacher, counts, row_scale, call)
+        return total.float() if mixed else total
+
+    value = RowDivergence.apply(student, teacher, counts, call)
+    if mixed:
+        value = value.float()
+    if t_squared:
+        value = value * factor
+    if weight is not None:
+        value = value * weight.to(value.dtype)
+    return value if reduction == "none" else value.sum() / denominator
 
 
 def _last_contiguous(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-def _reduce(
-    value: Tensor, counts: Tensor | None, reduction: str, normalizer: float | Tensor | None
-) -> Tensor:
-    if reduction == "none":
-        return value
-    total = value.sum()
-    if reduction == "sum":
-        return total
+def _denominator(
+    lead: torch.Size, counts: Tensor | None, reduction: str, normalizer: float | Tensor | None
+) -> float | Tensor:
+    if reduction in ("none", "sum"):
+        return 1
     if normalizer is not None:
-        return total / normalizer
+        return normalizer
     if reduction == "batchmean":
-        return total / max(value.shape[0], 1) if value.dim() else total
+        return max(lead[0], 1) if lead else 1
     if counts is None:
-        return total / max(value.numel(), 1)
+        return max(math.prod(lead), 1)
     # clamp: where no row counts the result is 0, attached to the graph, and nothing waits for the device.
-    return total / counts.sum().clamp_min(1)
+    return counts.sum().clamp_min(1)
+
+
+def _gradient_at_once(
+    student: Tensor, teacher: Tensor, weight: Tensor | None, normalizer: float | Tensor | None, call: Call
+) -> bool:
+    """Whether forward can write the gradient: its row factors are constants, and it pays."""
+    constants = not any(isinstance(x, Tensor) and x.requires_grad for x in (weight, normalizer))
+    return (
+        constants
+        and ops.fuses(call.backend)
+        and torch.is_grad_enabled()
+        and (student.requires_grad or teacher.requires_grad)
+        # In place the logits would be gone before an incoming gradient other than 1 needs them.
+        and not call.inplace
+        # A compiled backward cannot decide on the incoming gradient's value.
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _row_scale(lead: torch.Size, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
+    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    if weight is None:
+        return torch.ones(lead, dtype=dtype, device=student.device)
+    return weight.detach().to(dtype)

@@ -18,22 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kinds import STATS
+from .kinds import KINDS, STATS
+from .problem import Problem
 
 _MODULES = {"triton": "kl_gpu.triton", "native": "kl_gpu.native", "eager": "kl_gpu.eager"}
 BACKENDS = tuple(_MODULES)
 _TRITON_DEVICES = frozenset({"cuda", "xpu"})
 
+# Backends that compute value and gradient in one visit of the row where the row factors are known.
+_FUSED = frozenset({"native"})
+
 _library = torch.library.Library("kl_gpu", "DEF")
-_library.define(
-    "value(Tensor student, Tensor teacher, Tensor? rows, str kind, float student_scale, float teacher_scale, "
-    "str backend) -> (Tensor, Tensor)"
-)
-_library.define(
-    "gradient(Tensor student, Tensor teacher, Tensor? rows, Tensor stats, Tensor row_scale, str kind, "
-    "float student_scale, float teacher_scale, str backend, "
-    "Tensor(a!)? grad_student, Tensor(b!)? grad_teacher) -> ()"
-)
+_INPUTS = "Tensor student, Tensor teacher, Tensor? rows"
+_NUMBERS = "str kind, float beta, float student_scale, float teacher_scale, str backend"
+_GRADS = "Tensor(a!)? grad_student, Tensor(b!)? grad_teacher"
+_library.define(f"value({_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor)")
+_library.define(f"gradient({_INPUTS}, Tensor stats, Tensor row_scale, {_NUMBERS}, {_GRADS}) -> ()")
+_library.define(f"value_and_gradient({_INPUTS}, Tensor row_scale, {_NUMBERS}, {_GRADS}) -> (Tensor, Tensor)")
 
 
 @cache
@@ -82,9 +83,9 @@ def _module(backend: str) -> ModuleType:
     return import_module(_MODULES[backend])
 
 
-def value_dtype(student: torch.dtype, teacher: torch.dtype) -> torch.dtype:
-    """What rows are computed in: float64 if either side is, else float32."""
-    return torch.float64 if torch.float64 in (student, teacher) else torch.float32
+def fuses(backend: str) -> bool:
+    """Whether `value_and_gradient` moves less memory than `value` and `gradient` one after the other."""
+    return backend in _FUSED
 
 
 def _views(lead: torch.Size, tensors: list[Tensor | None]) -> Iterator[list[Any]]:
@@ -104,42 +105,52 @@ def _views(lead: torch.Size, tensors: list[Tensor | None]) -> Iterator[list[Any]
         yield from _views(lead[1:], [None if t is None else t[i] for t in tensors])
 
 
+def _problems(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor | None,
+    numbers: tuple[str, float, float, float],
+    grad_student: Tensor | None = None,
+    grad_teacher: Tensor | None = None,
+) -> Iterator[tuple[slice, Problem, Tensor | None, Tensor | None]]:
+    """What the backend is asked, part by part: flat row numbers, problem, and both gradients' buffers."""
+    rows = None if rows is None else rows.contiguous()
+    order, start = KINDS[numbers[0]].order, 0
+    tensors = [student, teacher, rows, grad_student, grad_teacher]
+    for s, t, keep, grad_s, grad_t in _views(student.shape[:-1], tensors):
+        problem = Problem.of(s, t, keep, *numbers)
+        part = slice(start, start + problem.n_rows)
+        start = part.stop
+        yield part, problem, *order(grad_s, grad_t)
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]], lead: torch.Size) -> tuple[Tensor, Tensor]:
+    value, stats = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    return value.view(lead), stats.view(*lead, STATS)
+
+
+def _outputs(student: Tensor, teacher: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    lead = student.shape[:-1]
+    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    return student.new_empty(lead, dtype=dtype), student.new_empty((*lead, STATS), dtype=dtype)
+
+
 def _value(
     student: Tensor,
     teacher: Tensor,
     rows: Tensor | None,
     kind: str,
+    beta: float,
     student_scale: float,
     teacher_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    lead = student.shape[:-1]
     if student.numel() == 0:
-        return _value_fake(student, teacher, rows, kind, student_scale, teacher_scale, backend)
+        return _outputs(student, teacher)
     run = _module(backend).value
-    rows = None if rows is None else rows.contiguous()
-    parts = [
-        run(*views, kind, student_scale, teacher_scale) for views in _views(lead, [student, teacher, rows])
-    ]
-    if len(parts) == 1:
-        value, stats = parts[0]
-    else:
-        value, stats = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return value.view(lead), stats.view(*lead, STATS)
-
-
-def _value_fake(
-    student: Tensor,
-    teacher: Tensor,
-    rows: Tensor | None,
-    kind: str,
-    student_scale: float,
-    teacher_scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    lead = student.shape[:-1]
-    dtype = value_dtype(student.dtype, teacher.dtype)
-    return student.new_empty(lead, dtype=dtype), student.new_empty((*lead, STATS), dtype=dtype)
+    numbers = (kind, beta, student_scale, teacher_scale)
+    parts = [run(problem) for _, problem, *_ in _problems(student, teacher, rows, numbers)]
+    return _joined(parts, student.shape[:-1])
 
 
 def _gradient(
@@ -149,6 +160,7 @@ def _gradient(
     stats: Tensor,
     row_scale: Tensor,
     kind: str,
+    beta: float,
     student_scale: float,
     teacher_scale: float,
     backend: str,
@@ -158,15 +170,36 @@ def _gradient(
     if student.numel() == 0:
         return
     run = _module(backend).gradient
-    rows = None if rows is None else rows.contiguous()
-    tensors = [student, teacher, rows, grad_student, grad_teacher]
+    numbers = (kind, beta, student_scale, teacher_scale)
     # contiguous: the gradient of a sum comes as one number with stride 0, which a kernel would read past.
-    start, flat_stats, flat_scale = 0, stats.reshape(-1, STATS), row_scale.contiguous().view(-1)
-    for s, t, keep, grad_s, grad_t in _views(student.shape[:-1], tensors):
-        part = slice(start, start + s.shape[0] * s.shape[1])
-        start = part.stop
-        numbers = (flat_stats[part], flat_scale[part], kind, student_scale, teacher_scale)
-        run(s, t, keep, *numbers, grad_s, grad_t)
+    flat_stats, flat_scale = stats.reshape(-1, STATS), row_scale.contiguous().view(-1)
+    for part, problem, *grads in _problems(student, teacher, rows, numbers, grad_student, grad_teacher):
+        run(problem, flat_stats[part], flat_scale[part], *grads)
+
+
+def _value_and_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor | None,
+    row_scale: Tensor,
+    kind: str,
+    beta: float,
+    student_scale: float,
+    teacher_scale: float,
+    backend: str,
+    grad_student: Tensor | None,
+    grad_teacher: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if student.numel() == 0:
+        return _outputs(student, teacher)
+    run = _module(backend).value_and_gradient
+    numbers = (kind, beta, student_scale, teacher_scale)
+    scale = row_scale.contiguous().view(-1)
+    parts = [
+        run(problem, scale[part], *grads)
+        for part, problem, *grads in _problems(student, teacher, rows, numbers, grad_student, grad_teacher)
+    ]
+    return _joined(parts, student.shape[:-1])
 
 
 def _gradient_fake(*_: object) -> None:
@@ -174,10 +207,15 @@ def _gradient_fake(*_: object) -> None:
 
 
 # One Python function serves every device: the backend argument, resolved by the caller, picks the kernels.
-_library.impl("value", _value, "CompositeExplicitAutograd")
-_library.impl("gradient", _gradient, "CompositeExplicitAutograd")
-torch.library.register_fake("kl_gpu::value", _value_fake, lib=_library)
-torch.library.register_fake("kl_gpu::gradient", _gradient_fake, lib=_library)
+_IMPLEMENTATIONS = {
+    "value": (_value, _outputs),
+    "gradient": (_gradient, _gradient_fake),
+    "value_and_gradient": (_value_and_gradient, _outputs),
+}
+for _name, (_run, _fake) in _IMPLEMENTATIONS.items():
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kl_gpu::{_name}", _fake, lib=_library)
 
 value = torch.ops.kl_gpu.value.default
 gradient = torch.ops.kl_gpu.gradient.default
+value_and_gradient = torch.ops.kl_gpu.value_and_gradient.default

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .kinds import KINDS
+from .kinds import KINDS, Kind
 
 Array = NDArray[np.float64]
 
@@ -48,12 +48,80 @@ def _kl_terms(log_a: Array, log_b: Array) -> Array:
     return np.where(np.isneginf(log_a), b, terms)  # a = 0: the limit of a·g(log b/a), also where b = 0
 
 
+def _kl(log_a: Array, log_b: Array) -> Array:
+    return _kl_terms(log_a, log_b).sum(axis=-1, keepdims=True)
+
+
+def _log_mixture(log_a: Array, log_b: Array, beta: float) -> Array:
+    """log m, m = βa + (1−β)b."""
+    return np.logaddexp(log_a + math.log(beta), log_b + math.log1p(-beta))
+
+
+def _value(log_a: Array, log_b: Array, family: str, beta: float) -> Array:
+    if family == "kl":
+        return _kl(log_a, log_b)
+    if family == "jeffreys":
+        return (1 - beta) * _kl(log_a, log_b) + beta * _kl(log_b, log_a)
+    if family == "tv":
+        return 0.5 * np.abs(np.exp(log_a) - np.exp(log_b)).sum(axis=-1, keepdims=True)
+    log_m = _log_mixture(log_a, log_b, beta)
+    if family == "skew":
+        return _kl(log_a, log_m)
+    return beta * _kl(log_a, log_m) + (1 - beta) * _kl(log_b, log_m)
+
+
+def _kl_gradients(log_a: Array, log_b: Array) -> tuple[Array, Array]:
+    """∂KL(a‖b)/∂(logits of b) = b − a and ∂/∂(logits of a) = a·(log a − log b − KL); NaN where KL is infinite."""
+    kl = _kl(log_a, log_b)
+    a, b = np.exp(log_a), np.exp(log_b)
+    with np.errstate(invalid="ignore", over="ignore"):
+        r = log_b - log_a
+        to_b = np.where(np.abs(r) < 1.0, a * np.expm1(r), b - a)
+        to_a = np.where(np.isneginf(log_a), 0.0, -a * (r + kl))
+    return np.where(np.isinf(kl), np.nan, to_a), np.where(np.isneginf(log_a) & np.isneginf(log_b), 0.0, to_b)
+
+
+def _gradients(log_a: Array, log_b: Array, family: str, beta: float) -> tuple[Array, Array]:
+    if family == "kl":
+        return _kl_gradients(log_a, log_b)
+    if family == "jeffreys":
+        forward, reverse = _kl_gradients(log_a, log_b), _kl_gradients(log_b, log_a)
+        to_a, to_b = ((1 - beta) * f + beta * r for f, r in zip(forward, reversed(reverse), strict=True))
+        return to_a, to_b
+    a, b = np.exp(log_a), np.exp(log_b)
+    # Partial derivatives of D in a and in b, up to a constant, which the projection below removes.
+    if family == "tv":
+        d_a, d_b = np.sign(a - b) / 2, np.sign(b - a) / 2
+    else:
+        log_m = _log_mixture(log_a, log_b, beta)
+        with np.errstate(invalid="ignore"):
+            if family == "skew":
+                a_over_m = np.exp(log_a - log_m)
+                d_a, d_b = log_a - log_m - beta * a_over_m, -(1 - beta) * a_over_m
+            else:
+                d_a, d_b = beta * (log_a - log_m), (1 - beta) * (log_b - log_m)
+    return _through_softmax(a, d_a), _through_softmax(b, d_b)
+
+
+def _through_softmax(p: Array, d: Array) -> Array:
+    """∂D/∂logits = p·(∂D/∂p − E_p[∂D/∂p]); a token of probability 0 has gradient 0."""
+    with np.errstate(invalid="ignore"):
+        pd = np.where(p == 0, 0.0, p * d)
+    return pd - p * pd.sum(axis=-1, keepdims=True)
+
+
 def _sides(
-    student: ArrayLike, teacher: ArrayLike, kind: str, temperature: float, teacher_temperature: float | None
-) -> tuple[Array, Array]:
+    student: ArrayLike,
+    teacher: ArrayLike,
+    kind: str,
+    beta: float | None,
+    temperature: float,
+    teacher_temperature: float | None,
+) -> tuple[Kind, Array, Array, float]:
     log_q = log_softmax(student, temperature)
     log_p = log_softmax(teacher, temperature if teacher_temperature is None else teacher_temperature)
-    return KINDS[kind].order(log_q, log_p)
+    name, beta = KINDS[kind].at(beta)
+    return KINDS[name], *KINDS[name].order(log_q, log_p), beta
 
 
 def divergence(
@@ -61,11 +129,13 @@ def divergence(
     teacher: ArrayLike,
     kind: str = "forward_kl",
     *,
+    beta: float | None = None,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
 ) -> Array:
     """Per-row divergence in nats, `[...]`, of logits `[..., V]`."""
-    return _kl_terms(*_sides(student, teacher, kind, temperature, teacher_temperature)).sum(axis=-1)
+    of, log_a, log_b, beta = _sides(student, teacher, kind, beta, temperature, teacher_temperature)
+    return _value(log_a, log_b, of.family, beta)[..., 0]
 
 
 def gradients(
@@ -73,22 +143,14 @@ def gradients(
     teacher: ArrayLike,
     kind: str = "forward_kl",
     *,
+    beta: float | None = None,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
 ) -> tuple[Array, Array]:
     """∂divergence/∂student and ∂divergence/∂teacher, `[..., V]` each.
 
-    For KL(a‖b): ∂/∂(logits of b) = (b − a)/T_b and ∂/∂(logits of a) = a·(log a − log b − KL)/T_a. Where KL is
-    infinite the second is NaN in the whole row; a column that is −inf on its own side has gradient 0.
+    Where a KL is infinite its gradient to the side that weighs its terms is NaN in the whole row.
     """
-    log_a, log_b = _sides(student, teacher, kind, temperature, teacher_temperature)
-    kl = _kl_terms(log_a, log_b).sum(axis=-1, keepdims=True)
-    a, b = np.exp(log_a), np.exp(log_b)
-    with np.errstate(invalid="ignore", over="ignore"):
-        r = log_b - log_a
-        to_b = np.where(np.abs(r) < 1.0, a * np.expm1(r), b - a)
-        to_a = np.where(np.isneginf(log_a), 0.0, -a * (r + kl))
-    to_a = np.where(np.isinf(kl), np.nan, to_a)
-    # The order of (student, teacher) is its own inverse: the same swap brings (a, b) back.
-    to_student, to_teacher = KINDS[kind].order(to_a, to_b)
+    of, log_a, log_b, beta = _sides(student, teacher, kind, beta, temperature, teacher_temperature)
+    to_student, to_teacher = of.order(*_gradients(log_a, log_b, of.family, beta))
     return to_student / temperature, to_teacher / (teacher_temperature or temperature)
