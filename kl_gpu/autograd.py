@@ -1,4 +1,4 @@
-"""The torch.autograd.Functions: per row with the gradient later (5 U of traffic), reduced with it at once (3 U)."""
+"""The torch.autograd.Functions: per row, gradient later (5 U of traffic); reduced, gradient at once (3 U)."""
 
 from __future__ import annotations
 

@@ -16,6 +16,8 @@ LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # 1/T and its product with a logit must stay finite and non-zero in float32.
 TEMPERATURE_RANGE = (1e-30, 1e30)
+# So must β and its products with a probability that counts.
+SMALLEST_BETA = 1e-30
 
 
 def _type_name(x: object) -> str:
@@ -50,6 +52,8 @@ def beta(value: Any, kind: str) -> None:
     one = of.ends[1] is not None
     if not (0 <= float(value) < 1 or (one and float(value) == 1)):  # NaN fails every comparison
         raise ValueError(f"beta must be within [0, 1{']' if one else ')'} for kind {kind!r}, got {value}")
+    if 0 < float(value) < SMALLEST_BETA:
+        raise ValueError(f"beta must be 0 or at least {SMALLEST_BETA:g}, got {value}")
 
 
 def temperature(argument: str, value: Any) -> None:

@@ -17,24 +17,30 @@ from .problem import Problem
 # 512 Ki float64 elements are 4 MiB: the few buffers a chunk needs stay in a last cache of 32 MiB, and each
 # operation is long enough to hide what starting it costs.
 _CHUNK = 1 << 19
+# A formula holds a dozen of them at once.
+_FORMULA_CHUNK = _CHUNK // 4
 # Below this the plain sum of terms w·x, good to some 1e-15 in float64, gives way to one that does not cancel.
 _CANCELS = 1e-6
 _NO_FLOAT64 = frozenset({"mps"})
 _LOG2E = 1 / math.log(2)
 
 
-def _blocks(shape: torch.Size) -> Iterator[tuple[int, slice]]:
-    """Row blocks of `[A, B, V]`: an outer index and a run of inner rows, about `_CHUNK` elements each."""
-    outer, inner, columns = shape
-    step = max(1, _CHUNK // columns)
+def _chunk(p: Problem) -> int:
+    return _CHUNK if p.family == "kl" else _FORMULA_CHUNK
+
+
+def _blocks(p: Problem) -> Iterator[tuple[int, slice]]:
+    """Row blocks of `[A, B, V]`: an outer index and a run of inner rows, about a chunk each."""
+    outer, inner, columns = p.a.shape
+    step = max(1, _chunk(p) // columns)
     for i in range(outer):
         for j in range(0, inner, step):
             yield i, slice(j, min(j + step, inner))
 
 
-def _columns(n: int) -> Iterator[slice]:
-    for start in range(0, n, _CHUNK):
-        yield slice(start, min(start + _CHUNK, n))
+def _columns(n: int, chunk: int) -> Iterator[slice]:
+    for start in range(0, n, chunk):
+        yield slice(start, min(start + chunk, n))
 
 
 def _worker(device: torch.device) -> torch.device:
@@ -56,13 +62,16 @@ class _Side:
 
     def __init__(self, rows: Tensor, scale: float, buffers: Tensor) -> None:
         self.rows, self.scale, self.buffers = rows, scale, buffers
-        tops = [rows[:, c].amax(-1, keepdim=True) for c in _columns(rows.shape[-1])]
+        tops = [rows[:, c].amax(-1, keepdim=True) for c in self.columns()]
         top = torch.cat(tops, -1).amax(-1, keepdim=True).to(buffers)
         # NaN where the row has no distribution: the largest logit is NaN or infinite.
         self.top = torch.where(torch.isfinite(top), top, torch.nan) * scale * _LOG2E
         self.total = torch.zeros_like(self.top)
-        for c in _columns(rows.shape[-1]):
+        for c in self.columns():
             self.total += _sum(self.load(c)[1])
+
+    def columns(self) -> Iterator[slice]:
+        return _columns(self.rows.shape[-1], self.buffers.shape[-1])
 
     def load(self, columns: slice) -> tuple[Tensor, Tensor]:
         logits, powers = self.buffers[:, : self.rows.shape[0], : columns.stop - columns.start]
@@ -91,7 +100,7 @@ def _kl_terms(x: Tensor, w: Tensor, q: Tensor, no_weight: Tensor, no_other: Tens
 def _kl(a: _Side, b: _Side) -> Tensor:
     """KL(a‖b) of a chunk of rows, `[R, 1]`."""
     shift = b.log_normalizer() - a.log_normalizer()
-    blocks = list(_columns(a.rows.shape[-1]))
+    blocks = list(a.columns())
     again = len(blocks) > 1  # the buffers still hold a row's only block
     plain = torch.zeros_like(shift)
     for c in blocks:
@@ -126,15 +135,17 @@ def _split(x: Tensor, n: int, dtype: torch.dtype) -> list[Tensor]:
     return parts
 
 
-# From here on r = log b/a, −inf where b has no mass, +inf where a has none; a column without either has r = 0.
+# From here on r = log b/a, −inf where b has no mass, +inf where a has none; 0 in a column without either.
 # A formula gives, per column, the divergence's term ≥ 0 and a·∂D/∂a, b·∂D/∂b up to a multiple of a and b.
 _Formula = tuple[Tensor, Tensor, Tensor]
 
 
-def _mixture(x: Tensor, o: Tensor, r: Tensor, other: float) -> tuple[Tensor, Tensor]:
-    """Terms of KL(x‖m) and log m/x, for m = (1 − other)·x + other·o and r = log o/x."""
-    z = torch.expm1(r.clamp_max(700)).mul_(other)
-    u = torch.log1p(z)
+def _mixture(x: Tensor, o: Tensor, r: Tensor, own: float, other: float) -> tuple[Tensor, Tensor]:
+    """Terms of KL(x‖m) and log m/x, for m = own·x + other·o and r = log o/x."""
+    r = r.clamp_max(700)
+    z = torch.expm1(r).mul_(other)
+    # Near −1 what own adds must not be lost: own = 1e-17 is the difference between a finite D and +inf.
+    u = torch.where(z < -0.5, torch.log(own + other * torch.exp(r)), torch.log1p(z))
     return torch.where(r < 1, (z - u).mul_(x), other * (o - x) - x * u), u
 
 
@@ -148,12 +159,12 @@ def _jeffreys(a: Tensor, b: Tensor, r: Tensor, beta: float) -> _Formula:
 
 
 def _js(a: Tensor, b: Tensor, r: Tensor, beta: float) -> _Formula:
-    (to_a, u), (to_b, v) = _mixture(a, b, r, 1 - beta), _mixture(b, a, -r, beta)
+    (to_a, u), (to_b, v) = _mixture(a, b, r, beta, 1 - beta), _mixture(b, a, -r, 1 - beta, beta)
     return beta * to_a + (1 - beta) * to_b, -beta * a * u, (beta - 1) * b * v
 
 
 def _skew(a: Tensor, b: Tensor, r: Tensor, beta: float) -> _Formula:
-    terms, u = _mixture(a, b, r, 1 - beta)
+    terms, u = _mixture(a, b, r, beta, 1 - beta)
     n = -torch.expm1(-u)  # 1 − a/m
     return terms, a * (beta * n - u), (1 - beta) * b * n
 
@@ -179,12 +190,13 @@ def _sums(p: Problem, a: _Side, b: _Side) -> tuple[Tensor, Tensor, Tensor]:
     """The row sums of the formula's three parts, `[R, 1]` each."""
     shift = b.log_normalizer() - a.log_normalizer()
     totals = [torch.zeros_like(shift) for _ in range(3)]
-    for c in _columns(a.rows.shape[-1]):
+    for c in a.columns():
         (logits_a, w), (logits_b, q) = a.load(c), b.load(c)
         parts = _formula(p, (logits_a, logits_b), (w.div_(a.total), q.div_(b.total)), shift)
         for total, part in zip(totals, parts, strict=True):
             total += _sum(part)
-    return totals[0] + shift * 0, totals[1], totals[2]
+    # Times 0: sign(NaN) is 0, and a row without a distribution must be NaN in every sum.
+    return totals[0] + shift * 0, totals[1] + shift * 0, totals[2] + shift * 0
 
 
 def _split(x: Tensor, n: int, dtype: torch.dtype) -> list[Tensor]:
@@ -197,8 +209,8 @@ def _split(x: Tensor, n: int, dtype: torch.dtype) -> list[Tensor]:
     return parts
 
 
-# Row statistics: log normaliser of a and of b, the divergence, then the sums of the formula's other two parts,
-# each as a sum of so many numbers.
+# Row statistics: log normaliser of a and of b, the divergence, then the sums of the formula's other two
+# parts, each as a sum of so many numbers.
 _STATS = (3, 3, 2, 2, 2)
 
 
@@ -207,9 +219,9 @@ def value(p: Problem) -> tuple[Tensor, Tensor]:
     shape = p.a.shape
     worker = _worker(p.a.device)
     found = torch.zeros((*shape[:2], len(_STATS)), dtype=torch.float64, device=worker)
-    rows_at_once = max((block.stop - block.start for _, block in _blocks(shape)), default=0)
-    buffers = torch.empty((2, 2, rows_at_once, min(shape[2], _CHUNK)), dtype=torch.float64, device=worker)
-    for i, j in _blocks(shape):
+    rows_at_once = max((block.stop - block.start for _, block in _blocks(p)), default=0)
+    buffers = torch.empty((2, 2, rows_at_once, min(shape[2], _chunk(p))), dtype=torch.float64, device=worker)
+    for i, j in _blocks(p):
         a, b = _Side(p.a[i, j], p.a_scale, buffers[0]), _Side(p.b[i, j], p.b_scale, buffers[1])
         parts = (_kl(a, b),) if p.family == "kl" else _sums(p, a, b)
         found[i, j, : 2 + len(parts)] = torch.cat((a.log_normalizer(), b.log_normalizer(), *parts), -1)
@@ -265,13 +277,13 @@ def gradient(
     worker = _worker(p.a.device)
     inner = p.a.shape[1]
     buffers: dict[torch.Size, Tensor] = {}
-    for i, j in _blocks(p.a.shape):
+    for i, j in _blocks(p):
         flat = slice(i * inner + j.start, i * inner + j.stop)
         parts = stats[flat].to(worker, torch.float64).split(_STATS, -1)
         sums = tuple(part.sum(-1, keepdim=True) for part in parts)
         scale = row_scale[flat, None].to(worker, torch.float64)
         keep = None if p.rows is None else p.rows[i, j, None].to(worker)
-        for c in _columns(p.a.shape[-1]):
+        for c in _columns(p.a.shape[-1], _chunk(p)):
             a_rows, b_rows = p.a[i, j, c], p.b[i, j, c]
             if a_rows.shape not in buffers:
                 buffers[a_rows.shape] = torch.empty((2, *a_rows.shape), dtype=torch.float64, device=worker)

@@ -40,9 +40,7 @@ def kl_div(
     return divergence(student_logits, teacher_logits, _DIRECTIONS[direction], **options)
 
 
-def js_div(
-    student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, **options: Any
-) -> Tensor:
+def js_div(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, **options: Any) -> Tensor:
     """Generalised Jensen-Shannon divergence of two categorical distributions given by logits, in nats.
 
     β KL(p‖m) + (1−β) KL(q‖m) with m = βp + (1−β)q; β = 0 gives KL(p‖q) and β = 1 gives KL(q‖p), as in
@@ -92,8 +90,9 @@ def divergence(
         student_logits: `[N, V]`, N any leading shape; float16, bfloat16, float32 or float64.
         teacher_logits: `[N, V]`, on the same device; the dtype may differ.
         kind: a name in `kl_gpu.KINDS`.
-        beta: the parameter of the kinds that have one, by default theirs: `jeffreys` and `js` take [0, 1], the
-            skew divergences [0, 1). A number at run time: a new value compiles nothing.
+        beta: the parameter of the kinds that have one: `jeffreys` and `js` take [0, 1], 0.5 by default, the
+            skew divergences [0, 1), 0.1 by default; 0 or at least 1e-30. A number at run time: a new value
+            compiles nothing.
         temperature: divides both logits; a float > 0.
         teacher_temperature: overrides `temperature` on the teacher's side.
         t_squared: multiply value and gradient by T² (Hinton et al. 2015, section 2.1).
@@ -158,7 +157,8 @@ def divergence(
     factor = float(temperature) ** 2 if t_squared else 1.0
     lead = call.columns(student).shape[:-1]
     denominator = _denominator(lead, counts, reduction, normalizer)
-    mixed = student.dtype != teacher.dtype  # float64 with a narrower side: computed in float64, returned in float32
+    # float64 with a narrower side: computed in float64, returned in float32.
+    mixed = student.dtype != teacher.dtype
 
     if reduction != "none" and _gradient_at_once(student, teacher, weight, normalizer, call):
         row_scale = _row_scale(lead, student, teacher, weight) * factor / denominator

@@ -71,7 +71,7 @@ def _value(log_a: Array, log_b: Array, family: str, beta: float) -> Array:
 
 
 def _kl_gradients(log_a: Array, log_b: Array) -> tuple[Array, Array]:
-    """∂KL(a‖b)/∂(logits of b) = b − a and ∂/∂(logits of a) = a·(log a − log b − KL); NaN where KL is infinite."""
+    """∂KL(a‖b) to the logits of a, a·(log a − log b − KL), NaN where KL is infinite, and of b, b − a."""
     kl = _kl(log_a, log_b)
     a, b = np.exp(log_a), np.exp(log_b)
     with np.errstate(invalid="ignore", over="ignore"):

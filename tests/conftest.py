@@ -14,7 +14,7 @@ import pytest
 
 import kl_gpu
 from kl_gpu import ops
-from support import DEVICE, WORST
+from support import DEVICE, WORST, record
 
 
 def _runs_here(backend: str) -> bool:
@@ -40,8 +40,24 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # one of several processes: hand the figures to the first
+        session.config.workeroutput["worst"] = list(WORST.items())
+
+
+class _Workers:
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: object) -> None:
+        for key, (share, where) in getattr(node, "workeroutput", {}).get("worst", ()):
+            record(*key, share, where)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_Workers())
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if WORST:
         terminalreporter.section("worst error as a share of the promised bound")
         for (what, backend, kind), (share, where) in sorted(WORST.items()):
-            terminalreporter.write_line(f"{what:9} {backend:7} {kind:11} {share:6.1%}  at {where}")
+            terminalreporter.write_line(f"{what:9} {backend:7} {kind:15} {share:6.1%}  at {where}")

@@ -202,20 +202,32 @@ def audit(
     )
 
 
+FAMILIES = ("jeffreys", "js", "skew", "tv")
+SIDES = (("a", True, False), ("b", False, True), ("both", True, True))
+
+
 def audits() -> Iterator[Audit]:
-    from kl_gpu.triton import kl
+    from kl_gpu.problem import Problem
+    from kl_gpu.triton import gradients, kl, launch, sums
 
     for logits in (torch.bfloat16, torch.float16, torch.float32):
+        # float16 differs from bfloat16 by the difference's rounding error alone, which KL shows.
+        families = () if logits == torch.float16 else FAMILIES
         example = torch.empty(1, 1, 128256, dtype=logits, device="meta")
-        constants, gradient = (
-            {**kl.configuration(example, example, 1.0, 1.0, shapes), "HAS_ROWS": True}
-            for shapes in (kl.VALUE_SHAPES, kl.GRADIENT_SHAPES)
+        problem = Problem(example, example, None, "kl", 0.0, 1.0, 1.0)
+        value, second, grad = (
+            {**launch.configuration(problem, shapes), "HAS_ROWS": True}
+            for shapes in (kl.VALUE_SHAPES, sums.SUMS_SHAPES, gradients.GRADIENT_SHAPES)
         )
         for arch in ARCHITECTURES:
-            yield audit(kl._value_kernel, "value", "kl", logits, arch, constants)
-            for side, to_a, to_b in (("weights", True, False), ("other", False, True)):
-                sides = {**gradient, "TO_A": to_a, "TO_B": to_b}
-                yield audit(kl._gradient_kernel, "gradient", f"kl, {side} side", logits, arch, sides)
+            yield audit(kl._value_kernel, "value", "kl", logits, arch, value)
+            for family in families:
+                yield audit(sums._sums_kernel, "sums", family, logits, arch, {**second, "FAMILY": family})
+            for family in ("kl", *families):
+                for side, to_a, to_b in SIDES if family == "kl" else SIDES[-1:]:
+                    constants = {**grad, "FAMILY": family, "TO_A": to_a, "TO_B": to_b}
+                    kind = f"{family}, to {side}"
+                    yield audit(gradients._gradient_kernel, "gradient", kind, logits, arch, constants)
 
 
 if __name__ == "__main__":

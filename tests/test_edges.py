@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import kl_gpu
+from kl_gpu import reference
 from kl_gpu.kinds import KINDS
-from support import DEVICE, check_gradients, check_value, expected, pair
+from support import DEVICE, check_gradients, check_value, normalisers, pair, to_numpy
 
 INF = math.inf
-# Widths that are one masked tile, whole tiles, and tiles with a tail.
-WIDTHS = (7, 2048, 5001)
+# Widths that are one masked tile, and whole tiles with a tail.
+WIDTHS = (7, 2055)
 
 
 def evaluate(student, teacher, kind, backend, **options):
@@ -22,6 +24,9 @@ def evaluate(student, teacher, kind, backend, **options):
     value = kl_gpu.divergence(student, teacher, kind, reduction="none", backend=backend, **options)
     value.sum().backward()
     return value.detach(), student.grad, teacher.grad
+
+
+KLS = ("forward_kl", "reverse_kl")
 
 
 def sides(kind: str, weights, other):
@@ -33,6 +38,7 @@ def by_weights(kind: str, grad_student, grad_teacher):
     return (grad_student, grad_teacher) if KINDS[kind].weights == "student" else (grad_teacher, grad_student)
 
 
+@pytest.mark.parametrize("kind", KLS)
 @pytest.mark.parametrize("vocab", WIDTHS)
 def test_zero_probability_on_the_weights_side(backend: str, kind: str, vocab: int) -> None:
     other, weights = pair(4, vocab)
@@ -43,12 +49,13 @@ def test_zero_probability_on_the_weights_side(backend: str, kind: str, vocab: in
     value, *grads = evaluate(student, teacher, kind, backend)
     assert torch.isfinite(value).all()
     assert all(torch.isfinite(g).all() for g in grads)
-    check_value(value, expected(student, teacher, kind), backend, kind, "a = 0")
+    check_value(value, student, teacher, kind, backend, "a = 0")
     finite_s, finite_t = student.clamp_min(-1e4), teacher.clamp_min(-1e4)
     check_gradients(finite_s, finite_t, tuple(grads), kind, backend, "a = 0")
     assert (by_weights(kind, *grads)[0][weights == -INF] == 0).all()
 
 
+@pytest.mark.parametrize("kind", KLS)
 @pytest.mark.parametrize("vocab", WIDTHS)
 @pytest.mark.parametrize("level", [0.0, -200.0])
 def test_zero_probability_on_the_other_side(backend: str, kind: str, vocab: int, level: float) -> None:
@@ -59,13 +66,41 @@ def test_zero_probability_on_the_other_side(backend: str, kind: str, vocab: int,
     student, teacher = sides(kind, weights, other)
     value, *grads = evaluate(student, teacher, kind, backend)
     assert value[1] == INF
-    check_value(value[::2], expected(student, teacher, kind)[::2], backend, kind, "b = 0")
+    check_value(value[::2], student[::2], teacher[::2], kind, backend, "b = 0")
     to_weights, to_other = by_weights(kind, *grads)
     assert torch.isnan(to_weights[1]).all(), "an infinite divergence must not train silently"
     b_minus_a = other.double().softmax(-1) - weights.double().softmax(-1)
     torch.testing.assert_close(to_other.double(), b_minus_a, rtol=0, atol=2e-6)
     assert to_other[1].abs().max() > 1e-3
     assert all(torch.isfinite(g[::2]).all() for g in grads)
+
+
+@pytest.mark.parametrize("vocab", WIDTHS)
+@pytest.mark.parametrize("level", [1.0, -200.0])
+def test_zero_probabilities_as_the_reference_has_them(
+    backend: str, kind: str, vocab: int, level: float
+) -> None:
+    """Holes in the teacher, in the student, in both at different columns and at the same: row by row."""
+    student, teacher = pair(6, vocab)
+    teacher[1, 3] = teacher[3, 3] = teacher[4, 2:4] = teacher[5, : vocab - 1] = -INF
+    student[2, 5] = student[3, 5] = student[4, 3:5] = student[5, 1:] = -INF
+    # At level −200 the probability opposite a hole underflows to 0 in float32; it still is not 0.
+    student[1, 3] = teacher[2, 5] = level
+    value, *grads = evaluate(student, teacher, kind, backend)
+    s, t = to_numpy(student), to_numpy(teacher)
+    want, want_grads = reference.divergence(s, t, kind), reference.gradients(s, t, kind)
+    infinite = np.isinf(want)
+    np.testing.assert_array_equal(np.isinf(to_numpy(value)), infinite)
+    keep = torch.as_tensor(~infinite, device=DEVICE)
+    check_value(value[keep], student[keep], teacher[keep], kind, backend, "holes")
+    log_q, log_p = normalisers(student, teacher)
+    with np.errstate(invalid="ignore"):
+        r = np.nan_to_num(np.abs(log_p - log_q), nan=0.0, posinf=1.0)
+    ratio = np.maximum(np.maximum(1.0, r), np.where(infinite, 1.0, want)[:, None])
+    bound = 2e-6 * np.exp(np.maximum(log_p, log_q)) * ratio + 1e-38
+    for grad, exact in zip(grads, want_grads, strict=True):
+        np.testing.assert_array_equal(np.isnan(to_numpy(grad)), np.isnan(exact))
+        assert (np.abs(to_numpy(grad) - exact) <= bound)[~np.isnan(exact)].all()
 
 
 @pytest.mark.parametrize("vocab", WIDTHS)
@@ -77,7 +112,7 @@ def test_a_column_excluded_on_both_sides_does_not_exist(backend: str, kind: str,
     teacher[:, ~keep] = -INF
     value, *grads = evaluate(student, teacher, kind, backend)
     _, *want_grads = evaluate(student[:, keep], teacher[:, keep], kind, "eager")
-    check_value(value, expected(student[:, keep], teacher[:, keep], kind), backend, kind, "both −inf")
+    check_value(value, student[:, keep], teacher[:, keep], kind, backend, "both −inf")
     for grad, want_grad in zip(grads, want_grads, strict=True):
         assert (grad[:, ~keep] == 0).all()
         torch.testing.assert_close(grad[:, keep], want_grad, rtol=1e-4, atol=2e-7)
@@ -85,21 +120,20 @@ def test_a_column_excluded_on_both_sides_does_not_exist(backend: str, kind: str,
     assert all((x == 0).all() for x in identical)
 
 
-@pytest.mark.parametrize("bad", ["nan", "+inf", "all -inf"])
+@pytest.mark.parametrize("vocab", WIDTHS)
 @pytest.mark.parametrize("side", ["student", "teacher"])
-@pytest.mark.parametrize("column", [0, -1])
-def test_a_row_without_a_distribution(backend: str, kind: str, bad: str, side: str, column: int) -> None:
-    for vocab in WIDTHS:
-        logits = dict(zip(("student", "teacher"), pair(3, vocab), strict=True))
-        clean = evaluate(*logits.values(), kind, backend)
-        if bad == "all -inf":
-            logits[side][1] = -INF
-        else:
-            logits[side][1, column] = math.nan if bad == "nan" else INF
-        spoilt = evaluate(*logits.values(), kind, backend)
-        for x, y in zip(spoilt, clean, strict=True):
-            assert torch.isnan(x[1]).all(), f"{bad} at V={vocab}"
-            assert torch.equal(x[::2], y[::2]), "another row noticed"
+def test_a_row_without_a_distribution(backend: str, kind: str, side: str, vocab: int) -> None:
+    logits = dict(zip(("student", "teacher"), pair(9, vocab), strict=True))
+    clean = evaluate(*logits.values(), kind, backend)
+    bad = logits[side]
+    bad[1], bad[3, 0], bad[4, -1], bad[5, 0], bad[7, -1] = -INF, math.nan, math.nan, INF, INF
+    spoilt = evaluate(*logits.values(), kind, backend)
+    for x, y in zip(spoilt, clean, strict=True):
+        for row in range(9):
+            if row in (1, 3, 4, 5, 7):
+                assert torch.isnan(x[row]).all(), row
+            else:
+                assert torch.equal(x[row], y[row]), f"row {row} noticed another"
 
 
 def test_nan_opposite_a_zero(backend: str, kind: str) -> None:
@@ -158,11 +192,11 @@ def test_one_distribution_without_leading_shape(backend: str, kind: str) -> None
     for reduction in ("none", "sum", "mean", "batchmean"):
         got = kl_gpu.divergence(student, teacher, kind, reduction=reduction, backend=backend)
         assert got.shape == ()
-        check_value(got, expected(student, teacher, kind), backend, kind, "no leading shape")
+        check_value(got, student, teacher, kind, backend, "no leading shape")
 
 
 def test_a_uniform_teacher_as_an_expanded_scalar(backend: str, kind: str) -> None:
     student = 2 * torch.randn(6, 3000, device=DEVICE)
     teacher = torch.zeros((), device=DEVICE).expand(6, 3000)
     got = kl_gpu.divergence(student, teacher, kind, reduction="none", backend=backend)
-    check_value(got, expected(student, teacher, kind), backend, kind, "uniform teacher")
+    check_value(got, student, teacher, kind, backend, "uniform teacher")
