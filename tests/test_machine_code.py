@@ -31,11 +31,15 @@ def audits() -> list[dict]:
 
 
 def test_every_kernel_dtype_and_architecture_compiles(audits: list[dict]) -> None:
-    assert {(a["kernel"], a["dtype"], a["arch"]) for a in audits} == {
-        (kernel, dtype, arch)
-        for kernel in ("value", "gradient")
-        for dtype in ("bfloat16", "float16", "float32")
-        for arch in ("sm_80", "sm_90", "sm_100")
+    architectures = ("sm_80", "sm_90", "sm_100")
+    kl = [(kernel, dtype) for kernel in ("value", "gradient") for dtype in ("bfloat16", "float16", "float32")]
+    families = [(kernel, dtype) for kernel in ("sums", "gradient") for dtype in ("bfloat16", "float32")]
+    assert {(a["kernel"], a["kind"].split(",")[0], a["dtype"], a["arch"]) for a in audits} == {
+        (kernel, family, dtype, arch)
+        for arch in architectures
+        for names, kernels in ((("kl",), kl), (("jeffreys", "js", "skew", "tv"), families))
+        for family in names
+        for kernel, dtype in kernels
     }
 
 
@@ -50,7 +54,11 @@ def test_accesses_in_the_main_loop_are_128_bits_wide(audits: list[dict]) -> None
 
 def test_memory_stays_the_limit(audits: list[dict]) -> None:
     for a in audits:
-        itemsize = 4 if a["dtype"] == "float32" else 2
-        assert a["instructions_per_pair"] <= BUDGET[a["kernel"], itemsize], a
+        if not a["kind"].startswith("kl"):
+            continue  # two logarithms a pair: arithmetic is the limit, and nothing is promised yet
+        budget = BUDGET[a["kernel"], 4 if a["dtype"] == "float32" else 2]
+        if a["kind"].endswith("both"):
+            budget *= 4 / 3  # a fourth tensor's bytes
+        assert a["instructions_per_pair"] <= budget, a
         # 16 exponentials a clock and SM allow about 2.5 an element in bf16 at that bandwidth: 5 a pair.
         assert 1 <= a["exponentials_per_pair"] <= 5, a
