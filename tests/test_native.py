@@ -72,7 +72,7 @@ def small_g(x: np.ndarray) -> np.ndarray:
 
 
 def kl_terms(x, o, r):
-    """The terms x log(x/o) + o - x of KL(x||o), for r = log(o/x): +inf where only o is missing, -inf where only x is."""
+    """The terms x log(x/o) + o - x of KL(x||o); r = log(o/x), infinite where one of the two is 0."""
     with np.errstate(invalid="ignore", over="ignore"):
         terms = np.where(np.abs(r) < 0.5, x * small_g(r), o - x - x * r)
     return np.where(r == -INF, INF, np.where(x == 0, o, terms))
@@ -192,11 +192,13 @@ def assert_value(value, expected, where="", slack=0.0):
     np.testing.assert_array_equal(np.isnan(value), np.isnan(expected), err_msg=where)
     np.testing.assert_array_equal(np.isinf(value), np.isinf(expected), err_msg=where)
     assert not (value < 0).any(), where
+    with np.errstate(invalid="ignore"):
+        error = np.maximum(np.abs(value - expected) - slack, 0)
     judged = (expected >= 1e-12) & (expected <= 1e2)
-    error = np.maximum(np.abs(value - expected)[judged] - slack[judged], 0) / expected[judged]
-    assert error.size == 0 or error.max() <= 5e-6, f"{where} {error.max():.3g}"
+    worst = (error[judged] / expected[judged]).max(initial=0)
+    assert worst <= 5e-6, f"{where} {worst:.3g}"
     tiny = expected < 1e-12
-    assert (np.abs(value - expected)[tiny] <= slack[tiny] + 1e-17 + 1e-2 * expected[tiny]).all(), where
+    assert (error[tiny] <= 1e-17 + 1e-2 * expected[tiny]).all(), where
 
 
 def assert_gradient(grad, expected, bound):
@@ -223,8 +225,8 @@ def check(s, t, of, student_scale=1.0, teacher_scale=1.0, where=""):
     steep = np.maximum(np.maximum(1, apart), size[..., None])
     slack = 0.0
     if of.family == "tv":
-        lse = [np.logaddexp.reduce(as_np(x) * k, -1) for x, k in [(s, student_scale), (t, teacher_scale)]]
         with np.errstate(invalid="ignore"):
+            lse = [np.logaddexp.reduce(as_np(x) * k, -1) for x, k in [(s, student_scale), (t, teacher_scale)]]
             slack = np.nan_to_num(2e-7 * (1 + np.abs(lse[0] - lse[1]))).ravel()
         # At a tie the sign is rounding's to choose: the token's own gradient, and its share of the mean.
         tied = (apart < 1e-5) & np.isfinite(log_s + log_t)
@@ -602,6 +604,7 @@ def run_with_isa(isa: str, code: str) -> str:
     return done.stdout
 
 
+# float64 is 29 bits ahead of the fp32 that it judges.
 ULP = """
     import numpy as np
     from kl_gpu import _native
@@ -610,46 +613,53 @@ ULP = """
         x = np.ascontiguousarray(x[: len(x) // 16 * 16], dtype=np.float32)
         y = np.empty_like(x)
         _native.elementary(which, x.ctypes.data, y.ctypes.data, len(x))
-        want = exact(x.astype(np.longdouble))
-        ulp = np.exp2(np.floor(np.log2(np.maximum(np.abs(want.astype(np.float64)), 1e-300))) - 23)
+        want = exact(x.astype(np.float64))
+        ulp = np.exp2(np.floor(np.log2(np.maximum(np.abs(want), 1e-300))) - 23)
         assert (y[want == 0] == 0).all()
-        return float((np.abs(y.astype(np.longdouble) - want) / ulp).max())
+        print(np.max(np.abs(y - want) / ulp))
 
-    ln2 = np.log(np.longdouble(2))
+    ln2 = np.log(2)
+
+    def near_or_far(x, limit, near, far):
+        y = np.empty_like(x)
+        small = np.abs(x) < limit
+        y[small], y[~small] = near(x[small]), far(x[~small])
+        return y
+
+    def g_series(z):
+        total = np.zeros_like(z)
+        for n in range(16, 1, -1):
+            total = (total + 1) * z / n
+        return total * z
 
     def g2(x):
-        z = x * ln2
-        series, term = 0 * z, 0 * z + 1
-        for n in range(1, 26):
-            term = term * z / n
-            if n >= 2:
-                series = series + term
-        return np.where(np.abs(z) < 0.7, series, np.expm1(z) - z) / ln2
+        return near_or_far(x * ln2, 0.4, g_series, lambda z: np.expm1(z) - z) / ln2
+
+    def gap_series(z):
+        s = z / (2 + z)
+        total = np.zeros_like(z)
+        for n in range(12, 0, -1):
+            total = (total + 1 / (2 * n + 1)) * s * s
+        return (z - 2 * total) * s
 
     every = np.linspace(-125, 126, 8_000_001)
     tiny = np.exp2(np.linspace(-30, 0, 200_001))
     points = np.concatenate([every, np.linspace(-1.6, 1.6, 3_000_001), tiny, -tiny])
     assert len(points) > 10**7
-    print(ulps(0, points, np.exp2))
-    print(ulps(1, np.concatenate([points, -np.exp2(np.linspace(7, 100, 100_001))]), g2))
-    print(ulps(2, points, lambda x: np.expm1(x * ln2)))
+    ulps(0, points, np.exp2)
+    ulps(1, np.concatenate([points, -np.exp2(np.linspace(7, 100, 100_001))]), g2)
+    ulps(2, points, lambda x: np.expm1(x * ln2))
     held = np.clip(points, -120, 120)
-    print(ulps(3, held, np.exp2))
-    print(ulps(4, held, lambda x: np.expm1(x * ln2)))
-
-    def gap(z):
-        s = z / (2 + z)
-        series = sum(2 * s ** (2 * n + 1) / (2 * n + 1) for n in range(1, 16))
-        return np.where(np.abs(z) < 0.5, z * s - series, z - np.log1p(z))
-
-    # log(1 + z) from z, where it is precise: above -1/4. The rest from y = 1 + z.
-    z = np.concatenate(
-        [np.linspace(-0.25, 4, 8_000_001), np.exp2(np.linspace(-60, 120, 3_000_001)), -np.exp2(np.linspace(-60, -2, 10**6))]
-    )
-    assert len(z) > 10**7
-    print(ulps(5, z, np.log1p))
-    print(ulps(6, z[np.abs(z) > 2.0**-60], gap))
-    print(ulps(7, np.concatenate([np.exp2(np.linspace(-125, 120, 8_000_001)), np.linspace(0.25, 4, 3_000_001)]), np.log))
+    ulps(3, held, np.exp2)
+    ulps(4, held, lambda x: np.expm1(x * ln2))
+    # log(1 + z) by the z that is precise: from -1/4 on. What is below comes from y.
+    near = np.exp2(np.linspace(-60, -2, 1_000_001))
+    z = np.concatenate([np.linspace(-0.25, 4, 8_000_001), np.exp2(np.linspace(-60, 120, 3_000_001)), -near])
+    y = np.concatenate([np.exp2(np.linspace(-125, 120, 8_000_001)), np.linspace(0.25, 4, 3_000_001)])
+    assert min(len(y), len(z)) > 10**7
+    ulps(5, z, np.log1p)
+    ulps(6, z, lambda z: near_or_far(z, 0.5, gap_series, lambda z: z - np.log1p(z)))
+    ulps(7, y, np.log)
 """
 
 
@@ -657,7 +667,7 @@ ULP = """
 def test_elementary_functions_keep_their_documented_error(isa):
     found = map(float, run_with_isa(isa, ULP).split())
     names = ["exp2", "g2", "exp2m1", "whole", "less_one", "log of 1 + z", "gap", "log of y"]
-    for name, ulps, allowed in zip(names, found, [2.5, 8, 3, 2.5, 3, 9, 9, 9], strict=True):
+    for name, ulps, allowed in zip(names, found, [2.5, 8, 3, 1.5, 3, 2.5, 10, 2.5], strict=True):
         assert ulps <= allowed, name
 
 
@@ -693,6 +703,12 @@ FUZZ = """
                 # The bound on the weights' side grows with the row's divergence; without this fp16 overflows.
                 scale = 1 / value.nan_to_num(posinf=1.0).clamp(min=1.0)
                 native.gradient(p, stats, scale, *kind.order(*grads))
+                if kind.family == "tv":
+                    # At a tie the gradient jumps, and rounding decides where to.
+                    logs = (x.double().log_softmax(-1) for x in (s, t))
+                    tied = (next(logs) - next(logs)).abs().lt(1e-5).any(-1)
+                    for grad in grads:
+                        grad[tied] = 0
                 out += [value.double().numpy(), *(g.double().numpy().ravel() for g in grads)]
                 # Two results within the bound may still round to neighbouring 16-bit numbers.
                 slack += [np.full(len(x), r) for x, r in zip(out[-3:], [0, *2 * [torch.finfo(dtype).eps]])]
