@@ -1,7 +1,7 @@
 // What a caller hands to the kernels and what it gets back: pointers, strides, sizes, row scalars.
 //
-// KL(a||b) is always written from the weights' side `a` to the other side `b`; which of them is
-// the student is the caller's business.
+// A divergence is always written in the two roles a and b of its family, KL(a||b) from the weights' side
+// `a` to the other side `b`; which of them is the student is the caller's business.
 #pragma once
 
 #include <cstdint>
@@ -31,11 +31,22 @@ struct RowMask {
     std::int64_t stride_a, stride_b;
 };
 
+// With m = beta a + (1 - beta) b:
+enum class Family : int {
+    kl = 0,        // KL(a||b)
+    jeffreys = 1,  // (1 - beta) KL(a||b) + beta KL(b||a)
+    js = 2,        // beta KL(a||m) + (1 - beta) KL(b||m)
+    skew = 3,      // KL(a||m)
+    tv = 4,        // sum |a - b| / 2
+};
+
 struct Problem {
     Logits a, b;
     RowMask rows;
     std::int64_t size_a, size_b, columns;
     int threads;
+    Family family;
+    double beta;  // between 0 and 1 and neither, where the family has one
 };
 
 // Numbers kept per row between value and gradient. Exponents and differences are in units of ln 2
@@ -45,10 +56,14 @@ enum Stat : int {
     kLseLo = 1,
     kShiftHi = 2,  // log2 sum 2^b - log2 sum 2^a
     kShiftLo = 3,
-    kDivergence = 4,
-    kVerdict = 5,  // a Verdict
-    kTopR = 6,     // the largest log2 q - log2 p, or +inf where it was not noted
-    kStats = 12,   // as kl_gpu/kinds.py has it: other backends keep more
+    kDivergence = 4,  // KL(a||b), whatever the family
+    kVerdict = 5,     // a Verdict
+    kTopR = 6,        // the largest log2 q - log2 p, or +inf where it was not noted
+    // Of the families other than KL, in nats:
+    kValue = 7,
+    kMeanA = 8,  // the row's sums of flow_a and flow_b, see families.h
+    kMeanB = 9,
+    kStats = 12,  // as kl_gpu/kinds.py has it: other backends keep more
 };
 
 enum class Verdict : int {

@@ -53,6 +53,10 @@ struct Layout {
         return k.collect(row, n * k.block, std::min(p.columns, (n + 1) * k.block));
     }
 
+    FamilySums family_block(const Row& row, const RowScalars& scalars, std::int64_t n) const {
+        return k.family_sums(row, scalars, n * k.block, std::min(p.columns, (n + 1) * k.block));
+    }
+
     // Rows per item of work, and whether rows are split at all.
     std::int64_t rows_per_item() const {
         return std::max<std::int64_t>(1, kGrain / std::max<std::int64_t>(p.columns, 1));
@@ -108,6 +112,10 @@ RowScalars read(const Problem& p, const R* stats, R row_scale) {
     s.top_r = static_cast<double>(stats[kTopR]);
     s.coefficient_a = static_cast<double>(row_scale) * p.a.scale;
     s.coefficient_b = static_cast<double>(row_scale) * p.b.scale;
+    s.family = p.family;
+    s.beta = p.beta;
+    s.mean_a = static_cast<double>(stats[kMeanA]);
+    s.mean_b = static_cast<double>(stats[kMeanB]);
     return s;
 }
 
@@ -146,6 +154,31 @@ void write_masked(R* value, R* stats) {
     stats[kVerdict] = static_cast<R>(static_cast<int>(Verdict::zero));
 }
 
+// The second sweep, of the families other than KL: `block(n)` gives the sums of a row's n-th block.
+template <class R, class Block>
+void write_family(const Layout& layout, R* value, R* stats, Block block) {
+    FamilySums sums;
+    for (std::int64_t n = 0; n < layout.blocks(); ++n) sums += block(n);
+    // A NaN stays one.
+    *value = static_cast<R>(sums.value < 0 ? 0 : sums.value);
+    stats[kValue] = *value;
+    stats[kMeanA] = static_cast<R>(sums.mean_a);
+    stats[kMeanB] = static_cast<R>(sums.mean_b);
+}
+
+// Both sweeps of a row, the second from cache.
+template <class R>
+void value_of_row(const Layout& layout, std::int64_t r, R* value, R* stats) {
+    if (layout.counts(r))
+        write(look_at(layout, layout.row(r)), value, stats);
+    else
+        write_masked(value, stats);
+    if (layout.p.family == Family::kl) return;
+    const RowScalars scalars = read(layout.p, stats, R{1});
+    write_family(layout, value, stats,
+                 [&](std::int64_t n) { return layout.family_block(layout.row(r), scalars, n); });
+}
+
 template <class R>
 void value_of(const Problem& p, R* value, R* stats) {
     const Layout layout{p, kernels()};
@@ -163,12 +196,19 @@ void value_of(const Problem& p, R* value, R* stats) {
                 state = merge(state, states[static_cast<std::size_t>(r * layout.blocks() + n)]);
             write(settle(layout, layout.row(r), state), value + r, stats + r * kStats);
         });
+        if (p.family == Family::kl) return;
+        std::vector<FamilySums> sums(states.size());
+        for_each_block(layout, [&](std::int64_t r, std::int64_t n) {
+            sums[static_cast<std::size_t>(r * layout.blocks() + n)] =
+                layout.family_block(layout.row(r), read(p, stats + r * kStats, R{1}), n);
+        });
+        for (std::int64_t r = 0; r < layout.rows(); ++r)
+            write_family(layout, value + r, stats + r * kStats, [&](std::int64_t n) {
+                return sums[static_cast<std::size_t>(r * layout.blocks() + n)];
+            });
         return;
     }
-    for_each_row(layout, [&](std::int64_t r) {
-        if (!layout.counts(r)) return write_masked(value + r, stats + r * kStats);
-        write(look_at(layout, layout.row(r)), value + r, stats + r * kStats);
-    });
+    for_each_row(layout, [&](std::int64_t r) { value_of_row(layout, r, value + r, stats + r * kStats); });
 }
 
 bool streams(const Layout& layout, const Gradient& g, const Logits& logits) {
@@ -217,10 +257,7 @@ void both_of(const Problem& p, const R* row_scale, R* value, R* stats, const Gra
     const bool stream = streams(layout, to_a, p.a) || streams(layout, to_b, p.b);
     for_each_row(layout, [&](std::int64_t r) {
         R* const row_stats = stats + r * kStats;
-        if (layout.counts(r))
-            write(look_at(layout, layout.row(r)), value + r, row_stats);
-        else
-            write_masked(value + r, row_stats);
+        value_of_row(layout, r, value + r, row_stats);
         // From the last block to the first: the end of the row was read last and is in cache, while in
         // reading order a row a little larger than the cache would be gone before it is read again.
         for (std::int64_t n = layout.blocks() - 1; n >= 0; --n)

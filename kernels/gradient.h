@@ -151,20 +151,28 @@ KL_INLINE Gradients<V> gradient_in_general(V a, V b, const RowConstants<V>& row)
     return out;
 }
 
+// What a sweep over columns asks for their gradients.
+template <Form form, class V>
+struct KlGradient {
+    RowConstants<V> row;
+
+    template <bool ToA, bool ToB>
+    KL_INLINE Gradients<V> at(V a, V b) const {
+        if constexpr (form == Form::general)
+            return gradient_in_general<ToA, ToB>(a, b, row);
+        else
+            return gradient_of<form, ToA, ToB>(a, b, row);
+    }
+};
+
 // A stretch whose logits and gradients share one format. `n` is a multiple of kStep<T>.
-template <Form form, bool ToA, bool ToB, bool Stream, class T>
-inline void gradient_steps(const T* a, const T* b, std::int64_t n, const RowConstants<Wide<T>>& row, T* to_a,
-                           T* to_b) {
-    const RowConstants<Wide<T>> constants = row;
+template <bool ToA, bool ToB, bool Stream, class T, class Gradient>
+inline void gradient_steps(const T* a, const T* b, std::int64_t n, const Gradient& of, T* to_a, T* to_b) {
+    const Gradient gradient = of;
     for (std::int64_t i = 0; i < n; i += kStep<T>) {
         const auto va = load_pair(a + i), vb = load_pair(b + i);
-        const auto columns = [&](auto a, auto b) KL_INLINE_LAMBDA {
-            if constexpr (form == Form::general)
-                return gradient_in_general<ToA, ToB>(a, b, constants);
-            else
-                return gradient_of<form, ToA, ToB>(a, b, constants);
-        };
-        const auto x = columns(va.x, vb.x), y = columns(va.y, vb.y);
+        const auto x = gradient.template at<ToA, ToB>(va.x, vb.x);
+        const auto y = gradient.template at<ToA, ToB>(va.y, vb.y);
         if constexpr (ToA) store_pair<Stream>(to_a + i, {x.a, y.a});
         if constexpr (ToB) store_pair<Stream>(to_b + i, {x.b, y.b});
     }
@@ -172,14 +180,14 @@ inline void gradient_steps(const T* a, const T* b, std::int64_t n, const RowCons
 
 // Any n, any alignment. What does not fill a step, or lies before the first aligned store, goes
 // through a copy of one step; the arithmetic is the same, so no bit depends on where a column lies.
-template <Form form, bool ToA, bool ToB, class T>
-inline void gradient_stretch(const T* a, const T* b, std::int64_t n, const RowConstants<Wide<T>>& row,
-                             T* to_a, T* to_b, bool stream) {
+template <bool ToA, bool ToB, class T, class Gradient>
+inline void gradient_stretch(const T* a, const T* b, std::int64_t n, const Gradient& of, T* to_a, T* to_b,
+                             bool stream) {
     const auto partial = [&](std::int64_t first, std::int64_t count) {
         T part_a[kStep<T>] = {}, part_b[kStep<T>] = {}, out_a[kStep<T>], out_b[kStep<T>];
         std::memcpy(part_a, a + first, static_cast<std::size_t>(count) * sizeof(T));
         std::memcpy(part_b, b + first, static_cast<std::size_t>(count) * sizeof(T));
-        gradient_steps<form, ToA, ToB, false>(part_a, part_b, kStep<T>, row, out_a, out_b);
+        gradient_steps<ToA, ToB, false>(part_a, part_b, kStep<T>, of, out_a, out_b);
         if constexpr (ToA) std::memcpy(to_a + first, out_a, static_cast<std::size_t>(count) * sizeof(T));
         if constexpr (ToB) std::memcpy(to_b + first, out_b, static_cast<std::size_t>(count) * sizeof(T));
     };
@@ -205,23 +213,29 @@ inline void gradient_stretch(const T* a, const T* b, std::int64_t n, const RowCo
         }
     }
     if (stream)
-        gradient_steps<form, ToA, ToB, true>(a + head, b + head, whole, row, steps_a, steps_b);
+        gradient_steps<ToA, ToB, true>(a + head, b + head, whole, of, steps_a, steps_b);
     else
-        gradient_steps<form, ToA, ToB, false>(a + head, b + head, whole, row, steps_a, steps_b);
+        gradient_steps<ToA, ToB, false>(a + head, b + head, whole, of, steps_a, steps_b);
     if (head + whole < n) partial(head + whole, n - head - whole);
 }
 
+template <class T, class Gradient>
+inline void gradient_to(const T* a, const T* b, std::int64_t n, const Gradient& of, T* to_a, T* to_b,
+                        bool stream) {
+    if (to_a != nullptr && to_b != nullptr)
+        gradient_stretch<true, true>(a, b, n, of, to_a, to_b, stream);
+    else if (to_a != nullptr)
+        gradient_stretch<true, false>(a, b, n, of, to_a, to_b, stream);
+    else
+        gradient_stretch<false, true>(a, b, n, of, to_a, to_b, stream);
+}
+
 template <class T>
-inline void gradient_run(const T* a, const T* b, std::int64_t n, double scale, const RowScalars& scalars,
-                         T* to_a, T* to_b, bool stream) {
+inline void kl_gradient_run(const T* a, const T* b, std::int64_t n, double scale, const RowScalars& scalars,
+                            T* to_a, T* to_b, bool stream) {
     const RowConstants<Wide<T>> row(scale, scalars);
     const auto with = [&]<Form form>() {
-        if (to_a != nullptr && to_b != nullptr)
-            gradient_stretch<form, true, true>(a, b, n, row, to_a, to_b, stream);
-        else if (to_a != nullptr)
-            gradient_stretch<form, true, false>(a, b, n, row, to_a, to_b, stream);
-        else
-            gradient_stretch<form, false, true>(a, b, n, row, to_a, to_b, stream);
+        gradient_to(a, b, n, KlGradient<form, Wide<T>>{row}, to_a, to_b, stream);
     };
     if constexpr (std::is_same_v<T, double>) return with.template operator()<Form::general>();
     switch (form_for(scale, scalars, std::is_same_v<T, float>)) {
@@ -234,12 +248,12 @@ inline void gradient_run(const T* a, const T* b, std::int64_t n, double scale, c
     }
 }
 
-// `first` to `last` of a row, through copies in R: for sides of two formats, and for fp64 arithmetic.
-template <class R>
-inline void gradient_through_copies(const Row& row, const RowScalars& scalars, Destination to_a,
-                                    Destination to_b, std::int64_t first, std::int64_t last) {
+// Calls take(a, b, i, n, scale) with copies in R of n columns from the i-th on: for sides of two formats, and
+// for fp64 arithmetic, whose copies are scaled already.
+template <class R, class Take>
+inline void for_each_copy(const Row& row, std::int64_t first, std::int64_t last, Take take) {
     constexpr bool wide = std::is_same_v<R, double>;
-    R a[kScratchColumns], b[kScratchColumns], out_a[kScratchColumns], out_b[kScratchColumns];
+    R a[kScratchColumns], b[kScratchColumns];
     for (std::int64_t i = first; i < last; i += kScratchColumns) {
         const std::int64_t n = last - i < kScratchColumns ? last - i : kScratchColumns;
         widen_run(row.a, row.dtype_a, i, n, a);
@@ -250,11 +264,7 @@ inline void gradient_through_copies(const Row& row, const RowScalars& scalars, D
                 b[j] *= row.scale_b();
             }
         }
-        const double scale = wide ? 1.0 : row.exact_scale();
-        gradient_run<R>(a, b, n, scale, scalars, to_a.data ? out_a : nullptr, to_b.data ? out_b : nullptr,
-                        false);
-        if (to_a.data) round_run(out_a, n, to_a.data, to_a.dtype, i);
-        if (to_b.data) round_run(out_b, n, to_b.data, to_b.dtype, i);
+        take(a, b, i, n, wide ? 1.0 : row.exact_scale());
     }
 }
 

@@ -38,6 +38,21 @@ struct RowScalars {
     double top_r;  // no log2 q - log2 p of the row is larger
     Verdict verdict;
     double coefficient_a, coefficient_b;  // row_scale / temperature
+    Family family;
+    double beta;
+    double mean_a, mean_b;  // not for KL, whose only mean is its divergence
+};
+
+// What a row's columns of one block add up to in a family other than KL.
+struct FamilySums {
+    double value = 0, mean_a = 0, mean_b = 0;
+
+    FamilySums& operator+=(const FamilySums& s) {
+        value += s.value;
+        mean_a += s.mean_a;
+        mean_b += s.mean_b;
+        return *this;
+    }
 };
 
 struct Destination {
@@ -51,6 +66,7 @@ struct Kernels {
     State (*collect)(const Row&, std::int64_t first, std::int64_t last);
     RowResult (*careful)(const Row&);
     double (*lse_b)(const Row&);
+    FamilySums (*family_sums)(const Row&, const RowScalars&, std::int64_t first, std::int64_t last);
     // stream: store past the cache.
     void (*gradient)(const Row&, const RowScalars&, Destination to_a, Destination to_b, std::int64_t first,
                      std::int64_t last, bool stream);

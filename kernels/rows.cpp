@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "careful.h"
+#include "family_sweeps.h"
 #include "gradient.h"
 #include "row.h"
 #include "sweep.h"
@@ -77,6 +78,75 @@ bool are_vast(const RowScalars& s) {
            (s.divergence > limit && s.divergence < __builtin_inf());
 }
 
+// Whether a family's sweeps need fp64 although the formats do not ask for it.
+bool need_fp64(const RowScalars& s) {
+    if (s.family == Family::kl) return false;
+    // top_r is +inf where the value's sweep did not trust its fp32, and past 2^20 r counts where b is.
+    // A beta this close to an end has terms of second order that underflow.
+    return !(s.top_r < 0x1p20) || (s.family != Family::tv && !(s.beta > 0x1p-20 && s.beta < 1 - 0x1p-20));
+}
+
+// The scalars of a vast row as fp64 has them: the stats, in fp32, could not hold them.
+RowScalars looked_at_again(const Row& row, RowScalars s) {
+    const CarefulResult again = careful(row);
+    s.lse_a = again.lse_a;
+    s.lse_b = again.lse_b;
+    s.shift = again.shift;
+    s.divergence = again.divergence;
+    return s;
+}
+
+FamilySums family_sums(const Row& row, const RowScalars& scalars, std::int64_t first, std::int64_t last) {
+    const double nan = std::nan("");
+    if (scalars.verdict == Verdict::zero) return {};
+    if (scalars.verdict == Verdict::nan) return {nan, nan, nan};
+    FamilySums total;
+    const auto copies = [&]<class R>(const RowScalars& s) {
+        for_each_copy<R>(row, first, last,
+                         [&](const R* a, const R* b, std::int64_t, std::int64_t n, double scale) {
+                             total += family_sums_run(a, b, n, scale, s);
+                         });
+        return total;
+    };
+    if (are_vast(scalars)) return copies.template operator()<double>(looked_at_again(row, scalars));
+    if (!row.fits_fp32() || need_fp64(scalars)) return copies.template operator()<double>(scalars);
+    if (row.dtype_a != row.dtype_b) return copies.template operator()<float>(scalars);
+    const auto run = [&]<class T>() {
+        return family_sums_run(at<T>(row.a, first), at<T>(row.b, first), last - first, row.exact_scale(),
+                               scalars);
+    };
+    switch (row.dtype_a) {
+        case Dtype::bf16:
+            return run.template operator()<Bf16>();
+        case Dtype::f16:
+            return run.template operator()<F16>();
+        default:
+            return run.template operator()<float>();
+    }
+}
+
+template <class T>
+void gradient_run(const T* a, const T* b, std::int64_t n, double scale, const RowScalars& scalars, T* to_a,
+                  T* to_b, bool stream) {
+    if (scalars.family == Family::kl)
+        kl_gradient_run(a, b, n, scale, scalars, to_a, to_b, stream);
+    else
+        family_gradient_run(a, b, n, scale, scalars, to_a, to_b, stream);
+}
+
+template <class R>
+void gradient_through_copies(const Row& row, const RowScalars& scalars, Destination to_a, Destination to_b,
+                             std::int64_t first, std::int64_t last) {
+    R out_a[kScratchColumns], out_b[kScratchColumns];
+    for_each_copy<R>(row, first, last,
+                     [&](const R* a, const R* b, std::int64_t i, std::int64_t n, double scale) {
+                         gradient_run(a, b, n, scale, scalars, to_a.data ? out_a : nullptr,
+                                      to_b.data ? out_b : nullptr, false);
+                         if (to_a.data) round_run(out_a, n, to_a.data, to_a.dtype, i);
+                         if (to_b.data) round_run(out_b, n, to_b.data, to_b.dtype, i);
+                     });
+}
+
 template <class T>
 T* from(Destination to, std::int64_t column) {
     return to.data == nullptr ? nullptr : static_cast<T*>(to.data) + column;
@@ -115,23 +185,19 @@ void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Desti
         settle(to_b, 0);
     }
     if (scalars.verdict == Verdict::nan || std::isnan(scalars.coefficient_a)) settle(to_a, nan);
-    if (scalars.verdict == Verdict::infinite) settle(to_a, nan);
+    const bool is_kl = scalars.family == Family::kl;
+    if (is_kl ? scalars.verdict == Verdict::infinite : !std::isfinite(scalars.mean_a)) settle(to_a, nan);
+    if (!is_kl && !std::isfinite(scalars.mean_b)) settle(to_b, nan);
     if (scalars.verdict == Verdict::nan || std::isnan(scalars.coefficient_b)) settle(to_b, nan);
     // p and q are finite in what is left, and a gradient of -0 helps nobody.
     if (to_a.data != nullptr && scalars.coefficient_a == 0) settle(to_a, 0);
     if (to_b.data != nullptr && scalars.coefficient_b == 0) settle(to_b, 0);
     if (to_a.data == nullptr && to_b.data == nullptr) return;
 
-    if (are_vast(scalars)) {
-        const CarefulResult again = careful(row);
-        RowScalars wide = scalars;
-        wide.lse_a = again.lse_a;
-        wide.lse_b = again.lse_b;
-        wide.shift = again.shift;
-        wide.divergence = again.divergence;
-        return gradient_through_copies<double>(row, wide, to_a, to_b, first, last);
-    }
-    if (!row.fits_fp32()) return gradient_through_copies<double>(row, scalars, to_a, to_b, first, last);
+    if (are_vast(scalars))
+        return gradient_through_copies<double>(row, looked_at_again(row, scalars), to_a, to_b, first, last);
+    if (!row.fits_fp32() || need_fp64(scalars))
+        return gradient_through_copies<double>(row, scalars, to_a, to_b, first, last);
     if (row.dtype_a != row.dtype_b)
         return gradient_through_copies<float>(row, scalars, to_a, to_b, first, last);
     const auto run = [&]<class T>() {
@@ -152,11 +218,31 @@ void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Desti
     if (stream) stream_fence();
 }
 
-void elementary(int which, const float* x, float* y, std::int64_t n) {
-    for (std::int64_t i = 0; i + lanes<VF> <= n; i += lanes<VF>) {
-        const VF v = load<VF>(x + i);
-        store(y + i, which == 0 ? exp2(v) : which == 1 ? g2(v) : exp2m1(v));
+VF elementary_function(int which, VF x) {
+    const VF one = splat<VF>(1);
+    switch (which) {
+        case 0:
+            return exp2(x);
+        case 1:
+            return g2(x);
+        case 2:
+            return exp2m1(x);
+        case 3:
+            return exponential(x).whole;
+        case 4:
+            return exponential(x).less_one;
+        case 5:
+            return log_one_plus(x, one + x).log;
+        case 6:
+            return log_one_plus(x, one + x).gap;
+        default:
+            return log_one_plus(x - one, x).log;
     }
+}
+
+void elementary(int which, const float* x, float* y, std::int64_t n) {
+    for (std::int64_t i = 0; i + lanes<VF> <= n; i += lanes<VF>)
+        store(y + i, elementary_function(which, load<VF>(x + i)));
 }
 
 constexpr std::int64_t kProbeStep = 4 * kWidth, kProbeAhead = 4096;
@@ -194,7 +280,7 @@ void probe_write(const char* a, const char* b, char* to, std::int64_t bytes) {
 #define KL_STRING(x) KL_STRING_(x)
 
 extern const Kernels kernels;
-const Kernels kernels{KL_STRING(KL_ISA), kBlock,     collect,    careful_row, lse_b,
-                      gradient,          elementary, probe_read, probe_write};
+const Kernels kernels{KL_STRING(KL_ISA), kBlock,   collect,    careful_row, lse_b,
+                      family_sums,       gradient, elementary, probe_read,  probe_write};
 
 }  // namespace kl::KL_ISA

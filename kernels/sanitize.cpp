@@ -1,4 +1,4 @@
-// What the sanitizers run: every format, odd sizes in buffers without a byte to spare, special
+// What the sanitizers run: every family and format, odd sizes in buffers without a byte to spare, special
 // numbers, one thread and many, and callers at the same time. Exits with 1 where two thread counts
 // disagree in a bit; the sanitizers see to the rest.
 #include <atomic>
@@ -44,7 +44,8 @@ struct Result {
     Bytes to_a, to_b;
 };
 
-Result run(kl::Dtype a, kl::Dtype b, std::int64_t rows, std::int64_t columns, int threads, bool fused) {
+Result run(kl::Dtype a, kl::Dtype b, std::int64_t rows, std::int64_t columns, int threads, bool fused,
+           kl::Family family) {
     const Bytes left = logits(a, rows, columns, 1), right = logits(b, rows, columns, 2);
     std::unique_ptr<std::uint8_t[]> mask(new std::uint8_t[static_cast<std::size_t>(rows)]);
     for (std::int64_t i = 0; i < rows; ++i) mask[static_cast<std::size_t>(i)] = i % 5 != 3;
@@ -56,7 +57,9 @@ Result run(kl::Dtype a, kl::Dtype b, std::int64_t rows, std::int64_t columns, in
                         rows,
                         1,
                         columns,
-                        threads};
+                        threads,
+                        family,
+                        0.3};
     Result out;
     const auto n = static_cast<std::size_t>(rows);
     out.value.resize(n);
@@ -87,15 +90,23 @@ bool same(const Result& x, const Result& y, std::size_t bytes_a, std::size_t byt
 int main() {
     const kl::Dtype dtypes[] = {kl::Dtype::f32, kl::Dtype::bf16, kl::Dtype::f16, kl::Dtype::f64};
     std::atomic<int> wrong{0};
-    const auto check = [&](kl::Dtype a, kl::Dtype b, std::int64_t rows, std::int64_t columns) {
-        const Result one = run(a, b, rows, columns, 1, false), many = run(a, b, rows, columns, 4, true);
+    const auto check_family = [&](kl::Dtype a, kl::Dtype b, std::int64_t rows, std::int64_t columns,
+                                  kl::Family family) {
+        const Result one = run(a, b, rows, columns, 1, false, family);
+        const Result many = run(a, b, rows, columns, 4, true, family);
         const auto size = static_cast<std::size_t>(rows * columns);
         if (same(one, many, size * static_cast<std::size_t>(size_of(a)),
                  size * static_cast<std::size_t>(size_of(b))))
             return;
         ++wrong;
-        std::printf("dtypes %d and %d, %lld x %lld: the bits depend on the threads\n", static_cast<int>(a),
-                    static_cast<int>(b), static_cast<long long>(rows), static_cast<long long>(columns));
+        std::printf("family %d, dtypes %d and %d, %lld x %lld: the bits depend on the threads\n",
+                    static_cast<int>(family), static_cast<int>(a), static_cast<int>(b),
+                    static_cast<long long>(rows), static_cast<long long>(columns));
+    };
+    const auto check = [&](kl::Dtype a, kl::Dtype b, std::int64_t rows, std::int64_t columns) {
+        for (const kl::Family family :
+             {kl::Family::kl, kl::Family::jeffreys, kl::Family::js, kl::Family::skew, kl::Family::tv})
+            check_family(a, b, rows, columns, family);
     };
     for (const kl::Dtype a : dtypes)
         for (const kl::Dtype b : dtypes)

@@ -7,12 +7,25 @@ _Target = tuple[int, int, int, int]
 
 def isa() -> str: ...
 def supported_isas() -> str: ...
-def value(a: _Side, b: _Side, rows: _Rows, sizes: _Sizes, wide: bool, value: int, stats: int, /) -> None: ...
+def value(
+    a: _Side,
+    b: _Side,
+    rows: _Rows,
+    sizes: _Sizes,
+    family: int,
+    beta: float,
+    wide: bool,
+    value: int,
+    stats: int,
+    /,
+) -> None: ...
 def gradient(
     a: _Side,
     b: _Side,
     rows: _Rows,
     sizes: _Sizes,
+    family: int,
+    beta: float,
     wide: bool,
     stats: int,
     row_scale: int,
@@ -25,6 +38,8 @@ def value_and_gradient(
     b: _Side,
     rows: _Rows,
     sizes: _Sizes,
+    family: int,
+    beta: float,
     wide: bool,
     row_scale: int,
     value: int,

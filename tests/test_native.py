@@ -7,19 +7,52 @@ import subprocess
 import sys
 import textwrap
 import threading
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
 from kl_gpu import native
+from kl_gpu.kinds import KINDS, STATS
+from kl_gpu.problem import Problem
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without compiled kernels")
 
-KINDS = ["forward_kl", "reverse_kl"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INF = float("inf")
 NAN = float("nan")
+
+
+class Divergence(NamedTuple):
+    """A kind at a value of its parameter."""
+
+    kind: str
+    beta: float
+
+    def __str__(self) -> str:
+        return self.kind if KINDS[self.kind].beta is None else f"{self.kind}-{self.beta}"
+
+    @property
+    def family(self) -> str:
+        return KINDS[self.kind].family
+
+    def order(self, student, teacher):
+        return KINDS[self.kind].order(student, teacher)
+
+
+DEFAULTS = [Divergence(*kind.at(None)) for kind in KINDS.values()]
+MORE = [
+    Divergence(kind.name, beta)
+    for kind in KINDS.values()
+    if kind.beta is not None
+    for beta in [0.001, 0.9, 0.999]
+]
+FORWARD = DEFAULTS[0]
+
+
+def every_kind(of=DEFAULTS):
+    return pytest.mark.parametrize("of", of, ids=str)
 
 
 # -- the judge --------------------------------------------------------------------------------------
@@ -28,19 +61,58 @@ NAN = float("nan")
 def small_g(x: np.ndarray) -> np.ndarray:
     """expm1(x) - x without cancellation, in long double."""
     series, term = np.zeros_like(x), np.ones_like(x)
-    for n in range(1, 24):
-        term = term * x / n
+    near = np.abs(x) < 0.5
+    small = np.where(near, x, 0)
+    for n in range(1, 18):
+        term = term * small / n
         if n >= 2:
             series = series + term
     with np.errstate(over="ignore"):
-        return np.where(np.abs(x) < 0.5, series, np.expm1(x) - x)
+        return np.where(near, series, np.expm1(x) - x)
 
 
-def reference(student, teacher, kind="forward_kl", student_scale=1.0, teacher_scale=1.0):
+def kl_terms(x, o, r):
+    """The terms x log(x/o) + o - x of KL(x||o); r = log(o/x), infinite where one of the two is 0."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        terms = np.where(np.abs(r) < 0.5, x * small_g(r), o - x - x * r)
+    return np.where(r == -INF, INF, np.where(x == 0, o, terms))
+
+
+def product(p, x):
+    """p x, and 0 where p is 0."""
+    with np.errstate(invalid="ignore"):
+        return np.where(p == 0, 0, p * x)
+
+
+def definition(family, a, b, r, beta):
+    """Value, and a dD/da and b dD/db: from the definition of each family, m = beta a + (1 - beta) b."""
+    if family == "kl":
+        return kl_terms(a, b, r).sum(), np.where(r == -INF, INF, product(a, -r)), -a
+    if family == "tv":
+        with np.errstate(over="ignore"):
+            d = np.where(np.abs(r) < 0.5, a * np.expm1(np.clip(r, -1, 1)), b - a)
+        return np.abs(d).sum() / 2, -a * np.sign(r) / 2, b * np.sign(r) / 2
+    beta = np.longdouble(beta)
+    w = 1 - beta
+    if family == "jeffreys":
+        to_a = np.where(r == -INF, INF, product(a, -w * r) - beta * b)
+        to_b = np.where(r == INF, INF, product(b, beta * r) - w * a)
+        return (w * kl_terms(a, b, r) + beta * kl_terms(b, a, -r)).sum(), to_a, to_b
+    m = beta * a + w * b
+    log_m_a = np.logaddexp(np.log(beta), np.log(w) + r)
+    log_m_b = np.logaddexp(np.log(w), np.log(beta) - r)
+    if family == "skew":
+        value = kl_terms(a, m, log_m_a).sum()
+        return value, product(a, -log_m_a - beta * np.exp(-log_m_a)), -w * b * np.exp(-log_m_a)
+    value = (beta * kl_terms(a, m, log_m_a) + w * kl_terms(b, m, log_m_b)).sum()
+    return value, product(a, -beta * log_m_a), product(b, -w * log_m_b)
+
+
+def reference(student, teacher, of=FORWARD, student_scale=1.0, teacher_scale=1.0):
     """Value [..], gradient of the student and of the teacher, all rows at once, by the edge table."""
     s = np.asarray(student.detach().double().numpy() * student_scale, dtype=np.longdouble)
     t = np.asarray(teacher.detach().double().numpy() * teacher_scale, dtype=np.longdouble)
-    a, b = (t, s) if kind == "forward_kl" else (s, t)
+    a, b = of.order(s, t)
     shape = a.shape
     a, b = a.reshape(-1, shape[-1]), b.reshape(-1, shape[-1])
     value = np.full(len(a), NAN, np.longdouble)
@@ -54,51 +126,41 @@ def reference(student, teacher, kind="forward_kl", student_scale=1.0, teacher_sc
             value[i], grad_a[i], grad_b[i] = 0, 0, 0
             continue
         in_a, in_b = x > -INF, y > -INF
+        both = in_a & in_b
         lse_a = x.max() + np.log(np.exp(x - x.max()).sum())
         lse_b = y.max() + np.log(np.exp(y - y.max()).sum())
         p, q = np.exp(x - lse_a), np.exp(y - lse_b)
-        if (in_a & ~in_b).any():
-            value[i] = INF
-            grad_b[i] = q - p
-            continue
-        d = np.where(in_a, y - np.where(in_a, x, 0), 0)
-        c = (p * d).sum()
-        u = np.where(in_a, d - c, 0)
-        hidden = np.exp(y[~in_a] - c - lse_a).sum()
-        if np.abs(u).max() < 5000:
-            mean_g, mean_x = (p * small_g(u)).sum() + hidden, (p * u).sum()
-            e = mean_g + mean_x
-            value[i] = mean_g - small_log_gap(e) if e < 0.5 else np.log1p(e) - mean_x
+        d = np.where(both, np.where(both, y, 0) - np.where(both, x, 0), 0)
+        shift = lse_b - lse_a
+        # By log1p where the two lse nearly cancel; the c that centres d may be any.
+        c = np.median(d[both]) if both.any() else 0
+        u = np.where(both, d - c, 0)
+        e = product(p, np.expm1(np.minimum(u, 100))).sum() - p[in_a & ~in_b].sum()
+        if both.all() and np.abs(u).max() < 100 and np.abs(e) < 0.5:
             shift = c + np.log1p(e)
-        else:
-            shift = lse_b - lse_a
-            value[i] = shift - c
-        r = np.where(in_a & in_b, np.where(in_a & in_b, d, 0) - shift, 0)
-        grad_a[i] = np.where(in_a, -p * (r + value[i]), 0)
-        with np.errstate(over="ignore"):
-            grad_b[i] = np.where(in_a & in_b, np.where(r < 0, p * np.expm1(r), -q * np.expm1(-r)), q)
-    grad_s, grad_t = (grad_b, grad_a) if kind == "forward_kl" else (grad_a, grad_b)
+        r = np.where(both, d - shift, np.where(in_a, -INF, np.where(in_b, INF, 0)))
+        value[i], flow_a, flow_b = definition(of.family, p, q, r, of.beta)
+        for grad, flow, own in [(grad_a, flow_a, p), (grad_b, flow_b, q)]:
+            if np.isfinite(flow).all():
+                grad[i] = flow - own * flow.sum()
+    grad_s, grad_t = of.order(grad_a, grad_b)
     return value, (grad_s * student_scale).reshape(shape), (grad_t * teacher_scale).reshape(shape)
-
-
-def small_log_gap(y):
-    """y - log1p(y) without cancellation."""
-    if abs(y) > 0.05:
-        return y - np.log1p(y)
-    return sum((-1) ** n * y**n / n for n in range(2, 30))
 
 
 # -- helpers ----------------------------------------------------------------------------------------
 
 
-def evaluate(
-    student, teacher, kind="forward_kl", rows=None, student_scale=1.0, teacher_scale=1.0, row_scale=None
-):
+def problem(student, teacher, of=FORWARD, rows=None, student_scale=1.0, teacher_scale=1.0):
+    return Problem.of(student, teacher, rows, of.kind, of.beta, student_scale, teacher_scale)
+
+
+def evaluate(student, teacher, of=FORWARD, rows=None, student_scale=1.0, teacher_scale=1.0, row_scale=None):
     """Value and both gradients, by the separate calls."""
-    value, stats = native.value(student, teacher, rows, kind, student_scale, teacher_scale)
+    p = problem(student, teacher, of, rows, student_scale, teacher_scale)
+    value, stats = native.value(p)
     scale = torch.ones_like(value) if row_scale is None else row_scale
     grad_s, grad_t = torch.full_like(student, 7), torch.full_like(teacher, 7)
-    native.gradient(student, teacher, rows, stats, scale, kind, student_scale, teacher_scale, grad_s, grad_t)
+    native.gradient(p, stats, scale, *of.order(grad_s, grad_t))
     return value, grad_s, grad_t
 
 
@@ -117,153 +179,176 @@ def half_ulp(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def assert_value(value, expected, where=""):
+def log_probabilities(logits: torch.Tensor, scale: float) -> np.ndarray:
+    z = as_np(logits) * scale
+    with np.errstate(invalid="ignore"):
+        return z - np.logaddexp.reduce(z, -1, keepdims=True)
+
+
+def assert_value(value, expected, where="", slack=0.0):
+    """`slack`: what is allowed beyond 5e-6 D; without any, D < 1e-12 is held to 1 %."""
     value, expected = as_np(value).ravel(), np.asarray(expected, dtype=np.float64).ravel()
+    slack = np.broadcast_to(slack, value.shape)
     np.testing.assert_array_equal(np.isnan(value), np.isnan(expected), err_msg=where)
     np.testing.assert_array_equal(np.isinf(value), np.isinf(expected), err_msg=where)
     assert not (value < 0).any(), where
+    with np.errstate(invalid="ignore"):
+        error = np.maximum(np.abs(value - expected) - slack, 0)
     judged = (expected >= 1e-12) & (expected <= 1e2)
-    error = np.abs(value - expected)[judged] / expected[judged]
-    assert error.size == 0 or error.max() <= 5e-6, f"{where} {error.max():.3g}"
+    worst = (error[judged] / expected[judged]).max(initial=0)
+    assert worst <= 5e-6, f"{where} {worst:.3g}"
     tiny = expected < 1e-12
-    assert (np.abs(value - expected)[tiny] <= 1e-17 + 1e-2 * expected[tiny]).all(), where
+    assert (error[tiny] <= 1e-17 + 1e-2 * expected[tiny]).all(), where
 
 
-def assert_gradient(grad, expected, student, teacher, scale, weights_side, value):
-    """The design's bound, then the rounding to the output's dtype."""
-    s, t = as_np(student), as_np(teacher)
-    with np.errstate(invalid="ignore", over="ignore"):
-        log_p = t - np.logaddexp.reduce(t, -1, keepdims=True)
-        log_q = s - np.logaddexp.reduce(s, -1, keepdims=True)
-        bound = 2e-6 * np.exp(np.maximum(log_p, log_q)) * scale
-        if weights_side:
-            spread = np.where(np.isfinite(log_p - log_q), np.abs(log_p - log_q), 1)
-            value = np.nan_to_num(np.asarray(value, np.float64), posinf=1.0)
-            bound = bound * np.maximum(np.maximum(1, spread), value[..., None])
+def assert_gradient(grad, expected, bound):
+    """Within `bound`, then the rounding to the output's dtype."""
+    dtype = grad.dtype
     grad, expected = as_np(grad), np.asarray(expected, np.float64)
     np.testing.assert_array_equal(np.isnan(grad), np.isnan(expected))
-    smallest = torch.finfo(student.dtype).smallest_normal * torch.finfo(student.dtype).eps
-    bound = bound + half_ulp(student.dtype) * np.abs(expected) + smallest + 1e-36
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    bound = np.nan_to_num(bound) + half_ulp(dtype) * np.abs(expected) + smallest + 1e-36
     excess = np.nanmax(np.where(np.isnan(expected), 0, np.abs(grad - expected) / bound))
     assert excess <= 1, f"{excess:.3g} times the bound"
+
+
+def check(s, t, of, student_scale=1.0, teacher_scale=1.0, where=""):
+    """Value and gradients within the promises of DESIGN.md; returns what came out."""
+    value, grad_s, grad_t = evaluate(s, t, of, None, student_scale, teacher_scale)
+    expected, want_s, want_t = reference(s, t, of, student_scale, teacher_scale)
+    log_s, log_t = log_probabilities(s, student_scale), log_probabilities(t, teacher_scale)
+    with np.errstate(invalid="ignore", over="ignore"):
+        apart = np.abs(log_s - log_t)
+        apart = np.where(np.isfinite(apart), apart, 1)
+        bound = 2e-6 * np.exp(np.maximum(log_s, log_t))
+        size = np.nan_to_num(np.asarray(expected, np.float64).reshape(s.shape[:-1]), posinf=1.0)
+    steep = np.maximum(np.maximum(1, apart), size[..., None])
+    slack = 0.0
+    if of.family == "tv":
+        with np.errstate(invalid="ignore"):
+            lse = [np.logaddexp.reduce(as_np(x) * k, -1) for x, k in [(s, student_scale), (t, teacher_scale)]]
+            slack = np.nan_to_num(2e-7 * (1 + np.abs(lse[0] - lse[1]))).ravel()
+        # At a tie the sign is rounding's to choose: the token's own gradient, and its share of the mean.
+        tied = (apart < 1e-5) & np.isfinite(log_s + log_t)
+        mass = np.where(tied, np.exp(np.maximum(log_s, log_t)), 0)
+        steep = 1.0
+    assert_value(value, expected, where, slack)
+    _, plays_b = of.order("student", "teacher")
+    for side, grad, want, scale, log_p in [
+        ("student", grad_s, want_s, student_scale, log_s),
+        ("teacher", grad_t, want_t, teacher_scale, log_t),
+    ]:
+        # KL(a||b) has the one gradient that stays of the order of the probabilities.
+        allowed = bound * scale * (1.0 if of.family == "kl" and side == plays_b else steep)
+        if of.family == "tv":
+            allowed = allowed + scale * (mass + np.exp(log_p) * mass.sum(-1, keepdims=True))
+        assert_gradient(grad, want, allowed)
+    return value, grad_s, grad_t
 
 
 # -- accuracy ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [7, 1000, 32000])
+@pytest.mark.parametrize("columns", [7, 1000])
 @pytest.mark.parametrize("shift", [0.0, 0.7, -20.0])
-def test_accuracy(kind, dtype, columns, shift):
+@every_kind(DEFAULTS + MORE)
+def test_accuracy(of, dtype, columns, shift):
     for eps in [0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 3.0, 10.0]:
-        s, t = pair(3, columns, eps, shift, dtype, seed=columns)
-        value, grad_s, grad_t = evaluate(s, t, kind)
-        expected, want_s, want_t = reference(s, t, kind)
-        assert_value(value, expected, f"eps={eps}")
-        by_row = expected.reshape(1, -1)
-        assert_gradient(grad_s, want_s, s, t, 1.0, kind == "reverse_kl", by_row)
-        assert_gradient(grad_t, want_t, t, s, 1.0, kind == "forward_kl", by_row)
+        check(*pair(3, columns, eps, shift, dtype, seed=columns), of, where=f"eps={eps}")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_kind()
+def test_accuracy_over_a_large_vocabulary(of, dtype):
+    for eps, shift in [(1e-6, 0.7), (1e-3, -20.0), (0.1, 0.0), (3.0, 0.7)]:
+        check(*pair(2, 70001, eps, shift, dtype), of, where=f"eps={eps}")
+
+
+@pytest.mark.parametrize("beta", [1e-30, 1e-9, 1 - 1e-9])
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.beta is not None])
+def test_a_beta_next_to_an_end(kind, beta):
+    """Its terms of second order underflow in fp32."""
+    for eps in [1e-3, 1.0]:
+        s, t = pair(3, 1000, eps, 0.7)
+        t[0, 1, ::7] = -INF
+        of = Divergence(kind, beta)
+        value, _, _ = evaluate(s, t, of)
+        np.testing.assert_allclose(as_np(value), np.asarray(reference(s, t, of)[0], float), rtol=5e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_identical_logits_give_exact_zeros(kind, dtype):
+@every_kind(DEFAULTS + MORE)
+def test_identical_logits_give_exact_zeros(of, dtype):
     _, t = pair(4, 40000, 0, dtype=dtype)
     t[0, 1, 5:70] = -INF
-    value, grad_s, grad_t = evaluate(t.clone(), t, kind)
+    value, grad_s, grad_t = evaluate(t.clone(), t, of)
     assert (value == 0).all()
     assert (grad_s == 0).all()
     assert (grad_t == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
-def test_peaked_teachers(kind, dtype):
+@every_kind()
+def test_peaked_teachers(of, dtype):
     """Most mass on one token late in the row: the first tile's frame does not suit the row."""
     g = torch.Generator().manual_seed(1)
-    t = torch.randn(1, 16, 70001, generator=g)
-    t[0, torch.arange(16), torch.randint(20000, 70001, (16,), generator=g)] = 18.0
+    t = torch.randn(1, 4, 70001, generator=g)
+    t[0, torch.arange(4), torch.randint(20000, 70001, (4,), generator=g)] = 18.0
     for eps in [1e-4, 1e-2, 0.3]:
         s = (t + 2.5 + eps * torch.randn(t.shape, generator=g)).to(dtype)
-        u = t.to(dtype)
-        value, grad_s, _ = evaluate(s, u, kind)
-        expected, want_s, _ = reference(s, u, kind)
-        assert_value(value, expected, f"eps={eps}")
-        assert_gradient(grad_s, want_s, s, u, 1.0, kind == "reverse_kl", expected.reshape(1, -1))
+        check(s, t.to(dtype), of, where=f"eps={eps}")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_sorted_rows(kind):
+@every_kind()
+def test_sorted_rows(of):
     for descending in [False, True]:
-        s, t = pair(4, 50257, 0.05, 0.7)
+        s, t = pair(2, 50257, 0.05, 0.7)
         t, order = t.sort(-1, descending=descending)
-        s = s.gather(-1, order)
-        value, _, _ = evaluate(s, t, kind)
-        assert_value(value, reference(s, t, kind)[0])
+        check(s.gather(-1, order), t, of)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_token_the_weights_all_but_exclude(kind):
+@every_kind(DEFAULTS + MORE)
+def test_a_token_the_weights_all_but_exclude(of):
     """2^(a-m) underflows in fp32 where 2^x is enormous."""
-    for t, s in [
+    for a, b in [
         ([0.0, -95.0], [0.0, -15.0]),
         ([0.0, -200.0, 1.0], [0.0, 60.0, 1.0]),
         ([0.0, -60.0, 1.0], [0.0, -30.0, 1.0]),
     ]:
-        t, s = torch.tensor([[t]]), torch.tensor([[s]])
-        if kind == "reverse_kl":
-            s, t = t, s
-        value, grad_s, grad_t = evaluate(s, t, kind)
-        expected, want_s, want_t = reference(s, t, kind)
-        assert_value(value, expected)
-        assert_gradient(grad_s, want_s, s, t, 1.0, kind == "reverse_kl", expected.reshape(1, -1))
-        assert_gradient(grad_t, want_t, t, s, 1.0, kind == "forward_kl", expected.reshape(1, -1))
+        a, b = torch.tensor([[a]]), torch.tensor([[b]])
+        for s, t in [(a, b), (b, a)]:
+            check(s, t, of)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scales", [(0.5, 0.5), (1 / 3, 1 / 3), (0.5, 1.0), (1 / 3, 0.7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_temperatures(kind, scales, dtype):
+@every_kind()
+def test_temperatures(of, scales, dtype):
     for eps in [1e-3, 0.5]:
         s, t = pair(3, 5000, eps, 0.3, dtype)
         if scales[0] != scales[1]:
             s = (s.double() * scales[1] / scales[0]).to(dtype)
-        value, grad_s, grad_t = evaluate(s, t, kind, None, *scales)
-        expected, want_s, want_t = reference(s, t, kind, *scales)
-        assert_value(value, expected)
-        by_row = expected.reshape(1, -1)
-        u, w = s.double() * scales[0], t.double() * scales[1]
-        for grad, want, mine, other, scale, weighs in [
-            (grad_s, want_s, u, w, scales[0], kind == "reverse_kl"),
-            (grad_t, want_t, w, u, scales[1], kind == "forward_kl"),
-        ]:
-            slack = half_ulp(dtype) * torch.from_numpy(np.abs(np.asarray(want, np.float64)))
-            close = torch.from_numpy(np.abs(as_np(grad) - np.asarray(want, np.float64))) <= slack + 1e-40
-            judged = torch.where(close, torch.from_numpy(np.asarray(want, np.float64)), grad.double())
-            assert_gradient(judged, want, mine, other, scale, weighs, by_row)
+        check(s, t, of, *scales)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("student", DTYPES)
 @pytest.mark.parametrize("teacher", DTYPES)
-def test_mixed_dtypes(kind, student, teacher):
+@every_kind()
+def test_mixed_dtypes(of, student, teacher):
     s, t = pair(3, 5003, 0.2, 0.7)
-    s, t = s.to(student), t.to(teacher)
-    value, grad_s, grad_t = evaluate(s, t, kind)
+    value, _, _ = check(s.to(student), t.to(teacher), of)
     assert value.dtype == (torch.float64 if torch.float64 in (student, teacher) else torch.float32)
-    expected, want_s, want_t = reference(s, t, kind)
-    assert_value(value, expected)
-    assert_gradient(grad_s, want_s, s, t, 1.0, kind == "reverse_kl", expected.reshape(1, -1))
-    assert_gradient(grad_t, want_t, t, s, 1.0, kind == "forward_kl", expected.reshape(1, -1))
 
 
-def test_fp64_is_accurate_to_fp64():
+@every_kind(DEFAULTS + MORE)
+def test_fp64_is_accurate_to_fp64(of):
     s, t = pair(3, 3000, 0.1, 0.7, torch.float64)
-    value, grad_s, _ = evaluate(s, t)
-    expected, want_s, _ = reference(s, t)
+    value, grad_s, grad_t = evaluate(s, t, of)
+    expected, want_s, want_t = reference(s, t, of)
     np.testing.assert_allclose(as_np(value), np.asarray(expected, float), rtol=1e-12)
-    np.testing.assert_allclose(as_np(grad_s), np.asarray(want_s, float), rtol=1e-9, atol=1e-18)
+    for grad, want in [(grad_s, want_s), (grad_t, want_t)]:
+        np.testing.assert_allclose(as_np(grad), np.asarray(want, float), rtol=1e-9, atol=1e-16)
 
 
 # -- edges ------------------------------------------------------------------------------------------
@@ -288,10 +373,10 @@ EDGES = {
 
 
 @pytest.mark.parametrize("name", EDGES)
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [4, 40, 6000])
-def test_edges(name, kind, dtype, columns):
+@pytest.mark.parametrize("columns", [4, 40, 3000])
+@every_kind()
+def test_edges(of, name, dtype, columns):
     """The case in one row, at both ends of it, between two plain rows that must not notice."""
     s, t = pair(5, columns, 0.3, 0.7, dtype)
     teacher, student = (torch.tensor(x, dtype=torch.float64).to(dtype) for x in EDGES[name])
@@ -299,49 +384,67 @@ def test_edges(name, kind, dtype, columns):
         if name.endswith("all") or name == "one column left" or name == "disjoint":
             t[0, row], s[0, row] = -INF, -INF
         t[0, row, first : first + 4], s[0, row, first : first + 4] = teacher, student
-    value, grad_s, grad_t = evaluate(s, t, kind)
-    expected, want_s, want_t = reference(s, t, kind)
-    assert_value(value, expected)
-    assert_gradient(grad_s, want_s, s, t, 1.0, kind == "reverse_kl", expected.reshape(1, -1))
-    assert_gradient(grad_t, want_t, t, s, 1.0, kind == "forward_kl", expected.reshape(1, -1))
+    check(s, t, of)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", EDGES)
+@every_kind(MORE)
+def test_edges_at_other_betas(of, name):
+    teacher, student = (torch.tensor([[x]]) for x in EDGES[name])
+    check(student, teacher, of)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_column(kind, dtype):
+@every_kind()
+def test_an_excluded_token_of_hardly_any_probability_still_counts(of, dtype):
+    """2^(logit - lse) is 0 in fp32; what the kinds make infinite is infinite all the same."""
+    low = torch.tensor([[[-200.0, 0.0, 1.0, 0.5]]]).to(dtype)
+    none = torch.tensor([[[-INF, 0.3, 1.0, 1.0]]]).to(dtype)
+    for s, t in [(low, none), (none, low)]:
+        value, grad_s, grad_t = check(s, t, of)
+        a_alone = of.order(s, t)[0] is low
+        infinite = {"kl": a_alone, "jeffreys": True}.get(of.family, False)
+        assert bool(value.isinf()) == infinite
+        grad_a, grad_b = of.order(grad_s, grad_t)
+        assert bool(grad_a.isnan().all()) == (infinite and a_alone)
+        assert bool(grad_b.isnan().all()) == (infinite and not a_alone)
+        assert (grad_a if infinite and not a_alone else grad_b).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@every_kind()
+def test_one_column(of, dtype):
     s, t = torch.tensor([[[3.0], [NAN], [-INF]]]).to(dtype), torch.tensor([[[1.0], [1.0], [0.0]]]).to(dtype)
-    value, grad_s, grad_t = evaluate(s, t, kind)
+    value, grad_s, grad_t = evaluate(s, t, of)
     assert value[0] == 0
     assert grad_s[0, 0] == 0
     assert grad_t[0, 0] == 0
     assert value[1:].isnan().all()
     assert grad_s[0, 1:].isnan().all()
+    assert grad_t[0, 1:].isnan().all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask", ["-inf", "lowest", "-1e9"])
-def test_masked_vocabulary(kind, dtype, mask):
+@every_kind()
+def test_masked_vocabulary(of, dtype, mask):
     """Padding columns and top-k filters, with each of the numbers that people use for them."""
     low = {"-inf": -INF, "lowest": torch.finfo(dtype).min, "-1e9": -1e9}[mask]
     s, t = pair(4, 9000, 0.2, 0.7, dtype)
     t[0, 0, 8000:], s[0, 0, 8000:] = low, low
     t[0, 1, :8900], s[0, 1, :8900] = low, low
-    (t if kind == "forward_kl" else s)[0, 2, ::3] = low
-    value, grad_s, grad_t = evaluate(s, t, kind)
-    expected, want_s, want_t = reference(s, t, kind)
-    assert_value(value, expected)
-    assert_gradient(grad_s, want_s, s, t, 1.0, kind == "reverse_kl", expected.reshape(1, -1))
-    assert_gradient(grad_t, want_t, t, s, 1.0, kind == "forward_kl", expected.reshape(1, -1))
+    of.order(s, t)[0][0, 2, ::3] = low
+    check(s, t, of)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_masked_rows_are_not_read(dtype):
+@every_kind()
+def test_masked_rows_are_not_read(of, dtype):
     s, t = pair(6, 300, 0.2, dtype=dtype)
     rows = torch.tensor([[True, False, True, False, False, True]])
-    full, full_s, _ = evaluate(s, t)
+    full, full_s, _ = evaluate(s, t, of)
     s[~rows], t[~rows] = NAN, NAN
-    value, grad_s, grad_t = evaluate(s, t, rows=rows)
+    value, grad_s, grad_t = evaluate(s, t, of, rows)
     assert (value[~rows[0]] == 0).all()
     assert (grad_s[~rows] == 0).all()
     assert (grad_t[~rows] == 0).all()
@@ -358,20 +461,21 @@ def bits(x: torch.Tensor) -> bytes:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [33, 50257])
-def test_views_are_read_as_they_lie(dtype, columns):
+@every_kind([FORWARD, Divergence("js", 0.5)])
+def test_views_are_read_as_they_lie(of, dtype, columns):
     s, t = pair(24, columns + 3, 0.2, 0.7, dtype)
     s = s.view(4, 6, -1)[:, :-1, 1 : columns + 1]
     t = t.view(4, 6, -1)[:1, 1:, 2 : columns + 2].expand(4, 5, columns)
     rows = (torch.arange(24) % 3 > 0).view(4, 6)[:, 1:]
-    strided = evaluate(s, t, rows=rows)
-    plain = evaluate(s.contiguous(), t.contiguous(), rows=rows.contiguous())
+    strided = evaluate(s, t, of, rows)
+    plain = evaluate(s.contiguous(), t.contiguous(), of, rows.contiguous())
     for got, want in zip(strided, plain, strict=True):
         assert bits(got) == bits(want)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_batch_invariance_over_rows_and_threads(kind, dtype):
+@every_kind()
+def test_batch_invariance_over_rows_and_threads(of, dtype):
     s, t = pair(40, 100003, 0.2, 0.7, dtype)
     before = torch.get_num_threads()
     seen = set()
@@ -379,7 +483,7 @@ def test_batch_invariance_over_rows_and_threads(kind, dtype):
         for threads in [1, 2, 3, 8]:
             torch.set_num_threads(threads)
             for first, last in [(7, 8), (7, 9), (0, 40), (3, 20)]:
-                value, grad_s, grad_t = evaluate(s[:, first:last], t[:, first:last], kind)
+                value, grad_s, grad_t = evaluate(s[:, first:last], t[:, first:last], of)
                 i = 7 - first
                 seen.add(bits(value[i]) + bits(grad_s[0, i]) + bits(grad_t[0, i]))
     finally:
@@ -387,51 +491,53 @@ def test_batch_invariance_over_rows_and_threads(kind, dtype):
     assert len(seen) == 1
 
 
-def test_repeats_are_bitwise_equal():
+@every_kind()
+def test_repeats_are_bitwise_equal(of):
     s, t = pair(9, 70000, 0.2, 0.7)
-    assert len({b"".join(map(bits, evaluate(s, t))) for _ in range(50)}) == 1
+    assert len({b"".join(map(bits, evaluate(s, t, of))) for _ in range(20)}) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 3, 70001), (2, 30, 2000), (1, 64, 40000)])
-def test_fused_and_in_place_give_the_bits_of_the_separate_calls(kind, dtype, shape):
+@every_kind()
+def test_fused_and_in_place_give_the_bits_of_the_separate_calls(of, dtype, shape):
     s, t = pair(shape[0] * shape[1], shape[2], 0.2, 0.7, dtype)
     s, t = s.view(shape), t.view(shape)
     scale = torch.linspace(-1, 2, s.shape[0] * s.shape[1]).to(torch.promote_types(dtype, torch.float32))
-    value, grad_s, grad_t = evaluate(s, t, kind, row_scale=scale)
+    value, grad_s, grad_t = evaluate(s, t, of, row_scale=scale)
     to_s, to_t = torch.empty_like(s), torch.empty_like(t)
-    fused, _ = native.value_and_gradient(s, t, None, scale, kind, 1.0, 1.0, to_s, to_t)
+    fused, _ = native.value_and_gradient(problem(s, t, of), scale, *of.order(to_s, to_t))
     assert bits(fused) == bits(value)
     assert bits(to_s) == bits(grad_s)
     assert bits(to_t) == bits(grad_t)
     for only_s in [True, False]:
-        native.value_and_gradient(
-            s, t, None, scale, kind, 1.0, 1.0, *((to_s.fill_(9), None) if only_s else (None, to_t.fill_(9)))
-        )
+        only = (to_s.fill_(9), None) if only_s else (None, to_t.fill_(9))
+        native.value_and_gradient(problem(s, t, of), scale, *of.order(*only))
     assert bits(to_s) == bits(grad_s)
     assert bits(to_t) == bits(grad_t)
     u, w = s.clone(), t.clone()
-    native.value_and_gradient(u, w, None, scale, kind, 1.0, 1.0, u, w)
+    native.value_and_gradient(problem(u, w, of), scale, *of.order(u, w))
     assert bits(u) == bits(grad_s)
     assert bits(w) == bits(grad_t)
 
 
-def test_row_scale_reaches_the_gradient():
+@every_kind()
+def test_row_scale_reaches_the_gradient(of):
     s, t = pair(3, 5000, 0.3)
-    _, one, _ = evaluate(s, t)
-    _, scaled, _ = evaluate(s, t, row_scale=torch.tensor([4.0, 0.0, -0.5]))
+    _, one, _ = evaluate(s, t, of)
+    _, scaled, _ = evaluate(s, t, of, row_scale=torch.tensor([4.0, 0.0, -0.5]))
     assert torch.equal(scaled[0, 0], 4 * one[0, 0])
     assert (scaled[0, 1] == 0).all()
     assert torch.equal(scaled[0, 2], -0.5 * one[0, 2])
-    assert evaluate(s, t, row_scale=torch.tensor([1.0, NAN, 1.0]))[1][0, 1].isnan().all()
+    assert evaluate(s, t, of, row_scale=torch.tensor([1.0, NAN, 1.0]))[1][0, 1].isnan().all()
 
 
-def test_empty():
+@every_kind()
+def test_empty(of):
     s = torch.empty(0, 3, 8)
-    value, stats = native.value(s, s, None, "forward_kl", 1.0, 1.0)
+    value, stats = native.value(problem(s, s, of))
     assert value.shape == (0,)
-    assert stats.shape == (0, native.STATS)
+    assert stats.shape == (0, STATS)
 
 
 def test_offsets_past_int32():
@@ -468,11 +574,12 @@ def test_after_fork():
     code = """
         import os, signal, torch
         from kl_gpu import native
+        from kl_gpu.problem import Problem
         torch.set_num_threads(4)
         s, t = torch.randn(1, 64, 40000), torch.randn(1, 64, 40000)
 
         def bits():
-            return native.value(s, t, None, "forward_kl", 1.0, 1.0)[0].numpy().tobytes()
+            return native.value(Problem.of(s, t, None, "js", 0.5, 1.0, 1.0))[0].numpy().tobytes()
 
         want = bits()
         for generation in range(3):
@@ -497,6 +604,7 @@ def run_with_isa(isa: str, code: str) -> str:
     return done.stdout
 
 
+# float64 is 29 bits ahead of the fp32 that it judges.
 ULP = """
     import numpy as np
     from kl_gpu import _native
@@ -505,38 +613,62 @@ ULP = """
         x = np.ascontiguousarray(x[: len(x) // 16 * 16], dtype=np.float32)
         y = np.empty_like(x)
         _native.elementary(which, x.ctypes.data, y.ctypes.data, len(x))
-        want = exact(x.astype(np.longdouble))
-        ulp = np.exp2(np.floor(np.log2(np.maximum(np.abs(want.astype(np.float64)), 1e-300))) - 23)
+        want = exact(x.astype(np.float64))
+        ulp = np.exp2(np.floor(np.log2(np.maximum(np.abs(want), 1e-300))) - 23)
         assert (y[want == 0] == 0).all()
-        return float((np.abs(y.astype(np.longdouble) - want) / ulp).max())
+        print(np.max(np.abs(y - want) / ulp))
 
-    ln2 = np.log(np.longdouble(2))
+    ln2 = np.log(2)
+
+    def near_or_far(x, limit, near, far):
+        y = np.empty_like(x)
+        small = np.abs(x) < limit
+        y[small], y[~small] = near(x[small]), far(x[~small])
+        return y
+
+    def g_series(z):
+        total = np.zeros_like(z)
+        for n in range(16, 1, -1):
+            total = (total + 1) * z / n
+        return total * z
 
     def g2(x):
-        z = x * ln2
-        series, term = 0 * z, 0 * z + 1
-        for n in range(1, 26):
-            term = term * z / n
-            if n >= 2:
-                series = series + term
-        return np.where(np.abs(z) < 0.7, series, np.expm1(z) - z) / ln2
+        return near_or_far(x * ln2, 0.4, g_series, lambda z: np.expm1(z) - z) / ln2
+
+    def gap_series(z):
+        s = z / (2 + z)
+        total = np.zeros_like(z)
+        for n in range(12, 0, -1):
+            total = (total + 1 / (2 * n + 1)) * s * s
+        return (z - 2 * total) * s
 
     every = np.linspace(-125, 126, 8_000_001)
     tiny = np.exp2(np.linspace(-30, 0, 200_001))
     points = np.concatenate([every, np.linspace(-1.6, 1.6, 3_000_001), tiny, -tiny])
     assert len(points) > 10**7
-    print(ulps(0, points, np.exp2))
-    print(ulps(1, np.concatenate([points, -np.exp2(np.linspace(7, 100, 100_001))]), g2))
-    print(ulps(2, points, lambda x: np.expm1(x * ln2)))
+    ulps(0, points, np.exp2)
+    ulps(1, np.concatenate([points, -np.exp2(np.linspace(7, 100, 100_001))]), g2)
+    ulps(2, points, lambda x: np.expm1(x * ln2))
+    held = np.clip(points, -120, 120)
+    ulps(3, held, np.exp2)
+    ulps(4, held, lambda x: np.expm1(x * ln2))
+    # log(1 + z) by the z that is precise: from -1/4 on. What is below comes from y.
+    near = np.exp2(np.linspace(-60, -2, 1_000_001))
+    z = np.concatenate([np.linspace(-0.25, 4, 8_000_001), np.exp2(np.linspace(-60, 120, 3_000_001)), -near])
+    y = np.concatenate([np.exp2(np.linspace(-125, 120, 8_000_001)), np.linspace(0.25, 4, 3_000_001)])
+    assert min(len(y), len(z)) > 10**7
+    ulps(5, z, np.log1p)
+    ulps(6, z, lambda z: near_or_far(z, 0.5, gap_series, lambda z: z - np.log1p(z)))
+    ulps(7, y, np.log)
 """
 
 
 @pytest.mark.parametrize("isa", native.supported_isas() if native.available() else [])
 def test_elementary_functions_keep_their_documented_error(isa):
-    exp2, g2, exp2m1 = map(float, run_with_isa(isa, ULP).split())
-    assert exp2 <= 2.5
-    assert g2 <= 8
-    assert exp2m1 <= 3
+    found = map(float, run_with_isa(isa, ULP).split())
+    names = ["exp2", "g2", "exp2m1", "whole", "less_one", "log of 1 + z", "gap", "log of y"]
+    for name, ulps, allowed in zip(names, found, [2.5, 8, 3, 1.5, 3, 2.5, 10, 2.5], strict=True):
+        assert ulps <= allowed, name
 
 
 def test_forcing_an_instruction_set():
@@ -549,6 +681,8 @@ def test_forcing_an_instruction_set():
 FUZZ = """
     import numpy as np, torch
     from kl_gpu import native
+    from kl_gpu.kinds import KINDS
+    from kl_gpu.problem import Problem
     g = torch.Generator().manual_seed(0)
     out, slack = [], []
     for dtype, raw in [
@@ -562,12 +696,19 @@ FUZZ = """
             for x in (s, t):
                 tame = x[:, ::2]
                 tame[tame.isnan() | (tame == float("inf"))] = 1.0
-            for kind in ["forward_kl", "reverse_kl"]:
-                value, stats = native.value(s, t, None, kind, 1.0, 1.0)
+            for kind in KINDS.values():
+                p = Problem.of(s, t, None, *kind.at(None), 1.0, 1.0)
+                value, stats = native.value(p)
                 grads = torch.empty_like(s), torch.empty_like(t)
                 # The bound on the weights' side grows with the row's divergence; without this fp16 overflows.
                 scale = 1 / value.nan_to_num(posinf=1.0).clamp(min=1.0)
-                native.gradient(s, t, None, stats, scale, kind, 1.0, 1.0, *grads)
+                native.gradient(p, stats, scale, *kind.order(*grads))
+                if kind.family == "tv":
+                    # At a tie the gradient jumps, and rounding decides where to.
+                    logs = (x.double().log_softmax(-1) for x in (s, t))
+                    tied = (next(logs) - next(logs)).abs().lt(1e-5).any(-1)
+                    for grad in grads:
+                        grad[tied] = 0
                 out += [value.double().numpy(), *(g.double().numpy().ravel() for g in grads)]
                 # Two results within the bound may still round to neighbouring 16-bit numbers.
                 slack += [np.full(len(x), r) for x, r in zip(out[-3:], [0, *2 * [torch.finfo(dtype).eps]])]

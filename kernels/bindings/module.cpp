@@ -35,14 +35,17 @@ kl::Gradient target(const Target& t) {
     return {pointer(std::get<0>(t)), std::get<1>(t), std::get<2>(t), static_cast<kl::Dtype>(std::get<3>(t))};
 }
 
-kl::Problem problem(const Side& a, const Side& b, const Rows& rows, const Sizes& sizes) {
+kl::Problem problem(const Side& a, const Side& b, const Rows& rows, const Sizes& sizes, int family,
+                    double beta) {
     return {logits(a),
             logits(b),
             {pointer<const std::uint8_t>(std::get<0>(rows)), std::get<1>(rows), std::get<2>(rows)},
             std::get<0>(sizes),
             std::get<1>(sizes),
             std::get<2>(sizes),
-            std::get<3>(sizes)};
+            std::get<3>(sizes),
+            static_cast<kl::Family>(family),
+            beta};
 }
 
 }  // namespace
@@ -50,27 +53,28 @@ kl::Problem problem(const Side& a, const Side& b, const Rows& rows, const Sizes&
 NB_MODULE(_native, m) {
     m.def("isa", [] { return std::string(kl::isa()); });
     m.def("supported_isas", [] { return std::string(kl::supported_isas()); });
-    m.def("value", [](const Side& a, const Side& b, const Rows& rows, const Sizes& sizes, bool wide,
-                      Address value, Address stats) {
-        const kl::Problem p = problem(a, b, rows, sizes);
+    m.def("value", [](const Side& a, const Side& b, const Rows& rows, const Sizes& sizes, int family,
+                      double beta, bool wide, Address value, Address stats) {
+        const kl::Problem p = problem(a, b, rows, sizes, family, beta);
         nb::gil_scoped_release unlocked;
         kl::value(p, wide, pointer(value), pointer(stats));
     });
-    m.def("gradient", [](const Side& a, const Side& b, const Rows& rows, const Sizes& sizes, bool wide,
-                         Address stats, Address row_scale, const Target& to_a, const Target& to_b) {
-        const kl::Problem p = problem(a, b, rows, sizes);
-        nb::gil_scoped_release unlocked;
-        kl::gradient(p, wide, pointer(stats), pointer(row_scale), target(to_a), target(to_b));
-    });
-    m.def("value_and_gradient",
-          [](const Side& a, const Side& b, const Rows& rows, const Sizes& sizes, bool wide, Address row_scale,
-             Address value, Address stats, const Target& to_a, const Target& to_b) {
-              const kl::Problem p = problem(a, b, rows, sizes);
+    m.def("gradient",
+          [](const Side& a, const Side& b, const Rows& rows, const Sizes& sizes, int family, double beta,
+             bool wide, Address stats, Address row_scale, const Target& to_a, const Target& to_b) {
+              const kl::Problem p = problem(a, b, rows, sizes, family, beta);
               nb::gil_scoped_release unlocked;
-              kl::value_and_gradient(p, wide, pointer(row_scale), pointer(value), pointer(stats),
-                                     target(to_a), target(to_b));
+              kl::gradient(p, wide, pointer(stats), pointer(row_scale), target(to_a), target(to_b));
           });
-    // For the test of their error bounds: 0 is exp2, 1 is g2, 2 is 2^x - 1; n is a multiple of 16.
+    m.def("value_and_gradient", [](const Side& a, const Side& b, const Rows& rows, const Sizes& sizes,
+                                   int family, double beta, bool wide, Address row_scale, Address value,
+                                   Address stats, const Target& to_a, const Target& to_b) {
+        const kl::Problem p = problem(a, b, rows, sizes, family, beta);
+        nb::gil_scoped_release unlocked;
+        kl::value_and_gradient(p, wide, pointer(row_scale), pointer(value), pointer(stats), target(to_a),
+                               target(to_b));
+    });
+    // For the test of their error bounds; rows.cpp says which is which. n is a multiple of 16.
     m.def("elementary", [](int which, Address x, Address y, std::int64_t n) {
         nb::gil_scoped_release unlocked;
         kl::kernels().elementary(which, pointer<const float>(x), pointer<float>(y), n);
