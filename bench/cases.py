@@ -87,7 +87,7 @@ def _gradient_unit(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
     """What gradient errors are measured in, elementwise: max(p, q), times a log-ratio where there is one."""
     log_q, log_p = student.double().log_softmax(-1), teacher.double().log_softmax(-1)
     unit = torch.maximum(log_q, log_p).exp()
-    return unit if kind == "forward_kl" else unit * (log_q - log_p).abs().clamp(min=1)
+    return unit if kind in ("forward_kl", "tv") else unit * (log_q - log_p).abs().clamp(min=1)
 
 
 def _enough(wanted: int, each: int, *, at_least: int) -> int:

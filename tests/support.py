@@ -58,6 +58,7 @@ def _total_variation_slack(student: Tensor, teacher: Tensor, **options: float) -
     log_q, log_p = normalisers(student, teacher, **options)
     temperature = options.get("temperature", 1.0)
     t_scale = options.get("teacher_temperature", temperature)
+
     def lse(logits: np.ndarray, log_softmax: np.ndarray) -> np.ndarray:
         # Any column gives scaled logit − log probability; the one with most mass loses least.
         column = np.argmax(log_softmax, -1)[..., None]

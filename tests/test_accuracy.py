@@ -152,8 +152,7 @@ def test_mass_that_the_weights_underflow_on(backend: str, kind: str) -> None:
 def test_logits_far_from_zero(backend: str, kind: str, offset: float) -> None:
     student, teacher = pair(2, 2055, spread=0.1)
     student, teacher = student + offset, teacher - offset / 2
-    check_value(
-        rows(student, teacher, kind, backend), student, teacher, kind, backend, "offset")
+    check_value(rows(student, teacher, kind, backend), student, teacher, kind, backend, "offset")
     grads = gradients(student, teacher, kind, backend)
     check_gradients(student, teacher, grads, kind, backend, f"offset {offset}")
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import kl_gpu
 from kl_gpu import reference
+from kl_gpu.checks import SMALLEST_BETA
 from kl_gpu.kinds import KINDS
 from support import DEVICE, DTYPES, GRADIENT, RELATIVE, ROUNDING, TINY, record, to_numpy
 
@@ -88,7 +89,7 @@ def cases(draw: st.DrawFn) -> Case:
         beta = draw(
             st.none()
             | st.sampled_from([0.0, 0.1, 0.5, 0.9] + [1.0] * end)
-            | st.floats(0, 1, exclude_max=not end)
+            | st.floats(SMALLEST_BETA, 1, exclude_max=not end)
         )
     temperature = draw(TEMPERATURES)
     teacher_temperature = draw(st.none() | TEMPERATURES)
