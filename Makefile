@@ -10,7 +10,7 @@ demo: $(READY)  ## distil a small language model through kl_gpu, on the text of 
 	$(BIN)/python examples/distill.py $(ARGS)
 
 test: $(READY)  ## every promise, on every backend that runs here
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+# One process compiles them all; without the group each of several would.
+pytestmark = pytest.mark.xdist_group("compile")
 
 ROOT = Path(__file__).parent.parent
 # H100 has 132 SMs with 4 issue slots at about 1.7 GHz, and 3.0 TB/s: 2 × 2 bytes a pair leave 40 slots in
@@ -18,16 +20,27 @@ ROOT = Path(__file__).parent.parent
 BUDGET = {("value", 2): 40, ("gradient", 2): 59, ("value", 4): 80, ("gradient", 4): 118}
 
 
-@pytest.fixture(scope="module")
-def audits() -> list[dict]:
+def run(program: str) -> list[dict]:
+    """The JSON lines of a program that needs the kernels as the compiler takes them."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "machine_code.py")],
+        [sys.executable, str(ROOT / "tests" / program)],
         capture_output=True, text=True, check=False, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def audits() -> list[dict]:
+    return run("machine_code.py")
+
+
+def test_a_hundred_betas_temperatures_and_row_counts_compile_each_kernel_once() -> None:
+    (found,) = run("compile_keys.py")
+    assert found["families"] == 3
+    assert found["keys"] == {"_value_kernel": 1, "_sums_kernel": 3, "_gradient_kernel": 3}
 
 
 def test_every_kernel_dtype_and_architecture_compiles(audits: list[dict]) -> None:

@@ -1,0 +1,83 @@
+"""How often the Triton kernels touch each logit, counted by the interpreter: the README's traffic."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import kl_gpu
+from kl_gpu.kinds import KINDS
+from support import DEVICE, pair
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the interpreter counts; a GPU does not say")
+
+ROWS, VOCAB = 2, 2055
+
+
+@pytest.fixture
+def touched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Elements read and written per tensor, by name; register tensors with `watch`."""
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    counts: Counter[str] = Counter()
+    load, store = Builder.create_masked_load, Builder.create_masked_store
+
+    def note(action: str, pointers: np.ndarray, mask: np.ndarray) -> None:
+        at = pointers[mask].astype(np.int64)
+        for name, (first, last) in ranges.items():
+            counts[f"{action} {name}"] += int(((at >= first) & (at < last)).sum())
+
+    def counting_load(self, ptrs, mask, *rest):
+        note("read", ptrs.data, mask.data)
+        return load(self, ptrs, mask, *rest)
+
+    def counting_store(self, ptrs, value, mask, *rest):
+        note("write", ptrs.data, mask.data)
+        return store(self, ptrs, value, mask, *rest)
+
+    ranges: dict[str, tuple[int, int]] = {}
+    monkeypatch.setattr(Builder, "create_masked_load", counting_load)
+    monkeypatch.setattr(Builder, "create_masked_store", counting_store)
+    counts.ranges = ranges  # type: ignore[attr-defined]
+    return counts
+
+
+def watch(touched: Counter[str], **tensors: torch.Tensor) -> None:
+    for name, x in tensors.items():
+        touched.ranges[name] = (x.data_ptr(), x.data_ptr() + x.numel() * x.element_size())  # type: ignore[attr-defined]
+
+
+def test_the_counter_sees_a_second_sweep(touched: Counter[str]) -> None:
+    student, teacher = pair(ROWS, VOCAB)
+    watch(touched, student=student)
+    for _ in range(2):
+        kl_gpu.kl_div(student, teacher, backend="triton")
+    assert touched["read student"] == 2 * student.numel()
+
+
+def test_value(kind: str, touched: Counter[str]) -> None:
+    student, teacher = pair(ROWS, VOCAB)
+    watch(touched, student=student, teacher=teacher)
+    kl_gpu.divergence(student, teacher, kind, backend="triton")
+    sweeps = 1 if KINDS[kind].family == "kl" else 2  # 2 U, or 4 U where both normalisers come first
+    for side in ("student", "teacher"):
+        assert touched[f"read {side}"] == sweeps * student.numel()
+        assert touched[f"write {side}"] == 0
+
+
+def test_gradient_in_place_adds_two_reads_and_a_write(kind: str, touched: Counter[str]) -> None:
+    student, teacher = pair(ROWS, VOCAB)
+    leaf = student.clone().requires_grad_()
+    logits = leaf * 1
+    watch(touched, student=logits, teacher=teacher)
+    loss = kl_gpu.divergence(logits, teacher, kind, inplace=True, backend="triton")
+    before = Counter(touched)
+    loss.backward()
+    for side in ("student", "teacher"):
+        assert touched[f"read {side}"] - before[f"read {side}"] == student.numel()
+    assert touched["write student"] == student.numel()
+    assert touched["write teacher"] == 0
