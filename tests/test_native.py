@@ -262,7 +262,7 @@ def test_accuracy(of, dtype, columns, shift):
 @every_kind()
 def test_accuracy_over_a_large_vocabulary(of, dtype):
     for eps, shift in [(1e-6, 0.7), (1e-3, -20.0), (0.1, 0.0), (3.0, 0.7)]:
-        check(*pair(2, 70001, eps, shift, dtype), of, where=f"eps={eps}")
+        check(*pair(1, 70001, eps, shift, dtype), of, where=f"eps={eps}")
 
 
 @pytest.mark.parametrize("beta", [1e-30, 1e-9, 1 - 1e-9])
@@ -280,7 +280,7 @@ def test_a_beta_next_to_an_end(kind, beta):
 @pytest.mark.parametrize("dtype", DTYPES)
 @every_kind(DEFAULTS + MORE)
 def test_identical_logits_give_exact_zeros(of, dtype):
-    _, t = pair(4, 40000, 0, dtype=dtype)
+    _, t = pair(3, 9000, 0, dtype=dtype)
     t[0, 1, 5:70] = -INF
     value, grad_s, grad_t = evaluate(t.clone(), t, of)
     assert (value == 0).all()
@@ -293,8 +293,8 @@ def test_identical_logits_give_exact_zeros(of, dtype):
 def test_peaked_teachers(of, dtype):
     """Most mass on one token late in the row: the first tile's frame does not suit the row."""
     g = torch.Generator().manual_seed(1)
-    t = torch.randn(1, 4, 70001, generator=g)
-    t[0, torch.arange(4), torch.randint(20000, 70001, (4,), generator=g)] = 18.0
+    t = torch.randn(1, 2, 70001, generator=g)
+    t[0, torch.arange(2), torch.randint(20000, 70001, (2,), generator=g)] = 18.0
     for eps in [1e-4, 1e-2, 0.3]:
         s = (t + 2.5 + eps * torch.randn(t.shape, generator=g)).to(dtype)
         check(s, t.to(dtype), of, where=f"eps={eps}")
@@ -690,7 +690,7 @@ FUZZ = """
     ]:
         ends = torch.iinfo(raw)
         for columns in COLUMNS:
-            shape = (1, 100_000 // columns + 2, columns)
+            shape = (1, 30_000 // columns + 2, columns)
             s, t = torch.randint(ends.min, ends.max + 1, (2, *shape), dtype=raw, generator=g).view(dtype)
             # Half the rows: any bits but NaN and +inf, so that something finite comes out.
             for x in (s, t):
