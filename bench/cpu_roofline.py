@@ -1,16 +1,18 @@
 """The CPU kernels against the machine's own memory, torch.compile and eager PyTorch.
 
-    python bench/cpu_roofline.py [--rows 256] [--columns 128256] [--threads 2] [--repeats 15]
+    python -m bench.cpu_roofline [--rows 256] [--columns 128256] [--threads 2] [--repeats 15] [--sizes]
 
 Every candidate takes its turn in every round, so that a busy moment hits all alike; figures are
 medians, and shares are medians of the shares within a round. Counted bytes: value reads both tensors (2 U);
 value and gradient also writes one (3 U). "memory" is a loop over the same buffers that does nothing
-but read them, or read them and write the third past the cache.
+but read them, or read them and write the third past the cache. "kl_div" is the public call, autograd and a
+new gradient buffer included, as the peers have it. --sizes times our kernels alone over V and N instead.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -19,7 +21,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+import kl_gpu
 from kl_gpu import _native, native
+from kl_gpu.problem import Problem
 
 FLOORS = {  # share of memory, times torch.compile, times eager
     ("float32", "value"): (0.88, 3.0, 22),
@@ -48,12 +52,17 @@ def plain(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
+def per_row(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return kl_gpu.kl_div(student, teacher, reduction="none")
+
+
 def candidates(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     n, v = args.rows, args.columns
     teacher = (3 * torch.randn(1, n, v)).to(dtype)
     student = (teacher.float() + 0.7 + 0.5 * torch.randn(1, n, v)).to(dtype)
     grad, row_scale = torch.zeros_like(student), torch.full((n,), 1 / n)
     leaf = student[0].clone().requires_grad_()
+    problem = Problem.of(student, teacher, None, "forward_kl", 0.0, 1.0, 1.0)
     compiled = torch.compile(plain, dynamic=False)
     size = student.numel() * student.element_size()
     s, t, g = student.data_ptr(), teacher.data_ptr(), grad.data_ptr()
@@ -74,16 +83,38 @@ def candidates(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Callab
 
     return {
         "memory/value": lambda: _native.probe_read(s, t, size, args.threads),
-        "ours/value": lambda: native.value(student, teacher, None, "forward_kl", 1.0, 1.0),
+        "ours/value": lambda: native.value(problem),
+        "kl_div/value": value(per_row),
         "compile/value": value(compiled),
         "eager/value": value(plain),
         "memory/value + gradient": lambda: _native.probe_write(s, t, g, size, args.threads),
-        "ours/value + gradient": lambda: native.value_and_gradient(
-            student, teacher, None, row_scale, "forward_kl", 1.0, 1.0, grad, None
-        ),
+        "ours/value + gradient": lambda: native.value_and_gradient(problem, row_scale, None, grad),
+        "kl_div/value + gradient": backward(kl_gpu.kl_div),
         "compile/value + gradient": backward(compiled),
         "eager/value + gradient": backward(plain),
     }
+
+
+def sizes(repeats: int) -> None:
+    """Time per byte over V at 2²⁵ logits, and over N at V = 128256: no size should fall out of line."""
+    grid = [(max(1, 2**25 // v), v) for v in (8192, 32000, 50257, 128256, 151936, 262144)]
+    grid += [(n, 128256) for n in (1, 2, 16, 256, 4096)]
+    print(
+        f"{'N':>6}{'V':>8}" + "".join(f"{name:>26}" for name in ("fp32 value, ps/byte", "value + gradient"))
+    )
+    for n, v in grid:
+        teacher = 3 * torch.randn(1, n, v)
+        student = teacher + 0.5 * torch.randn(1, n, v)
+        grad, row_scale = torch.zeros_like(student), torch.full((n,), 1 / n)
+        problem = Problem.of(student, teacher, None, "forward_kl", 0.0, 1.0, 1.0)
+        value = functools.partial(native.value, problem)
+        both = functools.partial(native.value_and_gradient, problem, row_scale, None, grad)
+        times = interleaved({"value": value, "both": both}, repeats)
+        bytes_ = student.numel() * student.element_size()
+        per_byte = (
+            statistics.median(times[work]) / (k * bytes_) * 1e12 for work, k in (("value", 2), ("both", 3))
+        )
+        print(f"{n:6}{v:8}" + "".join(f"{x:26.1f}" for x in per_byte))
 
 
 def ratio(over: list[float], under: list[float]) -> float:
@@ -97,11 +128,18 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=128256)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--sizes", action="store_true")
     parser.add_argument("--json", help="also write the figures here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    if args.sizes:
+        sizes(args.repeats)
+    else:
+        against_peers(args)
 
+
+def against_peers(args: argparse.Namespace) -> None:
     print(f"{native.isa()}, {args.threads} threads, {args.rows} × {args.columns}, {args.repeats} rounds")
     print(f"{'':27}{'ms':>8}{'GB/s':>7}{'of memory':>15}{'of torch.compile':>20}{'of eager':>16}")
     report = []
@@ -119,6 +157,12 @@ def main() -> None:
             print(
                 f"{name + ' ' + work:27}{seconds * 1e3:8.2f}{rate:7.1f}{share:8.0%} (≥{floor[0]:3.0%})"
                 f"{against_compile:11.1f} × (≥{floor[1]:3.1f}){against_eager:8.1f} × (≥{floor[2]:2d})"
+            )
+            public = times[f"kl_div/{work}"]
+            public_compile, public_eager = (ratio(times[f"{x}/{work}"], public) for x in ("compile", "eager"))
+            print(
+                f"{'  through kl_div':27}{statistics.median(public) * 1e3:8.2f}{'':22}"
+                f"{public_compile:11.1f} ×{'':9}{public_eager:8.1f} ×"
             )
             rounds = {k: v for k, v in times.items() if k.endswith("/" + work)}
             report.append({"dtype": name, "work": work, "passes": passes, "seconds": rounds})

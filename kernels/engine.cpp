@@ -7,6 +7,7 @@
 
 #include "contract.h"
 #include "dispatch.h"
+#include "pages.h"
 #include "pool.h"
 #include "row.h"
 
@@ -211,10 +212,21 @@ void value_of(const Problem& p, R* value, R* stats) {
     for_each_row(layout, [&](std::int64_t r) { value_of_row(layout, r, value + r, stats + r * kStats); });
 }
 
+// Whether a gradient is stored past the cache; then it is also large enough to care for its pages.
 bool streams(const Layout& layout, const Gradient& g, const Logits& logits) {
+    const Problem& p = layout.p;
     // Over the logits' own memory the lines are in cache already.
-    return g.data != nullptr && g.data != logits.data &&
-           layout.rows() * layout.p.columns * size_of(g.dtype) >= kStreamBytes;
+    if (g.data == nullptr || g.data == logits.data ||
+        layout.rows() * p.columns * size_of(g.dtype) < kStreamBytes)
+        return false;
+    const std::int64_t last_row = (p.size_a - 1) * g.stride_a + (p.size_b - 1) * g.stride_b;
+    prefer_large_pages(g.data, (last_row + p.columns) * size_of(g.dtype));
+    return true;
+}
+
+bool any_streams(const Layout& layout, const Gradient& to_a, const Gradient& to_b) {
+    const bool a = streams(layout, to_a, layout.p.a), b = streams(layout, to_b, layout.p.b);
+    return a || b;
 }
 
 template <class R>
@@ -232,7 +244,7 @@ template <class R>
 void gradient_of(const Problem& p, const R* stats, const R* row_scale, const Gradient& to_a,
                  const Gradient& to_b) {
     const Layout layout{p, kernels()};
-    const bool stream = streams(layout, to_a, p.a) || streams(layout, to_b, p.b);
+    const bool stream = any_streams(layout, to_a, to_b);
     if (layout.splits_rows()) {
         for_each_block(layout, [&](std::int64_t r, std::int64_t n) {
             gradient_of_row(layout, r, stats + r * kStats, row_scale[r], to_a, to_b, stream,
@@ -254,7 +266,7 @@ void both_of(const Problem& p, const R* row_scale, R* value, R* stats, const Gra
         gradient_of(p, stats, row_scale, to_a, to_b);
         return;
     }
-    const bool stream = streams(layout, to_a, p.a) || streams(layout, to_b, p.b);
+    const bool stream = any_streams(layout, to_a, to_b);
     for_each_row(layout, [&](std::int64_t r) {
         R* const row_stats = stats + r * kStats;
         value_of_row(layout, r, value + r, row_stats);

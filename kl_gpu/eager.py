@@ -125,16 +125,6 @@ def _kl(a: _Side, b: _Side) -> Tensor:
     return torch.where(enough, plain, careful + shift * 0)
 
 
-def _split(x: Tensor, n: int, dtype: torch.dtype) -> list[Tensor]:
-    """x as a sum of n numbers of `dtype`: three float32 hold all of a float64."""
-    parts = []
-    for _ in range(n):
-        part = x.to(dtype)
-        parts.append(part)
-        x = torch.where(torch.isfinite(part), x - part.to(x.dtype), 0)
-    return parts
-
-
 # From here on r = log b/a, −inf where b has no mass, +inf where a has none; 0 in a column without either.
 # A formula gives, per column, the divergence's term ≥ 0 and a·∂D/∂a, b·∂D/∂b up to a multiple of a and b.
 _Formula = tuple[Tensor, Tensor, Tensor]

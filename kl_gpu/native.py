@@ -14,7 +14,7 @@ from .problem import Problem
 try:
     import kl_gpu._native as _native
 except ImportError:  # installed where no compiler was at hand
-    _native = None
+    _native = None  # type: ignore[assignment]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # As kernels/contract.h numbers them.
@@ -50,12 +50,19 @@ def _target(grad: Tensor | None) -> tuple[int, int, int, int]:
     return grad.data_ptr(), stride_a, stride_b, _DTYPES[grad.dtype]
 
 
-def _arguments(p: Problem) -> tuple:
+_Side = tuple[int, int, int, int, float]
+_Rows = tuple[int, int, int]
+_Sizes = tuple[int, int, int, int]
+
+
+def _arguments(p: Problem) -> tuple[_Side, _Side, _Rows, _Sizes, int, float, bool]:
     """What every entry of the extension begins with."""
     rows = _ALL_ROWS if p.rows is None else (p.rows.data_ptr(), p.rows.stride(0), p.rows.stride(1))
-    sizes = (*p.a.shape, torch.get_num_threads())
+    size_a, size_b, columns = p.a.shape
+    sizes = (size_a, size_b, columns, torch.get_num_threads())
     sides = _side(p.a, p.a_scale), _side(p.b, p.b_scale)
-    return *sides, rows, sizes, _FAMILIES[p.family], p.beta, p.dtype == torch.float64
+    a, b = sides
+    return a, b, rows, sizes, _FAMILIES[p.family], p.beta, p.dtype == torch.float64
 
 
 def _outputs(p: Problem) -> tuple[Tensor, Tensor]:

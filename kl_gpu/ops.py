@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -207,7 +207,7 @@ def _gradient_fake(*_: object) -> None:
 
 
 # One Python function serves every device: the backend argument, resolved by the caller, picks the kernels.
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "value": (_value, _outputs),
     "gradient": (_gradient, _gradient_fake),
     "value_and_gradient": (_value_and_gradient, _outputs),
