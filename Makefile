@@ -1,5 +1,6 @@
 # Every target sets up what it needs: a virtual environment in .venv, from the pinned versions.
 PYTHON ?= python3
+WERROR ?= OFF
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -16,6 +17,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard kernels/*.h kernels/*.cpp kernels/bindings/*.cpp)
 
 bench: $(READY)  ## ours against plain PyTorch and torch.compile on the device at hand
 	$(BIN)/python -m bench $(ARGS)
@@ -30,7 +32,7 @@ sanitize:
 
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/* kernels/bindings/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	SKBUILD_CMAKE_DEFINE=KL_GPU_WERROR=$(WERROR) $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable ".[triton,test,bench,demo,lint]"
 	touch $@
 

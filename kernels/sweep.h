@@ -234,6 +234,10 @@ inline float first_shift(const Stretch<T>& in, float scale, float m) {
     return search(in.a, in.b, in.columns, d) || search(in.last_a, in.last_b, in.rest, d) ? d : 0;
 }
 
+// A frame this far (in ln 2) below the mean is too coarse to measure from: 2^54 comes of an exponent that
+// was rounded by 2e-6, and it hides the move itself, since a2 is as large.
+constexpr double kFarMove = 4;
+
 // Collects the state of a block of columns.
 class Collector {
 public:
@@ -249,7 +253,7 @@ public:
         State both = add(piece);
         if (moves_the_mean_far(both)) {
             const double left = both.a2 - kLn2 * both.a1 * both.a1 / (2 * both.z);
-            if (piece.has_mass() && piece.spent > 4 * left) {
+            if (piece.has_mass() && (is_far_from_mean(both) || piece.spent > 4 * left)) {
                 piece = look(in, at_mean(piece));
                 both = add(piece);
             }
@@ -314,8 +318,11 @@ private:
 
     // True where, seen from here, more than three quarters of a2 would cancel in the end.
     static bool moves_the_mean_far(const State& s) {
-        return s.has_mass() && s.a1 * s.a1 * kLn2 > 1.5 * s.a2 * s.z && std::isfinite(s.a2);
+        return s.has_mass() && std::isfinite(s.a2) &&
+               (is_far_from_mean(s) || s.a1 * s.a1 * kLn2 > 1.5 * s.a2 * s.z);
     }
+
+    static bool is_far_from_mean(const State& s) { return std::fabs(s.a1) > kFarMove * s.z; }
 
     float scale_;
     Frame frame_;

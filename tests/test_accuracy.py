@@ -148,6 +148,20 @@ def test_mass_that_the_weights_underflow_on(backend: str, kind: str) -> None:
         check_gradients(s, t, gradients(s, t, kind, backend), kind, backend, "underflow")
 
 
+def test_a_first_column_far_from_the_mean(backend: str, kind: str) -> None:
+    # A reference taken there measures from 50 nats away, where exponents are rounded by 2e-6.
+    teacher = torch.tensor(
+        [-5.03219, -3.54334, -2.20487, 6.266675, 1.57605, 0.522530, 2.06185], device=DEVICE
+    )
+    student = torch.tensor(
+        [-19.5943, -15.1598, -3.88986, 29.317718, 13.5713, -12.3070, -2.10458], device=DEVICE
+    )
+    for repeats in (1, 100, 300):
+        for shift in (0.0, 16.0, 23.5):
+            s, t = (student - shift).repeat(2, repeats), teacher.repeat(2, repeats)
+            check_value(rows(s, t, kind, backend), s, t, kind, backend, "far first column")
+
+
 @pytest.mark.parametrize("offset", [100.0, 1000.0, -1000.0])
 def test_logits_far_from_zero(backend: str, kind: str, offset: float) -> None:
     student, teacher = pair(2, 2055, spread=0.1)
