@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
@@ -38,16 +39,28 @@ _library.define(f"value_and_gradient({_INPUTS}, Tensor row_scale, {_NUMBERS}, {_
 
 
 @cache
-def _has_triton() -> bool:
+def _is_installed(module: str) -> bool:
     try:
-        return importlib.util.find_spec("triton") is not None
+        return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):  # blocked, or half removed
         return False
 
 
-@cache
+def _has_triton() -> bool:
+    return _is_installed("triton")
+
+
 def _has_native() -> bool:
-    return importlib.util.find_spec("kl_gpu._native") is not None
+    return _is_installed("kl_gpu._native")
+
+
+@cache
+def _say_that_native_is_missing() -> None:
+    warnings.warn(
+        "kl_gpu was installed without its compiled CPU kernels (no working C++20 compiler was found): "
+        "CPU tensors go through the slower eager backend",
+        stacklevel=2,
+    )
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:
@@ -59,12 +72,17 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
     if backend is None:
         if device.type == "cpu" and _has_native():
             return "native"
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            _say_that_native_is_missing()
         return "triton" if device.type in _TRITON_DEVICES and _has_triton() else "eager"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if backend == "native":
         if not _has_native():
-            raise ValueError("backend='native' needs the compiled kernels, which this installation has not")
+            raise ValueError(
+                "backend='native' needs the compiled kernels, which this installation has not: "
+                "install kl_gpu again where a C++20 compiler is at hand"
+            )
         if device.type != "cpu":
             raise ValueError(f"backend='native' runs on the CPU, got tensors on {device}")
     if backend == "triton":

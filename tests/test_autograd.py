@@ -49,6 +49,31 @@ def test_second_backward_with_retain_graph_is_not_scaled_twice(backend: str, kin
     assert first.abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_incoming_gradient_other_than_one(backend: str, kind: str, dtype: torch.dtype) -> None:
+    # Scaling what was rounded to 16 bits, or written over before, would be wrong in the second figure.
+    student, teacher = pair(3, 300, dtype=dtype)
+    leaves = student.clone().requires_grad_(), teacher.clone().requires_grad_()
+    loss = kl_gpu.divergence(*leaves, kind, backend=backend)
+    for factor in (0.3, 1.0, -7.0, 1.0):
+        outer = torch.tensor(factor, device=DEVICE)
+        grads = torch.autograd.grad(loss, leaves, outer, retain_graph=True)
+        check_gradients(student, teacher, grads, kind, backend, f"× {factor}", scale=factor / 3)
+
+
+def test_factors_that_need_a_gradient_get_one(backend: str, kind: str) -> None:
+    student, teacher = pair(4, 40)
+    student.requires_grad_()
+    weight = torch.rand(4, device=DEVICE, requires_grad=True)
+    normalizer = torch.tensor(3.0, device=DEVICE, requires_grad=True)
+    loss = kl_gpu.divergence(student, teacher, kind, weight=weight, normalizer=normalizer, backend=backend)
+    loss.backward()
+    rows = kl_gpu.divergence(student.detach(), teacher, kind, reduction="none", backend=backend)
+    torch.testing.assert_close(weight.grad, rows / 3, rtol=1e-6, atol=0)
+    torch.testing.assert_close(normalizer.grad, -loss.detach() / 3, rtol=1e-6, atol=0)
+    assert student.grad.abs().max() > 1e-4
+
+
 def test_second_derivative_raises(backend: str, kind: str) -> None:
     student, teacher = pair(3, 40)
     student.requires_grad_()

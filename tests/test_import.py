@@ -11,25 +11,44 @@ def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
-def test_without_triton() -> None:
-    code = """
+BLOCK = """
 import importlib.abc, sys
 class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "triton":
+        if name == BLOCKED or name.startswith(BLOCKED + "."):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Block())
-import torch, kl_gpu
-print(float(kl_gpu.kl_div(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))))
+import torch, warnings, kl_gpu
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        value = kl_gpu.kl_div(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
+print(float(value))
+print(len(said), *(str(w.message) for w in said))
 try:
-    kl_gpu.kl_div(torch.zeros(1, 2), torch.zeros(1, 2), backend="triton")
+    kl_gpu.kl_div(torch.zeros(1, 2), torch.zeros(1, 2), backend=BACKEND)
 except ValueError as error:
     print(error)
 """
-    value, message = run(code).splitlines()
-    assert abs(float(value) - 0.46211715726) < 1e-6  # tanh(1/2)
+
+
+def without(module: str, backend: str) -> list[str]:
+    lines = run(f"BLOCKED, BACKEND = {module!r}, {backend!r}\n{BLOCK}").splitlines()
+    assert abs(float(lines[0]) - 0.46211715726) < 1e-6  # tanh(1/2)
+    return lines[1:]
+
+
+def test_without_triton() -> None:
+    _, message = without("triton", "triton")
     assert "triton" in message
     assert "not installed" in message
+
+
+def test_without_the_compiled_kernels() -> None:
+    said, message = without("kl_gpu._native", "native")
+    assert said.startswith("1 ")
+    assert "without its compiled CPU kernels" in said
+    assert "install kl_gpu again" in message
 
 
 def test_import_leaves_triton_alone_and_is_quick() -> None:
