@@ -19,7 +19,9 @@ def test_gradcheck_of_both_sides(backend: str, kind: str, temperature: float) ->
             s, t, kind, temperature=temperature, weight=weight, reduction="none", backend=backend
         )
 
-    assert torch.autograd.gradcheck(call, (student, teacher), eps=1e-6, atol=1e-7, rtol=1e-5)
+    # fast_mode projects on random directions; column by column the interpreter would take minutes.
+    fast = backend == "triton" and DEVICE.type == "cpu"
+    assert torch.autograd.gradcheck(call, (student, teacher), eps=1e-6, atol=1e-7, rtol=1e-5, fast_mode=fast)
 
 
 def test_only_the_side_that_asks_gets_a_gradient(backend: str, kind: str) -> None:
