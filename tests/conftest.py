@@ -35,6 +35,15 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture
+def wide_programs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 16384 columns under the interpreter, which takes as long for a small one."""
+    if backend == "triton" and DEVICE.type == "cpu":
+        from kl_gpu.triton import launch
+
+        monkeypatch.setattr(launch, "WARPS", 64)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

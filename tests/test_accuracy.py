@@ -21,15 +21,6 @@ def gradients(student, teacher, kind, backend, scale=1.0, **options):
     return student.grad, teacher.grad
 
 
-@pytest.fixture
-def wide_programs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 16384 columns under the interpreter, which takes as long for a small one."""
-    if backend == "triton" and DEVICE.type == "cpu":
-        from kl_gpu.triton import launch
-
-        monkeypatch.setattr(launch, "WARPS", 64)
-
-
 @pytest.mark.parametrize("vocab", [7, 1000, 32000, 128256])
 @pytest.mark.parametrize("shift", [0.0, 0.7])
 @pytest.mark.usefixtures("wide_programs")
