@@ -8,17 +8,27 @@ import pytest
 from scipy.special import rel_entr, softmax
 
 from kl_gpu import reference
-from kl_gpu.kinds import KINDS
+from kl_gpu.kinds import KINDS, Kind
 
 
-def exact_kl(a: np.ndarray, b: np.ndarray) -> mpmath.mpf:
-    """KL(softmax a ‖ softmax b) by its definition, in 60 digits."""
+def exact(of: Kind, a: np.ndarray, b: np.ndarray) -> mpmath.mpf:
+    """The divergence of softmax a and softmax b by its definition, in 60 digits."""
+
+    def kl(x: list, y: list) -> mpmath.mpf:
+        return mpmath.fsum(u * (mpmath.log(u) - mpmath.log(v)) for u, v in zip(x, y, strict=True))
+
     with mpmath.workdps(60):
         ea, eb = [mpmath.exp(mpmath.mpf(float(x))) for x in a], [mpmath.exp(mpmath.mpf(float(x))) for x in b]
-        za, zb = mpmath.fsum(ea), mpmath.fsum(eb)
-        return mpmath.fsum(
-            x / za * (mpmath.log(x / za) - mpmath.log(y / zb)) for x, y in zip(ea, eb, strict=True)
-        )
+        p, q = [x / mpmath.fsum(ea) for x in ea], [x / mpmath.fsum(eb) for x in eb]
+        beta = mpmath.mpf(of.beta or 0)
+        m = [beta * x + (1 - beta) * y for x, y in zip(p, q, strict=True)]
+        return {
+            "kl": lambda: kl(p, q),
+            "jeffreys": lambda: (1 - beta) * kl(p, q) + beta * kl(q, p),
+            "js": lambda: beta * kl(p, m) + (1 - beta) * kl(q, m),
+            "skew": lambda: kl(p, m),
+            "tv": lambda: mpmath.fsum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2,
+        }[of.family]()
 
 
 @pytest.mark.parametrize("spread", [1e-7, 1e-6, 1e-3, 0.1, 1.0, 10.0, 100.0])
@@ -27,7 +37,7 @@ def test_values_against_mpmath(kind: str, spread: float, shift: float) -> None:
     rng = np.random.default_rng(1)
     teacher = 3 * rng.standard_normal(9)
     student = teacher + shift + spread * rng.standard_normal(9)
-    want = exact_kl(*KINDS[kind].order(student, teacher))
+    want = exact(KINDS[kind], *KINDS[kind].order(student, teacher))
     got = reference.divergence(student, teacher, kind)
     # float64 log-probabilities of size |shift| carry an error of |shift|·2⁻⁵³, against a spread of `spread`.
     tolerance = 1e-13 + 2e-16 * (30 + abs(shift)) / min(spread, 1.0) * 10
@@ -48,7 +58,16 @@ def test_values_against_rel_entr(kind: str) -> None:
     student[0, :9] = -np.inf
     a, b = KINDS[kind].order(softmax(student / 2, axis=-1), softmax(teacher / 0.5, axis=-1))
     got = reference.divergence(student, teacher, kind, temperature=2.0, teacher_temperature=0.5)
-    np.testing.assert_allclose(got, rel_entr(a, b).sum(-1), rtol=1e-12)
+    beta = KINDS[kind].beta or 0.0
+    m = beta * a + (1 - beta) * b
+    want = {
+        "kl": rel_entr(a, b),
+        "jeffreys": (1 - beta) * rel_entr(a, b) + beta * rel_entr(b, a),
+        "js": beta * rel_entr(a, m) + (1 - beta) * rel_entr(b, m),
+        "skew": rel_entr(a, m),
+        "tv": np.abs(a - b) / 2,
+    }[KINDS[kind].family].sum(-1)
+    np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
 def test_gradients_against_finite_differences(kind: str) -> None:
