@@ -104,6 +104,8 @@ RowResult finish(const State& s) {
     // Past 2^20 an fp32 holds too little of m and c to subtract them.
     out.trusted = !(s.flags & (kSawHugeA | kSawFarB)) && std::isfinite(s.z) && std::isfinite(s.a1) &&
                   std::isfinite(s.a2) && std::fabs(s.frame.m) < 0x1p20f && std::fabs(s.frame.c) < 0x1p20f;
+    // What lse(b) rests on matters where the value is infinite, too: the gradient is q - p there.
+    out.sums_b_too = (s.flags & kSawTail) && y >= 0.5;
     if (s.flags & kSawInfinite) {
         // Columns that b excludes pull y towards -1, where 1 + y is what is left of a subtraction.
         out.divergence = std::numeric_limits<double>::infinity();
@@ -114,7 +116,6 @@ RowResult finish(const State& s) {
     const double errors = kLn2 * s.spent / s.z / (1 + y);
     if (!(y > -1) || errors > 8 * out.divergence) out.trusted = false;
     if ((s.flags & kSawFarTail) && y < 0.5) out.trusted = false;
-    out.sums_b_too = (s.flags & kSawTail) && y >= 0.5;
     // d carries an error of up to 2^-24 |c|; that is nothing as long as the typical x is not far below c.
     const double c = static_cast<double>(s.frame.c) * kLn2;
     if ((s.flags & kSawRounding) && 2 * out.divergence * 1024 < c * c) out.trusted = false;

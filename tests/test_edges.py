@@ -75,6 +75,22 @@ def test_zero_probability_on_the_other_side(backend: str, kind: str, vocab: int,
     assert all(torch.isfinite(g[::2]).all() for g in grads)
 
 
+@pytest.mark.parametrize("kind", KLS)
+def test_an_infinite_value_leaves_the_other_gradient_exact(backend: str, kind: str) -> None:
+    # The other side's mass lies where the weights have next to none: its normaliser must not be summed
+    # from large ratios times small weights.
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.randn(64, 33, generator=generator).to(DEVICE)
+    other = 20 * torch.randn(64, 33, generator=generator).to(DEVICE)
+    other[:, 3] = -INF
+    student, teacher = sides(kind, weights, other)
+    value, *grads = evaluate(student, teacher, kind, backend)
+    assert (value == INF).all()
+    p, q = weights.double().softmax(-1), other.double().softmax(-1)
+    error = (by_weights(kind, *grads)[1].double() - (q - p)).abs()
+    assert (error <= (2e-6 + 6e-8) * torch.maximum(p, q)).all()
+
+
 @pytest.mark.parametrize("vocab", WIDTHS)
 @pytest.mark.parametrize("level", [1.0, -200.0])
 def test_zero_probabilities_as_the_reference_has_them(
