@@ -11,6 +11,7 @@ from torch import Tensor
 from . import checks, ops
 from .autograd import Call, RowDivergence, WeightedSum
 from .kinds import KINDS
+from .problem import arithmetic
 
 _DIRECTIONS = {"forward": "forward_kl", "reverse": "reverse_kl"}
 
@@ -212,7 +213,7 @@ def _gradient_at_once(
 
 
 def _row_scale(lead: torch.Size, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
-    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    dtype = arithmetic(student, teacher)
     if weight is None:
         return torch.ones(lead, dtype=dtype, device=student.device)
     return weight.detach().to(dtype)

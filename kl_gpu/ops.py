@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .kinds import KINDS, STATS
-from .problem import Problem
+from .problem import Problem, arithmetic
 
 _MODULES = {"triton": "kl_gpu.triton", "native": "kl_gpu.native", "eager": "kl_gpu.eager"}
 BACKENDS = tuple(_MODULES)
@@ -149,7 +149,7 @@ def _joined(parts: list[tuple[Tensor, Tensor]], lead: torch.Size) -> tuple[Tenso
 
 def _outputs(student: Tensor, teacher: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     lead = student.shape[:-1]
-    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    dtype = arithmetic(student, teacher)
     return student.new_empty(lead, dtype=dtype), student.new_empty((*lead, STATS), dtype=dtype)
 
 

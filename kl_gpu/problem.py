@@ -10,6 +10,11 @@ from torch import Tensor
 from .kinds import KINDS
 
 
+def arithmetic(a: Tensor, b: Tensor) -> torch.dtype:
+    """What rows are computed in: float64 if either side is, else float32."""
+    return torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
+
+
 class Problem(NamedTuple):
     """One family of divergences between a and b, row by row.
 
@@ -51,5 +56,4 @@ class Problem(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What rows are computed and returned in: float64 if either side is, else float32."""
-        return torch.float64 if torch.float64 in (self.a.dtype, self.b.dtype) else torch.float32
+        return arithmetic(self.a, self.b)

@@ -1,24 +1,31 @@
 """The specification: divergences of two categorical distributions given by logits, in NumPy float64.
 
 Written to be read beside the formulas; every backend is tested against it. Shapes are `[..., V]`, rows
-are independent, values are in nats. p = softmax(teacher / T_t), q = softmax(student / T_s).
+are independent, values are in nats. p = softmax(teacher / T_t), q = softmax(student / T_s). Logits wider
+than float64 are computed with as they are: that is how float64 kernels get a judge.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .kinds import KINDS, Kind
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
+
+
+def _wide(x: ArrayLike) -> Array:
+    x = np.asarray(x)
+    return x.astype(np.result_type(x, np.float64), copy=False)
 
 
 def g(x: ArrayLike) -> Array:
     """g(x) = eˣ − 1 − x ≥ 0, to a few ulp for every x."""
-    x = np.asarray(x, np.float64)
+    x = _wide(x)
     near = np.clip(x, -0.25, 0.25)
     # Below 1/4 the subtraction expm1(x) − x would lose digits; 14 terms of the series reach 1e-19 there.
     series = np.zeros_like(near)
@@ -30,7 +37,7 @@ def g(x: ArrayLike) -> Array:
 
 def log_softmax(logits: ArrayLike, temperature: float = 1.0) -> Array:
     """log softmax(logits / T) over the last axis; a row with NaN, +inf or only −inf is NaN throughout."""
-    z = np.asarray(logits, np.float64) / temperature
+    z = _wide(logits) / temperature
     m = z.max(axis=-1, keepdims=True)
     m = np.where(np.isfinite(m), m, np.nan)
     return (z - m) - np.log(np.exp(z - m).sum(axis=-1, keepdims=True))

@@ -210,7 +210,7 @@ class Rows:
 
 def judged(s: np.ndarray, t: np.ndarray, case: Case) -> Rows:
     """Value, gradients and their bounds, for rows of factor 1."""
-    kind = KINDS[case.kind].at(case.beta)[0]  # at an end of β, the kind that it is there
+    kind, beta = KINDS[case.kind].at(case.beta)  # at an end of β, the kind that it is there
     own_t, other_t = case.temperature, case.teacher_temperature or case.temperature
     options = {"beta": case.beta, "temperature": own_t, "teacher_temperature": other_t}
     with np.errstate(all="ignore"):
@@ -238,10 +238,17 @@ def judged(s: np.ndarray, t: np.ndarray, case: Case) -> Rows:
         value_bound = np.where(same, 0.0, value_bound)
 
         absent = np.isneginf(s) & np.isneginf(t)
+        # The logarithms that weigh the terms. Where one side has no mass, the mixture's stay finite ...
         apart = np.abs(log_p - log_q)
-        ratio = np.maximum(
-            np.where(np.isfinite(apart), apart, 1.0), np.where(np.isfinite(value), value, 1.0)[..., None]
-        )
+        one_sided = -math.log(min(beta, 1 - beta)) if KINDS[kind].family in ("js", "skew") else 1.0
+        # ... and where one half of Jeffreys is infinite, the other still weighs its side's gradient.
+        halves = [value]
+        if kind == "jeffreys":
+            of = ("forward_kl", "reverse_kl")
+            times = {"temperature": own_t, "teacher_temperature": other_t}
+            halves += [reference.divergence(s, t, half, **times) for half in of]
+        means = np.max([np.where(np.isfinite(x), x, 1.0) for x in halves], axis=0)
+        ratio = np.maximum(np.where(np.isfinite(apart), apart, one_sided), means[..., None])
         sides, bounds = [], []
         for name, gradient, log_own, temperature in zip(
             ("student", "teacher"), gradients, (log_q, log_p), (own_t, other_t), strict=True

@@ -12,6 +12,7 @@ from .launch import ProgramShape, configuration, geometry, high_low
 from .sums import formula_tile
 from .tiles import (
     LOG2E,
+    load_row_statistics,
     log_probability_ratio,
     narrow,
     one_minus_exp,
@@ -93,16 +94,10 @@ def _gradient_kernel(
     a_row = row_start(a_ptr, row, n_inner, a_outer, a_inner) + offsets
     b_row = row_start(b_ptr, row, n_inner, b_outer, b_inner) + offsets
     stats = stats_ptr + row.to(tl.int64) * _STATS
-    n_a = tl.load(stats)
-    inv_a = tl.load(stats + 1)
-    n_b = tl.load(stats + 2)
-    inv_b = tl.load(stats + 3)
-    c = tl.load(stats + 4)
-    lam = tl.load(stats + 5)
-    value = tl.load(stats + 6)
+    n_a, inv_a, n_b, inv_b, c, lam, value = load_row_statistics(stats)
     # What a·∂D/∂a and b·∂D/∂b sum to over the row: for KL(a‖b), −a·r gives the KL and b − a gives 0.
     mean_a = value
-    mean_b = value * 0.0
+    mean_b = tl.zeros_like(value)
     if FAMILY != "kl":
         mean_a = tl.load(stats + 7)
         mean_b = tl.load(stats + 8)
@@ -113,9 +108,7 @@ def _gradient_kernel(
     # mean leaves its side no gradient either: NaN, never a silent 0.
     nan = tl.full([], float("nan"), CT)
     up_a = tl.where((value == value) & (tl.abs(mean_a) < float("inf")), upstream * a_scale.to(CT), nan)
-    up_b = tl.where(value == value, upstream * b_scale.to(CT), nan)
-    if FAMILY != "kl":
-        up_b = tl.where(tl.abs(mean_b) < float("inf"), up_b, nan)
+    up_b = tl.where((value == value) & (tl.abs(mean_b) < float("inf")), upstream * b_scale.to(CT), nan)
     beta = wide(beta_high, beta_low)
     rest = (1.0 - beta).to(CT)
     beta = beta.to(CT)

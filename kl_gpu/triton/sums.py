@@ -10,7 +10,15 @@ from ..kinds import STATS
 from ..problem import Problem
 from .formulas import formula
 from .launch import ProgramShape, configuration, geometry, high_low
-from .tiles import LOG2E, log_probability_ratio, row_start, scaled_exp, tile_offsets, wide
+from .tiles import (
+    LOG2E,
+    load_row_statistics,
+    log_probability_ratio,
+    row_start,
+    scaled_exp,
+    tile_offsets,
+    wide,
+)
 
 _STATS = tl.constexpr(STATS)
 
@@ -29,6 +37,19 @@ def formula_tile(
     return p_a, p_b, terms, flow_a, flow_b
 
 
+@triton.jit
+def _add_tile(
+    a, b, value, mean_a, mean_b, n_a, inv_a, n_b, inv_b, c, lam, beta, rest,
+    k_a, k_b, scale, a_scale, b_scale,
+    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr,
+):  # fmt: skip
+    _, _, terms, flow_a, flow_b = formula_tile(
+        a, b, n_a, inv_a, n_b, inv_b, c, lam, beta, rest, k_a, k_b, scale, a_scale, b_scale,
+        SAME_SCALE, EXACT, FAMILY,
+    )  # fmt: skip
+    return value + tl.sum(terms, axis=1), mean_a + tl.sum(flow_a, axis=1), mean_b + tl.sum(flow_b, axis=1)
+
+
 @triton.jit(do_not_specialize=["n_inner"])
 def _sums_kernel(
     a_ptr, b_ptr, rows_ptr, value_ptr, stats_ptr,
@@ -42,13 +63,7 @@ def _sums_kernel(
         if tl.load(rows_ptr + row) == 0:
             return
     stats = stats_ptr + row.to(tl.int64) * _STATS
-    n_a = tl.load(stats)
-    inv_a = tl.load(stats + 1)
-    n_b = tl.load(stats + 2)
-    inv_b = tl.load(stats + 3)
-    c = tl.load(stats + 4)
-    lam = tl.load(stats + 5)
-    kl = tl.load(stats + 6)
+    n_a, inv_a, n_b, inv_b, c, lam, kl = load_row_statistics(stats)
     a_row = row_start(a_ptr, row, n_inner, a_outer, a_inner)
     b_row = row_start(b_ptr, row, n_inner, b_outer, b_inner)
     a_scale = wide(a_scale_high, a_scale_low)
@@ -69,24 +84,18 @@ def _sums_kernel(
     for start in range(0, full, BLOCK):
         a = tl.load(a_row + start + offsets).to(CT)
         b = tl.load(b_row + start + offsets).to(CT)
-        _, _, terms, flow_a, flow_b = formula_tile(
-            a, b, n_a, inv_a, n_b, inv_b, c, lam, beta, rest, k_a, k_b, scale, a_scale, b_scale,
-            SAME_SCALE, EXACT, FAMILY,
+        value, mean_a, mean_b = _add_tile(
+            a, b, value, mean_a, mean_b, n_a, inv_a, n_b, inv_b, c, lam, beta, rest,
+            k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY,
         )  # fmt: skip
-        value += tl.sum(terms, axis=1)
-        mean_a += tl.sum(flow_a, axis=1)
-        mean_b += tl.sum(flow_b, axis=1)
     if full < V:
         inside = full + offsets < V
         a = tl.load(a_row + full + offsets, mask=inside, other=-float("inf")).to(CT)
         b = tl.load(b_row + full + offsets, mask=inside, other=-float("inf")).to(CT)
-        _, _, terms, flow_a, flow_b = formula_tile(
-            a, b, n_a, inv_a, n_b, inv_b, c, lam, beta, rest, k_a, k_b, scale, a_scale, b_scale,
-            SAME_SCALE, EXACT, FAMILY,
+        value, mean_a, mean_b = _add_tile(
+            a, b, value, mean_a, mean_b, n_a, inv_a, n_b, inv_b, c, lam, beta, rest,
+            k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY,
         )  # fmt: skip
-        value += tl.sum(terms, axis=1)
-        mean_a += tl.sum(flow_a, axis=1)
-        mean_b += tl.sum(flow_b, axis=1)
     total = tl.sum(value)
     total = tl.where(total < 0, 0.0, total)
     total = tl.where(kl == kl, total, kl)  # a row without a distribution

@@ -183,6 +183,15 @@ def log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr, EXACT:
 
 
 @triton.jit
+def load_row_statistics(stats):
+    """What `kl_value` left of a row: n_a, 1/Z_a, n_b, 1/Z_b, c, lam and the value."""
+    return (
+        tl.load(stats), tl.load(stats + 1), tl.load(stats + 2), tl.load(stats + 3),
+        tl.load(stats + 4), tl.load(stats + 5), tl.load(stats + 6),
+    )  # fmt: skip
+
+
+@triton.jit
 def log_probability_ratio(
     a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr
 ):
