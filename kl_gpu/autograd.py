@@ -79,7 +79,7 @@ def _gradients(
         grads = _buffers(student, teacher, call, needs)
         narrow = [None if grad is None else call.columns(grad) for grad in grads]
         sides = call.columns(student), call.columns(teacher)
-        ops.gradient(*sides, rows, stats, row_scale.to(stats.dtype), *call.numbers, *narrow)
+        ops.gradient(*sides, rows, stats, row_scale.to(stats.dtype), None, *call.numbers, *narrow)
         for grad in grads:
             if grad is not None:
                 call.zero_rest(grad)
@@ -123,7 +123,7 @@ class WeightedSum(torch.autograd.Function):
 
     The gradient is written in forward, while the rows are in cache, for the incoming gradient of 1 that
     `loss.backward()` brings. Any other one gets it computed again from the logits: scaling what was rounded
-    to 16 bits would round it twice.
+    to 16 bits would round it twice. Which of the two it is, the backend finds out where the number lies.
     """
 
     @staticmethod
@@ -138,16 +138,22 @@ class WeightedSum(torch.autograd.Function):
             if grad is not None:
                 call.zero_rest(grad)
         # The logits too: modifying them before backward must raise, as it does everywhere else.
-        ctx.save_for_backward(student, teacher, rows, row_scale, stats, *grads)
-        ctx.call = call
+        ctx.save_for_backward(student, teacher, rows, row_scale, stats)
+        ctx.call, ctx.grads = call, grads
         return (value * row_scale).sum()
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, rows, row_scale, stats, *saved = ctx.saved_tensors
-        grads: Grads = (saved[0], saved[1])
-        if incoming.item() != 1:
-            scale = incoming * row_scale
+        student, teacher, rows, row_scale, stats = ctx.saved_tensors
+        call = ctx.call
+        # Given away once: a second backward must not write over what the first one returned.
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
             needs = ctx.needs_input_grad[:2]
-            grads = _gradients(student, teacher, rows, stats, scale, ctx.call, needs)
+            grads = _gradients(student, teacher, rows, stats, incoming * row_scale, call, needs)
+        else:
+            with torch.no_grad():
+                narrow = [None if grad is None else call.columns(grad) for grad in grads]
+                sides = call.columns(student), call.columns(teacher)
+                ops.gradient(*sides, rows, stats, row_scale, incoming, *call.numbers, *narrow)
         return (*_once_differentiable(grads, incoming, student, teacher), None, None, None)

@@ -261,7 +261,7 @@ def _formula_gradients(p: Problem, a: Tensor, b: Tensor, sums: tuple[Tensor, ...
 
 
 def gradient(
-    p: Problem, stats: Tensor, row_scale: Tensor, grad_a: Tensor | None, grad_b: Tensor | None
+    p: Problem, stats: Tensor, row_scale: Tensor, grad_a: Tensor | None, grad_b: Tensor | None, _: None = None
 ) -> None:
     """Write row_scale · ∂divergence/∂logits into the given `[A, B, V]` buffers; either may be None."""
     worker = _worker(p.a.device)

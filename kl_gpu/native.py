@@ -78,9 +78,21 @@ def value(p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def gradient(
-    p: Problem, stats: Tensor, row_scale: Tensor, grad_a: Tensor | None, grad_b: Tensor | None
+    p: Problem,
+    stats: Tensor,
+    row_scale: Tensor,
+    grad_a: Tensor | None,
+    grad_b: Tensor | None,
+    incoming: Tensor | None = None,
 ) -> None:
-    """Write row_scale · ∂value/∂logits. A gradient may lie over the very logits it belongs to."""
+    """Write incoming · row_scale · ∂value/∂logits. A gradient may lie over the very logits it belongs to.
+
+    With an incoming gradient (0-d) of 1 the buffers stay as they are: `value_and_gradient` filled them.
+    """
+    if incoming is not None:
+        if incoming.item() == 1:
+            return
+        row_scale = row_scale * incoming
     _native.gradient(*_arguments(p), stats.data_ptr(), row_scale.data_ptr(), _target(grad_a), _target(grad_b))
 
 

@@ -27,14 +27,16 @@ BACKENDS = tuple(_MODULES)
 _TRITON_DEVICES = frozenset({"cuda", "xpu"})
 
 # Backends that compute value and gradient in one visit of the row where the row factors are known.
-_FUSED = frozenset({"native"})
+_FUSED = frozenset({"native", "triton"})
 
 _library = torch.library.Library("kl_gpu", "DEF")
 _INPUTS = "Tensor student, Tensor teacher, Tensor? rows"
 _NUMBERS = "str kind, float beta, float student_scale, float teacher_scale, str backend"
 _GRADS = "Tensor(a!)? grad_student, Tensor(b!)? grad_teacher"
 _library.define(f"value({_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor)")
-_library.define(f"gradient({_INPUTS}, Tensor stats, Tensor row_scale, {_NUMBERS}, {_GRADS}) -> ()")
+_library.define(
+    f"gradient({_INPUTS}, Tensor stats, Tensor row_scale, Tensor? incoming, {_NUMBERS}, {_GRADS}) -> ()"
+)
 _library.define(f"value_and_gradient({_INPUTS}, Tensor row_scale, {_NUMBERS}, {_GRADS}) -> (Tensor, Tensor)")
 
 
@@ -177,6 +179,7 @@ def _gradient(
     rows: Tensor | None,
     stats: Tensor,
     row_scale: Tensor,
+    incoming: Tensor | None,
     kind: str,
     beta: float,
     student_scale: float,
@@ -192,7 +195,7 @@ def _gradient(
     # contiguous: the gradient of a sum comes as one number with stride 0, which a kernel would read past.
     flat_stats, flat_scale = stats.reshape(-1, STATS), row_scale.contiguous().view(-1)
     for part, problem, *grads in _problems(student, teacher, rows, numbers, grad_student, grad_teacher):
-        run(problem, flat_stats[part], flat_scale[part], *grads)
+        run(problem, flat_stats[part], flat_scale[part], *grads, incoming)
 
 
 def _value_and_gradient(

@@ -1,15 +1,10 @@
-"""KL(a‖b) from logits: value in one pass over memory, and the statistics that later sweeps start from."""
+"""KL(a‖b) of a row in one pass over memory, and the statistics that the row's later sweeps start from."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..kinds import STATS
-from ..problem import Problem
-from .launch import ProgramShape, configuration, geometry
 from .tiles import (
     LOG2E,
     NO_REFERENCE,
@@ -21,14 +16,8 @@ from .tiles import (
     log1p_minus,
     log_ratio,
     rebase,
-    row_start,
     tile_offsets,
-    wide,
 )
-
-# Row statistics: n_a, 1/Z_a, n_b, 1/Z_b (so that a_i = 2^(k_a·logit − n_a)/Z_a), then c and lam with
-# log(b_i/a_i) = x_i − lam, and the value. The sums of other families follow (sums.py).
-_STATS = tl.constexpr(STATS)
 
 
 @triton.jit
@@ -111,14 +100,15 @@ def _finish(z, a1, a2):
 @triton.jit
 def _careful_row(
     a_row, b_row, V, k_a, k_b, scale, a_scale, b_scale, c_scale,
-    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr,
+    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A row that the one-pass sums cannot do: −inf logits, disjoint supports, overflow. Three sweeps.
 
     Sides are normalised by their own maxima, and columns where x is large add b's mass instead of w·g(x).
     """
     INF: tl.constexpr = float("inf")
-    offsets = tile_offsets(R, VEC)
+    offsets = tile_offsets(R, VEC, WIDE)
     top_a = tl.full([R, VEC], -INF, CT)
     top_b = tl.full([R, VEC], -INF, CT)
     for start in range(0, V, R * VEC):
@@ -183,31 +173,15 @@ def _careful_row(
     return n_a, z_a, n_b, z_b, c, lam, value
 
 
-@triton.jit(do_not_specialize=["n_inner"])
-def _value_kernel(
-    a_ptr, b_ptr, rows_ptr, value_ptr, stats_ptr,
-    n_inner, a_outer, a_inner, b_outer, b_inner, V,
-    a_scale_high, a_scale_low, b_scale_high, b_scale_low,
-    HAS_ROWS: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
-    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr,
+@triton.jit
+def sweep(
+    a_row, b_row, first, last, k_a, k_b, scale, a_scale, b_scale, c_scale,
+    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    out = stats_ptr + row.to(tl.int64) * _STATS
-    if HAS_ROWS:
-        if tl.load(rows_ptr + row) == 0:
-            tl.store(value_ptr + row, 0.0)
-            return
-    a_row = row_start(a_ptr, row, n_inner, a_outer, a_inner)
-    b_row = row_start(b_ptr, row, n_inner, b_outer, b_inner)
-    a_scale = wide(a_scale_high, a_scale_low)
-    b_scale = wide(b_scale_high, b_scale_low)
-    c_scale = a_scale if SAME_SCALE else tl.full([], 1.0, tl.float64)
-    k_a = (a_scale * LOG2E).to(CT)
-    k_b = (b_scale * LOG2E).to(CT)
-    scale = a_scale.to(CT)
-
+    """The state of columns [first, last): n, c, b's level n_b, and the sums z, a1, a2."""
     BLOCK: tl.constexpr = R * VEC
-    offsets = tile_offsets(R, VEC)
+    offsets = tile_offsets(R, VEC, WIDE)
     n = tl.full([], NO_REFERENCE, CT)
     c = tl.full([], 0.0, CT)
     n_b = tl.full([], 0.0, CT)
@@ -216,63 +190,72 @@ def _value_kernel(
     a1 = tl.zeros([R], CT)
     a2 = tl.zeros([R], CT)
     everywhere = tl.full([R, VEC], 1, tl.int1)
-    full = V - V % BLOCK
-    for start in range(0, full, BLOCK):
+    full = last - (last - first) % BLOCK
+    for start in range(first, full, BLOCK):
         a = tl.load(a_row + start + offsets).to(CT)
         b = tl.load(b_row + start + offsets).to(CT)
         n, c, n_b, to_a, z, a1, a2 = _accumulate(
             a, b, everywhere, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale, c_scale,
             SAME_SCALE, EXACT, False,
         )  # fmt: skip
-    if full < V:
-        inside = full + offsets < V
+    if full < last:
+        inside = full + offsets < last
         a = tl.load(a_row + full + offsets, mask=inside, other=-float("inf")).to(CT)
         b = tl.load(b_row + full + offsets, mask=inside, other=-float("inf")).to(CT)
         n, c, n_b, to_a, z, a1, a2 = _accumulate(
             a, b, inside, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale, c_scale,
             SAME_SCALE, EXACT, True,
         )  # fmt: skip
+    return n, c, n_b, tl.sum(z), tl.sum(a1), tl.sum(a2)
 
-    z_a = tl.sum(z).to(tl.float64)
-    value, lam, good = _finish(z_a, tl.sum(a1).to(tl.float64), tl.sum(a2).to(tl.float64))
+
+@triton.jit
+def merged(n, c, n_b, z, a1, a2, c_scale, CT: tl.constexpr):
+    """One state from a vector of them, the sums in float64; and the largest |c| that columns were seen from.
+
+    A part without mass (z = 0) has no reference to bring, but a NaN of it must reach the sums.
+    """
+    top = tl.max(n)
+    weight = tl.exp2((n - top).to(tl.float64))
+    mass = z.to(tl.float64) * weight
+    shared = (tl.sum(mass * c.to(tl.float64)) / tl.sum(mass)).to(CT)
+    h = (shared.to(tl.float64) - c.to(tl.float64)) * c_scale
+    z, a1, a2 = rebase(z.to(tl.float64), a1.to(tl.float64), a2.to(tl.float64), h, weight)
+    furthest = tl.max(tl.where(mass > 0, tl.abs(c), 0.0))
+    level_b = tl.max(tl.where(mass > 0, n_b, NO_REFERENCE))
+    return top, shared, level_b, tl.sum(z), tl.sum(a1), tl.sum(a2), furthest
+
+
+@triton.jit
+def store_row(
+    value_out, stats, a_row, b_row, V, n, c, n_b, z_a, a1, a2, furthest,
+    k_a, k_b, scale, a_scale, b_scale, c_scale,
+    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Value and statistics of a row from its state; rows that the state cannot do are swept again here."""
+    value, lam, good = _finish(z_a, a1, a2)
     level = _other_level(n, c, k_a, k_b, a_scale, b_scale, c_scale)
     z_b = z_a * tl.exp(lam) * tl.exp2(level - n_b.to(tl.float64))
     if EXACT:
         # 0.75 − 1e-6 needs 26 bits: fl(b − a) is off by up to 2^-25·|c|, which shows in D where c is far
         # larger than the usual x.
-        shift = c.to(tl.float64) * c_scale
+        shift = furthest.to(tl.float64) * c_scale
         good = good & (value >= 4.5e-4 * shift * shift)
     if not good:
         n, z_a, n_b, z_b, c, lam, value = _careful_row(
-            a_row, b_row, V, k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE, False, CT, R, VEC
+            a_row, b_row, V, k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE, False, CT, R, VEC, WIDE
         )
     # max keeps NaN out only by the comparison's direction: NaN < 0 is false, so NaN stays.
     value = tl.where(value < 0, 0.0, value)
-    tl.store(value_ptr + row, value.to(value_ptr.dtype.element_ty))
-    tl.store(out, n)
-    tl.store(out + 1, (1.0 / z_a).to(CT))
-    tl.store(out + 2, n_b)
-    tl.store(out + 3, (1.0 / z_b).to(CT))
+    tl.store(value_out, value.to(value_out.dtype.element_ty))
+    tl.store(stats, n)
+    tl.store(stats + 1, (1.0 / z_a).to(CT))
+    tl.store(stats + 2, n_b)
+    tl.store(stats + 3, (1.0 / z_b).to(CT))
     # The gradient measures from where log b = log a: a large lam of its own would round r there.
     shift = c.to(tl.float64) + lam / c_scale
     c = shift.to(CT)
-    tl.store(out + 4, c)
-    tl.store(out + 5, ((shift - c.to(tl.float64)) * c_scale).to(CT))
-    tl.store(out + 6, value.to(CT))
-
-
-# By the wider logit's bytes. At 16 columns the kernel spills on sm_80; at 8 four programs of four warps share
-# an SM and cover one another's barriers. Left alone, ptxas holds its float32 form to 96 registers and spills
-# two of them; told 112, it needs 97 to 104 and spills none.
-VALUE_SHAPES = {2: ProgramShape(8, 112), 4: ProgramShape(8, 112), 8: ProgramShape(4)}
-
-
-def kl_value(p: Problem) -> tuple[Tensor, Tensor]:
-    """KL(a‖b) per row `[A*B]`, and row statistics `[A*B, STATS]`."""
-    result = torch.empty(p.n_rows, dtype=p.dtype, device=p.a.device)
-    stats = torch.zeros((p.n_rows, STATS), dtype=p.dtype, device=p.a.device)
-    _value_kernel[(p.n_rows,)](
-        p.a, p.b, p.rows, result, stats, *geometry(p), HAS_ROWS=p.rows is not None,
-        **configuration(p, VALUE_SHAPES),
-    )  # fmt: skip
-    return result, stats
+    tl.store(stats + 4, c)
+    tl.store(stats + 5, ((shift - c.to(tl.float64)) * c_scale).to(CT))
+    tl.store(stats + 6, value.to(CT))

@@ -27,9 +27,17 @@ def row_start(base, row, n_inner, outer_stride, inner_stride):
 
 
 @triton.jit
-def tile_offsets(R: tl.constexpr, VEC: tl.constexpr):
-    # A thread owns VEC neighbouring columns (16 bytes), so sums over axis 1 stay inside the thread.
-    return tl.arange(0, R)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+def tile_offsets(R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr):
+    """Columns of a `[R, VEC]` tile; axis 1 lies inside a thread, so sums over it stay there.
+
+    WIDE: a thread owns VEC neighbouring columns, one access of 16 bytes. Otherwise neighbouring threads own
+    neighbouring columns: where rows start at odd addresses, scattered accesses would take VEC times as many
+    cache lines each. Which of the two depends on V alone, lest a row's bits depend on where it lies.
+    """
+    if WIDE:
+        return tl.arange(0, R)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    else:
+        return tl.arange(0, R)[:, None] + tl.arange(0, VEC)[None, :] * R
 
 
 @triton.jit
@@ -111,12 +119,12 @@ def one_minus_exp(v):
     if v.dtype == tl.float64:
         near = v - g_near(-v) * -v
     else:
-        r = -1.163279662e-3 * v + 8.237207267e-3
-        r = -r * v + 4.164961010e-2
-        r = -r * v + 1.666655951e-1
-        r = -r * v + 0.4999999891
+        r = 1.163279662e-3 * v - 8.237207267e-3
+        r = r * v + 4.164961010e-2
+        r = r * v - 1.666655951e-1
+        r = r * v + 0.4999999891
         near = v - r * v * v
-    return tl.where(v < 0.5, near, 1.0 - tl.exp2(-v * LOG2E))
+    return tl.where(v < 0.5, near, 1.0 - tl.exp2(v * -LOG2E))
 
 
 @triton.jit
@@ -180,15 +188,6 @@ def log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr, EXACT:
     back = d - b
     error = (b - (d - back)) - (a + back)
     return ((d - c) + error) * scale
-
-
-@triton.jit
-def load_row_statistics(stats):
-    """What `kl_value` left of a row: n_a, 1/Z_a, n_b, 1/Z_b, c, lam and the value."""
-    return (
-        tl.load(stats), tl.load(stats + 1), tl.load(stats + 2), tl.load(stats + 3),
-        tl.load(stats + 4), tl.load(stats + 5), tl.load(stats + 6),
-    )  # fmt: skip
 
 
 @triton.jit
