@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from _corpus import IGNORED, Windows
 from _cost import Loss
+from _interrupt import StopBetweenSteps
 from _report import HeldOut, Run
 from _settings import Settings
 from torch import Tensor
@@ -113,24 +114,26 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_share_of_rate, steps=run.steps))
     checkpoints = {round(run.steps * part / _CHECKPOINTS) for part in range(_CHECKPOINTS + 1)}
-    run.held_out[0] = bench.measure(model)
-    notify()
-    for batch in training.shuffled(settings.batch, run.steps, settings.seed):
-        start = time.perf_counter()
-        batch = batch.to(bench.held_out.ids.device)
-        model.train()
-        loss = objective(logits_of(model, batch), batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        run.loss.append(loss.item())
-        run.seconds += time.perf_counter() - start
-        run.tokens += batch.ids.numel()
-        if len(run.loss) in checkpoints:
-            run.held_out[len(run.loss)] = bench.measure(model)
+    with StopBetweenSteps() as interrupt:
+        run.held_out[0] = bench.measure(model)
         notify()
+        for batch in training.shuffled(settings.batch, run.steps, settings.seed):
+            interrupt.check()
+            start = time.perf_counter()
+            batch = batch.to(bench.held_out.ids.device)
+            model.train()
+            loss = objective(logits_of(model, batch), batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            run.loss.append(loss.item())
+            run.seconds += time.perf_counter() - start
+            run.tokens += batch.ids.numel()
+            if len(run.loss) in checkpoints:
+                run.held_out[len(run.loss)] = bench.measure(model)
+            notify()
 
 
 def _share_of_rate(step: int, steps: int) -> float:
