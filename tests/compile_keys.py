@@ -36,7 +36,9 @@ def main() -> None:
         for kind in ("jeffreys", "js", "skew_forward_kl", "skew_reverse_kl"):
             problem = Problem.of(sides[0], sides[1], None, kind, beta, 1 / temperature, 1 / temperature)
             _, stats = triton.value(problem)
-            triton.gradient(problem, stats, stats[:, 0].contiguous(), torch.empty_like(sides[0]), None)
+            scale, grad = stats[:, 0].contiguous(), torch.empty_like(sides[0])
+            triton.gradient(problem, stats, scale, grad, None)
+            triton.value_and_gradient(problem, scale, grad, None)
     print(json.dumps({"families": len({kinds.KINDS[k].family for k in ("jeffreys", "js", "skew_forward_kl")}),
                       "keys": {name: len(keys) for name, keys in KEYS.items()}}))  # fmt: skip
 

@@ -29,9 +29,12 @@ def test_opcheck(backend: str, kind: str, with_rows: bool) -> None:
         (torch.empty_like(student), None),
         (torch.empty_like(student), torch.empty_like(teacher)),
     ):
-        arguments = (student, teacher, rows, stats, row_scale, kind, beta, 1.0, 0.5, backend, *grads)
+        arguments = (student, teacher, rows, stats, row_scale, None, kind, beta, 1.0, 0.5, backend, *grads)
         torch.library.opcheck(ops.gradient, arguments)
         if ops.fuses(backend):
+            incoming = torch.tensor(0.5, device=DEVICE)
+            arguments = (*arguments[:5], incoming, *arguments[6:])
+            torch.library.opcheck(ops.gradient, arguments)
             arguments = (student, teacher, rows, row_scale, kind, beta, 1.0, 0.5, backend, *grads)
             torch.library.opcheck(ops.value_and_gradient, arguments)
 

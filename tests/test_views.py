@@ -127,5 +127,5 @@ def test_more_than_2_31_elements(backend: str, kind: str) -> None:
     call = kl_gpu.KINDS[kind].at(None)
     _, stats = ops.value(student, teacher, None, *call, 1.0, 1.0, backend)
     scale = torch.ones(2, device=DEVICE)
-    ops.gradient(student, teacher, None, stats, scale, *call, 1.0, 1.0, backend, student, None)
+    ops.gradient(student, teacher, None, stats, scale, None, *call, 1.0, 1.0, backend, student, None)
     assert torch.equal(student, want.grad)

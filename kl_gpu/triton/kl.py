@@ -191,9 +191,15 @@ def sweep(
     a2 = tl.zeros([R], CT)
     everywhere = tl.full([R, VEC], 1, tl.int1)
     full = last - (last - first) % BLOCK
+    # A tile ahead: the barriers of a tile's maximum would otherwise wait for its loads as well.
+    next_a = tl.load(a_row + first + offsets, mask=everywhere & (first < full))
+    next_b = tl.load(b_row + first + offsets, mask=everywhere & (first < full))
     for start in range(first, full, BLOCK):
-        a = tl.load(a_row + start + offsets).to(CT)
-        b = tl.load(b_row + start + offsets).to(CT)
+        a = next_a.to(CT)
+        b = next_b.to(CT)
+        ahead = start + BLOCK
+        next_a = tl.load(a_row + ahead + offsets, mask=everywhere & (ahead < full))
+        next_b = tl.load(b_row + ahead + offsets, mask=everywhere & (ahead < full))
         n, c, n_b, to_a, z, a1, a2 = _accumulate(
             a, b, everywhere, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale, c_scale,
             SAME_SCALE, EXACT, False,

@@ -256,10 +256,12 @@ def rows_kernel(
                         write_zeros(grad_b, first, last, R, VEC, WIDE)
 
 
-# By the wider logit's bytes. At 16 columns the kernel spills on sm_80; at 8 four programs of four warps share
-# an SM and cover one another's barriers. Left alone, ptxas holds its float32 form to 96 registers and spills
-# two of them; told 112, it needs 97 to 104 and spills none.
-SHAPES = {2: ProgramShape(8, 112), 4: ProgramShape(8, 112), 8: ProgramShape(4)}
+# By the wider logit's bytes. At 16 columns the kernel spills on sm_80; at 8 columns and 128 registers four
+# programs of four warps share an SM and cover one another's barriers. Left alone, ptxas holds the float32 form
+# to 96 registers and spills.
+SHAPES = {2: ProgramShape(8, 128), 4: ProgramShape(8, 128), 8: ProgramShape(4)}
+# Bound by arithmetic, and in need of more registers than four programs leave them.
+FORMULA_SHAPES = {2: ProgramShape(8, 168), 4: ProgramShape(8, 168), 8: ProgramShape(4)}
 
 
 def _launch(
@@ -271,7 +273,7 @@ def _launch(
     grad_b: Tensor | None,
     incoming: Tensor | None = None,
 ) -> None:
-    config = configuration(p, SHAPES)
+    config = configuration(p, SHAPES if p.family == "kl" else FORMULA_SHAPES)
     parts = parts_of(p.a.shape[2], config["R"] * config["VEC"])
     width = triton.next_power_of_2(parts.count)
     has_gradient = grad_a is not None or grad_b is not None

@@ -1,0 +1,168 @@
+"""Rows shared by several Triton programs, and value with gradient from one queue of work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kl_gpu.kinds import KINDS, STATS
+from kl_gpu.problem import Problem
+from support import DEVICE, check_gradients, check_value, pair
+
+pytest.importorskip("triton")
+on_interpreter = pytest.mark.skipif(DEVICE.type != "cpu", reason="steers Triton's interpreter")
+
+# Three parts of a row, the last of them ragged.
+VOCAB = 40001
+
+
+def problem(student: Tensor, teacher: Tensor, kind: str, rows: Tensor | None = None) -> Problem:
+    return Problem.of(student, teacher, rows, *KINDS[kind].at(None), 1.0, 1.0)
+
+
+def both(p: Problem, row_scale: Tensor, to_a: bool = True, to_b: bool = True) -> tuple[Tensor, ...]:
+    """Value, statistics and gradients in one launch."""
+    from kl_gpu import triton
+
+    grads = [torch.full_like(x, 7) if wanted else None for x, wanted in ((p.a, to_a), (p.b, to_b))]
+    value, stats = triton.value_and_gradient(p, row_scale, *grads)
+    return value, stats, *(grad for grad in grads if grad is not None)
+
+
+def apart(p: Problem, row_scale: Tensor) -> tuple[Tensor, ...]:
+    """The same in two."""
+    from kl_gpu import triton
+
+    value, stats = triton.value(p)
+    grads = torch.full_like(p.a, 7), torch.full_like(p.b, 7)
+    triton.gradient(p, stats, row_scale, *grads)
+    return value, stats, *grads
+
+
+def same(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
+    # Behind the statistics lie counters, and the part's sweeps count differently.
+    (value, stats, *grads), (other_value, other_stats, *other_grads) = some, others
+    pairs = [(value, other_value), (stats[:, :9], other_stats[:, :9]), *zip(grads, other_grads, strict=True)]
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.usefixtures("wide_programs")
+@pytest.mark.parametrize("vocab", [1100, VOCAB])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_one_launch_has_the_bits_of_two(kind: str, dtype: torch.dtype, vocab: int) -> None:
+    student, teacher = pair(1, 3, vocab, dtype=dtype)
+    p = problem(student, teacher, kind, torch.tensor([[True, False, True]], device=DEVICE))
+    row_scale = torch.tensor([0.5, 1.0, -2.0], dtype=p.dtype, device=DEVICE)
+    found = both(p, row_scale)
+    assert same(found, apart(p, row_scale))
+    assert found[0][1] == 0
+    assert all((grad[0, 1] == 0).all() for grad in found[2:])
+    assert all((grad[0, ::2] != 7).all() for grad in found[2:])
+
+
+@pytest.mark.usefixtures("wide_programs")
+def test_shared_rows_keep_the_promises(kind: str) -> None:
+    # The mass in one part, the other parts far below; nearly equal sides; a hole; a NaN.
+    student, teacher = pair(1, 5, VOCAB, spread=1e-3)
+    student[0, 0, 20000] += 30
+    teacher[0, 0, 20001] += 30
+    student[0, 1, 17000:] -= 200
+    teacher[0, 1, 17000:] -= 200
+    teacher[0, 3, 30000], student[0, 3, 30000] = -float("inf"), -float("inf")
+    student[0, 4, 39999] = float("nan")
+    value, _, *grads = both(problem(student, teacher, kind), torch.ones(5, device=DEVICE))
+    to_student, to_teacher = KINDS[kind].order(*grads)
+    good = slice(0, 3)
+    check_value(value[good], student[0, good], teacher[0, good], kind, "triton", "shared row")
+    check_gradients(
+        student[0, good],
+        teacher[0, good],
+        (to_student[0, good], to_teacher[0, good]),
+        kind,
+        "triton",
+        "shared",
+    )
+    assert 0 < value[3] < 1e-3
+    assert all((grad[0, 3, 30000] == 0) and torch.isfinite(grad[0, 3]).all() for grad in grads)
+    assert value[4].isnan()
+    assert all(grad[0, 4].isnan().all() for grad in grads)
+
+
+@on_interpreter
+@pytest.mark.usefixtures("wide_programs")
+def test_parts_are_folded_in_their_order_whoever_comes_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from kl_gpu import triton
+
+    # A KL's value: what has more sweeps than one takes its work from the queue, in the queue's order.
+    p = problem(*pair(1, 1, VOCAB), "forward_kl")
+    value, stats = triton.value(p)
+    visit, visited = InterpreterBuilder.set_grid_idx, []
+
+    def backwards(self: InterpreterBuilder, x: int, y: int, z: int) -> None:
+        visited.append(x)
+        visit(self, self.grid_dim[0] - 1 - x, y, z)
+
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", backwards)
+    other_value, other_stats = triton.value(p)
+    assert visited == [0, 1, 2]
+    assert torch.equal(value, other_value)
+    assert torch.equal(stats[:, :9], other_stats[:, :9])
+
+
+@on_interpreter
+@pytest.mark.usefixtures("wide_programs")
+@pytest.mark.parametrize("resident", [1, 5, 1000])
+def test_bits_do_not_depend_on_how_far_sweeps_lie_apart(
+    kind: str, resident: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kl_gpu.triton import rows
+
+    student, teacher = pair(1, 3, VOCAB, dtype=torch.bfloat16)
+    p, row_scale = problem(student, teacher, kind), torch.ones(3, device=DEVICE)
+    want = both(p, row_scale)
+    monkeypatch.setattr(rows, "resident_programs", lambda device: resident)
+    assert same(both(p, row_scale), want)
+
+
+@pytest.mark.usefixtures("wide_programs")
+@pytest.mark.parametrize("incoming", [1.0, 0.25, -3.0, 0.0])
+def test_an_incoming_gradient_of_one_leaves_the_buffers_alone(
+    incoming: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kl_gpu import triton
+    from kl_gpu.triton import rows
+
+    # Fewer programs than parts: each takes several.
+    monkeypatch.setattr(rows, "resident_programs", lambda device: 2)
+    student, teacher = pair(1, 3, VOCAB)
+    p, row_scale = problem(student, teacher, "forward_kl"), torch.rand(3, device=DEVICE)
+    _, stats = triton.value(p)
+    want, got = torch.empty_like(student), torch.full_like(student, 7)
+    triton.gradient(p, stats, row_scale * incoming, None, want)
+    triton.gradient(p, stats, row_scale, None, got, torch.tensor(incoming, device=DEVICE))
+    if incoming == 1:
+        assert (got == 7).all()
+    else:
+        torch.testing.assert_close(got, want, rtol=3e-7, atol=0)
+        assert (got != 7).all()
+
+
+def test_how_a_row_is_shared_depends_on_its_columns_alone() -> None:
+    from kl_gpu.triton import launch
+
+    for columns in (1, 1000, 16384, 16385, 32000, 50257, 128256, 151936, 262144, 1_000_003):
+        count, width = launch.parts_of(columns, 1024)
+        assert (count - 1) * width < columns <= count * width
+        assert width <= launch.PART
+        assert width % 1024 == 0
+    for n in (1, 4):
+        logits = torch.empty(1, n, 50257)
+        assert (
+            launch.configuration(problem(logits, logits, "tv"), {4: launch.ProgramShape(8)})["WIDE"] is False
+        )
+    assert STATS > 11  # the counters' places
