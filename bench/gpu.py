@@ -10,7 +10,6 @@ says what it skips and times a little on the CPU. Status 1 where a check failed 
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import json
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from . import watchdog
 from .acceptance import TARGETS, worded
 from .bounded import run
 from .budget import CUT_SHORT, DONE, FAILED, SKIPPED, Budget, Ending, Outcome, Phase, run_phases
@@ -66,27 +66,24 @@ class Session:
         program = tool()
         no_tool = no_gpu or ("" if program else f"not found: {NAME}")
         return [
-            Phase("tests", 170, 20, partial(self._test, "tests", "not eager"), no_gpu),
-            Phase("timings", 270, 10, self._time),
-            *(
-                Phase(check, 35, 15, partial(self._sanitize, program or "", check), no_tool)
-                for check in TOOLS
-            ),
-            Phase("plots", 15, 5, self._plot),
-            Phase("tests of eager", 15, 10, partial(self._test, "tests of eager", "eager"), no_gpu),
+            Phase("tests", 170, 20, partial(self.test, "tests", "not eager"), no_gpu),
+            Phase("timings", 270, 10, self.time),
+            *(Phase(check, 35, 15, partial(self.sanitize, program or "", check), no_tool) for check in TOOLS),
+            Phase("plots", 15, 5, self.plot),
+            Phase("tests of eager", 15, 10, partial(self.test, "tests of eager", "eager"), no_gpu),
         ]
 
-    def _test(self, name: str, chosen: str, limit: float) -> Ending:
+    def test(self, name: str, chosen: str, limit: float) -> Ending:
         tests, ending = run_tests(files_for_a_gpu(ROOT / "tests"), chosen, limit, self.log, {})
         self.tests[name] = tests
         return ending
 
-    def _sanitize(self, program: str, check: str, limit: float) -> Ending:
+    def sanitize(self, program: str, check: str, limit: float) -> Ending:
         ending = sanitize(program, check, limit, self.log, environment())
         self.sanitizer[check] = f"{ending.outcome}: {ending.why}"
         return ending
 
-    def _time(self, limit: float) -> Ending:
+    def time(self, limit: float) -> Ending:
         """The points one process after the other: where one breaks, the next goes on behind it."""
         budget = Budget(limit)
         code: int | None = BROKEN
@@ -123,7 +120,7 @@ class Session:
                 reasons.setdefault(name, why)
         return reasons
 
-    def _plot(self, limit: float) -> Ending:
+    def plot(self, limit: float) -> Ending:
         if self.timings is None:
             return Ending(SKIPPED, "no timings to draw")
         command = [sys.executable, "-m", "bench.plots", str(self.timings)]
@@ -136,7 +133,7 @@ class Session:
         return {
             **about,
             "phases": [asdict(outcome) for outcome in self.outcomes],
-            "tests": self.tests,
+            "tests": {name: asdict(tests) for name, tests in self.tests.items()},
             "sanitizer": self.sanitizer,
             "points": points_in_state(self.journal.read()),
             "wrong": self.wrong(),
@@ -179,9 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--device", type=_device, help="cpu or cuda; default: a GPU if there is one")
     add("--tiny", action="store_true", help="a few points of no interest, to try the command itself")
     options = parser.parse_args(arguments)
-    seconds = 60 * options.minutes
-    budget = Budget(seconds - _RESERVE)
-    faulthandler.dump_traceback_later(seconds, exit=True)  # also where this very process hangs
+    budget = Budget(60 * options.minutes - _RESERVE)
 
     device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
@@ -191,6 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (options.out / "session.log").write_bytes(b"")
     except OSError as error:
         parser.error(f"argument --out: {error}")
+    # Over in time also where this very process hangs.
+    watchdog.end_after(max(1.0, budget.left() + _RESERVE))
     repeats = 20 if on_gpu and not options.tiny else 3
     session = Session(options.out.resolve(), device, new_report(device), points)
     session.journal.begin(session.report, str(device), repeats, points)
@@ -205,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(line, markup=False, highlight=False)
     _show(console, session)
     console.print(f"{session.timings}\n{checks}", markup=False, soft_wrap=True)
-    faulthandler.cancel_dump_traceback_later()
+    watchdog.off()
     return int(any(outcome.outcome == FAILED for outcome in session.outcomes))
 
 

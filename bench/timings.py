@@ -9,13 +9,12 @@ A process of its own, started by `python -m bench.gpu`, and started again where 
 from __future__ import annotations
 
 import argparse
-import faulthandler
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from . import machine
+from . import machine, watchdog
 from .budget import Budget
 from .cases import DTYPES, Case
 from .check import WrongOutput
@@ -92,7 +91,7 @@ def time_points(journal: Journal, seconds: float, now: Callable[[], float] | Non
             continue
         journal.add("start", point=number)
         start = budget.now()
-        faulthandler.dump_traceback_later(_HANGS, exit=True)
+        watchdog.end_after(_HANGS)
         try:
             case = Case(point.kind, point.dtype, rows_of(point, device), point.vocab)
             systems = [known[name] for name in point.systems if name in known]
@@ -106,7 +105,7 @@ def time_points(journal: Journal, seconds: float, now: Callable[[], float] | Non
                 return BROKEN
             continue
         finally:
-            faulthandler.cancel_dump_traceback_later()
+            watchdog.off()
         journal.measured(results)
         journal.add("done", point=number, seconds=budget.now() - start)
         pace.saw(point, budget.now() - start)
