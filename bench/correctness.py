@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,20 +41,27 @@ def files_for_a_gpu(folder: Path) -> list[Path]:
 
 @dataclass
 class PytestReport:
-    """pytest's closing line, and the line of each test that failed."""
+    """Counts of a run in a line, each failure with its reason, and what was running when it was stopped."""
 
     line: str = ""
     failures: list[str] = field(default_factory=list)
+    stopped: list[str] = field(default_factory=list)
 
 
-_CLOSING = re.compile(r"\b\d+ (passed|failed|skipped|errors?|deselected)\b.* in [\d.]+s|no tests ran")
-_FAILURE = re.compile(r"(FAILED|ERROR) \S+::|ERROR \S+\.py")
-
-
-def read_report(output: str) -> PytestReport:
-    lines = [line.strip() for line in output.splitlines()]
-    closing = [line.strip("= ") for line in lines if _CLOSING.search(line)]
-    return PytestReport(closing[-1] if closing else "", [line for line in lines if _FAILURE.match(line)])
+def read_record(path: Path) -> PytestReport:
+    """The report from the plugin's record, which may end anywhere."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    last = {event["test"]: event for event in map(json.loads, (x for x in lines if x.endswith("\n")))}
+    counts = Counter(event["outcome"] for event in last.values())
+    running = counts.pop("running", 0)
+    line = ", ".join(f"{counts[outcome]} {outcome}" for outcome in sorted(counts))
+    if running:
+        line += f", {running} unfinished"
+    return PytestReport(
+        line.removeprefix(", "),
+        [f"{test}: {event['why']}" for test, event in last.items() if event["outcome"] == "failed"],
+        [test for test, event in last.items() if event["outcome"] == "running"],
+    )
 
 
 def environment() -> dict[str, str]:
@@ -63,34 +71,35 @@ def environment() -> dict[str, str]:
     return kept | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
-def command(files: Sequence[Path], chosen: str) -> list[str]:
+def command(files: Sequence[Path], chosen: str, record: Path) -> list[str]:
     """pytest over `files`, of their tests those that the expression `chosen` names."""
     parallel = []
     workers = min(8, (os.cpu_count() or 1) // 2)
     if workers > 1 and importlib.util.find_spec("xdist"):
         parallel = ["--numprocesses", str(workers), "--dist", "loadgroup"]
     options = ["-rfE", "--tb=short", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60"]
-    return [sys.executable, "-m", "pytest", *options, *parallel, "-k", chosen, *map(str, files)]
+    plugin = ["-p", "bench.pytest_record", "--record", str(record)]
+    return [sys.executable, "-m", "pytest", *options, *plugin, *parallel, "-k", chosen, *map(str, files)]
 
 
 def run_tests(
-    files: Sequence[Path],
-    chosen: str,
-    limit: float,
-    log: Path,
-    variables: Mapping[str, str],
+    files: Sequence[Path], chosen: str, limit: float, log: Path, folder: Path = ROOT
 ) -> tuple[PytestReport, Ending]:
-    finished = run(command(files, chosen), limit, log, ROOT, dict(environment()) | dict(variables))
-    tests = read_report(finished.output)
-    return tests, _ending(tests, finished)
+    """Runs the tests from `folder` for at most `limit` seconds; pytest's own output is added to `log`."""
+    record = log.with_suffix(".tests")
+    record.unlink(missing_ok=True)
+    finished = run(command(files, chosen, record), limit, log, folder, environment())
+    report = read_record(record)
+    record.unlink(missing_ok=True)
+    return report, _ending(report, finished)
 
 
-def _ending(tests: PytestReport, finished: Finished) -> Ending:
-    if tests.failures:
-        return Ending(FAILED, tests.line or f"{len(tests.failures)} failures")
+def _ending(report: PytestReport, finished: Finished) -> Ending:
+    if report.failures:
+        return Ending(FAILED, report.line)
     if finished.timed_out:
-        return Ending(CUT_SHORT, tests.line or "no summary in time")
+        return Ending(CUT_SHORT, report.line or "no test ended in time")
     if finished.code != 0:
         last = (finished.output.strip().splitlines() or [""])[-1]
-        return Ending(FAILED, tests.line or f"pytest ended with {finished.code}: {last}")
-    return Ending(DONE, tests.line)
+        return Ending(FAILED, f"pytest ended with {finished.code}: {last}")
+    return Ending(DONE, report.line)

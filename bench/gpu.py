@@ -74,7 +74,7 @@ class Session:
         ]
 
     def test(self, name: str, chosen: str, limit: float) -> Ending:
-        tests, ending = run_tests(files_for_a_gpu(ROOT / "tests"), chosen, limit, self.log, {})
+        tests, ending = run_tests(files_for_a_gpu(ROOT / "tests"), chosen, limit, self.log)
         self.tests[name] = tests
         return ending
 

@@ -294,18 +294,53 @@ def test_the_tests_chosen_for_a_gpu() -> None:
         assert "DEVICE" in (folder / f"test_{name}.py").read_text(), f"{name} does not look at the device"
 
 
-def test_a_report_keeps_closing_line_and_failures(tmp_path: Path) -> None:
-    file = tmp_path / "test_some.py"
-    file.write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2\ndef test_eager(): assert 0\n")
+@pytest.fixture
+def some_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Ending]]:
+    """Runs a file of tests as a session does, in one process."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q\n")
-    command = [word for word in correctness.command([file], "not eager") if word != "loadgroup"]
-    command = command[:3] + [word for word in command[3:] if word not in ("--numprocesses", "8", "--dist")]
-    done = run(command, 60, tmp_path / "log", tmp_path, correctness.environment())
-    report = correctness.read_report(done.output)
-    assert "1 failed, 1 passed, 1 deselected" in report.line
-    (failure,) = report.failures
-    assert failure.startswith("FAILED test_some.py::test_bad - ")
-    assert correctness._ending(report, done) == Ending("failed", report.line)
+
+    def run_them(text: str, limit: float) -> tuple[Any, Ending]:
+        file = tmp_path / "test_some.py"
+        file.write_text(text)
+        return correctness.run_tests([file], "not eager", limit, tmp_path / "log", tmp_path)
+
+    return run_them
+
+
+def test_a_report_keeps_counts_and_failures(some_tests: Any, tmp_path: Path) -> None:
+    text = """
+import pytest
+def test_good(): pass
+def test_bad(): assert 1 == 2
+def test_eager(): assert 0
+def test_not_here(): pytest.skip("needs two")
+"""
+    report, ending = some_tests(text, 60)
+    assert report.line == "1 failed, 1 passed, 1 skipped"
+    assert report.failures == ["test_some.py::test_bad: assert 1 == 2"]
+    assert ending == Ending("failed", report.line)
+    assert "1 failed, 1 passed, 1 skipped, 1 deselected" in (tmp_path / "log").read_text()
+
+
+def test_a_report_of_tests_that_hang(some_tests: Any) -> None:
+    text = """
+import signal, time
+def test_good(): pass
+def test_hangs():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    time.sleep(60)
+"""
+    report, ending = some_tests(text, 4)
+    assert report.line == "1 passed, 1 unfinished"
+    assert report.stopped == ["test_some.py::test_hangs"]
+    assert ending == Ending("cut short", report.line)
+
+
+def test_a_file_that_cannot_be_imported_is_a_failure(some_tests: Any) -> None:
+    report, ending = some_tests("import no_such_package", 60)
+    assert ending.outcome == "failed"
+    assert "no_such_package" in report.failures[0]
 
 
 def test_the_device_tests_never_run_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,14 +433,10 @@ def test_a_library_that_is_not_there_or_has_changed_says_so(monkeypatch: pytest.
 
 
 def test_a_process_that_hangs_is_ended() -> None:
-    hang = "import time; from bench import watchdog; watchdog.end_after(0.3); time.sleep(60)"
+    hang = "import time; from bench.watchdog import end_after; end_after(0.3); time.sleep(60)"
+    command = [sys.executable, "-c", hang]
     done = subprocess.run(
-        [sys.executable, "-c", hang],
-        cwd=correctness.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
+        command, cwd=correctness.ROOT, capture_output=True, text=True, timeout=30, check=False
     )
     assert done.returncode == 1
     assert "most recent call first" in done.stderr  # where it hung
@@ -449,6 +480,16 @@ def test_timings_go_on_behind_a_point_that_took_its_process_along(timing: Any, j
     assert ending.why == "points: 1 measured, 1 failed; wrong outputs: 0"
     assert session.timings is not None
     assert len(json.loads(session.timings.read_text())["rows"]) == 1
+
+    session.tests["tests"] = correctness.PytestReport("1 failed", ["test_a.py::test_b: no"])
+    session.sanitizer["memcheck"] = "done: ERROR SUMMARY: 0 errors"
+    kept = json.loads(session.note(Outcome("timings", ending.outcome, ending.why, 1.0)).read_text())
+    assert kept["tests"] == {
+        "tests": {"line": "1 failed", "failures": ["test_a.py::test_b: no"], "stopped": []}
+    }
+    assert kept["sanitizer"] == {"memcheck": "done: ERROR SUMMARY: 0 errors"}
+    assert [phase["outcome"] for phase in kept["phases"]] == ["failed"]
+    assert len(kept["points"]["failed"]) == 1
 
 
 def test_timings_that_cannot_even_begin_are_not_tried_for_ever(timing: Any) -> None:
