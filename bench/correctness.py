@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -19,11 +20,8 @@ ROOT = Path(__file__).parents[1]
 # What only a GPU can show comes first, and what compiles hundreds of kernels last.
 _FIRST = ("cuda", "accuracy", "edges", "determinism", "autograd", "views", "options")
 _LAST = ("ops", "parity", "properties")
-# These say nothing about the device at hand.
-_ELSEWHERE = frozenset({
-    "bench", "contributing", "examples", "gpu_report", "gpu_session", "import", "machine_code", "native",
-    "reference", "traffic",
-})  # fmt: skip
+# A file that looks at the device at hand.
+_BEARS_ON_A_GPU = re.compile(r"\bDEVICE\b|cuda\.is_available")
 
 
 def files_for_a_gpu(folder: Path) -> list[Path]:
@@ -35,8 +33,8 @@ def files_for_a_gpu(folder: Path) -> list[Path]:
             return 0, _FIRST.index(name), name
         return (2, _LAST.index(name), name) if name in _LAST else (1, 0, name)
 
-    files = folder.glob("test_*.py")
-    return sorted((f for f in files if f.stem.removeprefix("test_") not in _ELSEWHERE), key=rank)
+    files = (file for file in folder.glob("test_*.py") if _BEARS_ON_A_GPU.search(file.read_text()))
+    return sorted(files, key=rank)
 
 
 @dataclass

@@ -23,7 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import watchdog
+from . import machine, watchdog
 from .acceptance import TARGETS, worded
 from .bounded import run
 from .budget import CUT_SHORT, DONE, FAILED, SKIPPED, Budget, Ending, Outcome, Phase, run_phases
@@ -161,8 +161,8 @@ def _minutes(text: str) -> float:
         minutes = float(text)
     except ValueError:
         minutes = 0.0
-    if not 0.5 <= minutes <= 600:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes of at least 0.5")
+    if not 1 <= minutes <= 600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes of at least 1")
     return minutes
 
 
@@ -195,6 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     console.width = max(console.width, 100)
     console.print(f"{session.report.device}; torch {session.report.torch}, triton {session.report.triton}")
+    if not on_gpu and machine.is_busy():
+        console.print("This machine is busy: figures will be off, and not by the same factor.")
     checks = session.folder
     for outcome in run_phases(session.phases(), budget):
         checks = session.note(outcome)

@@ -288,10 +288,9 @@ def test_the_tests_chosen_for_a_gpu() -> None:
     names = [path.stem.removeprefix("test_") for path in correctness.files_for_a_gpu(folder)]
     assert names[0] == "cuda"
     assert names[-1] == "properties"
-    everything = {path.stem.removeprefix("test_") for path in folder.glob("test_*.py")}
-    assert everything - set(names) == correctness._ELSEWHERE
-    for name in set(names) - {"cuda", "bad_input", "eager", "ops"}:
-        assert "DEVICE" in (folder / f"test_{name}.py").read_text(), f"{name} does not look at the device"
+    assert {"accuracy", "edges", "autograd", "options", "views", "ops", "determinism", "parity"} < set(names)
+    assert not {"bench", "contributing", "examples", "machine_code", "native", "reference"} & set(names)
+    assert Path(__file__).stem.removeprefix("test_") not in names  # a session must not start a session
 
 
 @pytest.fixture
@@ -502,10 +501,10 @@ def test_timings_that_cannot_even_begin_are_not_tried_for_ever(timing: Any) -> N
 def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What one whole session on the CPU printed, and its folder."""
     out = tmp_path_factory.mktemp("gpu")
-    command = [sys.executable, "-m", "bench.gpu", "--tiny", "--device", "cpu", "--minutes", "1", "--out", out]
+    command = [sys.executable, "-m", "bench.gpu", "--tiny", "--device", "cpu", "--minutes", "2", "--out", out]
     done = subprocess.run(
         command, cwd=correctness.ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-        text=True, timeout=70, check=False,
+        text=True, timeout=130, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, out
