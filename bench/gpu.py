@@ -153,7 +153,7 @@ def _device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"{text!r} is neither cpu nor cuda")
     if text == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError("PyTorch sees no CUDA device")
-    return torch.device(text)
+    return torch.device(text, 0) if text == "cuda" else torch.device(text)
 
 
 def _minutes(text: str) -> float:
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     budget = Budget(60 * options.minutes - _RESERVE)
 
-    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or _device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     points = tiny_plan() if options.tiny else gpu_plan() if on_gpu else cpu_plan()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import shutil
@@ -70,6 +71,8 @@ def rows_that_fit(wanted: int, vocab: int, itemsize: int, device: torch.device, 
     `plain` is how many fp32 tensors of logits' size a system without kernels holds at its peak; 0 where none
     of them takes part.
     """
+    gc.collect()
+    torch.cuda.empty_cache()  # else what the allocator keeps of an earlier case would count as taken
     free, _ = torch.cuda.mem_get_info(device)
     buffers = 5 * itemsize  # two sets of student and teacher, one target of the copy
     own = plain * 4 + itemsize  # temporaries, gradient

@@ -171,6 +171,20 @@ def test_the_plan_covers_what_was_asked_for_the_important_first() -> None:
     assert len(points) == len(set(points))
 
 
+def test_memory_decides_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [60 * 2**30]  # by the allocator, of the point before
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: kept.__setitem__(0, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (78 * 2**30 - kept[0], 80 * 2**30))
+    gpu = torch.device("cuda", 0)
+    everybody, ours = gpu_plan()[0], Point("js", "fp32", 8192, 262144, ("kl_gpu",))
+    assert timings.rows_of(everybody, gpu) == 8192
+    assert timings.rows_of(ours, gpu) == 8192
+    beside_plain = timings.rows_of(Point("js", "fp32", 8192, 262144, ("kl_gpu", "torch")), gpu)
+    assert 3072 < beside_plain < 6144
+    assert beside_plain % 64 == 0
+    assert timings.rows_of(ours, CPU) == 8192
+
+
 def points(*names: str) -> list[Point]:
     systems = {"a": ("kl_gpu",), "b": ("kl_gpu", "torch"), "c": ("kl_gpu",)}
     return [Point("forward_kl", "fp32", 3, 1000 + i, systems[name]) for i, name in enumerate(names)]
