@@ -44,7 +44,7 @@ def _share(work: str, wanted: float) -> Callable[[Rows], Figure | None]:
         shares = [row["share_of_copy"] for row in ours if row["kind"] in _KLS and row["V"] >= 32000]
         if not shares:
             return None
-        return Figure(f"{min(shares):.0%} to {max(shares):.0%}", min(shares) >= wanted)
+        return Figure(f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %", min(shares) >= wanted)
 
     return read
 

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .bounded import run
-from .budget import CUT_SHORT, DONE, FAILED, Ending
+from .budget import CUT_SHORT, DONE, FAILED, SKIPPED, Ending
 from .correctness import ROOT
 
 NAME = "compute-sanitizer"
 TOOLS = ("memcheck", "racecheck")
 
+_NO_SUPPORT = "Device not supported"  # as under some virtual machines
 _ERROR = 86  # the exit status that says "found something", unlike any of Python's
 
 
@@ -44,5 +45,7 @@ def sanitize(program: str, check: str, limit: float, log: Path, variables: Mappi
         return Ending(CUT_SHORT, summary or "no summary in time")
     if finished.code == 0 and re.search(r"\b0 (errors|hazards)", summary):
         return Ending(DONE, summary)
+    if _NO_SUPPORT in finished.output:
+        return Ending(SKIPPED, f"{NAME}: {_NO_SUPPORT}")
     last = (finished.output.strip().splitlines() or [""])[-1]
     return Ending(FAILED, summary if finished.code == _ERROR and summary else last)

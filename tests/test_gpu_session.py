@@ -376,7 +376,8 @@ def test_a_test_file_that_needs_a_missing_package_is_skipped(
     [
         ("ERROR SUMMARY: 0 errors", 0, Ending("done", "ERROR SUMMARY: 0 errors")),
         ("ERROR SUMMARY: 3 errors", sanitizer._ERROR, Ending("failed", "ERROR SUMMARY: 3 errors")),
-        ("Device not supported", 1, Ending("failed", "Device not supported")),
+        ("Device not supported", 1, Ending("skipped", "compute-sanitizer: Device not supported")),
+        ("Traceback: no such module", 1, Ending("failed", "Traceback: no such module")),
         (
             "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)",
             0,
