@@ -13,25 +13,32 @@ _GRADIENT_ROWS = 4  # the first, the last and two between: all N in float64 woul
 class WrongOutput(Exception):
     """A system returned something that is not the divergence it was asked for."""
 
+    def __init__(self, system: str, message: str) -> None:
+        super().__init__(message)
+        self.system = system
+
 
 def check(entry: Entry, work: str, problem: Problem, turn: int, output: Output) -> float:
     """The value's largest relative error, over all rows. Raises WrongOutput."""
     system = entry.system
-    where = f"{system.name} is wrong: {work}, {problem.case}"
+
+    def wrong(what: str) -> WrongOutput:
+        return WrongOutput(system.name, f"{system.name} is wrong: {work}, {problem.case}: {what}")
+
     _, _, pairs = problem.turn(turn)
     expected = problem.value[pairs]
     if work == "value_grad":
         expected = expected.mean()
     if output.value.shape != expected.shape:
-        raise WrongOutput(f"{where}: value of shape {list(output.value.shape)}, not {list(expected.shape)}")
+        raise wrong(f"value of shape {list(output.value.shape)}, not {list(expected.shape)}")
 
     error = float(((output.value.double() - expected).abs() / expected).max())
     if not error <= system.value_tolerance:  # so written that NaN fails
-        raise WrongOutput(f"{where}: value off by {error:.1e}, where {system.value_tolerance:.0e} is allowed")
+        raise wrong(f"value off by {error:.1e}, where {system.value_tolerance:.0e} is allowed")
     if work != "value":
         excess = _gradient_excess(system.gradient_tolerance, work, problem, turn, output)
         if not excess <= 1:
-            raise WrongOutput(f"{where}: gradient off by {excess:.1e} times what is allowed")
+            raise wrong(f"gradient off by {excess:.1e} times what is allowed")
     return error
 
 

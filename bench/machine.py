@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import shutil
@@ -52,18 +53,28 @@ def triton_version() -> str | None:
 
 
 def driver_version(device: torch.device) -> str | None:
-    """The NVIDIA driver's own number, which PyTorch does not tell."""
-    if device.type != "cuda" or (nvidia_smi := shutil.which("nvidia-smi")) is None:
+    """The GPU driver's own number, which PyTorch does not tell. None on the CPU alone: no GPU, no driver."""
+    if device.type != "cuda":
         return None
-    query = [nvidia_smi, "--query-gpu=driver_version", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    return answer.stdout.splitlines()[0].strip() if answer.returncode == 0 and answer.stdout else None
+    if (nvidia_smi := shutil.which("nvidia-smi")) is not None:
+        query = [nvidia_smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+        answer = subprocess.run(query, capture_output=True, text=True, check=False)
+        if answer.returncode == 0 and answer.stdout.strip():
+            return answer.stdout.splitlines()[0].strip()
+    loaded = Path("/sys/module/nvidia/version")
+    return loaded.read_text().strip() if loaded.exists() else "unknown"
 
 
-def rows_that_fit(wanted: int, vocab: int, itemsize: int, device: torch.device) -> int:
-    """`wanted` rows, or as many as let every system, plain PyTorch too, find its memory."""
+def rows_that_fit(wanted: int, vocab: int, itemsize: int, device: torch.device, plain: int = 5) -> int:
+    """`wanted` rows, or as many as let every system find its memory.
+
+    `plain` is how many fp32 tensors of logits' size a system without kernels holds at its peak; 0 where none
+    of them takes part.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()  # else what the allocator keeps of an earlier case would count as taken
     free, _ = torch.cuda.mem_get_info(device)
     buffers = 5 * itemsize  # two sets of student and teacher, one target of the copy
-    plain = 5 * 4 + itemsize  # what plain PyTorch with gradient holds at its peak: fp32 temporaries, gradient
-    rows = min(wanted, int(0.9 * free) // (vocab * (buffers + plain)))
+    own = plain * 4 + itemsize  # temporaries, gradient
+    rows = min(wanted, int(0.9 * free) // (vocab * (buffers + own)))
     return max(1, rows if rows < 64 else rows // 64 * 64)

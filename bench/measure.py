@@ -11,7 +11,7 @@ from statistics import median
 import torch
 
 from .cases import Case, Problem
-from .check import check
+from .check import WrongOutput, check
 from .memory import peak_extra_bytes
 from .systems import WORKS, Entry, Output, System
 from .timing import clock_of, interleave
@@ -71,10 +71,12 @@ def measure(
             entry_of[name] = entry
         except torch.OutOfMemoryError:
             left_out[name] = "out of memory"
-        except RuntimeError as error:
+        except WrongOutput:
+            raise
+        except Exception as error:  # a peer may fail in its own ways, and not only with RuntimeError
             if entry.system.required:
                 raise
-            left_out[name] = str(error).strip().partition("\n")[0]
+            left_out[name] = str(error).strip().partition("\n")[0] or type(error).__name__
 
     errors = dict.fromkeys(entry_of, 0.0)
 
@@ -120,9 +122,12 @@ def measure_case(
     cache: int,
     repeats: int,
 ) -> dict[str, Measured]:
-    """Every work on one case. All memory it took is free again when it returns."""
+    """Every work on one case, by the systems that do it. All memory it took is free again when it returns."""
     gc.collect()  # an earlier case's logits may hang in a reference cycle
     torch.cuda.empty_cache()
     problem = Problem(case, device, cache)
-    entries = [system.enter(case.kind) for system in systems]
-    return {work: measure(work, entries, problem, device, repeats) for work in works}
+    entries = [system.enter(case.kind) for system in systems if system.does(case.kind)]
+    return {
+        work: measure(work, [e for e in entries if e.system.does(case.kind, work)], problem, device, repeats)
+        for work in works
+    }

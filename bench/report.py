@@ -38,13 +38,17 @@ class Report:
             self.rows += result.rows
             self.copy_gbps = max(self.copy_gbps, result.copy_gbps)
 
+    @property
+    def stem(self) -> str:
+        """Device and date, as a file's name."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
+        return f"{slug}-{datetime.fromisoformat(self.date):%Y%m%d-%H%M%S}"
+
     def save(self, folder: Path, *, complete: bool) -> Path:
         """Writes `device-date.json`, or `….partial.json` of a run that is still going on or was stopped."""
-        slug = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
-        stem = f"{slug}-{datetime.fromisoformat(self.date):%Y%m%d-%H%M%S}"
-        partial = folder / f"{stem}.partial.json"
+        partial = folder / f"{self.stem}.partial.json"
         partial.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
-        return partial.rename(folder / f"{stem}.json") if complete else partial
+        return partial.rename(folder / f"{self.stem}.json") if complete else partial
 
 
 def new_report(device: torch.device) -> Report:

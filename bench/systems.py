@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from torch import Tensor
 
 import kl_gpu
 from kl_gpu.ops import resolve_backend
+
+from . import peers
 
 Divergence = Callable[[Tensor, Tensor], Tensor]  # of student and teacher
 
@@ -77,6 +80,11 @@ class System:
     value_tolerance: float
     gradient_tolerance: float
     required: bool
+    kinds: frozenset[str] = frozenset(PLAIN)
+    works: frozenset[str] = frozenset(("value", "value_grad", "forward_backward"))
+
+    def does(self, kind: str, work: str | None = None) -> bool:
+        return kind in self.kinds and (work is None or work in self.works)
 
     def enter(self, kind: str) -> Entry:
         return Entry(self, *self.divergences(kind))
@@ -118,6 +126,23 @@ def _peer(name: str, per_row_of: Callable[[str], Divergence]) -> System:
     return System(name, divergences, value_tolerance=1e-3, gradient_tolerance=1e-3, required=False)
 
 
+def _library(name: str, means: dict[str, peers.Mean]) -> System:
+    """Another library's loss, which gives a mean alone."""
+
+    def per_row(student: Tensor, teacher: Tensor) -> Tensor:
+        raise NotImplementedError(f"{name} gives no value per token")
+
+    return System(
+        name,
+        lambda kind: (per_row, means[kind]),
+        value_tolerance=1e-3,
+        gradient_tolerance=1e-3,
+        required=False,
+        kinds=frozenset(means),
+        works=peers.WORKS,
+    )
+
+
 def _compiled(kind: str) -> Divergence:
     # Static shapes are its best case. fullgraph, because past Dynamo's recompile limit it would silently go
     # on as plain PyTorch; and reset(), so that each case starts with no compiled shapes to count towards it.
@@ -132,8 +157,28 @@ def available(device: torch.device) -> dict[str, System]:
         *(_ours(f"kl_gpu[{backend}]", backend) for backend in kl_gpu.BACKENDS if _runs(backend, device)),
         _peer("torch", PLAIN.__getitem__),
         _peer("torch.compile", _compiled),
+        *(_library(name, means) for name, means in _libraries(device)[0].items()),
     ]
     return {system.name: system for system in systems}
+
+
+def absent(device: torch.device) -> dict[str, str]:
+    """The other libraries that cannot be timed here, and why."""
+    return _libraries(device)[1]
+
+
+@cache
+def _libraries(device: torch.device) -> tuple[dict[str, dict[str, peers.Mean]], dict[str, str]]:
+    found, why_not = {}, {}
+    for name, losses in (("liger", peers.liger), ("trl", peers.trl)):
+        if name == "liger" and device.type != "cuda":
+            why_not[name] = "its kernels need a GPU"
+            continue
+        try:
+            found[name] = losses()
+        except ImportError as error:
+            why_not[name] = str(error)
+    return found, why_not
 
 
 def usual(device: torch.device) -> list[str]:

@@ -58,6 +58,8 @@ def _measure(benchmark: BenchmarkFixture, call: Callable[[int], T], moved: int) 
 )
 @pytest.mark.parametrize("work", WORKS)
 def test_divergence(benchmark: BenchmarkFixture, problem: Problem, work: str, system: System) -> None:
+    if not system.does(problem.case.kind, work):
+        pytest.skip(f"{system.name} does not do {work} of {problem.case.kind}")
     entry = system.enter(problem.case.kind)
     benchmark.group = f"{work} {problem.case}"
     output, turn = _measure(benchmark, run_of(entry, work, problem), PASSES[work] * problem.case.tensor_bytes)

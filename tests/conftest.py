@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -42,6 +45,24 @@ def wide_programs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
         from kl_gpu.triton import launch
 
         monkeypatch.setattr(launch, "WARPS", 64)
+
+
+OPTIONAL = ("hypothesis", "matplotlib", "mpmath", "rich", "scipy", "tokenizers", "transformers")
+
+
+def missing_package(path: Path) -> str | None:
+    """The first optional package that a test file imports at its top and this machine has not."""
+    imported = re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
+    return next((name for name in imported if name in OPTIONAL and find_spec(name) is None), None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> pytest.CollectReport | None:
+    """A file whose optional package is missing is skipped; its import would end the whole run."""
+    if not isinstance(collector, pytest.Module) or (name := missing_package(collector.path)) is None:
+        return None
+    why = (str(collector.path), 1, f"Skipped: {name} is not installed")
+    return pytest.CollectReport(collector.nodeid, "skipped", why, [])
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,171 @@
+"""What is made of a stored run: targets met or missed, plots, and the README's table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rich")
+
+from bench import plots, readme
+from bench.acceptance import NOT_MEASURED, TARGETS, worded
+from bench.results import newest_per_gpu, read
+from bench.traffic import PASSES
+
+COPY = 3000.0  # GB/s
+
+
+def row(system: str, work: str, V: int, share: float, **more: Any) -> dict[str, Any]:
+    """A row that agrees with itself, at this share of a copy of 3000 GB/s."""
+    N = more.pop("N", 8192)
+    moved = PASSES[work] * N * V * 2
+    found = {
+        "system": system, "kind": "forward_kl", "work": work, "dtype": "bf16", "N": N, "V": V,
+        "ms": moved / (share * COPY) / 1e6, "bytes": moved, "gbps": share * COPY, "share_of_copy": share,
+        "peak_extra_bytes": N * V * 2, "max_rel_error": 1e-7,
+    }  # fmt: skip
+    return found | more
+
+
+def document(
+    device: str = "GPU X", date: str = "2026-05-06T07:08:09+00:00", share: float = 0.96
+) -> dict[str, Any]:
+    rows = [
+        row("kl_gpu", work, V, share, kind=kind)
+        for work in PASSES
+        for V in (32000, 128256)
+        for kind in ("forward_kl", "reverse_kl")
+    ]
+    rows.append(row("torch", "value_grad", 128256, share / 12, peak_extra_bytes=5 * 8192 * 128256 * 2))
+    rows.append(row("torch.compile", "value_grad", 128256, share / 4))
+    rows.append(row("kl_gpu", "value", 128256, 0.02, N=1, ms=0.012))
+    return {
+        "device": device, "date": date, "torch": "2.0", "triton": "3.0", "driver": "500.1",
+        "copy_gbps": COPY, "rows": rows,
+    }  # fmt: skip
+
+
+def figures(rows: list[dict[str, Any]]) -> dict[str, str]:
+    return {target.work: worded(target, rows) for target in TARGETS}
+
+
+def test_every_target_reads_its_rows() -> None:
+    found = figures(document()["rows"])
+    assert list(found.values()) == [
+        "96 to 96 %", "96 to 96 %", "96 to 96 %", "4.0 × (missed)", "12.0 ×", "0.20 of it", NOT_MEASURED,
+        "1.00 × at worst", "12.0 µs",
+    ]  # fmt: skip
+
+
+def test_a_missed_target_says_so() -> None:
+    rows = [*document()["rows"], row("kl_gpu", "value", 50257, 0.5)]
+    found = figures(rows)
+    assert found["value, bf16, V ≥ 32k"] == "50 to 96 % (missed)"
+    assert found["time per byte against the neighbouring V"] == "1.92 × at worst (missed)"
+
+
+def test_nothing_measured_is_not_a_figure() -> None:
+    assert set(figures([]).values()) == {NOT_MEASURED}
+
+
+def test_a_peer_is_compared_at_its_own_number_of_rows() -> None:
+    rows = [
+        row("kl_gpu", "value_grad", 128256, 0.9),
+        row("kl_gpu", "value_grad", 128256, 0.9, N=4096),
+        row("torch", "value_grad", 128256, 0.09, N=4096),
+    ]
+    assert figures(rows)["the same against plain PyTorch"] == "10.0 ×"
+
+
+def store(folder: Path, name: str, what: dict[str, Any]) -> Path:
+    path = folder / name
+    path.write_text(json.dumps(what))
+    return path
+
+
+def test_the_newest_run_of_each_gpu_counts_and_no_cpu(tmp_path: Path) -> None:
+    store(tmp_path, "a.json", document(date="2026-05-06T07:08:09+00:00", share=0.5))
+    newest = store(tmp_path, "b.json", document(date="2026-06-06T07:08:09+00:00"))
+    other = store(tmp_path, "c.json", document(device="GPU A"))
+    store(tmp_path, "d.partial.json", document(date="2027-01-01T00:00:00+00:00"))
+    store(tmp_path, "e.json", document(device="CPU, 2 threads") | {"driver": None})
+    store(tmp_path, "f-checks.json", {"device": "GPU X", "phases": []})
+    store(tmp_path, "audit.json", [])  # type: ignore[arg-type]
+    assert [path for path, _ in newest_per_gpu(tmp_path)] == [other, newest]
+
+
+def test_the_readme_is_written_from_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, results = tmp_path / "README.md", tmp_path / "results"
+    results.mkdir()
+    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    where = ["--readme", str(page), "--results", str(results)]
+    assert readme.main(["--check", *where]) == 1
+    assert "stale" in capsys.readouterr().err
+    assert readme.main(where) == 0
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert text.count(NOT_MEASURED) == len(TARGETS)
+
+    store(results, "run.json", document())
+    assert readme.main(["--check", *where]) == 1
+    readme.main(where)
+    text = page.read_text()
+    assert "| | target | GPU X, 2026-05-06 |" in text
+    assert "| value, bf16, V ≥ 32k | ≥ 95 % of copy speed at 2 U | 96 to 96 % |" in text
+    assert "copy 3000 GB/s, driver 500.1, torch 2.0, triton 3.0; `bench/results/run.json`" in text
+    assert readme.main(["--check", *where]) == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["no marks", f"{readme.END}{readme.BEGIN}", 2 * f"{readme.BEGIN}{readme.END}"]
+)
+def test_a_readme_without_its_marks_is_left_alone(text: str) -> None:
+    with pytest.raises(ValueError, match="one pair of marks"):
+        readme.updated(text, "table")
+
+
+def test_the_readme_says_what_the_results_say() -> None:
+    assert readme.main(["--check"]) == 0
+
+
+def test_plots_of_a_stored_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    path = store(tmp_path, "run.json", document())
+    assert plots.main([str(path), "--out", str(tmp_path / "out")]) == 0
+    drawn = sorted((tmp_path / "out").iterdir())
+    assert [file.name for file in drawn] == ["run-bandwidth.png", "run-memory.png", "run-rows.png"]
+    for file in drawn:
+        pixels = image.imread(file)
+        assert pixels.shape[1] > 1000
+        assert pixels.std() > 0.05  # not an empty page
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "complaint"),
+    [
+        (None, [], "run.json"),
+        ({"rows": []}, [], "is not a run's JSON"),
+        (document(), ["--kind", "tv"], "no rows of kind 'tv'"),
+    ],
+)
+def test_plots_refuse(
+    tmp_path: Path, content: Any, arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.json"
+    if content is not None:
+        store(tmp_path, "run.json", content)
+    with pytest.raises(SystemExit) as stopped:
+        plots.main([str(path), *arguments])
+    assert stopped.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_read_names_what_a_run_must_have(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="copy_gbps"):
+        read(store(tmp_path, "run.json", {"device": "x"}))

@@ -1,0 +1,581 @@
+"""`python -m bench.gpu` where there is no GPU: its time, its record, what it makes of each failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("rich")
+
+import conftest
+from bench import correctness, machine, peers, plan, sanitizer, sanitizer_calls, timings
+from bench.bounded import Finished, run
+from bench.budget import Budget, Ending, Outcome, Phase, run_phases
+from bench.check import WrongOutput
+from bench.gpu import Session, main
+from bench.journal import Journal, points_in_state, report_of
+from bench.measure import Measured, Row
+from bench.plan import VOCABS, Point, gpu_plan
+from bench.report import Report
+from kl_gpu import KINDS, reference
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Time that passes only when told to."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def __call__(self) -> float:
+        return self.time
+
+    def spend(self, seconds: float) -> None:
+        self.time += seconds
+
+
+def phase(clock: Clock, name: str, share: float, takes: float, least: float = 1, **more: Any) -> Phase:
+    """One that takes what it wants, but keeps to its limit."""
+
+    def work(limit: float) -> Ending:
+        clock.spend(min(takes, limit))
+        return Ending()
+
+    return Phase(name, share, least, work, **more)
+
+
+def record(phases: list[Phase], seconds: float, clock: Clock) -> dict[str, Outcome]:
+    return {outcome.name: outcome for outcome in run_phases(phases, Budget(seconds, clock))}
+
+
+def test_phases_share_what_is_left() -> None:
+    clock = Clock()
+    phases = [phase(clock, name, 1, 1000) for name in "abc"]
+    found = record(phases, 90, clock)
+    assert [found[name].seconds for name in "abc"] == [30, 30, 30]
+    assert clock.time == 90
+
+
+def test_time_that_one_phase_leaves_the_later_ones_have() -> None:
+    clock = Clock()
+    phases = [
+        phase(clock, "a", 1, 10),
+        phase(clock, "b", 1, 1000, skip="no tool"),
+        phase(clock, "c", 3, 1000),
+        phase(clock, "d", 1, 5),
+    ]
+    found = record(phases, 100, clock)
+    assert found["a"].seconds == 10
+    assert (found["b"].outcome, found["b"].why) == ("skipped", "no tool")
+    assert found["c"].seconds == pytest.approx(90 * 3 / 4)
+    assert (found["d"].outcome, found["d"].seconds) == ("done", 5)
+
+
+def test_a_phase_without_time_is_skipped_and_a_shorter_one_runs() -> None:
+    clock = Clock()
+    phases = [phase(clock, "a", 9, 95), phase(clock, "b", 1, 9, least=20), phase(clock, "c", 1, 2)]
+    found = record(phases, 100, clock)
+    assert found["b"].outcome == "skipped"
+    assert "no time: 18 s were left, it needs 20" in found["b"].why
+    assert found["c"].outcome == "done"
+
+
+def test_a_phase_gets_the_least_it_needs_beyond_its_share() -> None:
+    clock = Clock()
+    found = record([phase(clock, "a", 1, 50, least=40), phase(clock, "b", 9, 50)], 100, clock)
+    assert (found["a"].seconds, found["b"].seconds) == (40, 50)
+
+
+def test_a_phase_that_raises_is_a_failure_and_not_the_end() -> None:
+    def broken(limit: float) -> Ending:
+        raise OSError("no such thing\nand more")
+
+    clock = Clock()
+    found = record([Phase("a", 1, 1, broken), phase(clock, "b", 1, 5)], 100, clock)
+    assert (found["a"].outcome, found["a"].why) == ("failed", "OSError: no such thing")
+    assert found["b"].outcome == "done"
+
+
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_command_that_will_not_stop_is_killed_with_its_children(tmp_path: Path) -> None:
+    start = time.monotonic()
+    done = run([sys.executable, "-c", STUBBORN], 1.5, tmp_path / "log", tmp_path, os.environ)
+    assert time.monotonic() - start < 10
+    assert done.timed_out
+    assert done.code == -9
+    child = int(done.output)
+    for _ in range(100):  # it is gone once it has been waited for, which is init's business
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the child lives on")
+
+
+def test_a_command_that_is_asked_to_stop_can_say_its_last_words(tmp_path: Path) -> None:
+    code = """
+import time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("so far so good")
+"""
+    log = tmp_path / "log"
+    log.write_text("before")
+    done = run([sys.executable, "-c", code], 3, log, tmp_path, os.environ)
+    assert done.timed_out
+    assert done.output == "so far so good\n"
+    assert log.read_text().startswith("before")
+
+
+def test_the_plan_covers_what_was_asked_for_the_important_first() -> None:
+    points = gpu_plan()
+    assert (points[0].kind, points[0].dtype, points[0].vocab) == ("forward_kl", "bf16", 128256)
+    ours = {(p.kind, p.dtype, p.rows, p.vocab) for p in points if "kl_gpu" in p.systems}
+    for kind in ("forward_kl", "reverse_kl"):
+        assert {(kind, dtype, 8192, V) for dtype in ("bf16", "fp32") for V in VOCABS} <= ours
+    for kind in KINDS:
+        assert {(kind, dtype, 8192, 128256) for dtype in ("bf16", "fp32")} <= ours
+        assert {(kind, "bf16", 8192, V) for V in (32000, 50257, 262144)} <= ours
+    assert {("forward_kl", "bf16", N, 128256) for N in (1, 16, 132, 1024)} <= ours
+    assert all("kl_gpu" in p.systems for p in points)  # every peer's time is beside ours of the same run
+    assert {name for p in points for name in p.systems} == {
+        "kl_gpu",
+        "torch",
+        "torch.compile",
+        "liger",
+        "trl",
+    }
+    assert len(points) == len(set(points))
+
+
+def test_memory_decides_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [60 * 2**30]  # by the allocator, of the point before
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: kept.__setitem__(0, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (78 * 2**30 - kept[0], 80 * 2**30))
+    gpu = torch.device("cuda", 0)
+    everybody, ours = gpu_plan()[0], Point("js", "fp32", 8192, 262144, ("kl_gpu",))
+    assert timings.rows_of(everybody, gpu) == 8192
+    assert timings.rows_of(ours, gpu) == 8192
+    beside_plain = timings.rows_of(Point("js", "fp32", 8192, 262144, ("kl_gpu", "torch")), gpu)
+    assert 3072 < beside_plain < 6144
+    assert beside_plain % 64 == 0
+    assert timings.rows_of(ours, CPU) == 8192
+
+
+def points(*names: str) -> list[Point]:
+    systems = {"a": ("kl_gpu",), "b": ("kl_gpu", "torch"), "c": ("kl_gpu",)}
+    return [Point("forward_kl", "fp32", 3, 1000 + i, systems[name]) for i, name in enumerate(names)]
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal(tmp_path / "journal.jsonl")
+
+
+def begin(journal: Journal, todo: list[Point]) -> None:
+    journal.begin(Report("a device", "2026-01-02T03:04:05+00:00", "2", "3", None), "cpu", 1, todo)
+
+
+def measured(case: Any, systems: Any) -> dict[str, Measured]:
+    rows = [
+        Row(system.name, case.kind, "value", case.dtype, case.rows, case.vocab, 1.0, 8, 8.0, 0.5, 0, 1e-7)
+        for system in systems
+    ]
+    return {"value": Measured(rows, 16.0, {}, {})}
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
+    """Measuring takes and gives what a function of case and systems says."""
+
+    def use(function: Callable[..., Any]) -> None:
+        monkeypatch.setattr(timings, "measure_case", lambda case, systems, works, *_: function(case, systems))
+
+    monkeypatch.setattr(machine, "cache_bytes", lambda device: 1)
+    return use
+
+
+def states(journal: Journal) -> dict[str, int]:
+    return {state: len(which) for state, which in points_in_state(journal.read()).items()}
+
+
+def test_points_that_do_not_fit_are_left_and_shorter_ones_run(journal: Journal, pretend: Any) -> None:
+    clock = Clock()
+
+    def work(case: Any, systems: Any) -> dict[str, Measured]:
+        clock.spend(30 if len(systems) == 2 else 4)
+        return measured(case, systems)
+
+    pretend(work)
+    begin(journal, points("b", "a", "b", "c"))
+    assert timings.time_points(journal, 60, clock) == 0  # after 30 + 4 a second 30 does not fit
+    assert states(journal) == {"measured": 3, "failed": 0, "not reached": 1}
+    report = report_of(journal.read())
+    assert [row.V for row in report.rows] == [1000, 1000, 1001, 1003]
+    assert report.copy_gbps == 16.0
+    (partial,) = journal.path.parent.glob("*.partial.json")
+    assert len(json.loads(partial.read_text())["rows"]) == 4
+
+
+def test_a_failing_point_is_noted_and_the_next_one_runs(journal: Journal, pretend: Any) -> None:
+    def work(case: Any, systems: Any) -> dict[str, Measured]:
+        if case.vocab == 1000:
+            raise RuntimeError("out of resources")
+        return measured(case, systems)
+
+    pretend(work)
+    begin(journal, points("a", "c"))
+    assert timings.time_points(journal, 60) == 0
+    (failed,) = points_in_state(journal.read())["failed"]
+    assert failed["why"] == "RuntimeError: out of resources"
+    assert states(journal)["measured"] == 1
+
+
+def test_a_point_that_breaks_the_device_ends_the_process_and_is_not_tried_again(
+    journal: Journal, pretend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = [True]
+
+    def work(case: Any, systems: Any) -> dict[str, Measured]:
+        if case.vocab == 1000:
+            raise RuntimeError("an illegal memory access was encountered")
+        return measured(case, systems)
+
+    pretend(work)
+    monkeypatch.setattr(timings, "_answers", lambda device: not broken[0])
+    begin(journal, points("a", "c"))
+    assert timings.time_points(journal, 60) == timings.BROKEN
+    assert states(journal) == {"measured": 0, "failed": 1, "not reached": 1}
+    broken[0] = False
+    assert timings.time_points(journal, 60) == 0
+    assert states(journal) == {"measured": 1, "failed": 1, "not reached": 0}
+
+
+def test_a_point_whose_process_died_is_a_failure(journal: Journal) -> None:
+    begin(journal, points("a", "c"))
+    journal.add("start", point=0)
+    with journal.path.open("a") as file:
+        file.write('{"event": "measured", "rows": [')  # killed while it wrote
+    (failed,) = points_in_state(journal.read())["failed"]
+    assert "crashed" in failed["why"]
+
+
+def test_a_wrong_system_is_named_and_the_others_are_timed(journal: Journal, pretend: Any) -> None:
+    def work(case: Any, systems: Any) -> dict[str, Measured]:
+        if any(system.name == "torch" for system in systems):
+            raise WrongOutput("torch", "torch is wrong: value")
+        return measured(case, systems)
+
+    pretend(work)
+    begin(journal, points("b"))
+    assert timings.time_points(journal, 60) == 0
+    events = journal.read()
+    assert [event["what"] for event in events if event["event"] == "wrong"] == ["torch is wrong: value"]
+    assert [row.system for row in report_of(events).rows] == ["kl_gpu"]
+
+
+def test_the_tests_chosen_for_a_gpu() -> None:
+    folder = Path(__file__).parent
+    names = [path.stem.removeprefix("test_") for path in correctness.files_for_a_gpu(folder)]
+    assert names[0] == "cuda"
+    assert names[-1] == "properties"
+    assert {"accuracy", "edges", "autograd", "options", "views", "ops", "determinism", "parity"} < set(names)
+    assert not {"bench", "contributing", "examples", "machine_code", "native", "reference"} & set(names)
+    assert Path(__file__).stem.removeprefix("test_") not in names  # a session must not start a session
+
+
+@pytest.fixture
+def some_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Ending]]:
+    """Runs a file of tests as a session does, in one process."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q\n")
+
+    def run_them(text: str, limit: float) -> tuple[Any, Ending]:
+        file = tmp_path / "test_some.py"
+        file.write_text(text)
+        return correctness.run_tests([file], "not eager", limit, tmp_path / "log", tmp_path)
+
+    return run_them
+
+
+def test_a_report_keeps_counts_and_failures(some_tests: Any, tmp_path: Path) -> None:
+    text = """
+import pytest
+def test_good(): pass
+def test_bad(): assert 1 == 2
+def test_eager(): assert 0
+def test_not_here(): pytest.skip("needs two")
+"""
+    report, ending = some_tests(text, 60)
+    assert report.line == "1 failed, 1 passed, 1 skipped"
+    assert report.failures == ["test_some.py::test_bad: assert 1 == 2"]
+    assert ending == Ending("failed", report.line)
+    assert "1 failed, 1 passed, 1 skipped, 1 deselected" in (tmp_path / "log").read_text()
+
+
+def test_a_report_of_tests_that_hang(some_tests: Any) -> None:
+    text = """
+import signal, time
+def test_good(): pass
+def test_hangs():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    time.sleep(60)
+"""
+    report, ending = some_tests(text, 4)
+    assert report.line == "1 passed, 1 unfinished"
+    assert report.stopped == ["test_some.py::test_hangs"]
+    assert ending == Ending("cut short", report.line)
+
+
+def test_a_file_that_cannot_be_imported_is_a_failure(some_tests: Any) -> None:
+    report, ending = some_tests("import no_such_package", 60)
+    assert ending.outcome == "failed"
+    assert "no_such_package" in report.failures[0]
+
+
+def test_the_device_tests_never_run_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "TRITON_INTERPRET" not in correctness.environment()
+
+
+def test_a_test_file_that_needs_a_missing_package_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "test_needs.py"
+    file.write_text("import json\nfrom no_such_package.part import x\n")
+    assert conftest.missing_package(file) is None  # not one that may be missing: the import says so
+    monkeypatch.setattr(conftest, "OPTIONAL", ("json", "no_such_package"))
+    assert conftest.missing_package(file) == "no_such_package"
+
+
+@pytest.mark.parametrize(
+    ("says", "status", "ending"),
+    [
+        ("ERROR SUMMARY: 0 errors", 0, Ending("done", "ERROR SUMMARY: 0 errors")),
+        ("ERROR SUMMARY: 3 errors", sanitizer._ERROR, Ending("failed", "ERROR SUMMARY: 3 errors")),
+        ("Device not supported", 1, Ending("skipped", "compute-sanitizer: Device not supported")),
+        ("Traceback: no such module", 1, Ending("failed", "Traceback: no such module")),
+        (
+            "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)",
+            0,
+            Ending("done", "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"),
+        ),
+    ],
+)
+def test_what_the_sanitizer_says(tmp_path: Path, says: str, status: int, ending: Ending) -> None:
+    tool = tmp_path / "tool"
+    tool.write_text(f'#!/bin/sh\necho "========= {says}"\nexit {status}\n')
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    got = sanitizer.sanitize(str(tool), "memcheck", 20, tmp_path / "log", os.environ)
+    assert got.outcome == ending.outcome
+    assert got.why.removeprefix("========= ") == ending.why
+
+
+def test_the_calls_for_the_sanitizer() -> None:
+    assert sanitizer_calls.calls(CPU, (33,)) == 2 * len(KINDS)
+
+
+class _Loss:
+    """Another library's loss by its documented interface: log-probabilities in, or logits; β of the JSD."""
+
+    def __init__(self, beta: float = 0.0, **options: object) -> None:
+        self.beta = beta
+
+    def __call__(self, log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+        return _Trainer.generalized_jsd_loss(log_q, log_p, beta=self.beta, reduction="sum") / len(log_q)
+
+
+class _Trainer:
+    @staticmethod
+    def generalized_jsd_loss(student: Any, teacher: Any, *, beta: float, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        kind = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "js")
+        given = {"beta": beta} if kind == "js" else {}
+        return torch.as_tensor(reference.divergence(student.numpy(), teacher.numpy(), kind, **given).sum())
+
+
+def test_other_libraries_are_asked_for_the_divergence_they_are_judged_by(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    library, trainer = type(sys)("liger_kernel.transformers"), type(sys)("trl")
+    library.LigerKLDIVLoss = library.LigerJSD = _Loss
+    trainer.GKDTrainer = _Trainer
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", library)
+    monkeypatch.setitem(sys.modules, "trl", trainer)
+    for name in peers._TRAINERS[:-1]:
+        monkeypatch.setitem(sys.modules, name, None)
+    student, teacher = torch.randn(4, 50), torch.randn(4, 50)
+    for losses in (peers.liger(), peers.trl()):
+        assert set(losses) == {"forward_kl", "reverse_kl", "js"}
+        for kind, mean in losses.items():
+            want = reference.divergence(student.numpy(), teacher.numpy(), kind).mean()
+            np.testing.assert_allclose(float(mean(student, teacher)), want, rtol=1e-5)
+
+
+def test_a_library_that_is_not_there_or_has_changed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", type(sys)("liger_kernel.transformers"))
+    with pytest.raises(ImportError, match=r"liger_kernel\.transformers has no LigerKLDIVLoss"):
+        peers.liger()
+    monkeypatch.setitem(sys.modules, "trl", None)
+    for name in peers._TRAINERS:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError):
+        peers.trl()
+
+
+def test_a_process_that_hangs_is_ended() -> None:
+    hang = "import time; from bench.watchdog import end_after; end_after(0.3); time.sleep(60)"
+    command = [sys.executable, "-c", hang]
+    done = subprocess.run(
+        command, cwd=correctness.ROOT, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 1
+    assert "most recent call first" in done.stderr  # where it hung
+
+
+@pytest.fixture
+def timing(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Ending, Session, int]]:
+    """The session's timings, by processes that do to the journal what they are told: (act, exit status)."""
+
+    def timings_of(todo: list[Point], *lives: tuple[Callable[[], None], int]) -> tuple[Ending, Session, int]:
+        begin(journal, todo)
+        report = report_of(journal.read())
+        session = Session(journal.path.parent, CPU, report, todo)
+        started = []
+
+        def pretended(command: list[str], limit: float, *_: object) -> Finished:
+            act, code = lives[len(started)]
+            started.append(command)
+            act()
+            return Finished(code, False, "")
+
+        monkeypatch.setattr("bench.gpu.run", pretended)
+        return session.time(100), session, len(started)
+
+    return timings_of
+
+
+def test_timings_go_on_behind_a_point_that_took_its_process_along(timing: Any, journal: Journal) -> None:
+    def crash() -> None:
+        journal.add("start", point=0)
+
+    def work() -> None:
+        journal.add("start", point=1)
+        (case,) = points("c")
+        journal.measured(measured(case, [SimpleNamespace(name="kl_gpu")]))
+        journal.add("done", point=1, seconds=1)
+
+    ending, session, started = timing(points("a", "c"), (crash, -11), (work, 0))
+    assert started == 2
+    assert ending.outcome == "failed"
+    assert ending.why == "points: 1 measured, 1 failed; wrong outputs: 0"
+    assert session.timings is not None
+    assert len(json.loads(session.timings.read_text())["rows"]) == 1
+
+    session.tests["tests"] = correctness.PytestReport("1 failed", ["test_a.py::test_b: no"])
+    session.sanitizer["memcheck"] = "done: ERROR SUMMARY: 0 errors"
+    kept = json.loads(session.note(Outcome("timings", ending.outcome, ending.why, 1.0)).read_text())
+    assert kept["tests"] == {
+        "tests": {"line": "1 failed", "failures": ["test_a.py::test_b: no"], "stopped": []}
+    }
+    assert kept["sanitizer"] == {"memcheck": "done: ERROR SUMMARY: 0 errors"}
+    assert [phase["outcome"] for phase in kept["phases"]] == ["failed"]
+    assert len(kept["points"]["failed"]) == 1
+
+
+def test_timings_that_cannot_even_begin_are_not_tried_for_ever(timing: Any) -> None:
+    ending, session, started = timing(points("a"), (lambda: None, 1))
+    assert started == 1
+    assert (ending.outcome, session.timings) == ("cut short", None)
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What one whole session on the CPU printed, and its folder."""
+    out = tmp_path_factory.mktemp("gpu")
+    command = [sys.executable, "-m", "bench.gpu", "--tiny", "--device", "cpu", "--minutes", "2", "--out", out]
+    done = subprocess.run(
+        command, cwd=correctness.ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+        text=True, timeout=130, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, out
+
+
+def test_a_session_without_a_gpu_says_what_it_skips(session: tuple[str, Path]) -> None:
+    shown, out = session
+    (path,) = out.glob("*-checks.json")
+    checks = json.loads(path.read_text())
+    assert list(checks) == [
+        *("device", "date", "torch", "triton", "driver", "phases", "tests", "sanitizer", "points", "wrong"),
+        "left_out",
+    ]
+    outcomes = {phase["name"]: phase["outcome"] for phase in checks["phases"]}
+    skipped = {"tests": "skipped", "memcheck": "skipped", "racecheck": "skipped", "tests of eager": "skipped"}
+    assert outcomes == skipped | {"timings": "done", "plots": "done"}
+    for phase in checks["phases"]:
+        assert f"{phase['name']}: {phase['outcome']} after" in shown
+        assert ("no GPU" in phase["why"]) == (phase["outcome"] == "skipped")
+    assert "liger is left out: its kernels need a GPU" in shown
+    assert "not measured" in shown
+    assert len(checks["points"]["measured"]) == len(plan.tiny_plan())
+    assert not checks["points"]["not reached"]
+
+
+def test_a_session_leaves_its_json_and_its_plots(session: tuple[str, Path]) -> None:
+    _, out = session
+    assert len(list(out.iterdir())) <= 8
+    assert not list(out.glob("*.partial.json"))
+    (path,) = (path for path in out.glob("*.json") if not path.name.endswith("-checks.json"))
+    report = json.loads(path.read_text())
+    assert list(report) == ["device", "date", "torch", "triton", "driver", "copy_gbps", "rows"]
+    assert report["copy_gbps"] > 0
+    found = {(row["system"], row["work"], row["N"], row["V"]) for row in report["rows"]}
+    assert len(found) == len(report["rows"])
+    assert found == {
+        (system, work, p.rows, p.vocab)
+        for p in plan.tiny_plan()
+        for system in ("kl_gpu", "torch")
+        for work in ("value", "value_grad", "forward_backward")
+    }
+    pictures = {file.name for file in out.glob("*.png")}
+    assert pictures == {f"{path.stem}-{what}.png" for what in ("bandwidth", "rows", "memory")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--minutes", "0"], "--minutes: '0' is not a number of minutes"),
+        (["--minutes", "nan"], "--minutes: 'nan' is not a number of minutes"),
+        (["--device", "tpu"], "--device: 'tpu' is neither cpu nor cuda"),
+        (["--out", __file__], "--out: "),
+    ],
+)
+def test_bad_options(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert complaint in capsys.readouterr().err
