@@ -30,8 +30,8 @@ _ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 class Row:
     """One line of the table. `overhead_instructions`: of a warp, around the main loop, ragged tail left out.
 
-    `exchanges` are shuffles and barriers per tile of `columns`; the last five say what the kernel moves, as
-    `bench.kernels.Entry` does.
+    `exchanges` is the longest chain of shuffles and barriers in a tile of `columns`; reads to ahead
+    are as in `bench.kernels.Entry`.
     """
 
     kernel: str

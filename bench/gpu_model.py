@@ -29,7 +29,7 @@ class Counts:
         registers: of a thread; shared_bytes: of a program.
         store_bits: width of a thread's store, 0 without one.
         instructions, fma, alu, special, lsu: lane operations per element in the body.
-        exchanges: shuffles and barriers per tile.
+        exchanges: shuffles and barriers of a tile that wait for one another.
         overhead_instructions: of a warp, per program, outside the body.
         reads, writes, l2_reads: tensors of logits.
         programs: of a row: "row" (one, looping over its tiles), "tile" (one a tile) or a number.

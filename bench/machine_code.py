@@ -21,6 +21,7 @@ class Instruction:
     target: int | None = None
     falls_through: bool = True
     leaves: bool = False  # ends the kernel
+    registers: tuple[str, ...] = ()  # in the order of the text, so that a result comes first
 
     @property
     def is_exp2(self) -> bool:
@@ -29,7 +30,11 @@ class Instruction:
     @property
     def is_exchange(self) -> bool:
         """Waits for other threads: a barrier, or a value of another lane."""
-        return self.opcode.startswith(("BAR", "SHFL", "s_barrier", "ds_bpermute", "ds_swizzle"))
+        return self.is_barrier or self.opcode.startswith("SHFL")
+
+    @property
+    def is_barrier(self) -> bool:
+        return self.opcode.startswith(("BAR", "s_barrier"))
 
     def bits(self, access: str) -> int:
         """Width of a global "load" or "store" for one thread, 0 of any other instruction."""
@@ -98,6 +103,7 @@ def parse_sass(lines: Iterable[str]) -> Path:
                 labels.get(branch[1]) if branch else None,
                 not stops,
                 opcode.startswith("EXIT") and always,
+                tuple(re.findall(r"\bR\d+", text)),
             )
         )
     return path
@@ -211,7 +217,9 @@ class Mix:
     """What lies on a path: counts, and the width in bits of the accesses that carry most of its bits.
 
     `lsu` counts passes through the load/store unit: one for every 32 bits that a thread moves at a time.
-    `fma` counts Blackwell's paired form (FFMA2) twice: it does the work of two.
+    `fma` counts Blackwell's paired form (FFMA2) twice: it does the work of two. `exchanges` is the longest
+    chain of shuffles and barriers that wait for one another; AMD's moves between lanes are ordinary
+    instructions, and of its code barriers alone count.
     """
 
     instructions: int
@@ -236,10 +244,23 @@ def mix(path: Path) -> Mix:
         lsu=sum(
             max(1, max(here.bits("load"), here.bits("store")) // 32) for here in path if here.unit == "lsu"
         ),
-        exchanges=sum(here.is_exchange for here in path),
+        exchanges=_exchange_chain(path),
         load_bits=_main_width(path, "load"),
         store_bits=_main_width(path, "store"),
     )
+
+
+def _exchange_chain(path: Path) -> int:
+    depth: dict[str, int] = {}
+    everyone = 0  # whatever stands behind a barrier has waited for all that stands before it
+    for here in path:
+        if here.is_barrier:
+            everyone = max([everyone, *depth.values()]) + 1
+        elif here.registers and not here.bits("store"):
+            result, *sources = here.registers
+            waited = max([everyone, *(depth.get(source, 0) for source in sources)])
+            depth[result] = waited + here.is_exchange
+    return max([everyone, *depth.values()])
 
 
 def _main_width(path: Path, access: str) -> int:

@@ -16,7 +16,16 @@ from .traffic import PASSES
 
 PAGE = Path(__file__).parents[1] / "docs" / "gpu-model.md"
 _LINES = ("memory", "L2", "issue", "fma", "alu", "ex2", "lsu", "latency")
-_UNITS = {"ghz": "GHz", "copy_tbps": "TB/s", "l2_tbps": "TB/s", "shared_kb": "KB", "latency_ns": "ns"}
+_LABELS = {
+    "ghz": "clock, GHz",
+    "copy_tbps": "copy, TB/s",
+    "l2_tbps": "l2, TB/s",
+    "special": "ex2 and its like",
+    "shared_kb": "shared memory, KB",
+    "latency_ns": "wait for a load, ns",
+    "clocks_alone": "a: clocks between a warp's instructions",
+    "clocks_exchange": "e: clocks of an exchange",
+}
 
 
 def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -34,16 +43,15 @@ def gpu_tables() -> dict[str, str]:
     figures = _table(
         ["", *(f"{one.name} ({one.arch})" for one in GPUS)],
         (
-            [_with_unit(name), *(f"{figure.value:g}" if figure.value else "–" for figure in known[name])]
+            [
+                _LABELS.get(name, name),
+                *(f"{figure.value:g}" if figure.value else "–" for figure in known[name]),
+            ]
             for name in names
         ),
     )
     origins = _table(["figure", "GPU", "origin"], _origins(known))
     return {"gpus": figures, "origins": origins}
-
-
-def _with_unit(name: str) -> str:
-    return f"{name}, {_UNITS[name]}" if name in _UNITS else name
 
 
 def _origins(known: dict[str, list[Known]]) -> Iterator[list[str]]:
@@ -52,7 +60,7 @@ def _origins(known: dict[str, list[Known]]) -> Iterator[list[str]]:
         for one, value in zip(GPUS, values, strict=True):
             by_origin.setdefault(value.origin, []).append(one.name)
         for origin, owners in by_origin.items():
-            yield [name, "all" if len(owners) == len(GPUS) else ", ".join(owners), origin]
+            yield [_LABELS.get(name, name), "all" if len(owners) == len(GPUS) else ", ".join(owners), origin]
 
 
 def counts_table(rows: Sequence[Row], arch: str) -> str:

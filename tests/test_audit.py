@@ -135,6 +135,22 @@ def test_gcn_loop_laid_out_backwards() -> None:
     assert "global_store_short" in opcodes(overhead)
 
 
+def test_exchanges_that_do_not_wait_for_one_another_count_once() -> None:
+    sass = """
+        /*0000*/                   SHFL.BFLY PT, R2, R1, 0x10, 0x1f ;
+        /*0010*/                   SHFL.BFLY PT, R4, R3, 0x10, 0x1f ;
+        /*0020*/                   FADD R5, R2, R4 ;
+        /*0030*/                   SHFL.BFLY PT, R6, R5, 0x8, 0x1f ;
+        /*0040*/                   STS [R7], R6 ;
+        /*0050*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0060*/                   SHFL.BFLY PT, R8, R1, 0x10, 0x1f ;
+        /*0070*/                   SHFL.BFLY PT, R9, R3, 0x10, 0x1f ;
+        /*0080*/                   EXIT ;
+    """
+    # One of the first two, the third, the barrier, one of the last two.
+    assert mix(parse_sass(sass.splitlines())).exchanges == 4
+
+
 def counts(**changed: object) -> Counts:
     """64 columns of 2 bytes in tiles of 16, by programs of 2 warps of 4: a lane has 2 columns of a tile."""
     plain = Counts(
