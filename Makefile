@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench gpu sanitize clean
+.PHONY: demo test lint bench gpu audit sanitize clean
 
 demo: $(READY)  ## distil a small language model through kl_gpu, on the text of Python's own library
 	$(BIN)/python examples/distill.py $(ARGS)
@@ -24,6 +24,9 @@ bench: $(READY)  ## ours against plain PyTorch and torch.compile on the device a
 
 gpu: $(READY)  ## a whole GPU session within 9 minutes: tests, sanitizer, timings against peers, plots
 	$(BIN)/python -m bench.gpu $(ARGS)
+
+audit: $(READY)  ## the Triton kernels compiled for every GPU architecture, without a GPU, and what should limit them
+	$(BIN)/python -m bench.audit $(ARGS)
 
 # The C++ kernels under AddressSanitizer with UBSan, then under ThreadSanitizer; needs cmake and a compiler.
 sanitize:

@@ -1,4 +1,7 @@
-"""The kernels as GPUs run them, compiled here without one: spills, load width, instructions per pair."""
+"""The kernels as GPUs run them, compiled here without one: spills, load width, instructions per pair.
+
+A part of what `make audit` compiles; tests/test_audit.py holds the committed whole.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,12 @@ def audits() -> list[dict]:
     return run("machine_code.py")
 
 
+@pytest.fixture(scope="module")
+def aligned(audits: list[dict]) -> list[dict]:
+    """NVIDIA's, in rows that are multiples of 16 bytes: what is promised to be as fast as memory."""
+    return [a for a in audits if a["V_class"] == "aligned" and a["arch"].startswith("sm_")]
+
+
 def test_a_hundred_betas_temperatures_and_row_counts_compile_each_kernel_once() -> None:
     (found,) = run("compile_keys.py")
     assert found["families"] == 3
@@ -44,34 +53,46 @@ def test_a_hundred_betas_temperatures_and_row_counts_compile_each_kernel_once() 
 
 
 def test_every_kernel_dtype_and_architecture_compiles(audits: list[dict]) -> None:
-    architectures = ("sm_80", "sm_90", "sm_100")
-    kl = [(kernel, dtype) for kernel in ("value", "gradient") for dtype in ("bfloat16", "float16", "float32")]
-    families = [(kernel, dtype) for kernel in ("sums", "gradient") for dtype in ("bfloat16", "float32")]
-    assert {(a["kernel"], a["kind"].split(",")[0], a["dtype"], a["arch"]) for a in audits} == {
-        (kernel, family, dtype, arch)
-        for arch in architectures
-        for names, kernels in ((("kl",), kl), (("jeffreys", "js", "skew", "tv"), families))
-        for family in names
-        for kernel, dtype in kernels
+    families = ("kl", "jeffreys", "js", "skew", "tv")
+    kernels = [("value", "kl"), *(("sums", f) for f in families[1:]), *(("gradient", f) for f in families)]
+    expected = {
+        (kernel, family, dtype, arch, "aligned")
+        for kernel, family in kernels
+        for dtype in ("bf16", "fp32")
+        for arch in ("sm_80", "sm_90", "sm_100", "gfx942")
     }
+    expected |= {(kernel, "kl", "fp16", "sm_90", "aligned") for kernel in ("value", "gradient")}
+    expected |= {(*kernel, *odd) for kernel in kernels
+                 for odd in (("bf16", "sm_90", "odd"), ("fp32", "sm_80", "odd"))}  # fmt: skip
+    found = {(a["kernel"], a["kind"].split(",")[0], a["dtype"], a["arch"], a["V_class"]) for a in audits}
+    assert found >= expected
 
 
 def test_nothing_spills(audits: list[dict]) -> None:
     assert [a for a in audits if a["spill_bytes"]] == []
 
 
-def test_accesses_in_the_main_loop_are_128_bits_wide(audits: list[dict]) -> None:
-    assert [a for a in audits if a["load_bits"] != 128] == []
-    assert [a for a in audits if a["kernel"] == "gradient" and a["store_bits"] != 128] == []
-
-
-def test_memory_stays_the_limit(audits: list[dict]) -> None:
+def test_every_load_was_found(audits: list[dict]) -> None:
+    # A count of nothing would pass every bound below.
     for a in audits:
+        assert a["load_bits"] >= 16, a
+        assert (a["store_bits"] >= 16) == (a["kernel"] == "gradient"), a
+        assert a["ex2_per_element"] >= 1, a
+        assert a["instructions_per_element"] > 10, a
+
+
+def test_accesses_in_the_main_loop_are_128_bits_wide(aligned: list[dict]) -> None:
+    assert [a for a in aligned if a["load_bits"] != 128] == []
+    assert [a for a in aligned if a["kernel"] == "gradient" and a["store_bits"] != 128] == []
+
+
+def test_memory_stays_the_limit(aligned: list[dict]) -> None:
+    for a in aligned:
         if not a["kind"].startswith("kl"):
             continue  # two logarithms a pair: arithmetic is the limit, and nothing is promised yet
-        budget = BUDGET[a["kernel"], 4 if a["dtype"] == "float32" else 2]
+        budget = BUDGET[a["kernel"], 4 if a["dtype"] == "fp32" else 2]
         if a["kind"].endswith("both"):
             budget *= 4 / 3  # a fourth tensor's bytes
-        assert a["instructions_per_pair"] <= budget, a
+        assert a["instructions_per_element"] <= budget, a
         # 16 exponentials a clock and SM allow about 2.5 an element in bf16 at that bandwidth: 5 a pair.
-        assert 1 <= a["exponentials_per_pair"] <= 5, a
+        assert 1 <= a["ex2_per_element"] <= 5, a

@@ -37,7 +37,7 @@ class ProgramShape(NamedTuple):
 class Parts(NamedTuple):
     """How a row is shared: by V alone, so that no bit of it depends on how many rows there are."""
 
-    count: int
+    number: int
     columns: int
 
 

@@ -169,6 +169,76 @@ def _gradient(
     )  # fmt: skip
 
 
+@triton.jit
+def _item(
+    item, incoming, a_ptr, b_ptr, rows_ptr, value_ptr, stats_ptr, states_ptr, row_scale_ptr,
+    grad_a_ptr, grad_b_ptr, n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
+    a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low,
+    ga_outer, ga_inner, gb_outer, gb_inner, parts, part_columns, lag,
+    HAS_ROWS: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr,
+    SWEEPS: tl.constexpr, STAGES: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
+    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """One part of one row in one stage: a sweep, or behind the sweeps the gradient."""
+    slot = item // (parts * STAGES)
+    stage = item % (parts * STAGES) // parts
+    row = slot - stage * lag
+    part = item % parts
+    if (row >= 0) & (row < n_rows):
+        counts = True
+        if HAS_ROWS:
+            counts = tl.load(rows_ptr + row) != 0
+        first = part * part_columns
+        last = tl.minimum(first + part_columns, V)
+        a_row = row_start(a_ptr, row, n_inner, a_outer, a_inner)
+        b_row = row_start(b_ptr, row, n_inner, b_outer, b_inner)
+        grad_a = row_start(grad_a_ptr, row, n_inner, ga_outer, ga_inner)
+        grad_b = row_start(grad_b_ptr, row, n_inner, gb_outer, gb_inner)
+        value_out = value_ptr + row
+        stats = stats_ptr + row.to(tl.int64) * _STATS
+        states = states_ptr + row.to(tl.int64) * (_STATE * PARTS)
+        a_scale = wide(a_scale_high, a_scale_low)
+        b_scale = wide(b_scale_high, b_scale_low)
+        c_scale = a_scale if SAME_SCALE else tl.full([], 1.0, tl.float64)
+        k_a = (a_scale * LOG2E).to(CT)
+        k_b = (b_scale * LOG2E).to(CT)
+        scale = a_scale.to(CT)
+        beta = wide(beta_high, beta_low)
+        rest = (1.0 - beta).to(CT)
+        beta = beta.to(CT)
+        if not counts:
+            if SWEEPS > 0:
+                if (stage == 0) & (part == 0):
+                    tl.store(value_out, 0.0)
+            if stage == STAGES - 1:
+                if TO_A:
+                    write_zeros(grad_a, first, last, R, VEC, WIDE)
+                if TO_B:
+                    write_zeros(grad_b, first, last, R, VEC, WIDE)
+        elif stage < SWEEPS:
+            if SWEEPS > 0:
+                if stage == 0:
+                    _first_sweep(
+                        value_out, stats, states, a_row, b_row, V, part, parts, first, last,
+                        k_a, k_b, scale, a_scale, b_scale, c_scale,
+                        SAME_SCALE, EXACT, CT, R, VEC, WIDE, PARTS,
+                    )  # fmt: skip
+                elif SWEEPS > 1:
+                    _second_sweep(
+                        value_out, stats, states, a_row, b_row, part, parts, first, last, beta, rest,
+                        k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, FAMILY, CT, R, VEC, WIDE, PARTS,
+                    )  # fmt: skip
+        elif TO_A or TO_B:
+            if SWEEPS > 0:
+                _wait(stats, SWEEPS)
+            upstream = tl.load(row_scale_ptr + row).to(CT) * incoming
+            _gradient(
+                stats, upstream, a_row, b_row, grad_a, grad_b, first, last, beta, rest,
+                k_a, k_b, scale, a_scale, b_scale,
+                SAME_SCALE, EXACT, FAMILY, CT, TO_A, TO_B, R, VEC, WIDE,
+            )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_inner", "parts", "lag"])
 def rows_kernel(
     a_ptr, b_ptr, rows_ptr, value_ptr, stats_ptr, states_ptr, queue_ptr,
@@ -181,84 +251,38 @@ def rows_kernel(
     CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """VALUE: sweep for the value (families other than KL twice). TO_A, TO_B: write gradients."""
-    SWEEPS: tl.constexpr = 1 if FAMILY == "kl" else 2
-    GRADIENT: tl.constexpr = TO_A or TO_B
-    STAGES: tl.constexpr = (SWEEPS if VALUE else 0) + (1 if GRADIENT else 0)
+    SWEEPS: tl.constexpr = (1 if FAMILY == "kl" else 2) if VALUE else 0
+    STAGES: tl.constexpr = SWEEPS + (1 if TO_A or TO_B else 0)
     begin = tl.program_id(0)
-    end = n_rows * parts
+    incoming = tl.full([], 1.0, CT)
     if STAGES > 1:
         # Not the program's number: only a number that was taken says that its predecessors run.
         begin = tl.atomic_add(queue_ptr, 1)
-        end = (n_rows + (STAGES - 1) * lag) * parts * STAGES
-    incoming = tl.full([], 1.0, CT)
     if HAS_INCOMING:
         incoming = tl.load(incoming_ptr).to(CT)
-        # The gradient for an incoming 1 is there already.
-        end = tl.where(incoming == 1.0, 0, end)
-
-    a_scale = wide(a_scale_high, a_scale_low)
-    b_scale = wide(b_scale_high, b_scale_low)
-    c_scale = a_scale if SAME_SCALE else tl.full([], 1.0, tl.float64)
-    k_a = (a_scale * LOG2E).to(CT)
-    k_b = (b_scale * LOG2E).to(CT)
-    scale = a_scale.to(CT)
-    beta = wide(beta_high, beta_low)
-    rest = (1.0 - beta).to(CT)
-    beta = beta.to(CT)
-
-    for item in range(begin, end, tl.num_programs(0)):
-        slot = item // (parts * STAGES)
-        stage = item % (parts * STAGES) // parts
-        row = slot - stage * lag
-        part = item % parts
-        first = part * part_columns
-        last = tl.minimum(first + part_columns, V)
-        counts = (row >= 0) & (row < n_rows)
-        if HAS_ROWS:
-            counts = counts & (tl.load(rows_ptr + row, mask=counts, other=0) != 0)
-        a_row = row_start(a_ptr, row, n_inner, a_outer, a_inner)
-        b_row = row_start(b_ptr, row, n_inner, b_outer, b_inner)
-        row = row.to(tl.int64)
-        stats = stats_ptr + row * _STATS
-        states = states_ptr + row * (_STATE * PARTS)
-        if VALUE:
-            if (stage == 0) & (not counts) & (part == 0) & (row >= 0) & (row < n_rows):
-                tl.store(value_ptr + row, 0.0)
-            if (stage == 0) & counts:
-                _first_sweep(
-                    value_ptr + row, stats, states, a_row, b_row, V, part, parts, first, last,
-                    k_a, k_b, scale, a_scale, b_scale, c_scale,
-                    SAME_SCALE, EXACT, CT, R, VEC, WIDE, PARTS,
-                )  # fmt: skip
-            if SWEEPS == 2:
-                if (stage == 1) & counts:
-                    _second_sweep(
-                        value_ptr + row, stats, states, a_row, b_row, part, parts, first, last, beta, rest,
-                        k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, FAMILY, CT, R, VEC, WIDE, PARTS,
-                    )  # fmt: skip
-        if GRADIENT:
-            grad_a = row_start(grad_a_ptr, row, n_inner, ga_outer, ga_inner)
-            grad_b = row_start(grad_b_ptr, row, n_inner, gb_outer, gb_inner)
-            if stage == STAGES - 1:
-                if counts:
-                    if VALUE:
-                        _wait(stats, SWEEPS)
-                    upstream = tl.load(row_scale_ptr + row).to(CT) * incoming
-                    _gradient(
-                        stats, upstream, a_row, b_row, grad_a, grad_b, first, last, beta, rest,
-                        k_a, k_b, scale, a_scale, b_scale,
-                        SAME_SCALE, EXACT, FAMILY, CT, TO_A, TO_B, R, VEC, WIDE,
-                    )  # fmt: skip
-                elif (row >= 0) & (row < n_rows):
-                    if TO_A:
-                        write_zeros(grad_a, first, last, R, VEC, WIDE)
-                    if TO_B:
-                        write_zeros(grad_b, first, last, R, VEC, WIDE)
+        # For an incoming 1 the gradient is there already.
+        end = tl.where(incoming == 1.0, 0, n_rows * parts)
+        for item in range(begin, end, tl.num_programs(0)):
+            _item(
+                item, incoming, a_ptr, b_ptr, rows_ptr, value_ptr, stats_ptr, states_ptr, row_scale_ptr,
+                grad_a_ptr, grad_b_ptr, n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
+                a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low,
+                ga_outer, ga_inner, gb_outer, gb_inner, parts, part_columns, lag,
+                HAS_ROWS, SAME_SCALE, EXACT, FAMILY, SWEEPS, STAGES, TO_A, TO_B, CT, R, VEC, WIDE, PARTS,
+            )  # fmt: skip
+    else:
+        _item(
+            begin, incoming, a_ptr, b_ptr, rows_ptr, value_ptr, stats_ptr, states_ptr, row_scale_ptr,
+            grad_a_ptr, grad_b_ptr, n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
+            a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low,
+            ga_outer, ga_inner, gb_outer, gb_inner, parts, part_columns, lag,
+            HAS_ROWS, SAME_SCALE, EXACT, FAMILY, SWEEPS, STAGES, TO_A, TO_B, CT, R, VEC, WIDE, PARTS,
+        )  # fmt: skip
 
 
 # By the wider logit's bytes. At 16 columns the kernel spills on sm_80; at 8 columns and 128 registers four
-# programs of four warps share an SM and cover one another's barriers. Left alone, ptxas holds the float32 form
-# to 96 registers and spills.
+# programs of four warps share an SM and cover one another's barriers. Left alone, ptxas holds the float32
+# form to 96 registers and spills.
 SHAPES = {2: ProgramShape(8, 128), 4: ProgramShape(8, 128), 8: ProgramShape(4)}
 # Bound by arithmetic, and in need of more registers than four programs leave them.
 FORMULA_SHAPES = {2: ProgramShape(8, 168), 4: ProgramShape(8, 168), 8: ProgramShape(4)}
@@ -275,15 +299,15 @@ def _launch(
 ) -> None:
     config = configuration(p, SHAPES if p.family == "kl" else FORMULA_SHAPES)
     parts = parts_of(p.a.shape[2], config["R"] * config["VEC"])
-    width = triton.next_power_of_2(parts.count)
+    width = triton.next_power_of_2(parts.number)
     has_gradient = grad_a is not None or grad_b is not None
     stages = (0 if value is None else 1 if p.family == "kl" else 2) + has_gradient
-    shared = value is not None and parts.count > 1
+    shared = value is not None and parts.number > 1
     states = stats.new_empty((p.n_rows, STATE, width)) if shared else stats
     queue = stats.new_zeros(1, dtype=torch.int32) if stages > 1 else stats
     resident = resident_programs(p.a.device)
-    lag = min(p.n_rows, triton.cdiv(5 * resident, 4 * parts.count * stages)) if stages > 1 else 0
-    programs = (p.n_rows + (stages - 1) * lag) * parts.count * stages
+    lag = min(p.n_rows, triton.cdiv(5 * resident, 4 * parts.number * stages)) if stages > 1 else 0
+    programs = (p.n_rows + (stages - 1) * lag) * parts.number * stages
     if incoming is not None:
         # Most often there is nothing to do, which a few programs find out sooner than many.
         programs = min(programs, 2 * resident)
@@ -293,7 +317,7 @@ def _launch(
         p.a, p.b, p.rows, stats if value is None else value, stats, states, queue,
         stats if row_scale is None else row_scale, stats if incoming is None else incoming, out_a, out_b,
         p.n_rows, *geometry(p), *high_low(p.beta),
-        out_a.stride(0), out_a.stride(1), out_b.stride(0), out_b.stride(1), parts.count, parts.columns, lag,
+        out_a.stride(0), out_a.stride(1), out_b.stride(0), out_b.stride(1), parts.number, parts.columns, lag,
         HAS_ROWS=p.rows is not None, HAS_INCOMING=incoming is not None, FAMILY=p.family,
         VALUE=value is not None, TO_A=grad_a is not None, TO_B=grad_b is not None, PARTS=width, **config,
     )  # fmt: skip

@@ -1,0 +1,119 @@
+"""The variants of the kernel that are audited, and the works made of them.
+
+This is the only list: what is to be audited is an entry here, and a work that it serves names it in `steps`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import triton
+
+from kl_gpu.kinds import KINDS
+from kl_gpu.problem import Problem
+from kl_gpu.triton import launch, rows
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What the compiler may know of V and the row strides: that 16 divides them, or nothing.
+V_CLASSES = {"aligned": 128256, "odd": 50257}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One variant of the kernel, and what it moves.
+
+    Attributes:
+        kernel, kind: its names in the table.
+        family, sweeps_value, side: what it is compiled for; side is "a", "b", "both" or "".
+        loops: which of its main loops do the work, counted among those that load and exponentiate: the first
+            sweep's is the first, the gradient's the last, and between them lie the careful path's.
+        reads, writes: tensors of logits read from and written to memory.
+        l2_reads: tensors read once more while the L2 still holds them.
+        ahead: tiles that the first sweep loads before it needs them.
+    """
+
+    kernel: str
+    kind: str
+    family: str
+    sweeps_value: bool
+    side: str
+    loops: tuple[int, ...]
+    reads: int = 2
+    writes: int = 0
+    l2_reads: int = 0
+    ahead: int = 0
+
+    function: ClassVar[Any] = rows.rows_kernel
+    types: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("n_rows", "parts", "part_columns", "lag"), "i32"),
+        "queue_ptr": "*i32",
+    }
+
+    def configuration(self, dtype: str, V: int) -> dict[str, Any]:
+        """Every compile-time argument and option, as the launcher would choose them."""
+        example = torch.empty(1, 1, V, dtype=DTYPES[dtype], device="meta")
+        problem = Problem(example, example, None, self.family, 0.0, 1.0, 1.0)
+        shapes = rows.SHAPES if self.family == "kl" else rows.FORMULA_SHAPES
+        config = launch.configuration(problem, shapes)
+        parts = launch.parts_of(V, self.columns(config)).number
+        return {
+            **config,
+            "HAS_ROWS": True,
+            "HAS_INCOMING": False,
+            "FAMILY": self.family,
+            "VALUE": self.sweeps_value,
+            "TO_A": self.side in ("a", "both"),
+            "TO_B": self.side in ("b", "both"),
+            "PARTS": triton.next_power_of_2(parts),
+        }
+
+    def columns(self, configuration: Mapping[str, Any]) -> int:
+        """Columns of a tile: what one pass through a loop covers."""
+        return int(configuration["R"] * configuration["VEC"])
+
+    def programs(self, columns: int, V: int) -> int:
+        """Programs of a row; those of several stages count as one that does them all."""
+        return launch.parts_of(V, columns).number
+
+
+def _entry(family: str, sweeps_value: bool, side: str) -> Entry:
+    sweeps = (1 if family == "kl" else 2) if sweeps_value else 0
+    last = (-1,) if side else ()
+    return Entry(
+        kernel="value_grad" if sweeps and side else "gradient" if side else "value",
+        kind=f"{family}, to {side}" if side else family,
+        family=family,
+        sweeps_value=sweeps_value,
+        side=side,
+        loops=(*((0,), (0, -1 - len(last)))[sweeps - 1], *last) if sweeps else last,
+        writes=2 if side == "both" else 1 if side else 0,
+        l2_reads=2 * max(sweeps + bool(side) - 1, 0),
+        ahead=1 if sweeps else 0,
+    )
+
+
+def _student(kind: str) -> str:
+    return "a" if KINDS[kind].weights == "student" else "b"
+
+
+def entries() -> Iterator[Entry]:
+    families = dict.fromkeys(kind.family for kind in KINDS.values())
+    for family in families:
+        sides = sorted({_student(name) for name, kind in KINDS.items() if kind.family == family})
+        yield _entry(family, True, "")
+        for side in (*sides, "both"):
+            yield _entry(family, False, side)
+        for side in sides:
+            yield _entry(family, True, side)
+
+
+def steps(kind: str, work: str) -> list[tuple[str, str]]:
+    """(kernel, kind) of each launch that a work of `bench.traffic.PASSES` takes, in order."""
+    family = KINDS[kind].family
+    gradient = f"{family}, to {_student(kind)}"
+    if work == "value_grad":
+        return [("value_grad", gradient)]
+    return [("value", family)] + ([("gradient", gradient)] if work == "forward_backward" else [])
