@@ -13,18 +13,17 @@ from dataclasses import asdict
 from bench.audit import audit_one
 from bench.kernels import Entry, entries
 
-# (architecture, class of V): dtypes whose kernels are compiled in their heaviest form only.
-HEAVIEST = {
-    ("sm_80", "aligned"): ("bf16", "fp32"),
-    ("sm_100", "aligned"): ("bf16", "fp32"),
-    ("gfx942", "aligned"): ("bf16", "fp32"),
-    ("sm_90", "odd"): ("bf16",),
-    ("sm_80", "odd"): ("fp32",),
-}
+# Where kernels are compiled in their heaviest form and one dtype only.
+HEAVIEST = (
+    ("fp32", "sm_80", "aligned"),
+    ("bf16", "sm_100", "aligned"),
+    ("bf16", "gfx942", "aligned"),
+    ("bf16", "sm_90", "odd"),
+)
 
 
 def is_heaviest(entry: Entry) -> bool:
-    return "to " not in entry.kind or entry.kind.endswith("both")
+    return entry.side in ("", "both") or entry.sweeps_value
 
 
 def cases() -> Iterator[tuple[Entry, str, str, str]]:
@@ -36,8 +35,7 @@ def cases() -> Iterator[tuple[Entry, str, str, str]]:
             if kl or is_heaviest(entry):
                 yield entry, dtype, "sm_90", "aligned"
         if is_heaviest(entry):
-            for (arch, V_class), dtypes in HEAVIEST.items():
-                yield from ((entry, dtype, arch, V_class) for dtype in dtypes)
+            yield from ((entry, *case) for case in HEAVIEST)
 
 
 if __name__ == "__main__":

@@ -81,3 +81,17 @@ def test_gradient_in_place_adds_two_reads_and_a_write(kind: str, touched: Counte
         assert touched[f"read {side}"] - before[f"read {side}"] == student.numel()
     assert touched["write student"] == student.numel()
     assert touched["write teacher"] == 0
+
+
+def test_value_and_gradient_in_one_call(kind: str, touched: Counter[str]) -> None:
+    student, teacher = pair(ROWS, VOCAB)
+    student.requires_grad_()
+    watch(touched, student=student, teacher=teacher)
+    loss = kl_gpu.divergence(student, teacher, kind, backend="triton")
+    swept = Counter(touched)
+    loss.backward()
+    stages = 2 if KINDS[kind].family == "kl" else 3  # all but the first from the L2
+    for side in ("student", "teacher"):
+        assert swept[f"read {side}"] == stages * student.numel()
+    # An incoming gradient of 1 finds everything done.
+    assert touched == swept
