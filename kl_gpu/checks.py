@@ -133,6 +133,25 @@ def rows(student: Tensor, mask: Any, labels: Any, ignore_index: Any, weight: Any
             raise ValueError(f"{argument} must be on {student.device}, as the logits are, got {value.device}")
 
 
+def positive(argument: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{argument} must be a number, got {_type_name(value)}")
+    if not (float(value) > 0 and math.isfinite(value)):
+        raise ValueError(f"{argument} must be a finite number > 0, got {value}")
+
+
+def log_probabilities(policy: Any, ref: Any) -> None:
+    """Check the policy's and the reference's log-probabilities of the same tokens against each other."""
+    for argument, value in (("policy_logprobs", policy), ("ref_logprobs", ref)):
+        _tensor(argument, value, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
+    for what, ours, theirs in (
+        ("the same shape", tuple(policy.shape), tuple(ref.shape)),
+        ("one device", policy.device, ref.device),
+    ):
+        if ours != theirs:
+            raise ValueError(f"policy_logprobs and ref_logprobs must have {what}, got {ours} and {theirs}")
+
+
 def normalizer(value: Any, reduction: str, device: torch.device) -> None:
     if value is None:
         return
@@ -145,10 +164,7 @@ def normalizer(value: Any, reduction: str, device: torch.device) -> None:
         if value.device != device and value.device.type != "cpu":
             raise ValueError(f"normalizer must be on {device} or the CPU, got {value.device}")
         return
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"normalizer must be a number or a 0-d tensor, got {_type_name(value)}")
-    if not (float(value) > 0 and math.isfinite(value)):
-        raise ValueError(f"normalizer must be a finite number > 0, got {value}")
+    positive("normalizer", value)
 
 
 def inplace(student: Tensor, teacher: Tensor) -> None:
