@@ -55,12 +55,12 @@ def test_import_leaves_triton_alone_and_is_quick() -> None:
     code = """
 import json, sys, time
 import torch
-start = time.perf_counter()
+start = time.process_time()
 import kl_gpu
-elapsed = time.perf_counter() - start
+elapsed = time.process_time() - start
 print(json.dumps([elapsed, "kl_gpu.triton" in sys.modules, "triton.language" in sys.modules]))
 """
-    # The best of several: this asserts what the import does, not how busy the machine is.
+    # Processor time, the best of several: this asserts what the import does, not how busy the machine is.
     results = [json.loads(run(code)) for _ in range(5)]
     assert not any(kernels for _, kernels, _ in results)
     assert min(elapsed for elapsed, _, _ in results) < 0.050
