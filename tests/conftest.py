@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -54,6 +55,29 @@ def missing_package(path: Path) -> str | None:
     """The first optional package that a test file imports at its top and this machine has not."""
     imported = re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
     return next((name for name in imported if name in OPTIONAL and find_spec(name) is None), None)
+
+
+def _patch_the_interpreter_once() -> None:
+    """Triton's interpreter looks through all of triton.language at every call of a device function.
+
+    It has been patched by then, mostly: half of this suite's time.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if not (hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_LangPatchScope")):
+        return
+    patch, nothing = interpreter._patch_lang, interpreter._LangPatchScope
+
+    def patch_if_needed(function: Callable[..., object]) -> object:
+        languages = [x for x in function.__globals__.values() if x is tl or x is tl.core]
+        return patch(function) if any(tl.core.is_builtin(x.load) for x in languages) else nothing()
+
+    interpreter._patch_lang = patch_if_needed
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    _patch_the_interpreter_once()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -32,7 +32,7 @@ settings.register_profile("kl_gpu-long", derandomize=False, print_blob=True, **Q
 LONG = os.environ.get("KL_GPU_HYPOTHESIS") == "long"
 PROFILE = settings.get_profile("kl_gpu-long" if LONG else "kl_gpu")
 # Over 2000 also where the CPU kernels are not compiled; Triton's interpreter takes 0.2 s for one.
-EXAMPLES = {"eager": 1850, "native": 1200, "triton": 210 if DEVICE.type == "cpu" else 1200}
+EXAMPLES = {"eager": 1850, "native": 1000, "triton": 200 if DEVICE.type == "cpu" else 1000}
 
 INF, NAN = math.inf, math.nan
 # Below this probability the promise about gradients is about the size of this number (docs/numerics.md).
