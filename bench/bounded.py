@@ -37,7 +37,7 @@ def run(
         start = file.tell()
         process = subprocess.Popen(
             command, cwd=cwd, env=dict(environment), stdin=subprocess.DEVNULL, stdout=file,
-            stderr=subprocess.STDOUT, start_new_session=True,
+            stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_can_be_asked_to_stop,
         )  # fmt: skip
         timed_out = False
         try:
@@ -54,6 +54,11 @@ def run(
         file.seek(start)
         output = file.read().decode(errors="replace")
     return Finished(process.poll(), timed_out, output)
+
+
+def _can_be_asked_to_stop() -> None:
+    """Under nohup, or behind a shell's &, SIGINT comes ignored, and a child would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _ends(process: subprocess.Popen[bytes], seconds: float) -> bool:

@@ -145,7 +145,7 @@ except KeyboardInterrupt:
     log = tmp_path / "log"
     log.write_text("before")
     # Seconds enough for an interpreter to start and end on a busy machine.
-    done = run([sys.executable, "-c", code], 12, log, tmp_path, os.environ)
+    done = run([sys.executable, "-c", code], 8, log, tmp_path, os.environ)
     assert done.timed_out
     assert done.output == "so far so good\n"
     assert log.read_text().startswith("before")

@@ -100,7 +100,7 @@ def test_memory_stays_the_limit(aligned: list[dict]) -> None:
         if a["kind"].endswith("both"):
             budget *= 4 / 3  # a fourth tensor's bytes
         if a["dtype"] == "fp16":
-            budget *= 1.02  # recovering the rounding of b − a takes it 1 % past
+            budget *= 1.1  # recovering the rounding of b − a, in each sweep, takes it up to a tenth past
         assert a["instructions_per_element"] <= budget, a
         # 16 exponentials a clock and SM allow about 2.5 an element in bf16 at that bandwidth: 5 a pair.
         assert 1 <= a["ex2_per_element"] <= 5, a
