@@ -133,9 +133,9 @@ def rows(student: Tensor, mask: Any, labels: Any, ignore_index: Any, weight: Any
             raise ValueError(f"{argument} must be on {student.device}, as the logits are, got {value.device}")
 
 
-def positive(argument: str, value: Any) -> None:
+def positive(argument: str, value: Any, expected: str = "a number") -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{argument} must be a number, got {_type_name(value)}")
+        raise TypeError(f"{argument} must be {expected}, got {_type_name(value)}")
     if not (float(value) > 0 and math.isfinite(value)):
         raise ValueError(f"{argument} must be a finite number > 0, got {value}")
 
@@ -164,7 +164,7 @@ def normalizer(value: Any, reduction: str, device: torch.device) -> None:
         if value.device != device and value.device.type != "cpu":
             raise ValueError(f"normalizer must be on {device} or the CPU, got {value.device}")
         return
-    positive("normalizer", value)
+    positive("normalizer", value, "a number or a 0-d tensor")
 
 
 def inplace(student: Tensor, teacher: Tensor) -> None:

@@ -203,9 +203,10 @@ def test_verl(name: str, call: dict[str, Any], plus: str) -> None:
     theirs = verl(policy, ref, name + plus)
     ours = kl_gpu.kl_penalty(policy, ref, **call, straight_through=bool(plus))
     # Theirs cancels in low_var_kl: an absolute error of two roundings of 1.
-    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=4.5e-16 if name == "low_var_kl" else 0)
+    rounding = 4.5e-16 if name == "low_var_kl" else 0
+    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=rounding)
     gradients = [torch.autograd.grad(x.sum(), policy)[0] for x in (ours, theirs)]
-    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-15)
+    torch.testing.assert_close(*gradients, rtol=1e-7, atol=rounding)
 
 
 def openrlhf(logprob: Tensor, ref: Tensor, estimator: str) -> Tensor:

@@ -331,7 +331,7 @@ def _outputs(p: Problem) -> tuple[Tensor, Tensor]:
 def value(p: Problem) -> tuple[Tensor, Tensor]:
     """Per-row divergence `[A*B]` and the row statistics `[A*B, STATS]` that `gradient` needs.
 
-    KL moves 2 U; the other families sweep the row a second time, 4 U, of which 2 U come from the L2.
+    KL moves 2 U; the other families sweep the row a second time, 4 U, 2 U of them again from an L2 that holds the row.
     """
     value, stats = _outputs(p)
     _launch(p, value, stats, None, None, None)
@@ -356,7 +356,7 @@ def gradient(
 def value_and_gradient(
     p: Problem, row_scale: Tensor, grad_a: Tensor | None, grad_b: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`value`, and row_scale · ∂divergence/∂logits into the buffers: 3 U from DRAM, the rest from L2."""
+    """`value`, and row_scale · ∂divergence/∂logits into the buffers; 3 U of DRAM where the L2 holds a row."""
     value, stats = _outputs(p)
     _launch(p, value, stats, row_scale, grad_a, grad_b)
     return value, stats
