@@ -331,7 +331,7 @@ def _outputs(p: Problem) -> tuple[Tensor, Tensor]:
 def value(p: Problem) -> tuple[Tensor, Tensor]:
     """Per-row divergence `[A*B]` and the row statistics `[A*B, STATS]` that `gradient` needs.
 
-    KL moves 2 U; the other families sweep the row a second time, 4 U, 2 U of them again from an L2 that holds the row.
+    KL moves 2 U; the other families sweep the row a second time: 4 U, 2 U of them from an L2 that holds it.
     """
     value, stats = _outputs(p)
     _launch(p, value, stats, None, None, None)
