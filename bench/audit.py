@@ -28,10 +28,12 @@ _ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `overhead_instructions`: of a warp, around the main loop, ragged tail left out.
+    """One line of the table, of one variant of a kernel.
 
-    `exchanges` is the longest chain of shuffles and barriers in a tile of `columns`; reads to ahead
-    are as in `bench.kernels.Entry`.
+    `columns` are those that one pass through the (first) main loop covers, `exchanges` the longest chain of
+    shuffles and barriers in a pass. `overhead_instructions`, of a warp, lie around the main loops, ragged
+    tail left out; `finish_instructions` are what the last program of a row to end does besides. reads to
+    ahead are as in `bench.kernels.Entry`.
     """
 
     kernel: str
@@ -53,6 +55,7 @@ class Row:
     lsu_per_element: float
     exchanges: int
     overhead_instructions: int
+    finish_instructions: int
     warps: int
     columns: int
     reads: int
@@ -83,6 +86,7 @@ class Row:
             lsu=self.lsu_per_element,
             exchanges=self.exchanges,
             overhead_instructions=self.overhead_instructions,
+            finish_instructions=self.finish_instructions,
             reads=self.reads,
             writes=self.writes,
             l2_reads=self.l2_reads,
@@ -117,12 +121,14 @@ def audit_one(entry: Any, dtype: str, arch: str, V_class: str) -> Row:
     from .machine_code import main_paths, mix
 
     compiled = compile_entry(entry, dtype, arch, V_class)
-    body, overhead = main_paths(compiled.code, entry.loops)
-    found = mix(body)
-    elements = compiled.columns / (compiled.warps * warp_size(arch))
+    paths = main_paths(compiled.code, entry.loops)
+    found = [mix(body) for body in paths.bodies]
+    whole = mix([here for body in paths.bodies for here in body])
+    threads = compiled.warps * warp_size(arch)
 
-    def each(count: int) -> float:
-        return round(count / elements, 2)
+    def each(count: str) -> float:
+        per_loop = zip(found, compiled.columns, strict=True)
+        return round(sum(getattr(one, count) * threads / columns for one, columns in per_loop), 2)
 
     return Row(
         kernel=entry.kernel,
@@ -134,22 +140,23 @@ def audit_one(entry: Any, dtype: str, arch: str, V_class: str) -> Row:
         registers=compiled.registers,
         spill_bytes=compiled.spill_bytes,
         shared_bytes=compiled.shared_bytes,
-        load_bits=found.load_bits,
-        store_bits=found.store_bits,
-        instructions_per_element=each(found.instructions),
-        ex2_per_element=each(found.ex2),
-        fma_per_element=each(found.fma),
-        alu_per_element=each(found.alu),
-        special_per_element=each(found.special),
-        lsu_per_element=each(found.lsu),
-        exchanges=found.exchanges,
-        overhead_instructions=len(overhead),
+        load_bits=whole.load_bits,
+        store_bits=whole.store_bits,
+        instructions_per_element=each("instructions"),
+        ex2_per_element=each("ex2"),
+        fma_per_element=each("fma"),
+        alu_per_element=each("alu"),
+        special_per_element=each("special"),
+        lsu_per_element=each("lsu"),
+        exchanges=whole.exchanges,
+        overhead_instructions=len(paths.overhead),
+        finish_instructions=len(paths.finish),
         warps=compiled.warps,
-        columns=compiled.columns,
+        columns=compiled.columns[0],
         reads=entry.reads,
         writes=entry.writes,
         l2_reads=entry.l2_reads,
-        programs=entry.programs(compiled.columns, V_CLASSES[V_class]),
+        programs=entry.programs(dtype, V_CLASSES[V_class], warp_size(arch)),
         ahead=entry.ahead,
     ).predicted()
 

@@ -20,14 +20,17 @@ _LOGITS = ("a_ptr", "b_ptr", "grad_a_ptr", "grad_b_ptr")
 
 @dataclass(frozen=True)
 class Compiled:
-    """Machine code of one kernel; registers and spilled bytes of a thread, shared bytes of a program."""
+    """Machine code of one kernel; registers and spilled bytes of a thread, shared bytes of a program.
+
+    `columns` are those that one pass through each of its main loops covers.
+    """
 
     code: Code
     registers: int
     spill_bytes: int
     shared_bytes: int
     warps: int
-    columns: int
+    columns: tuple[int, ...]
 
 
 def warp_size(arch: str) -> int:
@@ -63,7 +66,7 @@ def compile_entry(entry: Entry, dtype: str, arch: str, V_class: str) -> Compiled
     from triton.compiler import ASTSource
 
     amd = arch.startswith("gfx")
-    configuration = entry.configuration(dtype, V_CLASSES[V_class])
+    configuration = entry.configuration(dtype, V_CLASSES[V_class], warp_size(arch))
     warps, registers = configuration["num_warps"], configuration.get("maxnreg")
     # Only NVIDIA's compiler knows the register limit.
     options = {"num_warps": warps} | ({"maxnreg": registers} if registers and not amd else {})
@@ -86,7 +89,7 @@ def compile_entry(entry: Entry, dtype: str, arch: str, V_class: str) -> Compiled
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     built = triton_compile(source, target=target, options=options)
     shared = int(built.metadata.shared)
-    columns = entry.columns(configuration)
+    columns = entry.columns(dtype, V_CLASSES[V_class], warp_size(arch))
     if amd:
         return Compiled(*_read_gcn(built.asm["amdgcn"]), shared, warps, columns)
     return Compiled(*_read_cubin(built.asm["cubin"]), shared, warps, columns)
@@ -101,12 +104,9 @@ def _read_gcn(assembly: str) -> tuple[Code, int, int]:
             raise ValueError(f"no .{name} in the assembly's metadata")
         return int(found[1])
 
-    spilled = 4 * (figure("vgpr_spill_count") + figure("sgpr_spill_count"))
-    return (
-        parse_gcn(assembly.splitlines()),
-        figure("vgpr_count"),
-        max(spilled, figure("private_segment_fixed_size")),
-    )
+    # Scalar registers that overflow move to lanes of a vector register (v_writelane), not to memory.
+    spilled = max(4 * figure("vgpr_spill_count"), figure("private_segment_fixed_size"))
+    return parse_gcn(assembly.splitlines()), figure("vgpr_count"), spilled
 
 
 def _tool(name: str) -> str:

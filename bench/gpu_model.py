@@ -29,8 +29,9 @@ class Counts:
         registers: of a thread; shared_bytes: of a program.
         store_bits: width of a thread's store, 0 without one.
         instructions, fma, alu, special, lsu: lane operations per element in the body.
-        exchanges: shuffles and barriers of a tile that wait for one another.
+        exchanges: shuffles and barriers of a tile that wait for one another; a tile is one pass's columns.
         overhead_instructions: of a warp, per program, outside the body.
+        finish_instructions: of a warp, of one program a row.
         reads, writes, l2_reads: tensors of logits.
         programs: of a row.
         ahead: tiles loaded before they are needed.
@@ -52,6 +53,7 @@ class Counts:
     lsu: float
     exchanges: int
     overhead_instructions: int
+    finish_instructions: int
     reads: int
     writes: int
     l2_reads: int
@@ -79,7 +81,8 @@ def lines(counts: Counts, gpu: Gpu, rows: int = ROWS) -> dict[str, float]:
     tensor = rows * counts.V * counts.itemsize
     clocks = gpu.cores.value * gpu.ghz.value * 1e9
     elements = rows * _tiles(counts) * counts.columns
-    overhead = rows * counts.programs * counts.overhead_instructions * counts.warps * counts.warp
+    around = counts.programs * counts.overhead_instructions + counts.finish_instructions
+    overhead = rows * around * counts.warps * counts.warp
     moved = tensor * (counts.reads + counts.writes)
     through_l2 = tensor * (counts.reads + counts.l2_reads + counts.writes * _sectors(counts))
     found = {"memory": moved / (gpu.copy_tbps.value * 1e12), "L2": through_l2 / (gpu.l2_tbps.value * 1e12)}

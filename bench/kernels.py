@@ -5,7 +5,7 @@ This is the only list: what is to be audited is an entry here, and a work that i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,7 +32,7 @@ class Entry:
             sweep's is the first, the gradient's the last, and between them lie the careful path's.
         reads, writes: tensors of logits read from and written to memory.
         l2_reads: tensors read once more while the L2 still holds them.
-        ahead: tiles that the first sweep loads before it needs them.
+        ahead: passes whose tiles the first sweep loads before it needs them.
     """
 
     kernel: str
@@ -52,13 +52,9 @@ class Entry:
         "queue_ptr": "*i32",
     }
 
-    def configuration(self, dtype: str, V: int) -> dict[str, Any]:
+    def configuration(self, dtype: str, V: int, lanes: int) -> dict[str, Any]:
         """Every compile-time argument and option, as the launcher would choose them."""
-        example = torch.empty(1, 1, V, dtype=DTYPES[dtype], device="meta")
-        problem = Problem(example, example, None, self.family, 0.0, 1.0, 1.0)
-        shapes = rows.SHAPES if self.family == "kl" else rows.FORMULA_SHAPES
-        config = launch.configuration(problem, shapes)
-        parts = launch.parts_of(V, self.columns(config)).number
+        _, config = self._launch(dtype, V, lanes)
         return {
             **config,
             "HAS_ROWS": True,
@@ -67,16 +63,25 @@ class Entry:
             "VALUE": self.sweeps_value,
             "TO_A": self.side in ("a", "both"),
             "TO_B": self.side in ("b", "both"),
-            "PARTS": triton.next_power_of_2(parts),
+            "PARTS": triton.next_power_of_2(self.programs(dtype, V, lanes)),
         }
 
-    def columns(self, configuration: Mapping[str, Any]) -> int:
-        """Columns of a tile: what one pass through a loop covers."""
-        return int(configuration["R"] * configuration["VEC"])
+    def columns(self, dtype: str, V: int, lanes: int) -> tuple[int, ...]:
+        """Columns that one pass through each of the loops covers."""
+        problem, config = self._launch(dtype, V, lanes)
+        tile = int(config["R"] * config["VEC"])
+        step = launch.step_of(problem, config)
+        return tuple(step if self.sweeps_value and loop == 0 else tile for loop in self.loops)
 
-    def programs(self, columns: int, V: int) -> int:
+    def programs(self, dtype: str, V: int, lanes: int) -> int:
         """Programs of a row; those of several stages count as one that does them all."""
-        return launch.parts_of(V, columns).number
+        return launch.parts_of(V, launch.step_of(*self._launch(dtype, V, lanes))).number
+
+    def _launch(self, dtype: str, V: int, lanes: int) -> tuple[Problem, dict[str, Any]]:
+        example = torch.empty(1, 1, V, dtype=DTYPES[dtype], device="meta")
+        problem = Problem(example, example, None, self.family, 0.0, 1.0, 1.0)
+        shapes = rows.SHAPES if self.family == "kl" else rows.FORMULA_SHAPES
+        return problem, launch.configuration(problem, shapes, lanes)
 
 
 def _entry(family: str, sweeps_value: bool, side: str) -> Entry:

@@ -20,7 +20,7 @@ class Instruction:
     unit: str
     target: int | None = None
     falls_through: bool = True
-    leaves: bool = False  # ends the kernel
+    leaves: bool = False  # ends the kernel, for a thread whose predicate holds
     registers: tuple[str, ...] = ()  # in the order of the text, so that a result comes first
 
     @property
@@ -102,7 +102,7 @@ def parse_sass(lines: Iterable[str]) -> Path:
                 _sass_unit(opcode),
                 labels.get(branch[1]) if branch else None,
                 not stops,
-                opcode.startswith("EXIT") and always,
+                opcode.startswith("EXIT"),
                 tuple(re.findall(r"\bR\d+", text)),
             )
         )
@@ -179,8 +179,21 @@ def _has_exp2(code: Sequence[Instruction], way: Iterable[int]) -> bool:
     return any(code[at].is_exp2 for at in way)
 
 
-def main_paths(code: Path, loops: Sequence[int] = (0,)) -> tuple[Path, Path]:
-    """(body, overhead): the loops asked for, one behind the other, and what a program runs around them.
+@dataclass(frozen=True)
+class MainPaths:
+    """What a program runs: `bodies`, a way through each of its main loops, and what lies around them.
+
+    `overhead` ends where most programs do. `finish` is what one program of each row does behind that, having
+    found itself the last of those that share the row.
+    """
+
+    bodies: list[Path]
+    overhead: Path
+    finish: Path
+
+
+def main_paths(code: Path, loops: Sequence[int] = (0,)) -> MainPaths:
+    """The loops asked for and what a program runs around them.
 
     `loops` counts the loops that load and exponentiate, in the order of the code. A kernel without any is its
     own body, from its first instruction to the nearest end, and has no overhead.
@@ -198,15 +211,24 @@ def main_paths(code: Path, loops: Sequence[int] = (0,)) -> tuple[Path, Path]:
     if hot:
         bodies = [hot[which] for which in loops]
         around: list[int] = []
+        finish: list[int] = []
         for body in bodies:
             around += _shortest(code, 0, {body[0]}, 0, len(code))[:-1]
             # Where the branch that leaves stands before the one that goes back, the way repeats the body.
-            around += [at for at in _shortest(code, body[-1], exits, 0, len(code)) if at not in body]
-        return [code[at] for body in bodies for at in body], [code[at] for at in around]
+            way_out = _shortest(code, body[-1], exits, 0, len(code))
+            around += [at for at in way_out if at not in body]
+            if way_out and code[way_out[-1]].falls_through:
+                ends = {at for at in exits if not code[at].falls_through}
+                finish += _shortest(code, way_out[-1] + 1, ends, 0, len(code))
+        return MainPaths(
+            [[code[at] for at in body] for body in bodies],
+            [code[at] for at in around],
+            [code[at] for at in finish],
+        )
     # Not the way of a row that is masked out.
     ways = [_shortest(code, 0, {end}, 0, len(code)) for end in exits]
     ways = [way for way in ways if _has_exp2(code, way)] or [_through_exp2(code, exits)]
-    return [code[at] for at in min(ways, key=len)], []
+    return MainPaths([[code[at] for at in min(ways, key=len)]], [], [])
 
 
 def _through_exp2(code: Path, exits: set[int]) -> list[int]:

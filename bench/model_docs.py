@@ -65,7 +65,7 @@ def _origins(known: dict[str, list[Known]]) -> Iterator[list[str]]:
 
 def counts_table(rows: Sequence[Row], arch: str) -> str:
     heading = ["kernel", "kind", "dtype", "registers", "shared", "load", "store", "instructions", "ex2"]
-    heading += ["fma", "alu", "exchanges", "overhead", "programs an SM"]
+    heading += ["fma", "alu", "exchanges", "overhead", "finish", "programs an SM"]
     return _table(
         heading,
         (
@@ -73,7 +73,7 @@ def counts_table(rows: Sequence[Row], arch: str) -> str:
             + [str(x) for x in (row.registers, row.shared_bytes, row.load_bits, row.store_bits)]
             + [f"{x:.1f}" for x in (row.instructions_per_element, row.ex2_per_element)]
             + [f"{x:.1f}" for x in (row.fma_per_element, row.alu_per_element)]
-            + [str(row.exchanges), str(row.overhead_instructions)]
+            + [str(x) for x in (row.exchanges, row.overhead_instructions, row.finish_instructions)]
             + [str(resident_programs(row.counts(), gpu(USUAL[arch])))]
             for row in _select(rows, arch=arch, V_class="aligned")
             if row.dtype != "fp16"

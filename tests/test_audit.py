@@ -89,7 +89,8 @@ def opcodes(path: list) -> list[str]:
 
 
 def test_sass_loop_by_its_usual_path() -> None:
-    body, overhead = main_paths(parse_sass(SASS.splitlines()))
+    paths = main_paths(parse_sass(SASS.splitlines()))
+    (body,), overhead = paths.bodies, paths.overhead
     assert opcodes(body) == [
         *("LDG.E.128", "LDG.E.U16", "SHFL.BFLY", "BAR.SYNC.DEFER_BLOCKING", "BRA"),
         *("FFMA", "FFMA2", "FSEL", "MUFU.EX2", "CALL.REL.NOINC", "BRA"),
@@ -114,14 +115,33 @@ def test_sass_without_a_loop_counts_the_way_that_computes() -> None:
 .L_x_0:
         /*0060*/                   EXIT ;
     """
-    body, overhead = main_paths(parse_sass(sass.splitlines()))
+    paths = main_paths(parse_sass(sass.splitlines()))
+    (body,), overhead = paths.bodies, paths.overhead
     assert opcodes(body) == ["BRA", "LDG.E.U16", "MUFU.EX2", "F2FP.BF16.F32.PACK_AB", "STG.E.64", "EXIT"]
     assert overhead == []
     assert (mix(body).load_bits, mix(body).store_bits, mix(body).alu) == (16, 64, 1)
 
 
+def test_what_the_last_program_of_a_row_does_is_apart() -> None:
+    sass = """
+.L_x_1:
+        /*0000*/                   LDG.E.128 R4, desc[UR6][R26.64] ;
+        /*0010*/                   MUFU.EX2 R9, R9 ;
+        /*0020*/               @P0 BRA `(.L_x_1) ;
+        /*0030*/                   STG.E R4, desc[UR6][R26.64] ;
+        /*0040*/               @P1 EXIT ;
+        /*0050*/                   DADD R2, R2, R4 ;
+        /*0060*/                   EXIT ;
+    """
+    paths = main_paths(parse_sass(sass.splitlines()))
+    assert [opcodes(body) for body in paths.bodies] == [["LDG.E.128", "MUFU.EX2", "BRA"]]
+    assert opcodes(paths.overhead) == ["STG.E", "EXIT"]
+    assert opcodes(paths.finish) == ["DADD", "EXIT"]
+
+
 def test_gcn_loop_laid_out_backwards() -> None:
-    body, overhead = main_paths(parse_gcn(GCN.splitlines()))
+    paths = main_paths(parse_gcn(GCN.splitlines()))
+    (body,), overhead = paths.bodies, paths.overhead
     assert set(opcodes(body)) == {
         *("buffer_load_dwordx4", "global_load_ushort", "s_barrier", "v_cmp_gt_f32_e64", "s_cbranch_vccnz"),
         *("v_exp_f32_e32", "s_cbranch_scc0"),
@@ -156,7 +176,7 @@ def counts(**changed: object) -> Counts:
     plain = Counts(
         itemsize=2, V=64, aligned=True, columns=16, warps=2, warp=4, registers=20, shared_bytes=0,
         store_bits=0, instructions=30.0, fma=10.0, alu=8.0, special=2.0, lsu=1.0, exchanges=3,
-        overhead_instructions=100, reads=2, writes=0, l2_reads=0, programs=1, ahead=0,
+        overhead_instructions=100, finish_instructions=40, reads=2, writes=0, l2_reads=0, programs=1, ahead=0,
     )  # fmt: skip
     return dataclasses.replace(plain, **changed)
 
@@ -173,11 +193,12 @@ def toy() -> Gpu:
 
 def test_lines_by_hand() -> None:
     found = lines(counts(), toy(), rows=12)
-    # 12 rows of 64 columns of 2 × 2 bytes are 3072 bytes; 4 tiles a row, 768 elements; 8 threads of overhead.
+    # 12 rows of 64 columns of 2 × 2 bytes are 3072 bytes; 4 tiles a row, 768 elements; 8 threads of
+    # overhead, and of what the last program of a row does at its end.
     expected = {
         "memory": 3072.0,
         "L2": 3072 / 2,
-        "issue": (768 * 30 + 12 * 100 * 8) / 8,
+        "issue": (768 * 30 + 12 * (100 + 40) * 8) / 8,
         "fma": 768 * 10 / 4,
         "alu": 768 * 8 / 4,
         "ex2": 768 * 2.0,
@@ -187,7 +208,7 @@ def test_lines_by_hand() -> None:
         "latency": 2 * (250 + 4 * 200.0),
     }
     assert {name: seconds * 1e9 for name, seconds in found.items()} == pytest.approx(expected)
-    assert bound(counts(), toy()) == ("issue", pytest.approx(3072 / 4080))
+    assert bound(counts(), toy()) == ("issue", pytest.approx(3072 / 4560))
 
 
 def test_ragged_rows_cost_whole_tiles() -> None:
@@ -206,7 +227,7 @@ def test_programs_that_share_a_row() -> None:
     assert lines(counts(programs=4), toy(), rows=12)["latency"] == pytest.approx(8 * 450e-9)
     assert lines(counts(programs=2), toy(), rows=12)["latency"] == pytest.approx(4 * 650e-9)
     assert lines(counts(programs=2), toy(), rows=12)["issue"] == pytest.approx(
-        (768 * 30 + 24 * 100 * 8) / 8 * 1e-9
+        (768 * 30 + (24 * 100 + 12 * 40) * 8) / 8 * 1e-9
     )
 
 

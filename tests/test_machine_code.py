@@ -19,10 +19,8 @@ pytestmark = pytest.mark.xdist_group("compile")
 
 ROOT = Path(__file__).parent.parent
 # H100 has 132 SMs with 4 issue slots at about 1.7 GHz, and 3.0 TB/s: 2 × 2 bytes a pair leave 40 slots in
-# bf16 for the value, 2 × 3 bytes 59 for the gradient, and twice that in fp32.
-BUDGET = {("value", 2): 40, ("gradient", 2): 59, ("value", 4): 80, ("gradient", 4): 118}
-# Both in one launch have 59 slots a pair too, and pass them: docs/gpu-model.md says what that costs.
-BUDGET |= {("value_grad", 2): 76, ("value_grad", 4): 118}
+# bf16 for the value, 2 × 3 bytes 59 for the gradient and for both in one launch, and twice that in fp32.
+BUDGET = {"value": 40, "gradient": 59, "value_grad": 59}
 
 
 def run(program: str) -> list[dict]:
@@ -96,11 +94,11 @@ def test_memory_stays_the_limit(aligned: list[dict]) -> None:
     for a in aligned:
         if not a["kind"].startswith("kl"):
             continue  # two logarithms a pair: arithmetic is the limit, and nothing is promised yet
-        budget = BUDGET[a["kernel"], 4 if a["dtype"] == "fp32" else 2]
+        budget = BUDGET[a["kernel"]] * (2 if a["dtype"] == "fp32" else 1)
         if a["kind"].endswith("both"):
             budget *= 4 / 3  # a fourth tensor's bytes
-        if a["dtype"] == "fp16":
-            budget *= 1.1  # recovering the rounding of b − a, in each sweep, takes it up to a tenth past
+        if a["dtype"] == "fp16" and a["kernel"] == "value_grad":
+            budget *= 1.12  # recovering the rounding of b − a, in both sweeps, takes it past
         assert a["instructions_per_element"] <= budget, a
         # 16 exponentials a clock and SM allow about 2.5 an element in bf16 at that bandwidth: 5 a pair.
         assert 1 <= a["ex2_per_element"] <= 5, a

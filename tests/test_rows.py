@@ -162,7 +162,33 @@ def test_how_a_row_is_shared_depends_on_its_columns_alone() -> None:
         assert width % 1024 == 0
     for n in (1, 4):
         logits = torch.empty(1, n, 50257)
-        assert (
-            launch.configuration(problem(logits, logits, "tv"), {4: launch.ProgramShape(8)})["WIDE"] is False
-        )
+        assert launch.configuration(problem(logits, logits, "tv"), {4: launch.ProgramShape(8)})["WIDE"] == 0
     assert STATS > 11  # the counters' places
+
+
+def test_rows_at_odd_addresses_are_not_read_in_words() -> None:
+    # A 32-bit load from a multiple of two bytes ends a GPU's context.
+    from kl_gpu.triton import launch
+
+    def wide(logits: Tensor, other: Tensor) -> int:
+        return launch.configuration(problem(logits, other, "tv"), {2: launch.ProgramShape(8)})["WIDE"]
+
+    whole = torch.zeros(1, 4, 2048, dtype=torch.bfloat16)
+    padded = torch.zeros(1, 4, 2049, dtype=torch.bfloat16)
+    assert wide(whole, whole) == 2
+    assert wide(whole, padded[..., :2048]) == 1
+    assert wide(padded[..., 1:], whole) == 1
+    assert wide(padded[:, :1, :2048], whole[:, :1]) == 2
+    assert wide(padded[:, 1:2, :2048], whole[:, :1]) == 1
+
+
+@pytest.mark.usefixtures("wide_programs")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_how_rows_are_loaded_changes_no_bit(kind: str, dtype: torch.dtype) -> None:
+    # 3000: a step of two tiles and a tail.
+    student, teacher = pair(1, 3, 3000, dtype=dtype)
+    row_scale = torch.ones(3, device=DEVICE)
+    found = both(problem(student, teacher, kind), row_scale)
+    odd = torch.zeros(1, 3, 3001, dtype=dtype, device=DEVICE)
+    odd[..., 1:] = student
+    assert same(both(problem(odd[..., 1:], teacher, kind), row_scale), found)

@@ -6,60 +6,77 @@ import triton
 import triton.language as tl
 
 from .sums import formula_tile
-from .tiles import log_probability_ratio, narrow, one_minus_exp, scaled_exp, tile_offsets
+from .tiles import (
+    expm1_near,
+    exponent,
+    gain_at,
+    load_tile,
+    log_probability_ratio,
+    narrow,
+    tile_offsets,
+    tile_pointers,
+    unpacked,
+)
 
 
 @triton.jit
 def _kl_tile(
-    a, b, n_a, inv_a, n_b, inv_b, c, lam, kl, up_a, up_b, k_a, k_b, scale, a_scale, b_scale,
+    a, b, side_a, side_b, c, lam, kl, up_a, up_b, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile to the logits of a and of b.
 
-    To b: b − a, written sign(r)·max(a, b)·(1 − e^−|r|) with r = log b − log a: relative precision also where
-    the two are nearly equal, and nothing overflows. To a: −a (r + KL).
+    To b: b − a, by expm1 of r = log b − log a where the two are nearly equal, so that there too it has
+    relative precision. To a: −a (r + KL).
     """
+    k_a, n_a, gain_a, drift_a = side_a
+    k_b, n_b, gain_b, drift_b = side_b
     r = log_probability_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE, EXACT)
+    e_a = exponent(a, k_a, n_a)
+    weight_a = tl.exp2(e_a)
     to_a = r
     to_b = r
+    # Factors come last, so that a row without a gradient is NaN also where weights are 0.
     if TO_B:
-        rises = r > 0
-        k = k_a if SAME_SCALE else tl.where(rises, k_b, k_a)
-        base = scaled_exp(tl.where(rises, b, a), k, tl.where(rises, n_b, n_a))
-        factor = tl.where(rises, inv_b, -inv_a) * up_b
-        # base = 0 also where both logits are −inf and r is NaN; times factor, so that a NaN row stays NaN.
-        to_b = tl.where(base == 0, 0.0, base * one_minus_exp(tl.abs(r))) * factor
+        e_b = exponent(b, k_b, n_b)
+        if SAME_SCALE:
+            mass_a = weight_a
+            mass_b = tl.exp2(e_b) * (gain_b / gain_a)
+            factor = gain_at(tl.maximum(e_a, e_b), gain_a * up_b, drift_a * up_b)
+        else:
+            mass_a = weight_a * gain_at(e_a, gain_a, drift_a)
+            mass_b = tl.exp2(e_b) * gain_at(e_b, gain_b, drift_b)
+            factor = up_b
+        # −inf on both sides gives a NaN r, which is not near: 0 − 0.
+        to_b = tl.where(tl.abs(r) < 0.5, mass_a * expm1_near(r), mass_b - mass_a) * factor
     if TO_A:
-        weight = scaled_exp(a, k_a, n_a)
-        to_a = tl.where(weight == 0, 0.0, weight * (r + kl)) * (-up_a * inv_a)
+        factor = gain_at(e_a, -gain_a * up_a, -drift_a * up_a)
+        to_a = tl.where(weight_a == 0, 0.0, weight_a * (r + kl)) * factor
     return to_a, to_b
 
 
 @triton.jit
 def _gradient_tile(
-    a, b, n_a, inv_a, n_b, inv_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
-    k_a, k_b, scale, a_scale, b_scale,
+    a, b, side_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr,
     TO_A: tl.constexpr, TO_B: tl.constexpr,
 ):  # fmt: skip
     if FAMILY == "kl":
         return _kl_tile(
-            a, b, n_a, inv_a, n_b, inv_b, c, lam, mean_a, up_a, up_b, k_a, k_b, scale, a_scale, b_scale,
+            a, b, side_a, side_b, c, lam, mean_a, up_a, up_b, scale, a_scale, b_scale,
             SAME_SCALE, EXACT, TO_A, TO_B,
         )  # fmt: skip
     else:
         p_a, p_b, _, flow_a, flow_b = formula_tile(
-            a, b, n_a, inv_a, n_b, inv_b, c, lam, beta, rest, k_a, k_b, scale, a_scale, b_scale,
-            SAME_SCALE, EXACT, FAMILY,
-        )  # fmt: skip
+            a, b, side_a, side_b, c, lam, beta, rest, scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY
+        )
         return (flow_a - p_a * mean_a) * up_a, (flow_b - p_b * mean_b) * up_b
 
 
 @triton.jit
 def write_gradient(
     a_row, b_row, grad_a, grad_b, first, last,
-    n_a, inv_a, n_b, inv_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
-    k_a, k_b, scale, a_scale, b_scale,
+    side_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, CT: tl.constexpr,
     TO_A: tl.constexpr, TO_B: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -68,23 +85,23 @@ def write_gradient(
     offsets = tile_offsets(R, VEC, WIDE)
     full = last - (last - first) % BLOCK
     for start in range(first, full, BLOCK):
-        a = tl.load(a_row + start + offsets).to(CT)
-        b = tl.load(b_row + start + offsets).to(CT)
+        a = unpacked(load_tile(a_row + start, True, R, VEC, WIDE), a_row.dtype.element_ty, CT)
+        b = unpacked(load_tile(b_row + start, True, R, VEC, WIDE), b_row.dtype.element_ty, CT)
         to_a, to_b = _gradient_tile(
-            a, b, n_a, inv_a, n_b, inv_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
-            k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, TO_A, TO_B,
+            a, b, side_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
+            SAME_SCALE, EXACT, FAMILY, TO_A, TO_B,
         )  # fmt: skip
         if TO_A:
-            tl.store(grad_a + start + offsets, narrow(to_a, grad_a.dtype.element_ty))
+            tl.store(tile_pointers(grad_a + start, R, VEC, WIDE), narrow(to_a, grad_a.dtype.element_ty))
         if TO_B:
-            tl.store(grad_b + start + offsets, narrow(to_b, grad_b.dtype.element_ty))
+            tl.store(tile_pointers(grad_b + start, R, VEC, WIDE), narrow(to_b, grad_b.dtype.element_ty))
     if full < last:
         inside = full + offsets < last
         a = tl.load(a_row + full + offsets, mask=inside, other=0.0).to(CT)
         b = tl.load(b_row + full + offsets, mask=inside, other=0.0).to(CT)
         to_a, to_b = _gradient_tile(
-            a, b, n_a, inv_a, n_b, inv_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
-            k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, TO_A, TO_B,
+            a, b, side_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
+            SAME_SCALE, EXACT, FAMILY, TO_A, TO_B,
         )  # fmt: skip
         if TO_A:
             tl.store(grad_a + full + offsets, narrow(to_a, grad_a.dtype.element_ty), mask=inside)

@@ -9,14 +9,18 @@ from .tiles import (
     LOG2E,
     NO_REFERENCE,
     difference,
-    fma,
     g,
     g_near,
+    halves,
     is_near,
+    level,
+    load_tile,
     log1p_minus,
     log_ratio,
     rebase,
     tile_offsets,
+    unpacked,
+    weights,
 )
 
 
@@ -25,7 +29,7 @@ def _tile_reference(a, b, n, k, valid, a_scale, b_scale, SAME_SCALE: tl.constexp
     """The mean of the difference over one tile, weights 2^(k·a − n): the c that fits this tile."""
     d = difference(a, b, a_scale, b_scale, SAME_SCALE)
     valid = valid & (tl.abs(d) < 1e30)
-    w = tl.where(valid, tl.exp2(fma(a, k, -n)), 0.0)
+    w = tl.where(valid, weights(a, k, n), 0.0)
     # Sum about the largest difference, not about 0, so that a common shift of 1000 costs no digits.
     top = tl.max(tl.where(valid, d, -1e30))
     total = tl.sum(w)
@@ -35,27 +39,30 @@ def _tile_reference(a, b, n, k, valid, a_scale, b_scale, SAME_SCALE: tl.constexp
 
 @triton.jit
 def _other_level(n, c, k_a, k_b, a_scale, b_scale, c_scale):
-    """l with 2^(k_b·b − l) = w·eˣ, in float64: side b's exponent as side a's weights see it.
+    """The n_b with 2^(k_b·b − n_b) = w·eˣ, in float64: side b's exponent as side a's weights see it.
 
     Corrected for the rounding of k_a and k_b to float32, which would show at logits of a thousand.
     """
     n, c, k_a, k_b = n.to(tl.float64), c.to(tl.float64), k_a.to(tl.float64), k_b.to(tl.float64)
-    level = n + c * c_scale * LOG2E - (k_a - a_scale * LOG2E) * (n / k_a)
-    return level + (k_b - b_scale * LOG2E) * (level / k_b)
+    n_b = n + c * c_scale * LOG2E - (k_a - a_scale * LOG2E) * (n / k_a)
+    return n_b + (k_b - b_scale * LOG2E) * (n_b / k_b)
 
 
 @triton.jit
-def _accumulate(
-    a, b, valid, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale, c_scale,
-    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
+def _moved(
+    a, b, later_a, later_b, valid, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale, c_scale,
+    SAME_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Add a `[R, VEC]` tile to the sums `[R]`, first moving the reference where the tile holds a new maximum.
+    """The reference moved to one of two `[R, VEC]` tiles, where it holds a new maximum.
 
     A reference fixed by the first tile would do for Gaussian logits. A trained teacher puts most of its mass
     on a token of some later tile, and sums about a distant c cancel: the row would have to be swept again.
     """
-    n_tile = tl.floor(tl.max(a) * k_a)
+    n_tile = level(tl.max(tl.maximum(a, later_a)), k_a)
     if n_tile > n:
+        is_later = tl.max(later_a) > tl.max(a)
+        a = tl.where(is_later, later_a, a)
+        b = tl.where(is_later, later_b, b)
         c_tile = _tile_reference(a, b, n_tile, k_a, valid, a_scale, b_scale, SAME_SCALE)
         h = (c_tile - c) * scale if SAME_SCALE else c_tile - c
         h = tl.where(n == NO_REFERENCE, 0.0, h)
@@ -64,11 +71,20 @@ def _accumulate(
         c = c_tile
         # b is measured from its own maximum, where exponents are small, and brought to a's by one factor:
         # an exponent of 64 or more would be rounded by 2.6e-6.
-        n_b = tl.floor(tl.max(b) * k_b)
-        level = _other_level(n, c, k_a, k_b, a_scale, b_scale, c_scale)
-        to_a = tl.exp2(n_b.to(tl.float64) - level).to(n.dtype)
-    w = tl.exp2(fma(a, k_a, -n))
-    v = tl.exp2(fma(b, k_b, -n_b))
+        n_b = level(tl.max(b), k_b)
+        n_b_as_a = _other_level(n, c, k_a, k_b, a_scale, b_scale, c_scale)
+        to_a = tl.exp2(n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
+    return n, c, n_b, to_a, z, a1, a2
+
+
+@triton.jit
+def _added(
+    a, b, valid, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale,
+    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The sums `[R]` with a `[R, VEC]` tile added."""
+    w = weights(a, k_a, n)
+    v = weights(b, k_b, n_b)
     x = log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE, EXACT)
     if MASKED:
         w = tl.where(valid, w, 0.0)
@@ -78,7 +94,7 @@ def _accumulate(
     z += tl.sum(w, axis=1)
     a1 += tl.sum(wx, axis=1)
     a2 += tl.sum(tl.where(is_near(x), wx * g_near(x), (v * to_a - w) - wx), axis=1)
-    return n, c, n_b, to_a, z, a1, a2
+    return z, a1, a2
 
 
 @triton.jit
@@ -117,8 +133,8 @@ def _careful_row(
         top_b = tl.maximum(top_b, tl.load(b_row + start + offsets, mask=inside, other=-INF).to(CT))
     m_a = tl.max(top_a)
     m_b = tl.max(top_b)
-    n_a = tl.floor(m_a * k_a)
-    n_b = tl.floor(m_b * k_b)
+    n_a = level(m_a, k_a)
+    n_b = level(m_b, k_b)
 
     # Any c near the mean serves; the difference of the maxima keeps a common shift out of the sum.
     c_start = difference(m_a, m_b, a_scale, b_scale, SAME_SCALE)
@@ -130,10 +146,10 @@ def _careful_row(
         inside = start + offsets < V
         a = tl.load(a_row + start + offsets, mask=inside, other=-INF).to(CT)
         b = tl.load(b_row + start + offsets, mask=inside, other=-INF).to(CT)
-        w = tl.exp2(fma(a, k_a, -n_a))
+        w = weights(a, k_a, n_a)
         d = difference(a, b, a_scale, b_scale, SAME_SCALE)
         z_a += w
-        z_b += tl.exp2(fma(b, k_b, -n_b))
+        z_b += weights(b, k_b, n_b)
         shift += tl.where((a == -INF) | (b == -INF), 0.0, w * (d - c_start))
         holes |= ((a > -INF) & (b == -INF)).to(tl.int32)
     z_a = tl.sum(z_a)
@@ -147,11 +163,11 @@ def _careful_row(
         inside = start + offsets < V
         a = tl.load(a_row + start + offsets, mask=inside, other=-INF).to(CT)
         b = tl.load(b_row + start + offsets, mask=inside, other=-INF).to(CT)
-        w = tl.exp2(fma(a, k_a, -n_a))
+        w = weights(a, k_a, n_a)
         x = log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE, EXACT)
         x = tl.where((a == -INF) | (b == -INF), 0.0, x)  # a NaN stays
         far = (x > 2.0) | (a == -INF)
-        mass_b += tl.where(far, tl.exp2(fma(b, k_b, -n_b)), 0.0)
+        mass_b += tl.where(far, weights(b, k_b, n_b), 0.0)
         a1 += w * x
         a2 += tl.where(far, -w - w * x, w * g(x))
 
@@ -190,26 +206,55 @@ def sweep(
     a1 = tl.zeros([R], CT)
     a2 = tl.zeros([R], CT)
     everywhere = tl.full([R, VEC], 1, tl.int1)
-    full = last - (last - first) % BLOCK
-    # A tile ahead: the barriers of a tile's maximum would otherwise wait for its loads as well.
-    next_a = tl.load(a_row + first + offsets, mask=everywhere & (first < full))
-    next_b = tl.load(b_row + first + offsets, mask=everywhere & (first < full))
-    for start in range(first, full, BLOCK):
-        a = next_a.to(CT)
-        b = next_b.to(CT)
-        ahead = start + BLOCK
-        next_a = tl.load(a_row + ahead + offsets, mask=everywhere & (ahead < full))
-        next_b = tl.load(b_row + ahead + offsets, mask=everywhere & (ahead < full))
-        n, c, n_b, to_a, z, a1, a2 = _accumulate(
-            a, b, everywhere, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale, c_scale,
+    # Two tiles a step where threads hold them in pairs of logits: half as often a maximum that all threads
+    # wait for. Held one by one, two tiles and the next two take more registers than there are.
+    a_type: tl.constexpr = a_row.dtype.element_ty
+    b_type: tl.constexpr = b_row.dtype.element_ty
+    TWO: tl.constexpr = WIDE > 0 and a_type.primitive_bitwidth == 16 and b_type.primitive_bitwidth == 16
+    STEP: tl.constexpr = 2 * BLOCK if TWO else BLOCK
+    full = last - (last - first) % STEP
+    # A step ahead: the barriers of a maximum would otherwise wait for its loads as well.
+    next_a = load_tile(a_row + first, first < full, STEP // VEC, VEC, WIDE)
+    next_b = load_tile(b_row + first, first < full, STEP // VEC, VEC, WIDE)
+    for start in range(first, full, STEP):
+        if TWO:
+            a, later_a = halves(next_a)
+            b, later_b = halves(next_b)
+            a = unpacked(a, a_type, CT)
+            b = unpacked(b, b_type, CT)
+            later_a = unpacked(later_a, a_type, CT)
+            later_b = unpacked(later_b, b_type, CT)
+        else:
+            a = unpacked(next_a, a_type, CT)
+            b = unpacked(next_b, b_type, CT)
+            later_a = a
+            later_b = b
+        ahead = start + STEP
+        next_a = load_tile(a_row + ahead, ahead < full, STEP // VEC, VEC, WIDE)
+        next_b = load_tile(b_row + ahead, ahead < full, STEP // VEC, VEC, WIDE)
+        n, c, n_b, to_a, z, a1, a2 = _moved(
+            a, b, later_a, later_b, everywhere, n, c, n_b, to_a, z, a1, a2,
+            k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE,
+        )  # fmt: skip
+        z, a1, a2 = _added(
+            a, b, everywhere, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale,
             SAME_SCALE, EXACT, False,
         )  # fmt: skip
-    if full < last:
-        inside = full + offsets < last
-        a = tl.load(a_row + full + offsets, mask=inside, other=-float("inf")).to(CT)
-        b = tl.load(b_row + full + offsets, mask=inside, other=-float("inf")).to(CT)
-        n, c, n_b, to_a, z, a1, a2 = _accumulate(
-            a, b, inside, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale, c_scale,
+        if TWO:
+            z, a1, a2 = _added(
+                later_a, later_b, everywhere, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale,
+                SAME_SCALE, EXACT, False,
+            )  # fmt: skip
+    for start in range(full, last, BLOCK):
+        inside = start + offsets < last
+        a = tl.load(a_row + start + offsets, mask=inside, other=-float("inf")).to(CT)
+        b = tl.load(b_row + start + offsets, mask=inside, other=-float("inf")).to(CT)
+        n, c, n_b, to_a, z, a1, a2 = _moved(
+            a, b, a, b, inside, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale, c_scale,
+            SAME_SCALE,
+        )  # fmt: skip
+        z, a1, a2 = _added(
+            a, b, inside, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale,
             SAME_SCALE, EXACT, True,
         )  # fmt: skip
     return n, c, n_b, tl.sum(z), tl.sum(a1), tl.sum(a2)
@@ -241,8 +286,8 @@ def store_row(
 ):  # fmt: skip
     """Value and statistics of a row from its state; rows that the state cannot do are swept again here."""
     value, lam, good = _finish(z_a, a1, a2)
-    level = _other_level(n, c, k_a, k_b, a_scale, b_scale, c_scale)
-    z_b = z_a * tl.exp(lam) * tl.exp2(level - n_b.to(tl.float64))
+    n_b_as_a = _other_level(n, c, k_a, k_b, a_scale, b_scale, c_scale)
+    z_b = z_a * tl.exp(lam) * tl.exp2(n_b_as_a - n_b.to(tl.float64))
     if EXACT:
         # 0.75 − 1e-6 needs 26 bits: fl(b − a) is off by up to 2^-25·|c|, which shows in D where c is far
         # larger than the usual x.

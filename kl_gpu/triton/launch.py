@@ -9,12 +9,14 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..problem import Problem
 
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 WARPS = 4
+LANES = 64 if torch.version.hip else 32  # threads of a warp
 # Columns that one program sweeps; a longer row is shared. At 16384 one row of 128256 keeps 8 programs busy,
 # and the 264 of them that sweep at once on 132 SMs have 17 MB of bfloat16 in flight, which an L2 holds until
 # the gradient reads them again.
@@ -41,20 +43,26 @@ class Parts(NamedTuple):
     columns: int
 
 
-def parts_of(columns: int, block: int) -> Parts:
-    """Parts of nearly equal width, whole tiles each but for the row's last."""
+def parts_of(columns: int, step: int) -> Parts:
+    """Parts of nearly equal width, whole steps each but for the row's last."""
     count = triton.cdiv(columns, PART)
-    width = triton.cdiv(triton.cdiv(columns, count), block) * block
+    width = triton.cdiv(triton.cdiv(columns, count), step) * step
     return Parts(triton.cdiv(columns, width), width)
 
 
-def configuration(p: Problem, shapes: dict[int, ProgramShape]) -> dict[str, Any]:
+def starts_in_words(logits: Tensor) -> bool:
+    """Whether every row starts at a multiple of four bytes, as loads in 32-bit words must."""
+    steps = [stride for stride, size in zip(logits.stride(), logits.shape[:2], strict=False) if size > 1]
+    return logits.data_ptr() % 4 == 0 and all(step * logits.element_size() % 4 == 0 for step in steps)
+
+
+def configuration(p: Problem, shapes: dict[int, ProgramShape], lanes: int = LANES) -> dict[str, Any]:
     """What the compiled kernel depends on: dtypes and the size of V, never N or any float."""
     a, b = p.a, p.b
     itemsize = max(a.element_size(), b.element_size())
     shape = shapes[itemsize]
     vec = 16 // itemsize
-    per_warp = 32 * shape.columns
+    per_warp = lanes * shape.columns
     block = min(max(triton.next_power_of_2(a.shape[-1]), per_warp), WARPS * per_warp)
     # Only NVIDIA's compiler knows the option.
     limit = shape.registers is not None and a.device.type != "xpu" and not torch.version.hip
@@ -65,9 +73,16 @@ def configuration(p: Problem, shapes: dict[int, ProgramShape]) -> dict[str, Any]
         "CT": _TRITON_DTYPE[p.dtype],
         "R": block // vec,
         "VEC": vec,
-        "WIDE": a.shape[-1] % vec == 0,
+        "WIDE": 0 if a.shape[-1] % vec else 2 if starts_in_words(a) and starts_in_words(b) else 1,
         "num_warps": block // per_warp,
     }
+
+
+def step_of(p: Problem, configuration: dict[str, Any]) -> int:
+    """Columns that a pass of the first sweep takes: two tiles where `kl.sweep` does."""
+    sizes = {p.a.element_size(), p.b.element_size()}
+    tiles = 2 if configuration["WIDE"] and sizes == {2} else 1
+    return int(tiles * configuration["R"] * configuration["VEC"])
 
 
 def geometry(p: Problem) -> tuple[Any, ...]:

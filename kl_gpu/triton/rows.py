@@ -18,9 +18,9 @@ from ..kinds import STATS
 from ..problem import Problem
 from .gradients import write_gradient, write_zeros
 from .kl import merged, store_row, sweep
-from .launch import ProgramShape, configuration, geometry, high_low, parts_of, resident_programs
+from .launch import ProgramShape, configuration, geometry, high_low, parts_of, resident_programs, step_of
 from .sums import formula_sums
-from .tiles import LOG2E, NO_REFERENCE, row_start, wide
+from .tiles import LOG2E, NO_REFERENCE, normalised, row_start, wide
 
 # Row statistics: n_a, 1/Z_a, n_b, 1/Z_b (so that a_i = 2^(k_a·logit − n_a)/Z_a), then c and lam with
 # log(b_i/a_i) = x_i − lam, the value, and what a·∂D/∂a and b·∂D/∂b sum to. They come zeroed: behind them
@@ -114,9 +114,11 @@ def _second_sweep(
     _wait(stats, 1)
     kl = _statistic(stats, 6)
     value, mean_a, mean_b = formula_sums(
-        a_row, b_row, first, last, _statistic(stats, 0), _statistic(stats, 1), _statistic(stats, 2),
-        _statistic(stats, 3), _statistic(stats, 4), _statistic(stats, 5), beta, rest,
-        k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, FAMILY, CT, R, VEC, WIDE,
+        a_row, b_row, first, last,
+        normalised(_statistic(stats, 0), _statistic(stats, 1), k_a, a_scale, CT),
+        normalised(_statistic(stats, 2), _statistic(stats, 3), k_b, b_scale, CT),
+        _statistic(stats, 4), _statistic(stats, 5), beta, rest,
+        scale, a_scale, b_scale, SAME_SCALE, FAMILY, CT, R, VEC, WIDE,
     )  # fmt: skip
     complete = True
     if PARTS > 1:
@@ -163,9 +165,10 @@ def _gradient(
     up_b = tl.where(has_b, upstream * b_scale.to(CT), nan)
     write_gradient(
         a_row, b_row, grad_a, grad_b, first, last,
-        _statistic(stats, 0), _statistic(stats, 1), _statistic(stats, 2), _statistic(stats, 3),
+        normalised(_statistic(stats, 0), _statistic(stats, 1), k_a, a_scale, CT),
+        normalised(_statistic(stats, 2), _statistic(stats, 3), k_b, b_scale, CT),
         _statistic(stats, 4), _statistic(stats, 5), mean_a, mean_b, up_a, up_b, beta, rest,
-        k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, CT, TO_A, TO_B, R, VEC, WIDE,
+        scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, CT, TO_A, TO_B, R, VEC, WIDE,
     )  # fmt: skip
 
 
@@ -298,7 +301,7 @@ def _launch(
     incoming: Tensor | None = None,
 ) -> None:
     config = configuration(p, SHAPES if p.family == "kl" else FORMULA_SHAPES)
-    parts = parts_of(p.a.shape[2], config["R"] * config["VEC"])
+    parts = parts_of(p.a.shape[2], step_of(p, config))
     width = triton.next_power_of_2(parts.number)
     has_gradient = grad_a is not None or grad_b is not None
     stages = (0 if value is None else 1 if p.family == "kl" else 2) + has_gradient

@@ -6,17 +6,17 @@ import triton
 import triton.language as tl
 
 from .formulas import formula
-from .tiles import log_probability_ratio, scaled_exp, tile_offsets
+from .tiles import load_tile, log_probability_ratio, probability, tile_offsets, unpacked
 
 
 @triton.jit
 def formula_tile(
-    a, b, n_a, inv_a, n_b, inv_b, c, lam, beta, rest, k_a, k_b, scale, a_scale, b_scale,
+    a, b, side_a, side_b, c, lam, beta, rest, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of both sides and the formula's three parts, of a tile of logits."""
-    p_a = scaled_exp(a, k_a, n_a) * inv_a
-    p_b = scaled_exp(b, k_b, n_b) * inv_b
+    p_a = probability(a, *side_a)
+    p_b = probability(b, *side_b)
     r = log_probability_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE, EXACT)
     r = tl.where(r == r, r, 0.0)
     terms, flow_a, flow_b = formula(p_a, p_b, r, beta, rest, FAMILY)
@@ -25,21 +25,18 @@ def formula_tile(
 
 @triton.jit
 def _add_tile(
-    a, b, value, mean_a, mean_b, n_a, inv_a, n_b, inv_b, c, lam, beta, rest,
-    k_a, k_b, scale, a_scale, b_scale,
+    a, b, value, mean_a, mean_b, side_a, side_b, c, lam, beta, rest, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr,
 ):  # fmt: skip
     _, _, terms, flow_a, flow_b = formula_tile(
-        a, b, n_a, inv_a, n_b, inv_b, c, lam, beta, rest, k_a, k_b, scale, a_scale, b_scale,
-        SAME_SCALE, EXACT, FAMILY,
+        a, b, side_a, side_b, c, lam, beta, rest, scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY,
     )  # fmt: skip
     return value + tl.sum(terms, axis=1), mean_a + tl.sum(flow_a, axis=1), mean_b + tl.sum(flow_b, axis=1)
 
 
 @triton.jit
 def formula_sums(
-    a_row, b_row, first, last, n_a, inv_a, n_b, inv_b, c, lam, beta, rest,
-    k_a, k_b, scale, a_scale, b_scale,
+    a_row, b_row, first, last, side_a, side_b, c, lam, beta, rest, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, FAMILY: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -53,18 +50,18 @@ def formula_sums(
     mean_b = tl.zeros([R], CT)
     full = last - (last - first) % BLOCK
     for start in range(first, full, BLOCK):
-        a = tl.load(a_row + start + offsets).to(CT)
-        b = tl.load(b_row + start + offsets).to(CT)
+        a = unpacked(load_tile(a_row + start, True, R, VEC, WIDE), a_row.dtype.element_ty, CT)
+        b = unpacked(load_tile(b_row + start, True, R, VEC, WIDE), b_row.dtype.element_ty, CT)
         value, mean_a, mean_b = _add_tile(
-            a, b, value, mean_a, mean_b, n_a, inv_a, n_b, inv_b, c, lam, beta, rest,
-            k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY,
+            a, b, value, mean_a, mean_b, side_a, side_b, c, lam, beta, rest, scale, a_scale, b_scale,
+            SAME_SCALE, EXACT, FAMILY,
         )  # fmt: skip
     if full < last:
         inside = full + offsets < last
         a = tl.load(a_row + full + offsets, mask=inside, other=-float("inf")).to(CT)
         b = tl.load(b_row + full + offsets, mask=inside, other=-float("inf")).to(CT)
         value, mean_a, mean_b = _add_tile(
-            a, b, value, mean_a, mean_b, n_a, inv_a, n_b, inv_b, c, lam, beta, rest,
-            k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY,
+            a, b, value, mean_a, mean_b, side_a, side_b, c, lam, beta, rest, scale, a_scale, b_scale,
+            SAME_SCALE, EXACT, FAMILY,
         )  # fmt: skip
     return tl.sum(value), tl.sum(mean_a), tl.sum(mean_b)

@@ -1,8 +1,8 @@
 """Device functions the Triton kernels share: differences, the function g, the row state (docs/numerics.md).
 
 A state (m, c, Z, A1, A2) stands for part of a row of KL(a‖b): with w = exp(a − m) and x = (b − a) − c,
-Z = Σ w, A1 = Σ w x, A2 = Σ w g(x). m is kept as n ≈ m·k, in units of log2 and whole. c is in raw
-logits where both temperatures are equal (SAME_SCALE), else in scaled ones; c_scale turns it into nats.
+Z = Σ w, A1 = Σ w x, A2 = Σ w g(x). m is kept as n ≈ m·k, a `level`: in units of log2, and whole. c is in
+raw logits where both temperatures are equal (SAME_SCALE), else in scaled ones; c_scale turns it into nats.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ NO_REFERENCE = tl.constexpr(-1e30)
 
 @triton.jit
 def row_start(base, row, n_inner, outer_stride, inner_stride):
-    # 64 bits before the multiply: 2³¹ elements are 16 744 rows of 128 256.
-    row = row.to(tl.int64)
-    return base + (row // n_inner) * outer_stride + (row % n_inner) * inner_stride
+    # 64 bits before the multiply: 2³¹ elements are 16 744 rows of 128 256. The division fits in 32.
+    outer = row // n_inner
+    inner = row - outer * n_inner
+    return base + outer.to(tl.int64) * outer_stride + inner.to(tl.int64) * inner_stride
 
 
 @triton.jit
@@ -32,12 +33,58 @@ def tile_offsets(R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr):
 
     WIDE: a thread owns VEC neighbouring columns, one access of 16 bytes. Otherwise neighbouring threads own
     neighbouring columns: where rows start at odd addresses, scattered accesses would take VEC times as many
-    cache lines each. Which of the two depends on V alone, lest a row's bits depend on where it lies.
+    cache lines each. Which of the two depends on V alone, lest a row's bits depend on where it lies. WIDE
+    is 2 where rows also start at multiples of four bytes, which changes how tiles are loaded, not their bits.
     """
     if WIDE:
         return tl.arange(0, R)[:, None] * VEC + tl.arange(0, VEC)[None, :]
     else:
         return tl.arange(0, R)[:, None] + tl.arange(0, VEC)[None, :] * R
+
+
+@triton.jit
+def tile_pointers(start, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr):
+    """start + tile_offsets, in two sums: the second is of constants, which cost no instruction."""
+    if WIDE:
+        return start + tl.arange(0, R)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    else:
+        return start + tl.arange(0, R)[:, None] + tl.arange(0, VEC)[None, :] * R
+
+
+@triton.jit
+def load_tile(start, inside, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr):
+    """A whole tile from `start` where `inside`, as it lies in memory; `unpacked` makes logits of it.
+
+    16-bit logits stay in pairs: a loop that carried them to its next pass one by one would pay an
+    instruction and a register for each.
+    """
+    everywhere = tl.full([R, 1], 1, tl.int1) & inside
+    if WIDE == 2 and start.dtype.element_ty.primitive_bitwidth == 16:
+        words = start.to(tl.pointer_type(tl.int32))
+        return tl.load(tile_pointers(words, R, VEC // 2, WIDE), mask=everywhere)
+    else:
+        return tl.load(tile_pointers(start, R, VEC, WIDE), mask=everywhere)
+
+
+@triton.jit
+def unpacked(tile, dtype: tl.constexpr, CT: tl.constexpr):
+    """The logits `[R, VEC]` of a tile that `load_tile` read."""
+    if tile.dtype == tl.int32:
+        if dtype == tl.bfloat16:
+            first = (tile << 16).to(tl.float32, bitcast=True)
+            second = (tile & -65536).to(tl.float32, bitcast=True)
+        else:
+            first = tile.to(tl.int16).to(dtype, bitcast=True)
+            second = (tile >> 16).to(tl.int16).to(dtype, bitcast=True)
+        tile = tl.reshape(tl.join(first, second), [tile.shape[0], 2 * tile.shape[1]])
+    return tile.to(CT)
+
+
+@triton.jit
+def halves(tile):
+    """The first and the second half of a tile's rows."""
+    rows: tl.constexpr = tile.shape[0] // 2
+    return tl.split(tl.permute(tl.reshape(tile, [2, rows, tile.shape[1]]), (1, 2, 0)))
 
 
 @triton.jit
@@ -49,15 +96,52 @@ def fma(a, b, c):
 
 
 @triton.jit
-def scaled_exp(logit, k, n):
-    """2^(k·logit − n) to 2e-6 down to e⁻⁴⁴, for a whole n.
+def level(top, k):
+    """n for logits of at most `top`, so that their weights 2^(k·logit − n) reach from 2^8 down.
 
-    An exponent between −32 and −64 is rounded by up to 1.9e-6 of a unit, so those are taken from n − 32.
+    An exponent is rounded by up to a 2^24th of itself: from the top itself, weights of 2^-32 would have a
+    relative error of 1.3e-6. So none above 2^-39 has more than 6.6e-7, and the largest, which a sum over
+    the row inherits, 1.7e-7.
     """
-    exponent = fma(logit, k, -n)
-    deep = exponent < -32.0
-    exponent = tl.where(deep, fma(logit, k, 32.0 - n), exponent)
-    return tl.exp2(exponent) * tl.where(deep, 2.3283064365386963e-10, 1.0).to(logit.dtype)
+    return tl.floor(top * k) - 7.0
+
+
+@triton.jit
+def exponent(logit, k, n):
+    """k·logit − n"""
+    return fma(logit, k, -n)
+
+
+@triton.jit
+def weights(logit, k, n):
+    """2^(k·logit − n)"""
+    return tl.exp2(exponent(logit, k, n))
+
+
+@triton.jit
+def normalised(n, inv, k, scale, CT: tl.constexpr):
+    """(k, n, gain, drift) of a side whose weights about n sum to 1/inv: see `probability`.
+
+    n is lowered once more, so that down to 2^-63 (e^-44) no exponent is rounded by more than 6.6e-7. drift
+    makes up for the rounding of k, which moves tokens 30 nats below the top by up to 9e-7.
+    """
+    low = n - 24.0
+    gain = inv * tl.exp2(low - n)  # −24, unless n is too large to have units
+    drift = ((scale * LOG2E / k - 1.0) * 0.6931471805599453).to(CT) * gain
+    return k, low, gain - 31.0 * drift, drift
+
+
+@triton.jit
+def gain_at(e, gain, drift):
+    """What a weight 2^e is to be multiplied by for a probability."""
+    return fma(tl.maximum(e, -1000.0), drift, gain)  # −inf would come out of it as NaN
+
+
+@triton.jit
+def probability(logit, k, n, gain, drift):
+    """A side's probabilities, from what `normalised` gave."""
+    e = exponent(logit, k, n)
+    return tl.exp2(e) * gain_at(e, gain, drift)
 
 
 @triton.jit
@@ -74,15 +158,15 @@ def narrow(x, dtype: tl.constexpr):
 def is_near(x):
     """Where g(x) comes from its polynomial, and beyond which eˣ may be taken from b's own logit.
 
-    In float32 that second exponential has an error of its own, up to 1.3e-6 at e⁻²⁶; past 2 it no longer
+    In float32 that second exponential has an error of its own; past 1.5 at most 2.3 times it is left of what
     cancels against 1 + x.
     """
-    return tl.abs(x) < (0.5 if x.dtype == tl.float64 else 2.0)
+    return tl.abs(x) < (0.5 if x.dtype == tl.float64 else 1.5)
 
 
 @triton.jit
 def g_near(x):
-    """g(x)/x for near x, minimax: relative error 1.0e-7 in float32, 2.7e-18 in float64."""
+    """g(x)/x for near x, minimax: relative error 1.1e-7 in float32, 2.7e-18 in float64."""
     if x.dtype == tl.float64:
         r = 1.60781323987752627e-10 * x + 2.09628524967962601e-9
         r = r * x + 2.50522102680160090e-8
@@ -96,14 +180,13 @@ def g_near(x):
         r = r * x + 1.66666666666666671e-1
         r = r * x + 0.5
     else:
-        r = 2.816236767e-7 * x + 2.984318851e-6
-        r = r * x + 2.484794460e-5
-        r = r * x + 1.977410854e-4
-        r = r * x + 1.388697535e-3
-        r = r * x + 8.334049426e-3
-        r = r * x + 4.166684553e-2
-        r = r * x + 1.666664661e-1
-        r = r * x + 0.4999999766
+        r = 2.792558007e-6 * x + 2.605212831e-5
+        r = r * x + 1.985545678e-4
+        r = r * x + 1.387154451e-3
+        r = r * x + 8.333069272e-3
+        r = r * x + 4.166742414e-2
+        r = r * x + 1.666667610e-1
+        r = r * x + 0.4999999404
     return r * x
 
 
@@ -111,6 +194,18 @@ def g_near(x):
 def g(x):
     """g(x) = eˣ − 1 − x ≥ 0."""
     return tl.where(is_near(x), g_near(x) * x, (tl.exp2(x * LOG2E) - 1.0) - x)
+
+
+@triton.jit
+def expm1_near(x):
+    """eˣ − 1 for |x| < 1/2, minimax: relative error 1.2e-7 in float32."""
+    if x.dtype == tl.float64:
+        return g_near(x) * x + x
+    r = 1.387576340e-3 * x + 8.402397856e-3
+    r = r * x + 4.166897014e-2
+    r = r * x + 1.666613519e-1
+    r = r * x + 0.4999998212
+    return (r * x + 1.0) * x
 
 
 @triton.jit
@@ -196,8 +291,10 @@ def log_probability_ratio(
 ):
     """r = log(b_i/a_i), ±inf where one logit is −inf, NaN where both are."""
     x = log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE, EXACT)
-    # Where one logit is −inf the error term is NaN, the difference itself is not.
-    return tl.where(x == x, x, b - a) - lam
+    if SAME_SCALE and not EXACT:
+        # Where one logit is −inf the error term is NaN, the difference itself is not.
+        x = tl.where(x == x, x, b - a)
+    return x - lam
 
 
 @triton.jit
