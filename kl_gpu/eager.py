@@ -314,7 +314,7 @@ def _log_probability(side: _Side, tokens: Tensor) -> Tensor:
 
 
 def token_stats(p: Problem, tokens: Tensor | None) -> Tensor:
-    """`[TOKEN_STATS, A*B]`, as `kl_gpu.problem` orders them; tokens `[A, B]`, or None where there are none."""
+    """`[TOKEN_STATS, A*B]`, in the order of `kl_gpu.problem`; tokens `[A, B]` where there are any."""
     shape = p.a.shape
     worker = _worker(p.a.device)
     found = torch.empty((*shape[:2], TOKEN_STATS), dtype=torch.float64, device=worker)
