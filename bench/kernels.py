@@ -14,7 +14,7 @@ import triton
 
 from kl_gpu.kinds import KINDS
 from kl_gpu.problem import Problem
-from kl_gpu.triton import launch, rows
+from kl_gpu.triton import launch, rows, stats
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What the compiler may know of V and the row strides: that 16 divides them, or nothing.
@@ -93,6 +93,24 @@ def _entry(family: str, sweeps_value: bool, side: str) -> Entry:
         l2_reads=2 * max(sweeps + bool(side) - 1, 0),
         ahead=1 if sweeps else 0,
     )
+
+
+@dataclass(frozen=True)
+class StatsEntry(Entry):
+    """The sweep of token statistics; what folds a row's parts reads a few numbers and is not counted."""
+
+    function: ClassVar[Any] = stats.token_stats_parts_kernel
+
+    def configuration(self, dtype: str, V: int) -> dict[str, Any]:
+        example = torch.empty(1, 1, V, dtype=DTYPES[dtype], device="meta")
+        config = launch.configuration(Problem(example, example, None, "kl", 0.0, 1.0, 1.0), stats.SHAPES)
+        parts = launch.parts_of(V, self.columns(config)).number
+        return {**config, "HAS_ROWS": True, "PARTS": triton.next_power_of_2(parts)}
+
+
+def token_stats() -> Entry:
+    """Not among `entries` until the committed audit has been made with it."""
+    return StatsEntry("token_stats", "both kl", "kl", True, "", loops=(0,), ahead=1)
 
 
 def _student(kind: str) -> str:

@@ -12,7 +12,7 @@ constexpr double kLn2 = 0.69314718055994530942;
 
 PairState seen_from(Frame to, const PairState& s) {
     // KL(b||a) is the same state with the sides exchanged: its frame is (m + c, -c).
-    const double m = s.frame.m, c = s.frame.c, to_m = to.m, to_c = to.c, zb = s.zb(), rise = m - to_m;
+    const double m = s.frame.m, c = s.frame.c, to_m = to.m, to_c = to.c, rise = m - to_m;
     const State forward = seen_from(to, State{s.frame, s.z, s.a1, s.a2, 0, s.spent_a, 0});
     PairState out = s;
     out.frame = to;
@@ -21,17 +21,18 @@ PairState seen_from(Frame to, const PairState& s) {
     out.a2 = forward.a2;
     out.spent_a = forward.spent;
     const double weight = std::exp2(rise), rise_b = rise + (c - to_c), weight_b = std::exp2(rise_b);
-    const double h = (to_c - c) * kLn2, b1 = -(s.a1 + s.a2 + s.b2);
+    const double h = (to_c - c) * kLn2, b1 = -(s.gap() + s.b2);
     const double less_one = std::expm1(h), g = std::fabs(h) > 1e-5 ? less_one - h : 0.5 * h * h * (1 + h / 3);
-    out.b2 = weight_b * ((1 + less_one) * s.b2 + less_one * b1 + zb * (g / kLn2));
+    out.zb = weight_b * s.zb;
+    out.b2 = weight_b * ((1 + less_one) * s.b2 + less_one * b1 + s.zb * (g / kLn2));
     out.spent_b = weight_b * (1 + less_one) * s.spent_b;
     out.ea = weight * (s.ea + rise * s.z);
-    out.eb = weight_b * (s.eb + rise_b * zb);
+    out.eb = weight_b * (s.eb + rise_b * s.zb);
     return out;
 }
 
 Frame centre(const PairState& s) {
-    return {s.frame.m, static_cast<float>(static_cast<double>(s.frame.c) + std::log2(s.zb() / s.z))};
+    return {s.frame.m, static_cast<float>(static_cast<double>(s.frame.c) + std::log2(s.zb / s.z))};
 }
 
 PairState merge(const PairState& s, const PairState& t) {
@@ -47,7 +48,7 @@ PairState merge(const PairState& s, const PairState& t) {
         to.m = std::max(s.frame.m, t.frame.m);
         out = seen_from({to.m, s.frame.c}, s);
         other = seen_from({to.m, s.frame.c}, t);
-        const double ratio = (out.zb() + other.zb()) / (out.z + other.z);
+        const double ratio = (out.zb + other.zb) / (out.z + other.z);
         to.c = static_cast<float>(static_cast<double>(s.frame.c) + std::log2(ratio));
         if (!std::isfinite(to.c)) {
             out.usable = false;
@@ -59,6 +60,7 @@ PairState merge(const PairState& s, const PairState& t) {
     out.z += other.z;
     out.a1 += other.a1;
     out.a2 += other.a2;
+    out.zb += other.zb;
     out.b2 += other.b2;
     out.ea += other.ea;
     out.eb += other.eb;
@@ -72,9 +74,9 @@ PairState merge(const PairState& s, const PairState& t) {
 
 PairResult finish(const PairState& s) {
     PairResult out;
-    const double zb = s.zb(), b1 = -(s.a1 + s.a2 + s.b2), m = s.frame.m, c = s.frame.c;
-    out.forward = divergence_from(kLn2 * s.a1 / s.z, kLn2 * s.a2 / s.z);
-    out.reverse = divergence_from(kLn2 * b1 / zb, kLn2 * s.b2 / zb);
+    const double zb = s.zb, gap = s.gap(), m = s.frame.m, c = s.frame.c;
+    out.forward = divergence_from(kLn2 * s.a1 / s.z, kLn2 * s.a2 / s.z, kLn2 * gap / s.z);
+    out.reverse = divergence_from(-kLn2 * (gap + s.b2) / zb, kLn2 * s.b2 / zb, -kLn2 * gap / zb);
     const double log_z = std::log2(s.z), log_zb = std::log2(zb);
     out.lse_a = m + log_z;
     out.lse_b = m + c + log_zb;

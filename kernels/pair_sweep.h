@@ -1,9 +1,11 @@
 // The sweep of token statistics: both KLs, both entropies and both largest logits in one read of a stretch.
 //
-// The value's sweep (sweep.h) with one more sum for the other KL, whose weights and terms come of the same
-// powers of 2. Its frame goes to where lse(b) - lse(a) lies, since a mean under one side alone would make the
-// other direction's sum cancel. A stretch that fp32 cannot do this way (-inf, an x past 48, NaN) makes the
-// row unusable, and the caller looks at it along the paths that each KL has anyway.
+// The value's sweep (sweep.h) with the sums of the other KL, whose weights and terms come of the same powers
+// of
+// 2. Its frame goes to where lse(b) - lse(a) lies, since a mean under one side alone would make the other
+// direction's sum cancel. A stretch that fp32 cannot do this way (-inf, NaN, or an x past 32, whose rounding
+// shows in lse(b)) makes the row unusable, and the caller looks at it along the paths that each KL has
+// anyway.
 #pragma once
 
 #include "pair_state.h"
@@ -12,12 +14,12 @@
 namespace kl::KL_ISA {
 
 struct PairSums {
-    double z, a1, a2, b2, ea, eb, largest_g;
+    double z, a1, a2, zb, b2, ea, eb, largest_g;
     float top_a, top_b;
 };
 
 struct PairAccumulators {
-    VF z{}, a1{}, a2{}, b2{}, ea{}, eb{}, largest_g{};
+    VF z{}, a1{}, a2{}, zb{}, b2{}, ea{}, eb{}, largest_g{};
 };
 
 template <bool Exact>
@@ -32,7 +34,9 @@ KL_INLINE void accumulate_pair(VF a, VF b, VF k, VF m, VF c, PairAccumulators& s
     s.ea = mad(w, e, s.ea);
     s.a2 = mad(w, f.g, s.a2);
     s.b2 = mad(w, f.h, s.b2);
-    s.eb = mad(w * f.power, e + x, s.eb);
+    const VF u = w * f.power;
+    s.zb += u;
+    s.eb = mad(u, e + x, s.eb);
     s.largest_g = max(f.g, s.largest_g);
 }
 
@@ -53,20 +57,17 @@ inline PairSums sweep_pair(const Stretch<T>& in, float scale, Frame frame) {
         accumulate_pair<Exact>(a.x, b.x, k, m, c, s);
         accumulate_pair<Exact>(a.y, b.y, k, m, c, t);
     });
-    return {sum(s.z + t.z),
-            sum(s.a1 + t.a1),
-            sum(s.a2 + t.a2),
-            sum(s.b2 + t.b2),
-            sum(s.ea + t.ea),
-            sum(s.eb + t.eb),
-            static_cast<double>(largest(max(s.largest_g, t.largest_g))),
-            largest(top_a),
-            largest(top_b)};
+    return {sum(s.z + t.z),   sum(s.a1 + t.a1),
+            sum(s.a2 + t.a2), sum(s.zb + t.zb),
+            sum(s.b2 + t.b2), sum(s.ea + t.ea),
+            sum(s.eb + t.eb), static_cast<double>(largest(max(s.largest_g, t.largest_g))),
+            largest(top_a),   largest(top_b)};
 }
 
 inline bool is_usable(const PairSums& s) {
-    return s.z < kLargeSum && s.a2 < kLargeSum && std::fabs(s.a1) < kLargeSum && s.b2 < kLargeSum &&
-           std::fabs(s.ea) < kLargeSum && std::fabs(s.eb) < kLargeSum && s.largest_g < kLargeG;
+    return s.z < kLargeSum && s.a2 < kLargeSum && std::fabs(s.a1) < kLargeSum && s.zb < kLargeSum &&
+           s.b2 < kLargeSum && std::fabs(s.ea) < kLargeSum && std::fabs(s.eb) < kLargeSum &&
+           s.largest_g < kFarTailG;
 }
 
 // Exponents above m are rounded like those below it: past this one m is moved up to the stretch's maximum.
@@ -131,13 +132,14 @@ private:
         }
         // As Collector::look has it, for the smaller of both.
         const double limit = kLn2 * static_cast<double>(frame.c * frame.c);
-        const bool coarse = 512 * total_.a2 > limit * total_.z && 512 * total_.b2 > limit * total_.zb();
+        const bool coarse = 512 * total_.a2 > limit * total_.z && 512 * total_.b2 > limit * total_.zb;
         const PairSums s =
             coarse ? sweep_pair<false>(in, scale_, frame) : sweep_pair<true>(in, scale_, frame);
         out.usable = is_usable(s) && !(in.rest > 0 && far_out);
         out.z = s.z;
         out.a1 = s.a1;
         out.a2 = out.spent_a = s.a2;
+        out.zb = s.zb;
         out.b2 = out.spent_b = s.b2;
         out.ea = s.ea;
         out.eb = s.eb;
@@ -151,12 +153,12 @@ private:
 
     // Whether, seen from here, at most three quarters of either sum would cancel in the end.
     static bool is_central(const PairState& s) {
-        const double gap = kLn2 * (s.a1 + s.a2), square = gap * gap, zb = s.z + gap;
-        return !is_far(s) && square <= 1.5 * kLn2 * s.a2 * s.z && square <= 1.5 * kLn2 * s.b2 * zb;
+        const double gap = kLn2 * (s.a1 + s.a2), square = gap * gap;
+        return !is_far(s) && square <= 1.5 * kLn2 * s.a2 * s.z && square <= 1.5 * kLn2 * s.b2 * s.zb;
     }
 
     // More than 4 (in ln 2) away.
-    static bool is_far(const PairState& s) { return !(s.zb() < 16 * s.z && s.z < 16 * s.zb()); }
+    static bool is_far(const PairState& s) { return !(s.zb < 16 * s.z && s.z < 16 * s.zb); }
 
     float scale_;
     Frame frame_;

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from bench.audit import audit_one
-from bench.kernels import Entry, entries
+from bench.kernels import Entry, entries, token_stats
 
 # Where kernels are compiled in their heaviest form and one dtype only.
 HEAVIEST = (
@@ -20,6 +20,9 @@ HEAVIEST = (
     ("bf16", "gfx942", "aligned"),
     ("bf16", "sm_90", "odd"),
 )
+
+
+STATS = (*HEAVIEST, ("bf16", "sm_90", "aligned"), ("fp16", "sm_90", "aligned"))
 
 
 def is_heaviest(entry: Entry) -> bool:
@@ -36,6 +39,7 @@ def cases() -> Iterator[tuple[Entry, str, str, str]]:
                 yield entry, dtype, "sm_90", "aligned"
         if is_heaviest(entry):
             yield from ((entry, *case) for case in HEAVIEST)
+    yield from ((token_stats(), *case) for case in STATS)
 
 
 if __name__ == "__main__":

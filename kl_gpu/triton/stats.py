@@ -2,8 +2,7 @@
 
 One kernel leaves the state of every part of every row, another folds a row's parts. A state is that of kl.py,
 (n, c, z, a1, a2) with w = exp(a − m) and x = (b − a) − c, and of the other direction, which measures −x with the
-weights u = w·eˣ, only b2 = Σ u g(−x): its other sums are Σ u = z + a1 + a2 and Σ u (−x) = −(a1 + a2 + b2). The
-entropies take ea = Σ w e_a and eb = Σ u e_b, where e_a = k_a·a − n and e_b = k_b·b − n_b are exponents of 2.
+weights u = w·eˣ, zb = Σ u and b2 = Σ u g(−x), while Σ u (−x) = −(a1 + a2 + b2) follows. The entropies take ea = Σ w e_a and eb = Σ u e_b, where e_a = k_a·a − n and e_b = k_b·b − n_b are exponents of 2.
 c is log(Z_b/Z_a), between the two directions' means of b − a: about either mean the other's sum would cancel.
 """
 
@@ -19,17 +18,22 @@ from .kl import _careful_row, _finish, _other_level
 from .launch import ProgramShape, configuration, geometry, parts_of
 from .tiles import LOG2E, NO_REFERENCE, fma, g, g_near, is_near, log_ratio, row_start, tile_offsets, wide
 
-# A part's state: n, c, n_b, z, a1, a2, b2, ea, eb, then each side's largest logit and the first tile with it.
-STATE = 13
+# A part's state: n, c, n_b, z, a1, a2, zb, b2, ea, eb, then each side's largest logit and the first tile with it.
+STATE = 14
 _STATE = tl.constexpr(STATE)
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _rebase_both(n_b, z, a1, a2, b2, ea, eb, h, s, fall, to_n_b):
+def _gap(z, a1, a2, zb):
+    """zb − z = a1 + a2: the left side is exact where it is large, the right side where it is small."""
+    return tl.where(2.0 * tl.abs(a1 + a2) < tl.minimum(z, zb), a1 + a2, zb - z)
+
+
+@triton.jit
+def _rebase_both(n_b, z, a1, a2, zb, b2, ea, eb, h, s, fall, to_n_b):
     """Bring sums taken about c to c + h, to weights s·w, to exponents e_a + fall and e_b + n_b − to_n_b."""
-    zb = z + a1 + a2
-    b1 = -(a1 + a2 + b2)
+    b1 = -(_gap(z, a1, a2, zb) + b2)
     g_h = g(-h)
     e_h = tl.exp2(-h * LOG2E)
     # e^−h g(h), by the first form where the second would cancel.
@@ -38,12 +42,12 @@ def _rebase_both(n_b, z, a1, a2, b2, ea, eb, h, s, fall, to_n_b):
     ea = (ea + fall * z) * s
     eb = (eb + (n_b - to_n_b) * zb) * e_h * s
     a2 = (e_h * a2 + (g_h - h) * a1 + z * g_h) * s
-    return z * s, (a1 - h * z) * s, a2, b2, ea, eb
+    return z * s, (a1 - h * z) * s, a2, zb * e_h * s, b2, ea, eb
 
 
 @triton.jit
 def _accumulate(
-    a, b, valid, start, n, c, n_b, to_a, z, a1, a2, b2, ea, eb, top_a, at_a, top_b, at_b,
+    a, b, valid, start, n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b,
     k_a, k_b, scale, a_scale, b_scale, c_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -64,8 +68,8 @@ def _accumulate(
         c_tile = tl.where(tl.abs(c_tile) < 1e30, c_tile, 0.0)
         h = (c_tile - c) * scale if SAME_SCALE else c_tile - c
         h = tl.where(n == NO_REFERENCE, 0.0, h)
-        z, a1, a2, b2, ea, eb = _rebase_both(
-            n_b, z, a1, a2, b2, ea, eb, h, tl.exp2(n - n_tile), n - n_tile, n_b_tile
+        z, a1, a2, zb, b2, ea, eb = _rebase_both(
+            n_b, z, a1, a2, zb, b2, ea, eb, h, tl.exp2(n - n_tile), n - n_tile, n_b_tile
         )
         n = n_tile
         c = c_tile
@@ -89,11 +93,12 @@ def _accumulate(
     z += tl.sum(w, axis=1)
     a1 += tl.sum(wx, axis=1)
     a2 += tl.sum(tl.where(near, wx * g_x, (u - w) - wx), axis=1)
+    zb += tl.sum(u, axis=1)
     # u g(−x) = w (x² + (x − 1) g(x)): at most a seventh of the parts is left, at x = −2.
     b2 += tl.sum(tl.where(near, wx * (x + (x - 1.0) * g_x), (w - u) + u * x), axis=1)
     ea += tl.sum(w * e_a, axis=1)
     eb += tl.sum(u * e_b, axis=1)
-    return n, c, n_b, to_a, z, a1, a2, b2, ea, eb, top_a, at_a, top_b, at_b
+    return n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b
 
 
 @triton.jit
@@ -136,6 +141,7 @@ def token_stats_parts_kernel(
         z = tl.zeros([R], CT)
         a1 = tl.zeros([R], CT)
         a2 = tl.zeros([R], CT)
+        zb = tl.zeros([R], CT)
         b2 = tl.zeros([R], CT)
         ea = tl.zeros([R], CT)
         eb = tl.zeros([R], CT)
@@ -154,16 +160,16 @@ def token_stats_parts_kernel(
             ahead = start + BLOCK
             next_a = tl.load(a_row + ahead + offsets, mask=everywhere & (ahead < full))
             next_b = tl.load(b_row + ahead + offsets, mask=everywhere & (ahead < full))
-            n, c, n_b, to_a, z, a1, a2, b2, ea, eb, top_a, at_a, top_b, at_b = _accumulate(
-                a, b, everywhere, start, n, c, n_b, to_a, z, a1, a2, b2, ea, eb, top_a, at_a, top_b, at_b,
+            n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b = _accumulate(
+                a, b, everywhere, start, n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b,
                 k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE, EXACT, False,
             )  # fmt: skip
         if full < last:
             inside = full + offsets < last
             a = tl.load(a_row + full + offsets, mask=inside, other=-float("inf")).to(CT)
             b = tl.load(b_row + full + offsets, mask=inside, other=-float("inf")).to(CT)
-            n, c, n_b, to_a, z, a1, a2, b2, ea, eb, top_a, at_a, top_b, at_b = _accumulate(
-                a, b, inside, full, n, c, n_b, to_a, z, a1, a2, b2, ea, eb, top_a, at_a, top_b, at_b,
+            n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b = _accumulate(
+                a, b, inside, full, n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b,
                 k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE, EXACT, True,
             )  # fmt: skip
         most_a, tile_a = _first_tile(top_a, at_a, BLOCK)
@@ -175,13 +181,14 @@ def token_stats_parts_kernel(
         tl.store(mine + 3 * PARTS, tl.sum(z))
         tl.store(mine + 4 * PARTS, tl.sum(a1))
         tl.store(mine + 5 * PARTS, tl.sum(a2))
-        tl.store(mine + 6 * PARTS, tl.sum(b2))
-        tl.store(mine + 7 * PARTS, tl.sum(ea))
-        tl.store(mine + 8 * PARTS, tl.sum(eb))
-        tl.store(mine + 9 * PARTS, most_a)
-        tl.store(mine + 10 * PARTS, tile_a.to(CT))
-        tl.store(mine + 11 * PARTS, most_b)
-        tl.store(mine + 12 * PARTS, tile_b.to(CT))
+        tl.store(mine + 6 * PARTS, tl.sum(zb))
+        tl.store(mine + 7 * PARTS, tl.sum(b2))
+        tl.store(mine + 8 * PARTS, tl.sum(ea))
+        tl.store(mine + 9 * PARTS, tl.sum(eb))
+        tl.store(mine + 10 * PARTS, most_a)
+        tl.store(mine + 11 * PARTS, tile_a.to(CT))
+        tl.store(mine + 12 * PARTS, most_b)
+        tl.store(mine + 13 * PARTS, tile_b.to(CT))
 
 
 @triton.jit
@@ -199,9 +206,10 @@ def _folded(states, parts, c_scale, PARTS: tl.constexpr):
     z = _published(states, 3, parts, PARTS, 0.0)
     a1 = _published(states, 4, parts, PARTS, 0.0)
     a2 = _published(states, 5, parts, PARTS, 0.0)
-    b2 = _published(states, 6, parts, PARTS, 0.0)
-    ea = _published(states, 7, parts, PARTS, 0.0)
-    eb = _published(states, 8, parts, PARTS, 0.0)
+    zb = _published(states, 6, parts, PARTS, 0.0)
+    b2 = _published(states, 7, parts, PARTS, 0.0)
+    ea = _published(states, 8, parts, PARTS, 0.0)
+    eb = _published(states, 9, parts, PARTS, 0.0)
     # A part without mass has no reference to bring, but a NaN of it must reach the sums.
     has_mass = z > 0
     top = tl.max(n)
@@ -209,14 +217,15 @@ def _folded(states, parts, c_scale, PARTS: tl.constexpr):
     furthest = tl.max(tl.where(has_mass, tl.abs(c), 0.0))
     s = tl.exp2(n - top)
     c_top = tl.max(tl.where(has_mass, c, NO_REFERENCE))
-    mass_b = tl.sum(tl.where(has_mass, (z + a1 + a2) * s * tl.exp((c - c_top) * c_scale), 0.0))
+    mass_b = tl.sum(tl.where(has_mass, zb * s * tl.exp((c - c_top) * c_scale), 0.0))
     shared = c_top + tl.log(mass_b / tl.sum(z * s)) / c_scale
     h = tl.where(has_mass, (shared - c) * c_scale, 0.0)
     fall = tl.where(has_mass, n - top, 0.0)
     n_b = tl.where(has_mass, n_b, level_b)
-    z, a1, a2, b2, ea, eb = _rebase_both(n_b, z, a1, a2, b2, ea, eb, h, s, fall, level_b)
+    z, a1, a2, zb, b2, ea, eb = _rebase_both(n_b, z, a1, a2, zb, b2, ea, eb, h, s, fall, level_b)
     return (
-        top, shared, level_b, tl.sum(z), tl.sum(a1), tl.sum(a2), tl.sum(b2), tl.sum(ea), tl.sum(eb), furthest
+        top, shared, level_b, tl.sum(z), tl.sum(a1), tl.sum(a2), tl.sum(zb), tl.sum(b2), tl.sum(ea),
+        tl.sum(eb), furthest,
     )  # fmt: skip
 
 
@@ -279,10 +288,10 @@ def token_stats_rows_kernel(
         k_b = (b_scale * LOG2E).to(CT)
         scale = a_scale.to(CT)
 
-        n, c, n_b, z, a1, a2, b2, ea, eb, furthest = _folded(states, parts, c_scale, PARTS)
-        zb = z + a1 + a2
-        forward, _, good = _finish(z, a1, a2)
-        reverse, _, good_b = _finish(zb, -(a1 + a2 + b2), b2)
+        n, c, n_b, z, a1, a2, zb, b2, ea, eb, furthest = _folded(states, parts, c_scale, PARTS)
+        gap = _gap(z, a1, a2, zb)
+        forward, _, good = _finish(z, a1, gap - a1)
+        reverse, _, good_b = _finish(zb, -(gap + b2), b2)
         # Exponents of 2: a sums to 2^log_a, b to 2^log_b.
         level = _other_level(n, c, k_a, k_b, a_scale, b_scale, c_scale)
         log_a = tl.log2(z)
@@ -330,8 +339,8 @@ def token_stats_rows_kernel(
         tl.store(out + 4 * n_rows, (tl.where(of_b > 0, 0.0, of_b) * _LN2).to(CT))
         tl.store(out + 5 * n_rows, (tl.where(of_a > 0, 0.0, of_a) * _LN2).to(CT))
 
-        most_a, tile_a = _first_part(states, 9, parts, PARTS)
-        most_b, tile_b = _first_part(states, 11, parts, PARTS)
+        most_a, tile_a = _first_part(states, 10, parts, PARTS)
+        most_b, tile_b = _first_part(states, 12, parts, PARTS)
         agree = tl.full([], 0.0, tl.float64)
         if tile_a == tile_b:
             column_a = _first_column(a_row, tile_a, most_a, V, R, VEC, WIDE)
