@@ -2,8 +2,9 @@
 
     python -m bench.token_stats [--rows 256] [--columns 128256] [--threads 2] [--repeats 15]
 
-Candidates take turns, as in bench.cpu_roofline; figures are medians, and ratios are medians of the ratios within
-a round. All read both tensors of logits once at least (2 U); kl_div is the per-token forward KL under no_grad.
+Candidates take turns, as in bench.cpu_roofline; figures are medians, and ratios are medians of the ratios
+within a round. All read both tensors of logits once at least (2 U); kl_div is the per-token forward KL under
+no_grad.
 """
 
 from __future__ import annotations

@@ -22,29 +22,39 @@ struct PairAccumulators {
     VF z{}, a1{}, a2{}, zb{}, b2{}, ea{}, eb{}, largest_g{};
 };
 
+// One vector's weights and what they weigh.
+struct PairTerms {
+    VF w, u, x, e;
+    BothWays<VF> f;
+};
+
 template <bool Exact>
-KL_INLINE void accumulate_pair(VF a, VF b, VF k, VF m, VF c, PairAccumulators& s) {
+KL_INLINE PairTerms pair_terms(VF a, VF b, VF k, VF m, VF c) {
     const VF d = b - a;
     VF x = fma(d, k, -c);
     if constexpr (Exact) x = fma(difference_error(b, a, d), k, x);
     const VF e = fma(a, k, -m), w = exp2(e);
     const BothWays<VF> f = both_ways(x);
-    s.z += w;
-    s.a1 = mad(w, x, s.a1);
-    s.ea = mad(w, e, s.ea);
-    s.a2 = mad(w, f.g, s.a2);
-    s.b2 = mad(w, f.h, s.b2);
-    const VF u = w * f.power;
-    s.zb += u;
-    s.eb = mad(u, e + x, s.eb);
-    s.largest_g = max(f.g, s.largest_g);
+    return {w, w * f.power, x, e, f};
+}
+
+// Two vectors at a time into one set of sums: two sets would not fit the registers.
+KL_INLINE void accumulate_pair(const PairTerms& s, const PairTerms& t, PairAccumulators& to) {
+    to.z += s.w + t.w;
+    to.a1 += mad(s.w, s.x, t.w * t.x);
+    to.ea += mad(s.w, s.e, t.w * t.e);
+    to.a2 += mad(s.w, s.f.g, t.w * t.f.g);
+    to.b2 += mad(s.w, s.f.h, t.w * t.f.h);
+    to.zb += s.u + t.u;
+    to.eb += mad(s.u, s.e + s.x, t.u * (t.e + t.x));
+    to.largest_g = max(s.f.g, max(t.f.g, to.largest_g));
 }
 
 // A NaN or an infinity anywhere makes a sum that is not finite.
 template <bool Exact, class T>
 inline PairSums sweep_pair(const Stretch<T>& in, float scale, Frame frame) {
     const VF k = splat<VF>(scale), m = splat<VF>(frame.m), c = splat<VF>(frame.c);
-    PairAccumulators s, t;
+    PairAccumulators s;
     VF top_a = splat<VF>(-__builtin_inff()), top_b = top_a;
     in.for_each_step([&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
         for (std::int64_t line = 0; line < static_cast<std::int64_t>(kStep<T> * sizeof(T)); line += 64) {
@@ -54,14 +64,11 @@ inline PairSums sweep_pair(const Stretch<T>& in, float scale, Frame frame) {
         const auto a = load_pair(at_a), b = load_pair(at_b);
         top_a = max(a.x, max(a.y, top_a));
         top_b = max(b.x, max(b.y, top_b));
-        accumulate_pair<Exact>(a.x, b.x, k, m, c, s);
-        accumulate_pair<Exact>(a.y, b.y, k, m, c, t);
+        accumulate_pair(pair_terms<Exact>(a.x, b.x, k, m, c), pair_terms<Exact>(a.y, b.y, k, m, c), s);
     });
-    return {sum(s.z + t.z),   sum(s.a1 + t.a1),
-            sum(s.a2 + t.a2), sum(s.zb + t.zb),
-            sum(s.b2 + t.b2), sum(s.ea + t.ea),
-            sum(s.eb + t.eb), static_cast<double>(largest(max(s.largest_g, t.largest_g))),
-            largest(top_a),   largest(top_b)};
+    return {sum(s.z),       sum(s.a1),     sum(s.a2), sum(s.zb),
+            sum(s.b2),      sum(s.ea),     sum(s.eb), static_cast<double>(largest(s.largest_g)),
+            largest(top_a), largest(top_b)};
 }
 
 inline bool is_usable(const PairSums& s) {

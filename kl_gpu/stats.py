@@ -52,10 +52,10 @@ class TokenStats(NamedTuple):
 
         Returns:
             count; forward_kl_mean, _mean_se, _median, _max and _p1, _p5, _p10, _p90, _p95, _p99, _p99.9;
-            reverse_kl_mean, _mean_se; student_entropy_mean, teacher_entropy_mean; top1_agree, _se. With labels
-            also, each with _se: student_ppl, teacher_ppl, ppl_ratio (student over teacher), log_ppl_ratio,
-            delta_p_mean, delta_p_rms. Where no row counts, NaN but for count. A NaN or an infinity in a row
-            that counts is in what depends on it, never left out.
+            reverse_kl_mean, _mean_se; student_entropy_mean, teacher_entropy_mean; top1_agree, _se. With
+            labels also, each with _se: student_ppl, teacher_ppl, ppl_ratio (student over teacher),
+            log_ppl_ratio, delta_p_mean, delta_p_rms. Where no row counts, NaN but for count. A NaN or an
+            infinity in a row that counts is in what depends on it, never left out.
         """
         fields = torch.stack(self[:7]).reshape(7, -1)[:, self.counts.reshape(-1)]
         forward, reverse, *entropies, log_q, log_p, agree = fields.cpu().double()

@@ -532,7 +532,7 @@ def test_uniform_prior(backend: str, dtype: torch.dtype) -> None:
 
 
 def llama_dump(base_logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities as llama-perplexity's file of base logits holds them: 16 bits over at most 16 nats."""
+    """Log-probabilities as llama-perplexity's file of base logits holds them: 16 bits over up to 16 nats."""
     largest = base_logits.max(-1, keepdims=True)
     least = np.maximum(base_logits.min(-1, keepdims=True), largest - 16)
     lse = largest + np.log(np.exp(base_logits - largest).sum(-1, keepdims=True))

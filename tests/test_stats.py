@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_eager import peak_extra_bytes
+from test_views import VIEWS
 from torch import Tensor
 
 import kl_gpu
 from kl_gpu import TokenStats, native, ops, reference, token_stats
 from support import DEVICE, DTYPES, check_value, pair, record, to_numpy
-from test_eager import peak_extra_bytes
-from test_views import VIEWS
 
 INF, NAN = math.inf, math.nan
 NAMES = TokenStats._fields[:7]
@@ -425,7 +425,7 @@ LABELS = torch.zeros(2, 3, dtype=torch.long)
 CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("student a list", {"student_logits": [[0.0]]}, TypeError, "student_logits.*tensor.*list"),
     ("integer teacher", {"teacher_logits": T.long()}, TypeError, "teacher_logits.*float16.*int64"),
-    ("no columns", {"student_logits": S[..., :0], "teacher_logits": T[..., :0]}, ValueError, "student_logits"),
+    ("no columns", {"student_logits": S[..., :0], "teacher_logits": T[..., :0]}, ValueError, "student.*0"),
     ("another N", {"teacher_logits": T[:1]}, ValueError, r"leading shape.*\(1, 3, 8\)"),
     ("another device", {"teacher_logits": T.to("meta")}, ValueError, "one device.*cpu.*meta"),
     ("V differs", {"teacher_logits": torch.ones(2, 3, 9)}, ValueError, "vocab_size.*8.*9"),

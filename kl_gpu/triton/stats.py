@@ -1,9 +1,10 @@
 """Token statistics: both KLs, both entropies, the tokens' log-probabilities and equal top-1, in one sweep.
 
 One kernel leaves the state of every part of every row, another folds a row's parts. A state is that of kl.py,
-(n, c, z, a1, a2) with w = exp(a − m) and x = (b − a) − c, and of the other direction, which measures −x with the
-weights u = w·eˣ, zb = Σ u and b2 = Σ u g(−x), while Σ u (−x) = −(a1 + a2 + b2) follows. The entropies take ea = Σ w e_a and eb = Σ u e_b, where e_a = k_a·a − n and e_b = k_b·b − n_b are exponents of 2.
-c is log(Z_b/Z_a), between the two directions' means of b − a: about either mean the other's sum would cancel.
+(n, c, z, a1, a2) with w = exp(a − m) and x = (b − a) − c, and of the other direction, which measures −x with
+the weights u = w·eˣ, zb = Σ u and b2 = Σ u g(−x), while Σ u (−x) = −(a1 + a2 + b2) follows. The entropies
+take ea = Σ w e_a and eb = Σ u e_b, where e_a = k_a·a − n and e_b = k_b·b − n_b are exponents of 2. c is
+log(Z_b/Z_a), between the two directions' means of b − a: about either mean the other's sum would cancel.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .kl import _careful_row, _finish, _other_level
 from .launch import ProgramShape, configuration, geometry, parts_of
 from .tiles import LOG2E, NO_REFERENCE, fma, g, g_near, is_near, log_ratio, row_start, tile_offsets, wide
 
-# A part's state: n, c, n_b, z, a1, a2, zb, b2, ea, eb, then each side's largest logit and the first tile with it.
+# A part's state: n, c, n_b, z, a1, a2, zb, b2, ea, eb, then each side's largest logit and its first tile.
 STATE = 14
 _STATE = tl.constexpr(STATE)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -51,7 +52,7 @@ def _accumulate(
     k_a, k_b, scale, a_scale, b_scale, c_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add a `[R, VEC]` tile to the sums `[R]`, first moving the reference where the tile holds a new maximum."""
+    """Add a `[R, VEC]` tile to the sums `[R]`, moving the reference first at a new maximum."""
     here = tl.max(a, axis=1)
     at_a = tl.where(here > top_a, start, at_a)
     top_a = tl.maximum(here, top_a)
