@@ -185,4 +185,4 @@ def token_stats(
         found = found.float()
     if counts is None:
         counts = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
-    return TokenStats(*found.unbind(0), counts)
+    return TokenStats._make((*found.unbind(0), counts))
