@@ -14,7 +14,7 @@ import triton
 
 from kl_gpu.kinds import KINDS
 from kl_gpu.problem import Problem
-from kl_gpu.triton import launch, rows
+from kl_gpu.triton import launch, rows, stats
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What the compiler may know of V and the row strides: that 16 divides them, or nothing.
@@ -70,18 +70,24 @@ class Entry:
         """Columns that one pass through each of the loops covers."""
         problem, config = self._launch(dtype, V, lanes)
         tile = int(config["R"] * config["VEC"])
-        step = launch.step_of(problem, config)
+        step = self._step(problem, config)
         return tuple(step if self.sweeps_value and loop == 0 else tile for loop in self.loops)
 
     def programs(self, dtype: str, V: int, lanes: int) -> int:
         """Programs of a row; those of several stages count as one that does them all."""
-        return launch.parts_of(V, launch.step_of(*self._launch(dtype, V, lanes))).number
+        return launch.parts_of(V, self._step(*self._launch(dtype, V, lanes))).number
+
+    def _step(self, problem: Problem, config: dict[str, Any]) -> int:
+        return launch.step_of(problem, config)
+
+    @property
+    def _shapes(self) -> dict[int, launch.ProgramShape]:
+        return rows.SHAPES if self.family == "kl" else rows.FORMULA_SHAPES
 
     def _launch(self, dtype: str, V: int, lanes: int) -> tuple[Problem, dict[str, Any]]:
         example = torch.empty(1, 1, V, dtype=DTYPES[dtype], device="meta")
         problem = Problem(example, example, None, self.family, 0.0, 1.0, 1.0)
-        shapes = rows.SHAPES if self.family == "kl" else rows.FORMULA_SHAPES
-        return problem, launch.configuration(problem, shapes, lanes)
+        return problem, launch.configuration(problem, self._shapes, lanes)
 
 
 def _entry(family: str, sweeps_value: bool, side: str) -> Entry:
@@ -100,6 +106,25 @@ def _entry(family: str, sweeps_value: bool, side: str) -> Entry:
     )
 
 
+@dataclass(frozen=True)
+class StatsEntry(Entry):
+    """The sweep of token statistics; what folds a row's parts reads a few numbers and is not counted."""
+
+    function: ClassVar[Any] = stats.token_stats_parts_kernel
+
+    def configuration(self, dtype: str, V: int, lanes: int) -> dict[str, Any]:
+        _, config = self._launch(dtype, V, lanes)
+        parts = self.programs(dtype, V, lanes)
+        return {**config, "HAS_ROWS": True, "PARTS": triton.next_power_of_2(parts)}
+
+    def _step(self, problem: Problem, config: dict[str, Any]) -> int:
+        return int(config["R"] * config["VEC"])
+
+    @property
+    def _shapes(self) -> dict[int, launch.ProgramShape]:
+        return stats.SHAPES
+
+
 def _student(kind: str) -> str:
     return "a" if KINDS[kind].weights == "student" else "b"
 
@@ -113,6 +138,7 @@ def entries() -> Iterator[Entry]:
             yield _entry(family, False, side)
         for side in sides:
             yield _entry(family, True, side)
+    yield StatsEntry("token_stats", "both kl", "kl", True, "", loops=(0,), ahead=1)
 
 
 def steps(kind: str, work: str) -> list[tuple[str, str]]:

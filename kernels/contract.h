@@ -86,6 +86,15 @@ void gradient(const Problem&, bool wide, const void* stats, const void* row_scal
 void value_and_gradient(const Problem&, bool wide, const void* row_scale, void* value, void* stats,
                         const Gradient& to_a, const Gradient& to_b);
 
+// Per row, a being the teacher: KL(a||b), KL(b||a), the entropies of b and of a, the log-probabilities of the
+// row's token under b and under a, and whether both sides' first largest logit is in one column; nats.
+constexpr int kTokenStats = 7;
+
+// `out` is [kTokenStats, A*B], fp64 where `wide`, else fp32. tokens is [A*B], or nullptr; a token that is no
+// column has log-probability NaN. A row that does not count is 0 throughout. The problem's family is nothing
+// to this.
+void token_stats(const Problem&, bool wide, const std::int64_t* tokens, void* out);
+
 // The instruction set in use, and all that this processor can run, best first, separated by commas.
 const char* isa();
 const char* supported_isas();

@@ -190,6 +190,28 @@ KL_INLINE V g2(V x) {
     return mad(e.two_n * e.r, e.r * horner(Poly<V>::g, e.r), rest);
 }
 
+// 2^x; g2(x); and 2^x g2(-x) = (1 - 2^x + x ln 2 2^x) / ln 2, never negative either.  fp32, on [-126, 126]:
+// 2.5, 8 and 20 ulp; above it over 2^125.
+template <class V>
+struct BothWays {
+    V power, g, h;
+};
+template <class V>
+KL_INLINE BothWays<V> both_ways(V x) {
+    using S = typename Traits<V>::Scalar;
+    const V log2e = splat<V>(static_cast<S>(kLog2e)), ln2 = splat<V>(static_cast<S>(kLn2));
+#if KL_WIDTH < 64
+    x = min(splat<V>(static_cast<S>(Traits<V>::bias - 1)), x);
+#endif
+    const Reduced<V> e = reduce(clamp_exponent(x));
+    const V n = integer(e), two_n = scale(splat<V>(1), e);
+    // 2^r = 1 + ln 2 f, f = r + r^2 P. Where n is 0, what stands beside r^2 P vanishes exactly, as in g2.
+    const V rp = e.r * horner(Poly<V>::g, e.r), r2p = e.r * rp, f = mad(e.r, rp, e.r);
+    const V rest = mad(two_n, e.r, mad(two_n, log2e, -log2e)) - x;
+    const V h = mad(two_n, mad(f, x * ln2, -r2p), mad(two_n, n - log2e, log2e));
+    return {mad(two_n * ln2, f, two_n), mad(two_n, r2p, rest), h};
+}
+
 // sign * (2^r two_n - 1), sign being 1 or -1 and already in two_n.
 template <class V>
 KL_INLINE V exp2m1_split(V r, V two_n, V sign) {

@@ -1,7 +1,10 @@
 // One row as the kernels of every instruction set take it.
 #pragma once
 
+#include <limits>
+
 #include "contract.h"
+#include "pair_state.h"
 #include "state.h"
 
 namespace kl {
@@ -55,6 +58,15 @@ struct FamilySums {
     }
 };
 
+// One side alone, NaN where it has no distribution; exponents in units of ln 2.
+struct SideResult {
+    static constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+    double m = kNan, log_z = kNan;  // log2 sum 2^a = m + log_z
+    double entropy = kNan;          // nats
+    std::int64_t top = -1;          // the first column of the largest logit
+};
+
 struct Destination {
     void* data;  // the row's first column, or nullptr
     Dtype dtype;
@@ -70,6 +82,11 @@ struct Kernels {
     // stream: store past the cache.
     void (*gradient)(const Row&, const RowScalars&, Destination to_a, Destination to_b, std::int64_t first,
                      std::int64_t last, bool stream);
+    PairState (*collect_pair)(const Row&, std::int64_t first, std::int64_t last);
+    SideResult (*side)(const void* logits, Dtype, std::int64_t columns, double scale);
+    // One logit; and the first of some columns that holds a logit, or -1.
+    double (*logit)(const void* logits, Dtype, std::int64_t column);
+    std::int64_t (*find)(const void* logits, Dtype, std::int64_t first, std::int64_t columns, float logit);
     // For tests and benches.
     void (*elementary)(int which, const float* x, float* y, std::int64_t n);
     std::uint64_t (*probe_read)(const char* a, const char* b, std::int64_t bytes);

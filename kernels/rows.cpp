@@ -4,7 +4,9 @@
 #include "careful.h"
 #include "family_sweeps.h"
 #include "gradient.h"
+#include "pair_sweep.h"
 #include "row.h"
+#include "side.h"
 #include "sweep.h"
 
 namespace kl::KL_ISA {
@@ -68,6 +70,56 @@ State collect(const Row& row, std::int64_t first, std::int64_t last) {
         default:
             return collect_as<float>(row, first, last);
     }
+}
+
+template <class T>
+PairState collect_pair_as(const Row& row, std::int64_t first, std::int64_t last) {
+    PairCollector collector(row.scale());
+    const T* a = at<T>(row.a, first);
+    for_each_tile(a, at<T>(row.b, first), last - first,
+                  [&](const Stretch<T>& tile) { collector.take(tile, first + (tile.a - a)); });
+    return collector.total();
+}
+
+PairState collect_pair_mixed(const Row& row, std::int64_t first, std::int64_t last) {
+    PairCollector collector(row.scale());
+    float a[kTile], b[kTile];
+    for (std::int64_t i = first; i < last; i += kTile) {
+        const std::int64_t n = last - i < kTile ? last - i : kTile;
+        widen_run(row.a, row.dtype_a, i, n, a);
+        widen_run(row.b, row.dtype_b, i, n, b);
+        for_each_tile(a, b, n, [&](const Stretch<float>& tile) { collector.take(tile, i + (tile.a - a)); });
+    }
+    return collector.total();
+}
+
+PairState collect_pair(const Row& row, std::int64_t first, std::int64_t last) {
+    if (row.dtype_a != row.dtype_b) return collect_pair_mixed(row, first, last);
+    switch (row.dtype_a) {
+        case Dtype::bf16:
+            return collect_pair_as<Bf16>(row, first, last);
+        case Dtype::f16:
+            return collect_pair_as<F16>(row, first, last);
+        default:
+            return collect_pair_as<float>(row, first, last);
+    }
+}
+
+double logit(const void* logits, Dtype dtype, std::int64_t column) {
+    double x;
+    widen_run(logits, dtype, column, 1, &x);
+    return x;
+}
+
+std::int64_t find(const void* logits, Dtype dtype, std::int64_t first, std::int64_t columns, float logit) {
+    float x[kScratchColumns];
+    for (std::int64_t i = 0; i < columns; i += kScratchColumns) {
+        const std::int64_t n = columns - i < kScratchColumns ? columns - i : kScratchColumns;
+        widen_run(logits, dtype, first + i, n, x);
+        for (std::int64_t j = 0; j < n; ++j)
+            if (x[j] == logit) return first + i + j;
+    }
+    return -1;
 }
 
 // Whether the scalars say too little of the row for its gradient: past 2^20 two fp32 do not hold an
@@ -235,6 +287,12 @@ VF elementary_function(int which, VF x) {
             return log_one_plus(x, one + x).log;
         case 6:
             return log_one_plus(x, one + x).gap;
+        case 8:
+            return both_ways(x).power;
+        case 9:
+            return both_ways(x).g;
+        case 10:
+            return both_ways(x).h;
         default:
             return log_one_plus(x - one, x).log;
     }
@@ -280,7 +338,8 @@ void probe_write(const char* a, const char* b, char* to, std::int64_t bytes) {
 #define KL_STRING(x) KL_STRING_(x)
 
 extern const Kernels kernels;
-const Kernels kernels{KL_STRING(KL_ISA), kBlock,   collect,    careful_row, lse_b,
-                      family_sums,       gradient, elementary, probe_read,  probe_write};
+const Kernels kernels{KL_STRING(KL_ISA), kBlock,       collect,     careful_row, lse_b, family_sums,
+                      gradient,          collect_pair, side_result, logit,       find,  elementary,
+                      probe_read,        probe_write};
 
 }  // namespace kl::KL_ISA

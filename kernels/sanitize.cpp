@@ -40,7 +40,7 @@ Bytes logits(kl::Dtype dtype, std::int64_t rows, std::int64_t columns, unsigned 
 }
 
 struct Result {
-    std::vector<double> value, stats;
+    std::vector<double> value, stats, token_stats;
     Bytes to_a, to_b;
 };
 
@@ -70,6 +70,11 @@ Result run(kl::Dtype a, kl::Dtype b, std::int64_t rows, std::int64_t columns, in
     out.to_a.reset(new unsigned char[static_cast<std::size_t>(rows * columns * size_of(a))]);
     out.to_b.reset(new unsigned char[static_cast<std::size_t>(rows * columns * size_of(b))]);
     const kl::Gradient to_a{out.to_a.get(), columns, columns, a}, to_b{out.to_b.get(), columns, columns, b};
+    out.token_stats.resize(n * kl::kTokenStats);
+    std::unique_ptr<std::int64_t[]> tokens(new std::int64_t[n]);
+    for (std::int64_t i = 0; i < rows; ++i)
+        tokens[static_cast<std::size_t>(i)] = i % 2 == 0 ? columns - 1 : -1;
+    if (family == kl::Family::kl) kl::token_stats(p, wide, tokens.get(), out.token_stats.data());
     if (fused) {
         kl::value_and_gradient(p, wide, row_scale, out.value.data(), out.stats.data(), to_a, to_b);
     } else {
@@ -81,6 +86,8 @@ Result run(kl::Dtype a, kl::Dtype b, std::int64_t rows, std::int64_t columns, in
 
 bool same(const Result& x, const Result& y, std::size_t bytes_a, std::size_t bytes_b) {
     return std::memcmp(x.value.data(), y.value.data(), x.value.size() * sizeof(double)) == 0 &&
+           std::memcmp(x.token_stats.data(), y.token_stats.data(), x.token_stats.size() * sizeof(double)) ==
+               0 &&
            std::memcmp(x.to_a.get(), y.to_a.get(), bytes_a) == 0 &&
            std::memcmp(x.to_b.get(), y.to_b.get(), bytes_b) == 0;
 }

@@ -74,7 +74,10 @@ State merge(const State& s, const State& t) {
 }
 
 double divergence_from(double mean_x, double mean_g) {
-    const double y = mean_x + mean_g;
+    return divergence_from(mean_x, mean_g, mean_x + mean_g);
+}
+
+double divergence_from(double mean_x, double mean_g, double y) {
     const double kl = std::fabs(y) < 0.5 ? mean_g + (std::log1p(y) - y) : std::log1p(y) - mean_x;
     return kl > 0 ? kl : (kl == kl ? 0.0 : kl);
 }

@@ -68,5 +68,7 @@ RowResult nan_result();
 
 // KL in nats from y and from E[x], E[g] in nats, by whichever form does not cancel.
 double divergence_from(double mean_x, double mean_g);
+// The same where y is known better than as the sum of both.
+double divergence_from(double mean_x, double mean_g, double y);
 
 }  // namespace kl

@@ -5,6 +5,17 @@ from .kinds import KINDS
 from .nn import DivergenceLoss
 from .ops import BACKENDS
 from .rl import kl_penalty
+from .stats import TokenStats, token_stats
 
-__all__ = ["BACKENDS", "KINDS", "DivergenceLoss", "divergence", "js_div", "kl_div", "kl_penalty"]
+__all__ = [
+    "BACKENDS",
+    "KINDS",
+    "DivergenceLoss",
+    "TokenStats",
+    "divergence",
+    "js_div",
+    "kl_div",
+    "kl_penalty",
+    "token_stats",
+]
 __version__ = "0.1.0"

@@ -48,6 +48,18 @@ def value_and_gradient(
     to_b: _Target,
     /,
 ) -> None: ...
+def token_stats(
+    a: _Side,
+    b: _Side,
+    rows: _Rows,
+    sizes: _Sizes,
+    family: int,
+    beta: float,
+    wide: bool,
+    tokens: int,
+    out: int,
+    /,
+) -> None: ...
 def elementary(which: int, x: int, y: int, n: int, /) -> None: ...
 def probe_read(a: int, b: int, size: int, threads: int, /) -> int: ...
 def probe_write(a: int, b: int, to: int, size: int, threads: int, /) -> None: ...

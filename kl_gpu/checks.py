@@ -133,6 +133,16 @@ def rows(student: Tensor, mask: Any, labels: Any, ignore_index: Any, weight: Any
             raise ValueError(f"{argument} must be on {student.device}, as the logits are, got {value.device}")
 
 
+def labels_are_columns(labels: Tensor, counts: Tensor, columns: int) -> None:
+    """Refuse labels that are no column, where rows count. Looks at their values, so CPU tensors only."""
+    wrong = counts & ((labels < 0) | (labels >= columns))
+    if wrong.any():
+        raise ValueError(
+            f"labels must be within [0, {columns}) or be ignore_index in rows that count, "
+            f"got {labels[wrong][0].item()}"
+        )
+
+
 def positive(argument: str, value: Any, expected: str = "a number") -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{argument} must be {expected}, got {_type_name(value)}")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .problem import Problem
+from .problem import TOKEN_STATS, Problem
 
 # 512 Ki float64 elements are 4 MiB: the few buffers a chunk needs stay in a last cache of 32 MiB, and each
 # operation is long enough to hide what starting it costs.
@@ -291,3 +291,51 @@ def gradient(
                         grad = sums[2] * 0  # a probability of 1 that two exponentials would round
                     grad = grad * (scale * side_scale)
                     out[i, j, c] = grad if keep is None else torch.where(keep, grad, 0)
+
+
+def _entropy(side: _Side) -> Tensor:
+    """−Σ p ln p of a chunk of rows, `[R, 1]`."""
+    weighted = torch.zeros_like(side.total)
+    for c in side.columns():
+        logits, powers = side.load(c)
+        exponents = logits.mul_(side.scale * _LOG2E).sub_(side.top)
+        weighted += _sum(torch.where(powers == 0, 0, exponents.mul_(powers)))
+    return ((side.total.log2() - weighted / side.total) / _LOG2E).clamp_min_(0)
+
+
+def _log_probability(side: _Side, tokens: Tensor) -> Tensor:
+    """ln p of one token of each row, `[R, 1]`; NaN for a token that is no column."""
+    inside = (tokens >= 0) & (tokens < side.rows.shape[-1])
+    logits = side.rows.gather(-1, torch.where(inside, tokens, 0)).to(side.total)
+    exponents = logits * (side.scale * _LOG2E) - side.top
+    # At most 0, which one column's rounding might pass.
+    found = ((exponents - side.total.log2()) / _LOG2E).clamp_max_(0)
+    return torch.where(inside.to(found.device), found, torch.nan)
+
+
+def token_stats(p: Problem, tokens: Tensor | None) -> Tensor:
+    """`[TOKEN_STATS, A*B]`, in the order of `kl_gpu.problem`; tokens `[A, B]` where there are any."""
+    shape = p.a.shape
+    worker = _worker(p.a.device)
+    found = torch.empty((*shape[:2], TOKEN_STATS), dtype=torch.float64, device=worker)
+    rows_at_once = max((block.stop - block.start for _, block in _blocks(p)), default=0)
+    buffers = torch.empty((2, 2, rows_at_once, min(shape[2], _chunk(p))), dtype=torch.float64, device=worker)
+    for i, j in _blocks(p):
+        a, b = _Side(p.a[i, j], p.a_scale, buffers[0]), _Side(p.b[i, j], p.b_scale, buffers[1])
+        of_tokens = [torch.full_like(a.total, torch.nan)] * 2
+        if tokens is not None:
+            of_tokens = [_log_probability(side, tokens[i, j, None]) for side in (b, a)]
+        agree = (a.rows.argmax(-1, keepdim=True) == b.rows.argmax(-1, keepdim=True)).to(a.total)
+        parts = [_entropy(b), _entropy(a), *of_tokens, torch.where((a.top + b.top).isnan(), torch.nan, agree)]
+        kls = []
+        for weights, other in ((a, b), (b, a)):
+            for side in (a, b):
+                side.load(next(side.columns()))  # `_kl` finds a row's only block in the buffers
+            kls.append(_kl(weights, other).clamp_min_(0))
+        found[i, j] = torch.cat((*kls, *parts), -1)
+    if shape[2] == 1:
+        found[..., :2].mul_(0)
+    found = found.view(-1, TOKEN_STATS)
+    if p.rows is not None:
+        found = torch.where(p.rows.reshape(-1, 1).to(worker), found, 0)
+    return found.T.to(p.a.device, p.dtype).contiguous()

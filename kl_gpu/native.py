@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .kinds import STATS
-from .problem import Problem
+from .problem import TOKEN_STATS, Problem
 
 try:
     import kl_gpu._native as _native
@@ -109,3 +109,12 @@ def value_and_gradient(
         _target(grad_b),
     )  # fmt: skip
     return value, stats
+
+
+def token_stats(p: Problem, tokens: Tensor | None) -> Tensor:
+    """`[TOKEN_STATS, A*B]`, in the order of `kl_gpu.problem`; tokens int64 `[A, B]` where there are any."""
+    out = torch.empty(TOKEN_STATS, p.n_rows, dtype=p.dtype)
+    # By name: a copy must outlive the call.
+    tokens = None if tokens is None else tokens.contiguous()
+    _native.token_stats(*_arguments(p), 0 if tokens is None else tokens.data_ptr(), out.data_ptr())
+    return out

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .kinds import KINDS, STATS
-from .problem import Problem, arithmetic
+from .problem import TOKEN_STATS, Problem, arithmetic
 
 _MODULES = {"triton": "kl_gpu.triton", "native": "kl_gpu.native", "eager": "kl_gpu.eager"}
 BACKENDS = tuple(_MODULES)
@@ -38,6 +38,8 @@ _library.define(
     f"gradient({_INPUTS}, Tensor stats, Tensor row_scale, Tensor? incoming, {_NUMBERS}, {_GRADS}) -> ()"
 )
 _library.define(f"value_and_gradient({_INPUTS}, Tensor row_scale, {_NUMBERS}, {_GRADS}) -> (Tensor, Tensor)")
+_SCALES = "float student_scale, float teacher_scale, str backend"
+_library.define(f"token_stats({_INPUTS}, Tensor? labels, {_SCALES}) -> Tensor")
 
 
 @cache
@@ -227,11 +229,37 @@ def _gradient_fake(*_: object) -> None:
     return None
 
 
+def _token_stats_output(student: Tensor, teacher: Tensor, *_: object) -> Tensor:
+    return student.new_empty((TOKEN_STATS, *student.shape[:-1]), dtype=arithmetic(student, teacher))
+
+
+def _token_stats(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor | None,
+    labels: Tensor | None,
+    student_scale: float,
+    teacher_scale: float,
+    backend: str,
+) -> Tensor:
+    if student.numel() == 0:
+        return _token_stats_output(student, teacher)
+    run = _module(backend).token_stats
+    lead = student.shape[:-1]
+    tensors = [student, teacher, *(None if x is None else x.contiguous() for x in (rows, labels))]
+    parts = [
+        run(Problem.of(s, t, keep, "forward_kl", 0.0, student_scale, teacher_scale), tokens)
+        for s, t, keep, tokens in _views(lead, tensors)
+    ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(TOKEN_STATS, *lead)
+
+
 # One Python function serves every device: the backend argument, resolved by the caller, picks the kernels.
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "value": (_value, _outputs),
     "gradient": (_gradient, _gradient_fake),
     "value_and_gradient": (_value_and_gradient, _outputs),
+    "token_stats": (_token_stats, _token_stats_output),
 }
 for _name, (_run, _fake) in _IMPLEMENTATIONS.items():
     _library.impl(_name, _run, "CompositeExplicitAutograd")
@@ -240,3 +268,4 @@ for _name, (_run, _fake) in _IMPLEMENTATIONS.items():
 value = torch.ops.kl_gpu.value.default
 gradient = torch.ops.kl_gpu.gradient.default
 value_and_gradient = torch.ops.kl_gpu.value_and_gradient.default
+token_stats = torch.ops.kl_gpu.token_stats.default

@@ -9,6 +9,11 @@ from torch import Tensor
 
 from .kinds import KINDS
 
+# Numbers per row that a backend's `token_stats` gives, a being the teacher. In this order: KL(a‖b), KL(b‖a),
+# the entropies of b and of a, the log-probabilities of the row's token under b and under a (NaN where there
+# is no such token), and whether the first largest logit of both is in one column.
+TOKEN_STATS = 7
+
 
 def arithmetic(a: Tensor, b: Tensor) -> torch.dtype:
     """What rows are computed in: float64 if either side is, else float32."""

@@ -161,3 +161,41 @@ def gradients(
     of, log_a, log_b, beta = _sides(student, teacher, kind, beta, temperature, teacher_temperature)
     to_student, to_teacher = of.order(*_gradients(log_a, log_b, of.family, beta))
     return to_student / temperature, to_teacher / (teacher_temperature or temperature)
+
+
+def _entropy(log_p: Array) -> Array:
+    """−Σ p log p, where a token of probability 0 adds nothing."""
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isneginf(log_p), 0.0, -np.exp(log_p) * log_p).sum(axis=-1)
+
+
+def token_stats(
+    student: ArrayLike,
+    teacher: ArrayLike,
+    labels: ArrayLike | None = None,
+    *,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+) -> dict[str, Array]:
+    """What `kl_gpu.token_stats` gives for rows that all count, `[...]` each; labels lie within [0, V).
+
+    Of what one side says alone only that side's NaN makes a NaN. The largest logit of a tie is the first.
+    """
+    log_q = log_softmax(student, temperature)
+    log_p = log_softmax(teacher, temperature if teacher_temperature is None else teacher_temperature)
+
+    def log_probability(log_softmax: Array) -> Array:
+        if labels is None:
+            return np.full(log_softmax.shape[:-1], np.nan)
+        return np.take_along_axis(log_softmax, np.asarray(labels)[..., None], axis=-1)[..., 0]
+
+    agree = np.argmax(_wide(student), axis=-1) == np.argmax(_wide(teacher), axis=-1)
+    return {
+        "forward_kl": _kl(log_p, log_q)[..., 0],
+        "reverse_kl": _kl(log_q, log_p)[..., 0],
+        "student_entropy": _entropy(log_q),
+        "teacher_entropy": _entropy(log_p),
+        "student_logprob": log_probability(log_q),
+        "teacher_logprob": log_probability(log_p),
+        "top1_agree": np.where(np.isnan(log_p + log_q).all(axis=-1), np.nan, agree),
+    }

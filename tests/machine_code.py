@@ -29,7 +29,7 @@ def is_heaviest(entry: Entry) -> bool:
 def cases() -> Iterator[tuple[Entry, str, str, str]]:
     """(entry, dtype, architecture, class of V)"""
     for entry in entries():
-        kl = entry.kind.startswith("kl")
+        kl = "kl" in entry.kind
         for dtype in ("bf16", "fp16", "fp32") if kl else ("bf16",):
             # The other dtypes differ little, as KL shows.
             if kl or is_heaviest(entry):

@@ -528,6 +528,93 @@ def test_uniform_prior(backend: str, dtype: torch.dtype) -> None:
     assert torch.equal(*pair_of)
 
 
+# --- llama.cpp ----------------------------------------------------------------------------------------------
+
+
+def llama_dump(base_logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities as llama-perplexity's file of base logits holds them: 16 bits over up to 16 nats."""
+    largest = base_logits.max(-1, keepdims=True)
+    least = np.maximum(base_logits.min(-1, keepdims=True), largest - 16)
+    lse = largest + np.log(np.exp(base_logits - largest).sum(-1, keepdims=True))
+    step = (largest - least) / 65535
+    codes = np.where(base_logits > least, np.rint((base_logits - least) / step), 0)
+    return step * codes + (least - lse)
+
+
+def llama_statistics(logits: np.ndarray, base: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
+    """tools/perplexity/perplexity.cpp of ggml-org/llama.cpp, `kl_divergence`, token by token in float64."""
+    nll, nll_base, kld, p_diff, same_top = [], [], [], [], 0
+    for row, log_p, token in zip(logits, base, tokens, strict=True):
+        lse = row.max() + math.log(np.exp(row - row.max()).sum())
+        kept = log_p > -16
+        nll.append(lse - row[token])
+        nll_base.append(-log_p[token])
+        kld.append(float((np.exp(log_p) * (log_p - row + lse))[kept].sum()))
+        p_diff.append(math.exp(-nll[-1]) - math.exp(-nll_base[-1]))
+        same_top += int(np.argmax(row) == np.argmax(log_p))
+
+    def mean(x: list[float]) -> tuple[float, float]:
+        f = sum(x) / len(x)
+        return f, math.sqrt(max(sum(v * v for v in x) / len(x) - f * f, 0) / (len(x) - 1))
+
+    def percentile(x: list[float], share: float) -> float:
+        at = share * (len(x) - 1)
+        i = int(at)
+        return (1 - (at - i)) * x[i] + (at - i) * x[min(i + 1, len(x) - 1)]
+
+    n, values = len(kld), sorted(kld)
+    (log_ppl, error), (log_ppl_base, error_base) = mean(nll), mean(nll_base)
+    products = [x * y for x, y in zip(nll, nll_base, strict=True)]
+    covariance = (sum(products) / n - log_ppl * log_ppl_base) / (n - 1)
+    log_ratio_error = math.sqrt(error**2 + error_base**2 - 2 * covariance)
+    ratio = math.exp(log_ppl - log_ppl_base)
+    square, square_error = mean([x * x for x in p_diff])
+    agree = same_top / n
+    middle = n // 2
+    return {
+        "student_ppl": math.exp(log_ppl), "student_ppl_se": math.exp(log_ppl) * error,
+        "teacher_ppl": math.exp(log_ppl_base), "teacher_ppl_se": math.exp(log_ppl_base) * error_base,
+        "log_ppl_ratio": log_ppl - log_ppl_base, "log_ppl_ratio_se": log_ratio_error,
+        "ppl_ratio": ratio, "ppl_ratio_se": ratio * log_ratio_error,
+        "forward_kl_mean": mean(kld)[0], "forward_kl_mean_se": mean(kld)[1],
+        "forward_kl_median": values[middle] if n % 2 else (values[middle] + values[middle - 1]) / 2,
+        "forward_kl_max": values[-1],
+        **{f"forward_kl_p{p}": percentile(values, float(p) / 100)
+           for p in ("1", "5", "10", "90", "95", "99", "99.9")},
+        "delta_p_mean": mean(p_diff)[0], "delta_p_mean_se": mean(p_diff)[1],
+        "delta_p_rms": math.sqrt(square), "delta_p_rms_se": 0.5 / math.sqrt(square) * square_error,
+        "top1_agree": agree, "top1_agree_se": math.sqrt(agree * (1 - agree) / (n - 1)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [120, 121])
+def test_llama_cpp_kl_divergence(n: int) -> None:
+    """llama-perplexity --kl-divergence: its base model is the teacher, its printed figures the summary's."""
+    student, teacher = pair(n, VOCAB, scale=1.5, spread=0.4, dtype=torch.float64)
+    tokens = torch.randint(0, VOCAB, (n,), device=DEVICE)
+    logits, base = to_numpy(student), to_numpy(log_softmax(teacher))
+    assert base.min() > -16, "nothing is left out here"
+    known = tokens.cpu().numpy()
+    theirs = llama_statistics(logits, base, known)
+    assert 0.05 < theirs["forward_kl_mean"] < 0.2
+    assert 0.5 < theirs["top1_agree"] < 0.95
+    ours = kl_gpu.token_stats(student, teacher, tokens).summary()
+    for name, want in theirs.items():
+        assert ours[name] == pytest.approx(want, rel=1e-9), name
+    narrow = kl_gpu.token_stats(student.float(), teacher.float(), tokens).summary()
+    for name, want in theirs.items():
+        assert narrow[name] == pytest.approx(want, rel=2e-5), name
+
+    # Read back from its file the base's probabilities do not sum to 1 exactly: half a step of the logarithm.
+    dumped = llama_dump(to_numpy(teacher))
+    half_step = np.ptp(to_numpy(teacher), axis=-1).max() / 65535 / 2
+    theirs = llama_statistics(logits, dumped, known)
+    ours = kl_gpu.token_stats(student, torch.as_tensor(dumped, device=DEVICE), tokens).summary()
+    assert 0 < abs(ours["forward_kl_mean"] - theirs["forward_kl_mean"]) < half_step
+    for name, want in theirs.items():
+        assert ours[name] == pytest.approx(want, rel=half_step, abs=2 * half_step), name
+
+
 # --- worked examples of tutorials ---------------------------------------------------------------------------
 
 # (P, Q): KL(P‖Q), KL(Q‖P), JS at ½, TV; mpmath at 30 digits, printed to 10.

@@ -69,6 +69,20 @@ def test_value(kind: str, touched: Counter[str]) -> None:
         assert touched[f"write {side}"] == 0
 
 
+def test_token_stats(touched: Counter[str]) -> None:
+    student, teacher = pair(3, VOCAB)
+    student[0, 5] = teacher[0, 2000] = 40.0  # the largest in different tiles
+    student[1, 1029] = teacher[1, 1030] = 40.0  # in one tile, which is looked at again
+    watch(touched, student=student, teacher=teacher)
+    mask = torch.tensor([True, True, False])
+    stats = kl_gpu.token_stats(student, teacher, mask=mask, backend="triton")
+    assert stats.top1_agree.tolist() == [0, 0, 0]
+    for side in ("student", "teacher"):
+        # 2 U, and 1024 columns of the second row; of the third, which does not count, none.
+        assert touched[f"read {side}"] == 2 * VOCAB + 1024
+        assert touched[f"write {side}"] == 0
+
+
 def test_gradient_in_place_adds_two_reads_and_a_write(kind: str, touched: Counter[str]) -> None:
     student, teacher = pair(ROWS, VOCAB)
     leaf = student.clone().requires_grad_()

@@ -74,6 +74,12 @@ NB_MODULE(_native, m) {
         kl::value_and_gradient(p, wide, pointer(row_scale), pointer(value), pointer(stats), target(to_a),
                                target(to_b));
     });
+    m.def("token_stats", [](const Side& a, const Side& b, const Rows& rows, const Sizes& sizes, int family,
+                            double beta, bool wide, Address tokens, Address out) {
+        const kl::Problem p = problem(a, b, rows, sizes, family, beta);
+        nb::gil_scoped_release unlocked;
+        kl::token_stats(p, wide, pointer<const std::int64_t>(tokens), pointer(out));
+    });
     // For the test of their error bounds; rows.cpp says which is which. n is a multiple of 16.
     m.def("elementary", [](int which, Address x, Address y, std::int64_t n) {
         nb::gil_scoped_release unlocked;

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .rows import gradient, value, value_and_gradient
+from .stats import token_stats
 
-__all__ = ["gradient", "value", "value_and_gradient"]
+__all__ = ["gradient", "token_stats", "value", "value_and_gradient"]

@@ -38,7 +38,7 @@ def _tile_reference(a, b, n, k, valid, a_scale, b_scale, SAME_SCALE: tl.constexp
 
 
 @triton.jit
-def _other_level(n, c, k_a, k_b, a_scale, b_scale, c_scale):
+def other_level(n, c, k_a, k_b, a_scale, b_scale, c_scale):
     """The n_b with 2^(k_b·b − n_b) = w·eˣ, in float64: side b's exponent as side a's weights see it.
 
     Corrected for the rounding of k_a and k_b to float32, which would show at logits of a thousand.
@@ -72,7 +72,7 @@ def _moved(
         # b is measured from its own maximum, where exponents are small, and brought to a's by one factor:
         # an exponent of 64 or more would be rounded by 2.6e-6.
         n_b = level(tl.max(b), k_b)
-        n_b_as_a = _other_level(n, c, k_a, k_b, a_scale, b_scale, c_scale)
+        n_b_as_a = other_level(n, c, k_a, k_b, a_scale, b_scale, c_scale)
         to_a = tl.exp2(n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
     return n, c, n_b, to_a, z, a1, a2
 
@@ -98,7 +98,7 @@ def _added(
 
 
 @triton.jit
-def _finish(z, a1, a2):
+def finish(z, a1, a2):
     """Value and lam = log(Z_b/(Z_a e^c)) from a row's sums in float64, and whether they were good enough."""
     a1 = a1 / z
     a2 = a2 / z
@@ -114,7 +114,7 @@ def _finish(z, a1, a2):
 
 
 @triton.jit
-def _careful_row(
+def careful_row(
     a_row, b_row, V, k_a, k_b, scale, a_scale, b_scale, c_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
@@ -176,7 +176,7 @@ def _careful_row(
     z_b = z_b.to(tl.float64)
     a1 = tl.sum(a1).to(tl.float64) / z_a
     # b's sums are in units of e^gap of a's.
-    gap = (n_b.to(tl.float64) - _other_level(n_a, c, k_a, k_b, a_scale, b_scale, c_scale)) / LOG2E
+    gap = (n_b.to(tl.float64) - other_level(n_a, c, k_a, k_b, a_scale, b_scale, c_scale)) / LOG2E
     a2 = (tl.sum(a2).to(tl.float64) + tl.exp(tl.minimum(gap, 60.0)) * tl.sum(mass_b).to(tl.float64)) / z_a
     y = a1 + a2
     rest = log1p_minus(y)
@@ -285,8 +285,8 @@ def store_row(
     R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Value and statistics of a row from its state; rows that the state cannot do are swept again here."""
-    value, lam, good = _finish(z_a, a1, a2)
-    n_b_as_a = _other_level(n, c, k_a, k_b, a_scale, b_scale, c_scale)
+    value, lam, good = finish(z_a, a1, a2)
+    n_b_as_a = other_level(n, c, k_a, k_b, a_scale, b_scale, c_scale)
     z_b = z_a * tl.exp(lam) * tl.exp2(n_b_as_a - n_b.to(tl.float64))
     if EXACT:
         # 0.75 − 1e-6 needs 26 bits: fl(b − a) is off by up to 2^-25·|c|, which shows in D where c is far
@@ -294,7 +294,7 @@ def store_row(
         shift = furthest.to(tl.float64) * c_scale
         good = good & (value >= 4.5e-4 * shift * shift)
     if not good:
-        n, z_a, n_b, z_b, c, lam, value = _careful_row(
+        n, z_a, n_b, z_b, c, lam, value = careful_row(
             a_row, b_row, V, k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE, False, CT, R, VEC, WIDE
         )
     # max keeps NaN out only by the comparison's direction: NaN < 0 is false, so NaN stays.

@@ -1,0 +1,69 @@
+// What a stretch of columns says about both KLs of its row and about both entropies, and how two stretches
+// become one.
+//
+// As in state.h, exponents and differences are in units of ln 2, d = b - a, and seen from (m, c)
+//     w = 2^(a - m),   x = d - c,   z = sum w,   a1 = sum w x,   a2 = sum w g(x) / ln 2.
+// The other direction measures -x with the weights u = w 2^x = 2^(b - m - c), and keeps
+//     zb = sum u,   b2 = sum u g(-x) / ln 2,   while   b1 = sum u (-x) = -(a1 + a2 + b2)
+// follows. Of zb - z = ln 2 (a1 + a2) the left side is exact where it is large, the right side where it is
+// small. Where c is lse(b) - lse(a), between both directions' means of d, zb is z and
+//     KL(a||b) = ln 2 a2 / z,   KL(b||a) = ln 2 b2 / zb:
+// nothing cancels in either.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "state.h"
+
+namespace kl {
+
+// The largest logit of one side, and the first run of columns that holds it.
+struct Top {
+    float logit = -std::numeric_limits<float>::infinity();
+    std::int64_t first = -1, columns = 0;
+
+    // Of equal ones the earlier stays.
+    void take(const Top& later) {
+        if (later.logit > logit) *this = later;
+    }
+};
+
+struct PairState {
+    Frame frame;
+    double z = 0, a1 = 0, a2 = 0, zb = 0, b2 = 0;
+    double ea = 0, eb = 0;  // sum w (a - m) and sum u (b - m - c), for the entropies
+    double spent_a = 0,
+           spent_b = 0;  // the a2 and b2 summed up in fp32: what their rounding errors scale with
+    Top top_a, top_b;
+    unsigned flags = 0;
+    bool usable = true;  // false: fp32 sums cannot do this row
+
+    bool is_empty() const { return z == 0; }
+    // (zb - z) / ln 2, by its more exact side.
+    double gap() const {
+        constexpr double kLn2 = 0.69314718055994530942;
+        const double sum = a1 + a2, size = sum < 0 ? -sum : sum;
+        return 2 * kLn2 * size < (z < zb ? z : zb) ? sum : (zb - z) / kLn2;
+    }
+};
+
+// The same stretch seen from another frame.
+PairState seen_from(Frame, const PairState&);
+
+// The frame in which the state's zb is its z.
+Frame centre(const PairState&);
+
+// The order of the arguments counts, as in state.h.
+PairState merge(const PairState&, const PairState&);
+
+struct PairResult {
+    double forward = 0, reverse = 0;      // KL(a||b) and KL(b||a), nats
+    double entropy_a = 0, entropy_b = 0;  // nats
+    double lse_a = 0, lse_b = 0;          // log2 sum 2^a, of b
+    bool trusted = true;                  // false: rounding may have eaten some of it
+};
+
+PairResult finish(const PairState&);
+
+}  // namespace kl

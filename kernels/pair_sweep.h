@@ -1,0 +1,175 @@
+// The sweep of token statistics: both KLs, both entropies and both largest logits in one read of a stretch.
+//
+// The value's sweep (sweep.h) with the sums of the other KL, whose weights and terms come of the same powers
+// of
+// 2. Its frame goes to where lse(b) - lse(a) lies, since a mean under one side alone would make the other
+// direction's sum cancel. A stretch that fp32 cannot do this way (-inf, NaN, or an x past 32, whose rounding
+// shows in lse(b)) makes the row unusable, and the caller looks at it along the paths that each KL has
+// anyway.
+#pragma once
+
+#include "pair_state.h"
+#include "sweep.h"
+
+namespace kl::KL_ISA {
+
+struct PairSums {
+    double z, a1, a2, zb, b2, ea, eb, largest_g;
+    float top_a, top_b;
+};
+
+struct PairAccumulators {
+    VF z{}, a1{}, a2{}, zb{}, b2{}, ea{}, eb{}, largest_g{};
+};
+
+// One vector's weights and what they weigh.
+struct PairTerms {
+    VF w, u, x, e;
+    BothWays<VF> f;
+};
+
+template <bool Exact>
+KL_INLINE PairTerms pair_terms(VF a, VF b, VF k, VF m, VF c) {
+    const VF d = b - a;
+    VF x = fma(d, k, -c);
+    if constexpr (Exact) x = fma(difference_error(b, a, d), k, x);
+    const VF e = fma(a, k, -m), w = exp2(e);
+    const BothWays<VF> f = both_ways(x);
+    return {w, w * f.power, x, e, f};
+}
+
+// Two vectors at a time into one set of sums: two sets would not fit the registers.
+KL_INLINE void accumulate_pair(const PairTerms& s, const PairTerms& t, PairAccumulators& to) {
+    to.z += s.w + t.w;
+    to.a1 += mad(s.w, s.x, t.w * t.x);
+    to.ea += mad(s.w, s.e, t.w * t.e);
+    to.a2 += mad(s.w, s.f.g, t.w * t.f.g);
+    to.b2 += mad(s.w, s.f.h, t.w * t.f.h);
+    to.zb += s.u + t.u;
+    to.eb += mad(s.u, s.e + s.x, t.u * (t.e + t.x));
+    to.largest_g = max(s.f.g, max(t.f.g, to.largest_g));
+}
+
+// A NaN or an infinity anywhere makes a sum that is not finite.
+template <bool Exact, class T>
+inline PairSums sweep_pair(const Stretch<T>& in, float scale, Frame frame) {
+    const VF k = splat<VF>(scale), m = splat<VF>(frame.m), c = splat<VF>(frame.c);
+    PairAccumulators s;
+    VF top_a = splat<VF>(-__builtin_inff()), top_b = top_a;
+    in.for_each_step([&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
+        for (std::int64_t line = 0; line < static_cast<std::int64_t>(kStep<T> * sizeof(T)); line += 64) {
+            __builtin_prefetch(reinterpret_cast<const char*>(at_a) + kAhead + line);
+            __builtin_prefetch(reinterpret_cast<const char*>(at_b) + kAhead + line);
+        }
+        const auto a = load_pair(at_a), b = load_pair(at_b);
+        top_a = max(a.x, max(a.y, top_a));
+        top_b = max(b.x, max(b.y, top_b));
+        accumulate_pair(pair_terms<Exact>(a.x, b.x, k, m, c), pair_terms<Exact>(a.y, b.y, k, m, c), s);
+    });
+    return {sum(s.z),       sum(s.a1),     sum(s.a2), sum(s.zb),
+            sum(s.b2),      sum(s.ea),     sum(s.eb), static_cast<double>(largest(s.largest_g)),
+            largest(top_a), largest(top_b)};
+}
+
+inline bool is_usable(const PairSums& s) {
+    return s.z < kLargeSum && s.a2 < kLargeSum && std::fabs(s.a1) < kLargeSum && s.zb < kLargeSum &&
+           s.b2 < kLargeSum && std::fabs(s.ea) < kLargeSum && std::fabs(s.eb) < kLargeSum &&
+           s.largest_g < kFarTailG;
+}
+
+// Exponents above m are rounded like those below it: past this one m is moved up to the stretch's maximum.
+constexpr float kHighE = 8;
+
+class PairCollector {
+public:
+    explicit PairCollector(float scale) : scale_(scale) {}
+
+    // `column` is the row's column at which the stretch begins.
+    template <class T>
+    void take(Stretch<T> in, std::int64_t column) {
+        if (!total_.usable) return;
+        if (total_.is_empty()) {
+            frame_ = frame_for(in, scale_, 0);
+            frame_.c = first_shift(in, scale_, frame_.m);
+        }
+        PairState piece = look(in, column, frame_);
+        if (!piece.usable) {
+            const float m = frame_for(in, scale_, 0).m;
+            if (m > frame_.m + kHighE) piece = look(in, column, {m, frame_.c});
+        }
+        if (!piece.usable) {
+            total_.usable = false;
+            return;
+        }
+        PairState both = add(piece);
+        const float rise = std::max(piece.top_a.logit * scale_ - piece.frame.m, 0.0f);
+        if (!is_central(both) || rise > kHighE) {
+            const PairState moved = seen_from(raised(centre(both), rise), both);
+            const bool rounded = piece.spent_a > 4 * moved.a2 || piece.spent_b > 4 * moved.b2;
+            if (rounded || rise > 2 * kHighE || is_far(both)) {
+                const PairState again = look(in, column, raised(centre(piece), rise));
+                if (again.usable) piece = again;
+                both = add(piece);
+                both = seen_from(raised(centre(both), both.frame.m < piece.frame.m ? rise : 0), both);
+            } else {
+                both = moved;
+            }
+        }
+        if (!std::isfinite(both.frame.c)) both.usable = false;
+        total_ = both;
+        frame_ = both.frame;
+    }
+
+    const PairState& total() const { return total_; }
+
+private:
+    static Frame raised(Frame f, float by) { return {f.m + by, f.c}; }
+
+    template <class T>
+    PairState look(Stretch<T>& in, std::int64_t column, Frame frame) {
+        PairState out;
+        out.frame = frame;
+        // A frame so far out that bf16 could not place the filling well below m.
+        const bool far_out = std::fabs(frame.m) > 8192 || std::fabs(frame.c) > 8192;
+        if (in.rest > 0) {
+            T a, b;
+            round_one((frame.m - 1000) / scale_, a);
+            round_one((frame.m - 1000 + frame.c) / scale_, b);
+            in.fill(a, b);
+        }
+        // As Collector::look has it, for the smaller of both.
+        const double limit = kLn2 * static_cast<double>(frame.c * frame.c);
+        const bool coarse = 512 * total_.a2 > limit * total_.z && 512 * total_.b2 > limit * total_.zb;
+        const PairSums s =
+            coarse ? sweep_pair<false>(in, scale_, frame) : sweep_pair<true>(in, scale_, frame);
+        out.usable = is_usable(s) && !(in.rest > 0 && far_out);
+        out.z = s.z;
+        out.a1 = s.a1;
+        out.a2 = out.spent_a = s.a2;
+        out.zb = s.zb;
+        out.b2 = out.spent_b = s.b2;
+        out.ea = s.ea;
+        out.eb = s.eb;
+        out.top_a = {s.top_a, column, in.columns + in.rest};
+        out.top_b = {s.top_b, column, in.columns + in.rest};
+        if (coarse) out.flags |= kSawRounding;
+        return out;
+    }
+
+    PairState add(const PairState& piece) const { return merge(total_, piece); }
+
+    // Whether, seen from here, at most three quarters of either sum would cancel in the end.
+    static bool is_central(const PairState& s) {
+        const double gap = kLn2 * (s.a1 + s.a2), square = gap * gap;
+        return !is_far(s) && square <= 1.5 * kLn2 * s.a2 * s.z && square <= 1.5 * kLn2 * s.b2 * s.zb;
+    }
+
+    // More than 4 (in ln 2) away.
+    static bool is_far(const PairState& s) { return !(s.zb < 16 * s.z && s.z < 16 * s.zb); }
+
+    float scale_;
+    Frame frame_;
+    PairState total_;
+};
+
+}  // namespace kl::KL_ISA

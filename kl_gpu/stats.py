@@ -1,0 +1,188 @@
+"""Two models compared token by token: both KLs, entropies, the labels' log-probabilities, equal top-1."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, ops
+from .functional import _last_contiguous
+from .problem import arithmetic
+
+_PERCENTILES = ("1", "5", "10", "90", "95", "99", "99.9")
+
+
+class TokenStats(NamedTuple):
+    """Per-token numbers of a student q against a teacher p, `[N]` each; in nats but for the last two.
+
+    A row that does not count is 0 in every field.
+
+    Attributes:
+        forward_kl: KL(p‖q).
+        reverse_kl: KL(q‖p).
+        student_entropy: H(q).
+        teacher_entropy: H(p).
+        student_logprob: log q(label); NaN in rows that count where no labels were given.
+        teacher_logprob: log p(label), and NaN likewise.
+        top1_agree: 1.0 where both sides' largest logit is in one column, else 0.0. Of equal logits the first
+            counts, as in torch.argmax; logits that only dividing by a temperature would make equal are not.
+            NaN where a side has no distribution.
+        counts: 1.0 in rows that `mask` and `labels` let count, for whoever averages the others: `summary` does.
+    """
+
+    forward_kl: Tensor
+    reverse_kl: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    student_logprob: Tensor
+    teacher_logprob: Tensor
+    top1_agree: Tensor
+    counts: Tensor
+
+    def summary(self) -> dict[str, float]:
+        """Statistics over the rows that count, as floats for a logger; waits for the device.
+
+        `_se` is the standard error of what stands before it, NaN for a single row. The statistics are those
+        of llama.cpp's `llama-perplexity --kl-divergence`, whose base model is the teacher here: a perplexity
+        is exp of the mean −log-probability, Δp is q(label) − p(label), percentiles interpolate linearly, and
+        the errors of functions of a mean are of first order.
+
+        Returns:
+            count; forward_kl_mean, _mean_se, _median, _max and _p1, _p5, _p10, _p90, _p95, _p99, _p99.9;
+            reverse_kl_mean, _mean_se; student_entropy_mean, teacher_entropy_mean; top1_agree, _se. With
+            labels also, each with _se: student_ppl, teacher_ppl, ppl_ratio (student over teacher),
+            log_ppl_ratio, delta_p_mean, delta_p_rms. Where no row counts, NaN but for count. A NaN or an
+            infinity in a row that counts is in what depends on it, never left out.
+        """
+        fields = torch.stack(self[:7]).reshape(7, -1)[:, self.counts.reshape(-1) > 0]
+        forward, reverse, *entropies, log_q, log_p, agree = fields.cpu().double()
+        n = forward.numel()
+        found = {"count": float(n)}
+        found |= _mean("forward_kl_mean", forward)
+        ordered = forward.sort().values
+        found["forward_kl_median"] = _quantile(ordered, 0.5)
+        for percent in _PERCENTILES:
+            found[f"forward_kl_p{percent}"] = _quantile(ordered, float(percent) / 100)
+        found["forward_kl_max"] = _quantile(ordered, 1.0)
+        found |= _mean("reverse_kl_mean", reverse)
+        for side, entropy in zip(("student", "teacher"), entropies, strict=True):
+            found[f"{side}_entropy_mean"] = entropy.mean().item()
+        found |= _mean("top1_agree", agree)
+        if bool((log_q.isnan() & log_p.isnan()).all()):
+            return found
+
+        ratio = _mean("log_ppl_ratio", log_p - log_q)
+        for name, mean in (
+            ("student_ppl", _mean("", -log_q)),
+            ("teacher_ppl", _mean("", -log_p)),
+            ("ppl_ratio", _mean("", log_p - log_q)),
+        ):
+            value = _exp(mean[""])
+            found |= {name: value, f"{name}_se": value * mean["_se"]}
+        found |= ratio
+        delta = log_q.exp() - log_p.exp()
+        found |= _mean("delta_p_mean", delta)
+        square = _mean("", delta.square())
+        rms = math.sqrt(square[""])
+        error = 0.5 * square["_se"] / rms if rms else square["_se"]
+        return found | {"delta_p_rms": rms, "delta_p_rms_se": error}
+
+
+def _mean(name: str, x: Tensor) -> dict[str, float]:
+    """The mean and its standard error, of shares too: √(p (1 − p) / (n − 1)) is the same number."""
+    error = x.std().item() / math.sqrt(x.numel()) if x.numel() > 1 else math.nan
+    return {name: x.mean().item(), f"{name}_se": error}
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if not x > 709 else math.inf
+
+
+def _quantile(ordered: Tensor, share: float) -> float:
+    """Of ascending numbers, linear between two; NaN sorts last, and makes every quantile one."""
+    n = ordered.numel()
+    if n == 0 or bool(ordered[-1].isnan()):
+        return math.nan
+    at = share * (n - 1)
+    low = math.floor(at)
+    below, above = ordered[low].item(), ordered[min(low + 1, n - 1)].item()
+    # Between two infinities, or an infinity and its share of 0, lies no NaN.
+    return below if at == low or below == above else below + (above - below) * (at - low)
+
+
+def token_stats(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+) -> TokenStats:
+    """Both KLs, both entropies, the labels' log-probabilities and equal top-1, in one read of both tensors.
+
+    With p = softmax(teacher/T_t), q = softmax(student/T_s). No gradient: logits that require one are fine,
+    the result is detached. The KLs keep the accuracy of :func:`kl_gpu.kl_div`; entropies are good to about
+    1e-6 of max(1, H).
+
+    Args:
+        student_logits: `[N, V]`, N any leading shape; float16, bfloat16, float32 or float64.
+        teacher_logits: `[N, V]`, on the same device; the dtype may differ.
+        labels: int `[N]`, tokens; a row counts where labels != ignore_index. On the CPU other labels outside
+            [0, V) raise; elsewhere, and under torch.compile, their log-probabilities are NaN.
+        temperature: divides both logits; a float > 0.
+        teacher_temperature: overrides `temperature` on the teacher's side.
+        mask: bool `[N]`, True counts; combines with `labels` by and. The logits of a row that does not count
+            do not matter.
+        ignore_index: the label of rows that do not count.
+        shift: logits at t go with entry t+1 of labels and mask; needs `[batch, time, V]` and gives
+            `[batch, time − 1]`.
+        vocab_size: columns at and past it are ignored on both sides; required where the two V differ.
+        backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
+
+    Returns:
+        TokenStats, float32 (float64 where both inputs are).
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, range, name or combination is wrong; the message names the argument.
+    """
+    checks.boolean("shift", shift)
+    checks.temperature("temperature", temperature)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    checks.temperature("teacher_temperature", teacher_temperature)
+    vocab_size = checks.logits(student_logits, teacher_logits, vocab_size, shift)
+    checks.rows(student_logits, mask, labels, ignore_index, None)
+    checks.backend(backend)
+    chosen = ops.resolve_backend(backend, student_logits.device)
+
+    student, teacher = (
+        _last_contiguous(x.detach())[..., :vocab_size] for x in (student_logits, teacher_logits)
+    )
+    if shift:
+        student, teacher = student[:, :-1], teacher[:, :-1]
+        mask, labels = (None if x is None else x[:, 1:] for x in (mask, labels))
+    counts = mask
+    if labels is not None:
+        labelled = labels != ignore_index
+        counts = labelled if mask is None else mask & labelled
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            checks.labels_are_columns(labels, counts, vocab_size)
+        labels = labels.long()
+
+    scales = 1.0 / float(temperature), 1.0 / float(teacher_temperature)
+    found = ops.token_stats(student, teacher, counts, labels, *scales, chosen)
+    # float64 with a narrower side: computed in float64, returned in float32.
+    if student.dtype != teacher.dtype and arithmetic(student, teacher) == torch.float64:
+        found = found.float()
+    fields = found.unbind(0)
+    counted = torch.ones_like(fields[0]) if counts is None else counts.to(found.dtype)
+    return TokenStats._make((*fields, counted))
