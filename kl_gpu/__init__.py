@@ -2,9 +2,22 @@
 
 from .functional import divergence, js_div, kl_div
 from .kinds import KINDS
+from .logprobs import token_logprobs
 from .nn import DivergenceLoss
 from .ops import BACKENDS
 from .rl import kl_penalty
+from .topk import TAILS, topk_div
 
-__all__ = ["BACKENDS", "KINDS", "DivergenceLoss", "divergence", "js_div", "kl_div", "kl_penalty"]
+__all__ = [
+    "BACKENDS",
+    "KINDS",
+    "TAILS",
+    "DivergenceLoss",
+    "divergence",
+    "js_div",
+    "kl_div",
+    "kl_penalty",
+    "token_logprobs",
+    "topk_div",
+]
 __version__ = "0.1.0"

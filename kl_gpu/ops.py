@@ -108,7 +108,7 @@ def fuses(backend: str) -> bool:
     return backend in _FUSED
 
 
-def _views(lead: torch.Size, tensors: list[Tensor | None]) -> Iterator[list[Any]]:
+def views(lead: torch.Size, tensors: list[Tensor | None]) -> Iterator[list[Any]]:
     """The tensors `[*lead, ...]` as `[A, B, ...]` views, several times where one pair (A, B) cannot do it.
 
     Two leading strides cover every slice of a `[batch, time, V]` tensor. More are walked in Python rather
@@ -122,7 +122,7 @@ def _views(lead: torch.Size, tensors: list[Tensor | None]) -> Iterator[list[Any]
             continue
         return
     for i in range(lead[0]):
-        yield from _views(lead[1:], [None if t is None else t[i] for t in tensors])
+        yield from views(lead[1:], [None if t is None else t[i] for t in tensors])
 
 
 def _problems(
@@ -137,7 +137,7 @@ def _problems(
     rows = None if rows is None else rows.contiguous()
     order, start = KINDS[numbers[0]].order, 0
     tensors = [student, teacher, rows, grad_student, grad_teacher]
-    for s, t, keep, grad_s, grad_t in _views(student.shape[:-1], tensors):
+    for s, t, keep, grad_s, grad_t in views(student.shape[:-1], tensors):
         problem = Problem.of(s, t, keep, *numbers)
         part = slice(start, start + problem.n_rows)
         start = part.stop
