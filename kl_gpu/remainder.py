@@ -169,7 +169,7 @@ def _remainder_gradient(
         return
     run = _module(backend).gradient
     flat = [None if x is None else x.contiguous().view(-1) for x in (to_rest, to_entropy)]
-    flat_stats, flat_given = stats.reshape(-1, STATS), to_given.reshape(-1, ids.shape[-1])
+    flat_stats, flat_given = stats.reshape(-1, STATS), to_given.contiguous().view(-1, ids.shape[-1])
     for some, part, to in _parts(logits, ids, rows, scale, grad):
         some_rest, some_entropy = (None if x is None else x[some] for x in flat)
         run(part, flat_stats[some], flat_given[some], some_rest, some_entropy, to)
