@@ -20,7 +20,7 @@ def _arguments(part: Part) -> tuple[object, ...]:
 def remainder(part: Part, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """u and the entropy of the columns not given, `[A*B]` each, and row statistics `[A*B, STATS]`."""
     # zeros: what the kernels leave unused must be the same on every run too.
-    u, spread = torch.empty((2, part.n_rows), dtype=torch.float64)
+    u, spread = (torch.empty(part.n_rows, dtype=torch.float64) for _ in range(2))
     stats = torch.zeros((part.n_rows, STATS), dtype=torch.float64)
     _native.remainder(*_arguments(part), entropy, u.data_ptr(), spread.data_ptr(), stats.data_ptr())
     return u, spread, stats

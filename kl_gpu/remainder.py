@@ -87,12 +87,12 @@ def _check_ids(ids: Tensor, rows: Tensor | None, columns: int, argument: str) ->
     ordered = ids.sort(-1).values
     twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     if bool(twice.any()):
-        raise ValueError(f"{argument} must be different within a row, got {int(ordered[..., 1:][twice][0])} twice")
+        raise ValueError(
+            f"{argument} must be different within a row, got {int(ordered[..., 1:][twice][0])} twice"
+        )
 
 
-def _given_columns(
-    logits: Tensor, ids: Tensor, rows: Tensor | None, validate: bool, argument: str
-) -> Tensor:
+def _given_columns(logits: Tensor, ids: Tensor, rows: Tensor | None, validate: bool, argument: str) -> Tensor:
     if validate:
         _check_ids(ids, rows, logits.shape[-1], argument)
     # An id outside never reaches memory: column 0 is read in its place.

@@ -7,8 +7,6 @@ F = Σ f, ∂D/∂s_j = f_j − q_j F and ∂D/∂u = f_rest − q_rest F.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -26,14 +24,6 @@ TAIL_KINDS = {
 RESOLUTION = {
     torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8
 }  # fmt: skip
-
-
-class Row(NamedTuple):
-    """A divergence per row `[*]`, and its derivatives to s `[*, K]` and to u `[*]`."""
-
-    value: Tensor
-    to_given: Tensor
-    to_rest: Tensor
 
 
 def tree_sum(x: Tensor) -> Tensor:
@@ -71,7 +61,7 @@ def mass_of(log_p: Tensor) -> Tensor:
     return tree_sum(torch.exp(log_p))[..., 0]
 
 
-def token(s: Tensor, rest: Tensor, spread: Tensor) -> tuple[Tensor, ...]:
+def _token(s: Tensor, rest: Tensor, spread: Tensor) -> tuple[Tensor, ...]:
     """log q of one column, the row's entropy, and the derivatives of each: to s, to u, and to `spread`.
 
     `spread` is the entropy of the other columns among themselves. With Q the probability of those,
@@ -88,7 +78,7 @@ def token(s: Tensor, rest: Tensor, spread: Tensor) -> tuple[Tensor, ...]:
     others = torch.where(rest_q == 0, 0.0, spread - log_rest)
     # H = q·own + Q·others, so ∂H/∂s = q Q (own − others) = −∂H/∂u.
     turn = q * rest_q * (own - others)
-    return log_q, q * own + rest_q * others, rest_q, -rest_q, turn, -turn, rest_q
+    return log_q, q * own + rest_q * others, rest_q, -rest_q, turn, -turn, rest_q.clone()
 
 
 def _remaining(log_p: Tensor, resolution: float) -> Tensor:
@@ -114,11 +104,11 @@ def _divergence(kind: str, beta: float, log_q: Tensor, log_p: Tensor) -> tuple[T
     return terms, of.order(flows[0], flows[1])[0]
 
 
-def topk(
+def _topk(
     given: Tensor, rest: Tensor, log_p: Tensor, rest_log_p: Tensor | None, has_rest: Tensor,
     kind: str, beta: float, tail: str, scale: float, resolution: float,
-) -> Row:  # fmt: skip
-    """The divergence from s and u of the student.
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The divergence per row `[*]`, and its derivatives to s `[*, K]` and to u `[*]`.
 
     Args:
         given: s of each id, −inf where absent.
@@ -167,4 +157,30 @@ def topk(
     if tail != "truncate":
         value = value.clamp_min(0.0)  # terms of 1e-31 may be negative
     to_given, to_rest = (torch.where(broken, torch.nan, x) for x in (to_given, to_rest))
-    return Row(value[..., 0], to_given, to_rest[..., 0])
+    return value[..., 0].clone(), to_given, to_rest[..., 0].clone()
+
+
+# One node each under torch.compile: Inductor would take tens of seconds over them, and find other last bits.
+_library = torch.library.Library("kl_gpu", "FRAGMENT")
+_library.define("token(Tensor s, Tensor rest, Tensor spread) -> Tensor[]")
+_library.define(
+    "topk(Tensor given, Tensor rest, Tensor log_p, Tensor? rest_log_p, Tensor has_rest, str kind, float beta, "
+    "str tail, float scale, float resolution) -> (Tensor, Tensor, Tensor)"
+)
+_library.impl("token", lambda *arguments: list(_token(*arguments)), "CompositeExplicitAutograd")
+_library.impl("topk", _topk, "CompositeExplicitAutograd")
+
+
+def _token_fake(s: Tensor, *_: object) -> list[Tensor]:
+    return [torch.empty_like(s) for _ in range(7)]
+
+
+def _topk_fake(given: Tensor, rest: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(rest), torch.empty_like(given), torch.empty_like(rest)
+
+
+torch.library.register_fake("kl_gpu::token", _token_fake, lib=_library)
+torch.library.register_fake("kl_gpu::topk", _topk_fake, lib=_library)
+
+token = torch.ops.kl_gpu.token.default
+topk = torch.ops.kl_gpu.topk.default

@@ -165,9 +165,7 @@ def topk_div(
     given, rest, _ = Split.apply(logits, ids, counts, call)
     both_wide = student_logits.dtype == teacher_logprobs.dtype == torch.float64
     dtype = torch.float64 if both_wide else torch.float32
-    formula = _Formula(
-        *KINDS[kind].at(beta), tail, scale, tails.RESOLUTION[teacher_logprobs.dtype], dtype
-    )
+    formula = _Formula(*KINDS[kind].at(beta), tail, scale, tails.RESOLUTION[teacher_logprobs.dtype], dtype)
     value = _Divergence.apply(given, rest, log_p, rest_log_p, here.sum(-1) < vocab_size, counts, formula)
     if t_squared:
         value = value * float(temperature) ** 2

@@ -163,29 +163,27 @@ def remainder_gradient_kernel(
         counts = tl.load(rows_ptr + row) != 0
     stats = stats_ptr + row * _STATS
     n = tl.load(stats).to(CT)
-    inv_z = tl.load(stats + 1)
+    total = tl.load(stats + 1)  # 1/Z
     flow = tl.load(rest_ptr + row) * scale
     turn = tl.zeros([], tl.float64)
     if ENTROPY:
         turn = tl.load(entropy_ptr + row) * scale
     flow = flow - turn * tl.load(stats + 2)
-    moves = counts & ((flow != 0) | (turn != 0)) & (inv_z != float("inf"))
+    moves = counts & ((flow != 0) | (turn != 0)) & (total != float("inf"))
+    level = (-tl.log(total) * LOG2E).to(CT)
+    inv_z = total.to(CT)
+    to_rest = flow.to(CT)
+    to_log = (turn / LOG2E).to(CT)
     if moves:
-        level = -tl.log(inv_z) * LOG2E
-        # A flow of 1e-300 is 0 in CT, and a NaN row stays NaN.
-        flow = flow.to(CT)
-        turn = (turn / LOG2E).to(CT)
-        level = level.to(CT)
-        inv_z = inv_z.to(CT)
         full = last - (last - first) % BLOCK
         for start in range(first, full, BLOCK):
             x = tl.load(x_row + start + offsets).to(CT)
-            out = _gradient_tile(x, n, inv_z, flow, turn, level, k, ENTROPY)
+            out = _gradient_tile(x, n, inv_z, to_rest, to_log, level, k, ENTROPY)
             tl.store(grad + start + offsets, narrow(out, grad.dtype.element_ty))
         if full < last:
             inside = full + offsets < last
             x = tl.load(x_row + full + offsets, mask=inside, other=-float("inf")).to(CT)
-            out = _gradient_tile(x, n, inv_z, flow, turn, level, k, ENTROPY)
+            out = _gradient_tile(x, n, inv_z, to_rest, to_log, level, k, ENTROPY)
             tl.store(grad + full + offsets, narrow(out, grad.dtype.element_ty), mask=inside)
     else:
         for start in range(first, last, BLOCK):
