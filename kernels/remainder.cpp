@@ -52,8 +52,12 @@ struct Layout {
         return (r / p.size_b * side.stride_a + r % p.size_b * side.stride_b) * size_of(side.dtype);
     }
     RemainderRow row(std::int64_t r) const {
-        return {static_cast<const char*>(p.x.data) + offset(p.x, r), p.x.dtype, p.x.scale, p.columns,
-                p.ids + r * p.n_ids,                                 p.n_ids};
+        return {static_cast<const char*>(p.x.data) + offset(p.x, r),
+                p.x.dtype,
+                p.x.scale,
+                p.columns,
+                p.ids + r * p.n_ids,
+                p.n_ids};
     }
     bool splits_rows() const {
         return p.threads > 1 && blocks() > 1 && rows() < 2 * static_cast<std::int64_t>(p.threads);

@@ -278,7 +278,9 @@ void gradient_in_fp64(const RemainderRow& row, const RemainderScalars& s, Destin
 void gradient(const RemainderRow& row, const RemainderScalars& s, Destination to, std::int64_t first,
               std::int64_t last, bool stream) {
     // Flows that fp32 cannot hold, and an lse past what two of them hold for a subtraction.
-    const auto odd = [](double flow) { return flow != 0 && !(std::fabs(flow) > 0x1p-60 && std::fabs(flow) < 0x1p60); };
+    const auto odd = [](double flow) {
+        return flow != 0 && !(std::fabs(flow) > 0x1p-60 && std::fabs(flow) < 0x1p60);
+    };
     if (s.form == RemainderForm::fp64 || odd(s.to_rest) || odd(s.to_entropy) || std::fabs(s.lse) > 0x1p20)
         return gradient_in_fp64(row, s, to, first, last);
     const auto run = [&]<class T>() {

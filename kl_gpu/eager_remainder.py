@@ -88,11 +88,8 @@ def gradient(
         for columns, x in _Chunks(part.logits[i, j], ids, part.scale, buffer):
             y = x.sub_(torch.where(still, 0.0, u))
             share = torch.exp(y)
-            if to_entropy is not None:
-                flow_here = flow - turn * (y.clamp_min_(-1e4) + spread)
-            else:
-                flow_here = flow
-            out = torch.where(still, 0.0, share.mul_(flow_here * part.scale))
+            log_share = 0.0 if to_entropy is None else y.clamp_min_(-1e4) + spread
+            out = torch.where(still, 0.0, share.mul_((flow - turn * log_share) * part.scale))
             inside = (ids >= columns.start) & (ids < columns.stop)
             at = torch.where(inside, ids - columns.start, out.shape[-1])
             out = torch.nn.functional.pad(out, (0, 1)).scatter_(-1, at, given)[:, :-1]

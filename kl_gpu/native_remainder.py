@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .native import _ALL_ROWS, _native, _side, _target
+from .native import _ALL_ROWS, _native, _Rows, _Side, _side, _Sizes, _target
 from .remainder import STATS, Part
 
 
-def _arguments(part: Part) -> tuple[object, ...]:
+def _arguments(part: Part) -> tuple[_Side, _Rows, _Sizes, int, int]:
     """What both entries of the extension begin with."""
     rows = part.rows
     counts = _ALL_ROWS if rows is None else (rows.data_ptr(), rows.stride(0), rows.stride(1))
-    sizes = (*part.logits.shape, torch.get_num_threads())
+    size_a, size_b, columns = part.logits.shape
+    sizes = (size_a, size_b, columns, torch.get_num_threads())
     return _side(part.logits, part.scale), counts, sizes, part.ids.data_ptr(), part.ids.shape[1]
 
 

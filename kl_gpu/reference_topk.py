@@ -17,8 +17,13 @@ Ids = NDArray[np.integer]
 
 def token_logprobs(logits: ArrayLike, token_ids: ArrayLike, temperature: float = 1.0) -> Array:
     """log softmax(logits / T) at one id per row, `[...]`."""
-    chosen = np.asarray(token_ids)[..., None]
-    return np.take_along_axis(log_softmax(logits, temperature), chosen, -1)[..., 0]
+    chosen, z = np.asarray(token_ids)[..., None], _wide(logits) / temperature
+    plain = np.take_along_axis(log_softmax(logits, temperature), chosen, -1)[..., 0]
+    # −log(1 + odds of the other tokens): all that is left of a token that is nearly certain.
+    with np.errstate(over="ignore", invalid="ignore"):
+        odds = np.exp(z - np.take_along_axis(z, chosen, -1))
+        np.put_along_axis(odds, chosen, 0.0, -1)
+        return np.where(plain > -0.5, -np.log1p(odds.sum(-1)), plain)
 
 
 def entropy(logits: ArrayLike, temperature: float = 1.0) -> Array:

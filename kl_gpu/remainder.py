@@ -1,9 +1,9 @@
 """A row of logits split at given columns: their logits, and the log-sum-exp of all the others.
 
-What `token_logprobs` and `topk_div` are made of. With s the scaled logits and u = log Σ_{j not given} e^{s_j},
-a function of the given columns' s and of u is all they need, and its gradient is sparse but for one term:
-∂u/∂s_j = e^{s_j − u} in every other column. u is summed without the given columns, never by taking them off
-again: where they hold nearly all the mass, nothing would be left but rounding.
+What `token_logprobs` and `topk_div` are made of. With s the scaled logits and u = log Σ e^{s_j} over the
+columns not given, a function of the given columns' s and of u is all they need, and its gradient is sparse
+but for one term: ∂u/∂s_j = e^{s_j − u} in every other column. u is summed without the given columns, never by
+taking them off again: where they hold nearly all the mass, nothing would be left but rounding.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ class Call(NamedTuple):
 
 
 class Split(torch.autograd.Function):
-    """(logits `[*, V]`, ids `[*, K]`) → scaled logits of the ids `[*, K]`, u `[*]`, entropy of the others `[*]`.
+    """From logits `[*, V]` and ids `[*, K]` to the ids' scaled logits, u, and the others' entropy.
 
     In float64. −inf for an absent id, and for u where no other column has mass. Without `sweeps` u and the
     entropy are 0.

@@ -1,8 +1,8 @@
 """What `topk_div` computes from K columns and the rest of a row: each tail's formula and its derivatives.
 
-Everything is `[*, K]` or `[*]`, in float64, on any device. q is the student, p the teacher; log q_j = s_j − lse
-with lse = log(Σ_K e^s + e^u). A divergence D of the log-probabilities has the flows f_j = ∂D/∂log q_j, and with
-F = Σ f, ∂D/∂s_j = f_j − q_j F and ∂D/∂u = f_rest − q_rest F.
+Everything is `[*, K]` or `[*]`, in float64, on any device. q is the student, p the teacher;
+log q_j = s_j − lse with lse = log(Σ e^s + e^u) over the ids. A divergence D of the log-probabilities has the
+flows f_j = ∂D/∂log q_j, and with F = Σ f, ∂D/∂s_j = f_j − q_j F and ∂D/∂u = f_rest − q_rest F.
 """
 
 from __future__ import annotations
@@ -164,8 +164,8 @@ def _topk(
 _library = torch.library.Library("kl_gpu", "FRAGMENT")
 _library.define("token(Tensor s, Tensor rest, Tensor spread) -> Tensor[]")
 _library.define(
-    "topk(Tensor given, Tensor rest, Tensor log_p, Tensor? rest_log_p, Tensor has_rest, str kind, float beta, "
-    "str tail, float scale, float resolution) -> (Tensor, Tensor, Tensor)"
+    "topk(Tensor given, Tensor rest, Tensor log_p, Tensor? rest_log_p, Tensor has_rest, str kind, "
+    "float beta, str tail, float scale, float resolution) -> (Tensor, Tensor, Tensor)"
 )
 _library.impl("token", lambda *arguments: list(_token(*arguments)), "CompositeExplicitAutograd")
 _library.impl("topk", _topk, "CompositeExplicitAutograd")

@@ -123,10 +123,10 @@ def topk_div(
     """
     checks.name("tail", tail, TAILS)
     checks.name("kind", kind, KINDS)
-    if kind not in tails.TAIL_KINDS[tail]:
-        raise ValueError(
-            f"kind must be one of {', '.join(map(repr, tails.TAIL_KINDS[tail]))} for tail={tail!r}, got {kind!r}"
-        )
+    allowed = tails.TAIL_KINDS[tail]
+    if kind not in allowed:
+        names = ", ".join(map(repr, allowed))
+        raise ValueError(f"kind must be one of {names} for tail={tail!r}, got {kind!r}")
     checks.name("reduction", reduction, ("none", "sum", "mean", "batchmean"))
     checks.beta(beta, kind)
     for argument, flag in (

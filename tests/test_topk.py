@@ -14,15 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kl_gpu
 from kl_gpu import reference, reference_topk, remainder
 from kl_gpu.tails import RESOLUTION, TAIL_KINDS
-from support import DEVICE, DTYPES, GRADIENT, RELATIVE, ROUNDING, TINY, record, to_numpy
+from support import DEVICE, DTYPES, GRADIENT, RELATIVE, ROUNDING, TINY, is_slow, record, to_numpy
 
 TAILS = [(tail, kind) for tail, kinds in TAIL_KINDS.items() for kind in kinds]
 INF, NAN = float("inf"), float("nan")
-
-
-def is_slow(backend: str) -> bool:
-    """Triton's interpreter takes some 50 ms a tile."""
-    return backend == "triton" and DEVICE.type == "cpu"
 
 
 def known(rows: int, columns: int, k: int, dtype: torch.dtype = torch.float32, spread: float = 0.7):
@@ -37,8 +32,11 @@ def check(
     student: Tensor, logprobs: Tensor, ids: Tensor, kind: str, tail: str, backend: str, where: str,
     **options: Any,
 ) -> None:  # fmt: skip
-    """Value, gradient and masses: relative 5e-6 of the value, beside what 2e-7 of the student's remaining mass
-    makes of it; elementwise 2e-6 of the larger probability for the gradient, as `divergence` promises."""
+    """Value, gradient and masses.
+
+    Relative 5e-6 of the value, beside what an error of 2e-7 in the student's remaining mass makes of it;
+    elementwise 2e-6 of the larger probability for the gradient, as `divergence` promises.
+    """
     leaf = student.detach().requires_grad_()
     value, teacher_mass, student_mass = kl_gpu.topk_div(
         leaf, logprobs, ids, kind, tail=tail, reduction="none", return_mass=True, backend=backend, **options
@@ -115,11 +113,7 @@ def test_ragged_rows(backend: str, tail: str, kind: str) -> None:
     if tail == "renormalize":
         ids[3, 1] = ids[3].max() - 1 if ids[3].max() > 0 else 5
         logprobs[3, 1] = -4.0
-    check(student, logprobs, ids, kind, tail, backend, f"ragged {tail}", **_tail_options(tail, logprobs, ids))
-
-
-def _tail_options(tail: str, logprobs: Tensor, ids: Tensor) -> dict[str, Any]:
-    return {}
+    check(student, logprobs, ids, kind, tail, backend, f"ragged {tail}")
 
 
 @pytest.mark.parametrize("kind", TAIL_KINDS["renormalize"])
@@ -403,7 +397,7 @@ def test_no_rows(backend: str) -> None:
     assert torch.autograd.grad(value, leaf)[0].shape == (0, 50)
 
 
-@pytest.mark.parametrize("tail", TAIL_KINDS)
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 def test_one_graph(backend: str, tail: str) -> None:
     torch.compiler.reset()
 
@@ -478,25 +472,55 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("ids float", {"teacher_ids": I.float()}, TypeError, "teacher_ids.*integer.*float32"),
     ("ids of another N", {"teacher_ids": I[:1]}, ValueError, r"teacher_ids.*\(2, 3\).*\(1, 3, 2\)"),
     ("ids without K", {"teacher_ids": I[..., 0]}, ValueError, r"teacher_ids.*\[N, K\].*\(2, 3\)"),
-    ("K = 0", {"teacher_ids": I[..., :0], "teacher_logprobs": P[..., :0]}, ValueError, "teacher_ids.*at least 1"),
+    (
+        "K = 0",
+        {"teacher_ids": I[..., :0], "teacher_logprobs": P[..., :0]},
+        ValueError,
+        "teacher_ids.*at least 1",
+    ),
     ("ids elsewhere", {"teacher_ids": I.to("meta")}, ValueError, "teacher_ids.*cpu.*meta"),
     ("logprobs of another K", {"teacher_logprobs": P[..., :1]}, ValueError, r"teacher_logprobs.*\(2, 3, 1\)"),
     ("logprobs int", {"teacher_logprobs": I}, TypeError, "teacher_logprobs.*int64"),
     ("logprobs elsewhere", {"teacher_logprobs": P.to("meta")}, ValueError, "teacher_logprobs.*meta"),
-    ("logprobs with a gradient", {"teacher_logprobs": P.clone().requires_grad_()}, ValueError, "teacher_logprobs.*detach"),
-    ("logits for logprobs", {"teacher_logprobs": -P}, ValueError, "teacher_logprobs.*log-probabilities.*14.7"),
+    (
+        "logprobs with a gradient",
+        {"teacher_logprobs": P.clone().requires_grad_()},
+        ValueError,
+        "teacher_logprobs.*detach",
+    ),
+    (
+        "logits for logprobs",
+        {"teacher_logprobs": -P},
+        ValueError,
+        "teacher_logprobs.*log-probabilities.*14.7",
+    ),
     ("tail unknown", {"tail": "drop"}, ValueError, "tail.*'bucket'.*'drop'"),
     ("tail None", {"tail": None}, TypeError, "tail.*string"),
     ("kind unknown", {"kind": "kl"}, ValueError, "kind.*'kl'"),
-    ("kind without such a tail", {"kind": "reverse_kl", "tail": "truncate"}, ValueError, "kind.*'forward_kl'.*truncate.*reverse_kl"),
+    (
+        "kind without such a tail",
+        {"kind": "reverse_kl", "tail": "truncate"},
+        ValueError,
+        "kind.*'forward_kl'.*truncate.*reverse_kl",
+    ),
     ("kind without a tail", {"kind": "tv"}, ValueError, "kind.*bucket.*'tv'"),
     ("temperature with bucket", {"temperature": 2.0}, ValueError, "temperature.*renormalize.*2.0.*bucket"),
     ("temperature 0", {"temperature": 0.0}, ValueError, "temperature.*> 0"),
     ("beta of none", {"beta": 0.5}, ValueError, "beta.*forward_kl"),
-    ("rest of another tail", {"teacher_tail_logprob": P[..., 0], "tail": "truncate"}, ValueError, "teacher_tail_logprob.*bucket.*truncate"),
+    (
+        "rest of another tail",
+        {"teacher_tail_logprob": P[..., 0], "tail": "truncate"},
+        ValueError,
+        "teacher_tail_logprob.*bucket.*truncate",
+    ),
     ("rest of a wrong shape", {"teacher_tail_logprob": P}, ValueError, r"teacher_tail_logprob.*\(2, 3\)"),
     ("rest int", {"teacher_tail_logprob": I[..., 0]}, TypeError, "teacher_tail_logprob.*int64"),
-    ("rest with a gradient", {"teacher_tail_logprob": P[..., 0].clone().requires_grad_()}, ValueError, "teacher_tail_logprob.*detach"),
+    (
+        "rest with a gradient",
+        {"teacher_tail_logprob": P[..., 0].clone().requires_grad_()},
+        ValueError,
+        "teacher_tail_logprob.*detach",
+    ),
     ("id past V", {"teacher_ids": I + 3}, ValueError, r"teacher_ids.*\[0, 8\).*8"),
     ("id past vocab_size", {"vocab_size": 5}, ValueError, r"teacher_ids.*\[0, 5\).*5"),
     ("id −2", {"teacher_ids": I - 2}, ValueError, r"teacher_ids.*\[0, 8\).*-2"),
@@ -504,13 +528,18 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("vocab_size past V", {"vocab_size": 9}, ValueError, r"vocab_size.*\[1, 8\].*9"),
     ("mask float", {"mask": S[..., 0]}, TypeError, "mask.*bool"),
     ("weight of a wrong shape", {"weight": S}, ValueError, "weight"),
-    ("shift of 2-D", {"student_logits": S[0], "teacher_logprobs": P[0], "teacher_ids": I[0], "shift": True}, ValueError, "shift.*batch"),
+    (
+        "shift of 2-D",
+        {"student_logits": S[0], "teacher_logprobs": P[0], "teacher_ids": I[0], "shift": True},
+        ValueError,
+        "shift.*batch",
+    ),
     ("reduction unknown", {"reduction": "avg"}, ValueError, "reduction.*'avg'"),
     ("normalizer with sum", {"reduction": "sum", "normalizer": 2.0}, ValueError, "normalizer.*sum"),
     ("validate an int", {"validate": 1}, TypeError, "validate.*True or False"),
     ("return_mass an int", {"return_mass": 1}, TypeError, "return_mass.*True or False"),
     ("backend unknown", {"backend": "cuda"}, ValueError, "backend.*cuda"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])

@@ -87,21 +87,20 @@ NB_MODULE(_native, m) {
         kl::value_and_gradient(p, wide, pointer(row_scale), pointer(value), pointer(stats), target(to_a),
                                target(to_b));
     });
-    m.def("remainder", [](const Side& x, const Rows& rows, const Sizes& sizes, Address ids, std::int64_t n_ids,
-                          bool entropy, Address u, Address spread, Address stats) {
+    m.def("remainder", [](const Side& x, const Rows& rows, const Sizes& sizes, Address ids,
+                          std::int64_t n_ids, bool entropy, Address u, Address spread, Address stats) {
         const kl::RemainderProblem p = remainder_problem(x, rows, sizes, ids, n_ids);
         nb::gil_scoped_release unlocked;
         kl::remainder(p, entropy, pointer<double>(u), pointer<double>(spread), pointer<double>(stats));
     });
-    m.def("remainder_gradient",
-          [](const Side& x, const Rows& rows, const Sizes& sizes, Address ids, std::int64_t n_ids,
-             Address stats, Address to_given, Address to_rest, Address to_entropy, const Target& to) {
-              const kl::RemainderProblem p = remainder_problem(x, rows, sizes, ids, n_ids);
-              nb::gil_scoped_release unlocked;
-              kl::remainder_gradient(p, pointer<const double>(stats), pointer<const double>(to_given),
-                                     pointer<const double>(to_rest), pointer<const double>(to_entropy),
-                                     target(to));
-          });
+    m.def("remainder_gradient", [](const Side& x, const Rows& rows, const Sizes& sizes, Address ids,
+                                   std::int64_t n_ids, Address stats, Address to_given, Address to_rest,
+                                   Address to_entropy, const Target& to) {
+        const kl::RemainderProblem p = remainder_problem(x, rows, sizes, ids, n_ids);
+        nb::gil_scoped_release unlocked;
+        kl::remainder_gradient(p, pointer<const double>(stats), pointer<const double>(to_given),
+                               pointer<const double>(to_rest), pointer<const double>(to_entropy), target(to));
+    });
     // For the test of their error bounds; rows.cpp says which is which. n is a multiple of 16.
     m.def("elementary", [](int which, Address x, Address y, std::int64_t n) {
         nb::gil_scoped_release unlocked;

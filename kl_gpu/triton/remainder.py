@@ -1,8 +1,8 @@
 """Log-sum-exp and entropy of the columns of a row that are not given, and the gradient of both.
 
 The given columns are left out of the sums, not taken off them again: where they hold nearly all the mass the
-difference would be rounding. Each program owns a bit per column, sets the bits of its row's ids, sweeps the row
-with −inf in their places, and clears them: V/8 bytes a program that runs, whatever the number of rows.
+difference would be rounding. Each program owns a bit per column, sets the bits of its row's ids, sweeps the
+row with −inf in their places, and clears them: V/8 bytes a program that runs, whatever the number of rows.
 """
 
 from __future__ import annotations
