@@ -72,6 +72,8 @@ struct Destination {
     Dtype dtype;
 };
 
+struct RemainderKernels;
+
 struct Kernels {
     const char* name;
     std::int64_t block;  // columns of one unit of work
@@ -91,6 +93,7 @@ struct Kernels {
     void (*elementary)(int which, const float* x, float* y, std::int64_t n);
     std::uint64_t (*probe_read)(const char* a, const char* b, std::int64_t bytes);
     void (*probe_write)(const char* a, const char* b, char* to, std::int64_t bytes);
+    const RemainderKernels* remainder;
 };
 
 }  // namespace kl

@@ -337,9 +337,10 @@ void probe_write(const char* a, const char* b, char* to, std::int64_t bytes) {
 #define KL_STRING_(x) #x
 #define KL_STRING(x) KL_STRING_(x)
 
+extern const RemainderKernels remainder_kernels;
 extern const Kernels kernels;
-const Kernels kernels{KL_STRING(KL_ISA), kBlock,       collect,     careful_row, lse_b, family_sums,
-                      gradient,          collect_pair, side_result, logit,       find,  elementary,
-                      probe_read,        probe_write};
+const Kernels kernels{KL_STRING(KL_ISA), kBlock,       collect,           careful_row, lse_b, family_sums,
+                      gradient,          collect_pair, side_result,       logit,       find,  elementary,
+                      probe_read,        probe_write,  &remainder_kernels};
 
 }  // namespace kl::KL_ISA

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "contract.h"
+#include "remainder.h"
 
 namespace {
 
@@ -92,6 +93,29 @@ bool same(const Result& x, const Result& y, std::size_t bytes_a, std::size_t byt
            std::memcmp(x.to_b.get(), y.to_b.get(), bytes_b) == 0;
 }
 
+// What lies outside some columns, among them the first, the last, one twice, and ids that name none.
+std::vector<unsigned char> run_remainder(kl::Dtype dtype, std::int64_t rows, std::int64_t columns,
+                                         int threads) {
+    const Bytes x = logits(dtype, rows, columns, 3);
+    const std::int64_t k = 7;
+    std::vector<std::int64_t> ids;
+    for (std::int64_t r = 0; r < rows; ++r)
+        for (const std::int64_t id :
+             {std::int64_t{0}, columns - 1, columns / 2, columns / 2, std::int64_t{-1}, columns, INT64_MAX})
+            ids.push_back(id);
+    const kl::RemainderProblem p{
+        {x.get(), columns, columns, dtype, 0.7}, {nullptr, 0, 0}, ids.data(), k, rows, 1, columns, threads};
+    const auto n = static_cast<std::size_t>(rows);
+    std::vector<double> u(n), spread(n), stats(n * kl::kRemainderStats), flow(n, 0.25), to_given(n * k, 0.5);
+    std::vector<unsigned char> grad(static_cast<std::size_t>(rows * columns * size_of(dtype)));
+    kl::remainder(p, true, u.data(), spread.data(), stats.data());
+    kl::remainder_gradient(p, stats.data(), to_given.data(), flow.data(), flow.data(),
+                           {grad.data(), columns, columns, dtype});
+    const auto* bits = reinterpret_cast<const unsigned char*>(u.data());
+    grad.insert(grad.end(), bits, bits + n * sizeof(double));
+    return grad;
+}
+
 }  // namespace
 
 int main() {
@@ -119,6 +143,17 @@ int main() {
         for (const kl::Dtype b : dtypes)
             for (const std::int64_t columns : {1, 2, 15, 33, 127, 2049, 4100}) check(a, b, 7, columns);
     for (const kl::Dtype a : {kl::Dtype::f32, kl::Dtype::bf16}) check(a, a, 2, 70001);
+
+    const auto check_remainder = [&](kl::Dtype dtype, std::int64_t rows, std::int64_t columns) {
+        if (run_remainder(dtype, rows, columns, 1) == run_remainder(dtype, rows, columns, 4)) return;
+        ++wrong;
+        std::printf("remainder, dtype %d, %lld x %lld: the bits depend on the threads\n",
+                    static_cast<int>(dtype), static_cast<long long>(rows), static_cast<long long>(columns));
+    };
+    for (const kl::Dtype dtype : dtypes) {
+        for (const std::int64_t columns : {1, 2, 15, 33, 127, 2049, 4100}) check_remainder(dtype, 7, columns);
+        check_remainder(dtype, 2, 70001);
+    }
 
     std::vector<std::thread> callers;
     for (int i = 0; i < 4; ++i)

@@ -2,20 +2,25 @@
 
 from .functional import divergence, js_div, kl_div
 from .kinds import KINDS
+from .logprobs import token_logprobs
 from .nn import DivergenceLoss
 from .ops import BACKENDS
 from .rl import kl_penalty
 from .stats import TokenStats, token_stats
+from .topk import TAILS, topk_div
 
 __all__ = [
     "BACKENDS",
     "KINDS",
+    "TAILS",
     "DivergenceLoss",
     "TokenStats",
     "divergence",
     "js_div",
     "kl_div",
     "kl_penalty",
+    "token_logprobs",
     "token_stats",
+    "topk_div",
 ]
 __version__ = "0.1.0"

@@ -60,6 +60,31 @@ def token_stats(
     out: int,
     /,
 ) -> None: ...
+def remainder(
+    x: _Side,
+    rows: _Rows,
+    sizes: _Sizes,
+    ids: int,
+    n_ids: int,
+    entropy: bool,
+    u: int,
+    spread: int,
+    stats: int,
+    /,
+) -> None: ...
+def remainder_gradient(
+    x: _Side,
+    rows: _Rows,
+    sizes: _Sizes,
+    ids: int,
+    n_ids: int,
+    stats: int,
+    to_given: int,
+    to_rest: int,
+    to_entropy: int,
+    to: _Target,
+    /,
+) -> None: ...
 def elementary(which: int, x: int, y: int, n: int, /) -> None: ...
 def probe_read(a: int, b: int, size: int, threads: int, /) -> int: ...
 def probe_write(a: int, b: int, to: int, size: int, threads: int, /) -> None: ...

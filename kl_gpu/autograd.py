@@ -89,11 +89,11 @@ def _gradients(
     return grads
 
 
-def _once_differentiable(grads: Grads, *sources: Tensor) -> Grads:
+def once_differentiable(grads: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients, such that differentiating them raises."""
     if not torch.is_grad_enabled():
         return grads
-    tied = [None if grad is None else _FirstDerivative.apply(grad, *sources) for grad in grads]
-    return tied[0], tied[1]
+    return tuple(None if grad is None else _FirstDerivative.apply(grad, *sources) for grad in grads)
 
 
 class RowDivergence(torch.autograd.Function):
@@ -115,7 +115,7 @@ class RowDivergence(torch.autograd.Function):
         student, teacher, rows, stats = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         grads = _gradients(student, teacher, rows, stats, row_gradient, ctx.call, needs)
-        return (*_once_differentiable(grads, row_gradient, student, teacher), None, None)
+        return (*once_differentiable(grads, row_gradient, student, teacher), None, None)
 
 
 class WeightedSum(torch.autograd.Function):
@@ -156,4 +156,4 @@ class WeightedSum(torch.autograd.Function):
                 narrow = [None if grad is None else call.columns(grad) for grad in grads]
                 sides = call.columns(student), call.columns(teacher)
                 ops.gradient(*sides, rows, stats, row_scale, incoming, *call.numbers, *narrow)
-        return (*_once_differentiable(grads, incoming, student, teacher), None, None, None)
+        return (*once_differentiable(grads, incoming, student, teacher), None, None, None)

@@ -113,6 +113,59 @@ def logits(student: Any, teacher: Any, vocab_size: Any, shift: bool) -> int:
     return int(vocab_size)
 
 
+def one_sided_logits(argument: str, value: Any, vocab_size: Any, shift: bool) -> int:
+    """Check logits that stand alone; returns the number of columns that count."""
+    _tensor(argument, value, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
+    if value.dim() < 1 or value.shape[-1] < 1:
+        raise ValueError(f"{argument} must be [N, V] with at least one column, got {tuple(value.shape)}")
+    if shift and value.dim() != 3:
+        raise ValueError(f"shift=True needs {argument} [batch, time, V], got {tuple(value.shape)}")
+    if shift and value.shape[1] < 1:
+        raise ValueError(f"shift=True needs at least one time step, got {tuple(value.shape)}")
+    columns: int = value.shape[-1]
+    if vocab_size is None:
+        return columns
+    _integer("vocab_size", vocab_size)
+    if not 1 <= vocab_size <= columns:
+        raise ValueError(f"vocab_size must be within [1, {columns}], got {vocab_size}")
+    return int(vocab_size)
+
+
+def _beside(argument: str, value: Tensor, shape: tuple[int, ...], what: str, device: torch.device) -> None:
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{argument} must have {what} {shape}, got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{argument} must be on {device}, as the logits are, got {value.device}")
+
+
+def token_ids(logits: Tensor, value: Any) -> None:
+    _tensor("token_ids", value, LABEL_DTYPES, "an integer tensor")
+    _beside("token_ids", value, tuple(logits.shape[:-1]), "the logits' leading shape", logits.device)
+
+
+def topk(student: Tensor, logprobs: Any, ids: Any, tail_logprob: Any, tail: str) -> None:
+    """Check what is known of the teacher against the student's logits, before any shift."""
+    _tensor("teacher_ids", ids, LABEL_DTYPES, "an integer tensor")
+    lead = tuple(student.shape[:-1])
+    if ids.dim() != student.dim() or tuple(ids.shape[:-1]) != lead or ids.shape[-1] < 1:
+        raise ValueError(
+            f"teacher_ids must be [N, K] with the logits' leading shape {lead} and K at least 1, "
+            f"got {tuple(ids.shape)}"
+        )
+    if ids.device != student.device:
+        raise ValueError(f"teacher_ids must be on {student.device}, as the logits are, got {ids.device}")
+    _tensor("teacher_logprobs", logprobs, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
+    _beside("teacher_logprobs", logprobs, tuple(ids.shape), "the shape of teacher_ids", student.device)
+    if tail_logprob is not None:
+        if tail != "bucket":
+            raise ValueError(f"teacher_tail_logprob belongs to tail='bucket', got tail={tail!r}")
+        _tensor("teacher_tail_logprob", tail_logprob, LOGIT_DTYPES, "a floating tensor")
+        _beside("teacher_tail_logprob", tail_logprob, lead, "the logits' leading shape", student.device)
+    for argument, value in (("teacher_logprobs", logprobs), ("teacher_tail_logprob", tail_logprob)):
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{argument} gets no gradient here, got one that requires it: detach it")
+
+
 def rows(student: Tensor, mask: Any, labels: Any, ignore_index: Any, weight: Any) -> None:
     """Check what is given per row against the logits' leading shape, before any shift."""
     _integer("ignore_index", ignore_index)

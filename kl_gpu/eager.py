@@ -16,9 +16,9 @@ from .problem import TOKEN_STATS, Problem
 
 # 512 Ki float64 elements are 4 MiB: the few buffers a chunk needs stay in a last cache of 32 MiB, and each
 # operation is long enough to hide what starting it costs.
-_CHUNK = 1 << 19
+CHUNK = 1 << 19
 # A formula holds a dozen of them at once.
-_FORMULA_CHUNK = _CHUNK // 4
+_FORMULA_CHUNK = CHUNK // 4
 # Below this the plain sum of terms w·x, good to some 1e-15 in float64, gives way to one that does not cancel.
 _CANCELS = 1e-6
 _NO_FLOAT64 = frozenset({"mps"})
@@ -26,28 +26,28 @@ _LOG2E = 1 / math.log(2)
 
 
 def _chunk(p: Problem) -> int:
-    return _CHUNK if p.family == "kl" else _FORMULA_CHUNK
+    return CHUNK if p.family == "kl" else _FORMULA_CHUNK
 
 
-def _blocks(p: Problem) -> Iterator[tuple[int, slice]]:
+def blocks_of(logits: Tensor, chunk: int) -> Iterator[tuple[int, slice]]:
     """Row blocks of `[A, B, V]`: an outer index and a run of inner rows, about a chunk each."""
-    outer, inner, columns = p.a.shape
-    step = max(1, _chunk(p) // columns)
+    outer, inner, columns = logits.shape
+    step = max(1, chunk // columns)
     for i in range(outer):
         for j in range(0, inner, step):
             yield i, slice(j, min(j + step, inner))
 
 
-def _columns(n: int, chunk: int) -> Iterator[slice]:
+def columns_of(n: int, chunk: int) -> Iterator[slice]:
     for start in range(0, n, chunk):
         yield slice(start, min(start + chunk, n))
 
 
-def _worker(device: torch.device) -> torch.device:
+def worker_for(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type in _NO_FLOAT64 else device
 
 
-def _sum(x: Tensor) -> Tensor:
+def row_sum(x: Tensor) -> Tensor:
     """Σ over columns, `[R, 1]`.
 
     A row alone goes twice: PyTorch would split one long sum over its threads, and the row's bits would
@@ -68,10 +68,10 @@ class _Side:
         self.top = torch.where(torch.isfinite(top), top, torch.nan) * scale * _LOG2E
         self.total = torch.zeros_like(self.top)
         for c in self.columns():
-            self.total += _sum(self.load(c)[1])
+            self.total += row_sum(self.load(c)[1])
 
     def columns(self) -> Iterator[slice]:
-        return _columns(self.rows.shape[-1], self.buffers.shape[-1])
+        return columns_of(self.rows.shape[-1], self.buffers.shape[-1])
 
     def load(self, columns: slice) -> tuple[Tensor, Tensor]:
         logits, powers = self.buffers[:, : self.rows.shape[0], : columns.stop - columns.start]
@@ -108,7 +108,7 @@ def _kl(a: _Side, b: _Side) -> Tensor:
             (side.load(c) if again else side.buffers[:, : shift.shape[0], : c.stop]) for side in (a, b)
         )
         x = _log_ratio(logits_a, logits_b, shift, a.scale, b.scale)
-        plain -= _sum(torch.mul(powers_a, x, out=logits_b))
+        plain -= row_sum(torch.mul(powers_a, x, out=logits_b))
     plain /= a.total
     # On a GPU the question would wait for the device. And the answer must be each row's own, or its bits
     # would depend on its neighbours.
@@ -120,7 +120,7 @@ def _kl(a: _Side, b: _Side) -> Tensor:
         (logits_a, w), (logits_b, q) = a.load(c), b.load(c)
         no_weight, no_other = torch.isneginf(logits_a), torch.isneginf(logits_b)
         x = _log_ratio(logits_a, logits_b, shift, a.scale, b.scale)
-        careful += _sum(_kl_terms(x, w.div_(a.total), q.div_(b.total), no_weight, no_other))
+        careful += row_sum(_kl_terms(x, w.div_(a.total), q.div_(b.total), no_weight, no_other))
     # Times 0: a row without a distribution is NaN also where its columns summed to +inf.
     return torch.where(enough, plain, careful + shift * 0)
 
@@ -176,6 +176,17 @@ def _formula(
     return _FORMULAS[p.family](*probabilities, r, p.beta)
 
 
+def formula(
+    family: str, probabilities: tuple[Tensor, Tensor], r: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula of any family, KL's too. With KL's the sums of a and of b need not be 1."""
+    if family != "kl":
+        return _FORMULAS[family](*probabilities, r, beta)
+    (a, b), no_a, no_b = probabilities, torch.isposinf(r), torch.isneginf(r)
+    to_b = torch.where(r.abs() < 1, a * torch.expm1(r), b - a)
+    return _kl_terms(r, a, b, no_a, no_b), torch.where(no_a, 0, -a * r), to_b
+
+
 def _sums(p: Problem, a: _Side, b: _Side) -> tuple[Tensor, Tensor, Tensor]:
     """The row sums of the formula's three parts, `[R, 1]` each."""
     shift = b.log_normalizer() - a.log_normalizer()
@@ -184,7 +195,7 @@ def _sums(p: Problem, a: _Side, b: _Side) -> tuple[Tensor, Tensor, Tensor]:
         (logits_a, w), (logits_b, q) = a.load(c), b.load(c)
         parts = _formula(p, (logits_a, logits_b), (w.div_(a.total), q.div_(b.total)), shift)
         for total, part in zip(totals, parts, strict=True):
-            total += _sum(part)
+            total += row_sum(part)
     # Times 0: sign(NaN) is 0, and a row without a distribution must be NaN in every sum.
     return totals[0] + shift * 0, totals[1] + shift * 0, totals[2] + shift * 0
 
@@ -207,11 +218,11 @@ _STATS = (3, 3, 2, 2, 2)
 def value(p: Problem) -> tuple[Tensor, Tensor]:
     """Per-row divergence `[A*B]` and row statistics `[A*B, STATS]`."""
     shape = p.a.shape
-    worker = _worker(p.a.device)
+    worker = worker_for(p.a.device)
     found = torch.zeros((*shape[:2], len(_STATS)), dtype=torch.float64, device=worker)
-    rows_at_once = max((block.stop - block.start for _, block in _blocks(p)), default=0)
+    rows_at_once = max((block.stop - block.start for _, block in blocks_of(p.a, _chunk(p))), default=0)
     buffers = torch.empty((2, 2, rows_at_once, min(shape[2], _chunk(p))), dtype=torch.float64, device=worker)
-    for i, j in _blocks(p):
+    for i, j in blocks_of(p.a, _chunk(p)):
         a, b = _Side(p.a[i, j], p.a_scale, buffers[0]), _Side(p.b[i, j], p.b_scale, buffers[1])
         parts = (_kl(a, b),) if p.family == "kl" else _sums(p, a, b)
         found[i, j, : 2 + len(parts)] = torch.cat((a.log_normalizer(), b.log_normalizer(), *parts), -1)
@@ -264,16 +275,16 @@ def gradient(
     p: Problem, stats: Tensor, row_scale: Tensor, grad_a: Tensor | None, grad_b: Tensor | None, _: None = None
 ) -> None:
     """Write row_scale · ∂divergence/∂logits into the given `[A, B, V]` buffers; either may be None."""
-    worker = _worker(p.a.device)
+    worker = worker_for(p.a.device)
     inner = p.a.shape[1]
     buffers: dict[torch.Size, Tensor] = {}
-    for i, j in _blocks(p):
+    for i, j in blocks_of(p.a, _chunk(p)):
         flat = slice(i * inner + j.start, i * inner + j.stop)
         parts = stats[flat].to(worker, torch.float64).split(_STATS, -1)
         sums = tuple(part.sum(-1, keepdim=True) for part in parts)
         scale = row_scale[flat, None].to(worker, torch.float64)
         keep = None if p.rows is None else p.rows[i, j, None].to(worker)
-        for c in _columns(p.a.shape[-1], _chunk(p)):
+        for c in columns_of(p.a.shape[-1], _chunk(p)):
             a_rows, b_rows = p.a[i, j, c], p.b[i, j, c]
             if a_rows.shape not in buffers:
                 buffers[a_rows.shape] = torch.empty((2, *a_rows.shape), dtype=torch.float64, device=worker)
@@ -299,7 +310,7 @@ def _entropy(side: _Side) -> Tensor:
     for c in side.columns():
         logits, powers = side.load(c)
         exponents = logits.mul_(side.scale * _LOG2E).sub_(side.top)
-        weighted += _sum(torch.where(powers == 0, 0, exponents.mul_(powers)))
+        weighted += row_sum(torch.where(powers == 0, 0, exponents.mul_(powers)))
     return ((side.total.log2() - weighted / side.total) / _LOG2E).clamp_min_(0)
 
 
@@ -316,11 +327,11 @@ def _log_probability(side: _Side, tokens: Tensor) -> Tensor:
 def token_stats(p: Problem, tokens: Tensor | None) -> Tensor:
     """`[TOKEN_STATS, A*B]`, in the order of `kl_gpu.problem`; tokens `[A, B]` where there are any."""
     shape = p.a.shape
-    worker = _worker(p.a.device)
+    worker = worker_for(p.a.device)
     found = torch.empty((*shape[:2], TOKEN_STATS), dtype=torch.float64, device=worker)
-    rows_at_once = max((block.stop - block.start for _, block in _blocks(p)), default=0)
+    rows_at_once = max((block.stop - block.start for _, block in blocks_of(p.a, _chunk(p))), default=0)
     buffers = torch.empty((2, 2, rows_at_once, min(shape[2], _chunk(p))), dtype=torch.float64, device=worker)
-    for i, j in _blocks(p):
+    for i, j in blocks_of(p.a, _chunk(p)):
         a, b = _Side(p.a[i, j], p.a_scale, buffers[0]), _Side(p.b[i, j], p.b_scale, buffers[1])
         of_tokens = [torch.full_like(a.total, torch.nan)] * 2
         if tokens is not None:

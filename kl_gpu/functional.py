@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import checks, ops, rows
 from .autograd import Call, RowDivergence, WeightedSum
 from .kinds import KINDS
 from .problem import arithmetic
@@ -143,21 +142,13 @@ def divergence(
     if inplace:
         checks.inplace(student_logits, teacher_logits)
 
-    if shift:
-        mask, labels, weight = (None if x is None else x[:, 1:] for x in (mask, labels, weight))
-    counts = mask
-    if labels is not None:
-        counts = labels != ignore_index if mask is None else mask & (labels != ignore_index)
-    if weight is not None and counts is not None:
-        # A row that does not count contributes 0 whatever its weight holds.
-        weight = torch.where(counts, weight, 0)
-
-    student, teacher = _last_contiguous(student_logits), _last_contiguous(teacher_logits)
+    counts, weight = rows.that_count(mask, labels, ignore_index, weight, shift)
+    student, teacher = rows.last_contiguous(student_logits), rows.last_contiguous(teacher_logits)
     scales = 1.0 / float(temperature), 1.0 / float(teacher_temperature)
     call = Call(*KINDS[kind].at(beta), *scales, chosen, vocab_size, shift, inplace)
     factor = float(temperature) ** 2 if t_squared else 1.0
     lead = call.columns(student).shape[:-1]
-    denominator = _denominator(lead, counts, reduction, normalizer)
+    denominator = rows.denominator(lead, counts, reduction, normalizer)
     # float64 with a narrower side: computed in float64, returned in float32.
     mixed = student.dtype != teacher.dtype
 
@@ -174,25 +165,6 @@ def divergence(
     if weight is not None:
         value = value * weight.to(value.dtype)
     return value if reduction == "none" else value.sum() / denominator
-
-
-def _last_contiguous(logits: Tensor) -> Tensor:
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
-
-
-def _denominator(
-    lead: torch.Size, counts: Tensor | None, reduction: str, normalizer: float | Tensor | None
-) -> float | Tensor:
-    if reduction in ("none", "sum"):
-        return 1
-    if normalizer is not None:
-        return normalizer
-    if reduction == "batchmean":
-        return max(lead[0], 1) if lead else 1
-    if counts is None:
-        return max(math.prod(lead), 1)
-    # clamp: where no row counts the result is 0, attached to the graph, and nothing waits for the device.
-    return counts.sum().clamp_min(1)
 
 
 def _gradient_at_once(

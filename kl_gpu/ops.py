@@ -110,7 +110,7 @@ def fuses(backend: str) -> bool:
     return backend in _FUSED
 
 
-def _views(lead: torch.Size, tensors: list[Tensor | None]) -> Iterator[list[Any]]:
+def views(lead: torch.Size, tensors: list[Tensor | None]) -> Iterator[list[Any]]:
     """The tensors `[*lead, ...]` as `[A, B, ...]` views, several times where one pair (A, B) cannot do it.
 
     Two leading strides cover every slice of a `[batch, time, V]` tensor. More are walked in Python rather
@@ -124,7 +124,7 @@ def _views(lead: torch.Size, tensors: list[Tensor | None]) -> Iterator[list[Any]
             continue
         return
     for i in range(lead[0]):
-        yield from _views(lead[1:], [None if t is None else t[i] for t in tensors])
+        yield from views(lead[1:], [None if t is None else t[i] for t in tensors])
 
 
 def _problems(
@@ -139,7 +139,7 @@ def _problems(
     rows = None if rows is None else rows.contiguous()
     order, start = KINDS[numbers[0]].order, 0
     tensors = [student, teacher, rows, grad_student, grad_teacher]
-    for s, t, keep, grad_s, grad_t in _views(student.shape[:-1], tensors):
+    for s, t, keep, grad_s, grad_t in views(student.shape[:-1], tensors):
         problem = Problem.of(s, t, keep, *numbers)
         part = slice(start, start + problem.n_rows)
         start = part.stop
@@ -249,7 +249,7 @@ def _token_stats(
     tensors = [student, teacher, *(None if x is None else x.contiguous() for x in (rows, labels))]
     parts = [
         run(Problem.of(s, t, keep, "forward_kl", 0.0, student_scale, teacher_scale), tokens)
-        for s, t, keep, tokens in _views(lead, tensors)
+        for s, t, keep, tokens in views(lead, tensors)
     ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(TOKEN_STATS, *lead)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
-from .functional import _last_contiguous
 from .problem import arithmetic
+from .rows import last_contiguous, that_count
 
 _PERCENTILES = ("1", "5", "10", "90", "95", "99", "99.9")
 
@@ -30,7 +30,7 @@ class TokenStats(NamedTuple):
         top1_agree: 1.0 where both sides' largest logit is in one column, else 0.0. Of equal logits the first
             counts, as in torch.argmax; logits that only dividing by a temperature would make equal are not.
             NaN where a side has no distribution.
-        counts: 1.0 in rows that `mask` and `labels` let count, for whoever averages the others: `summary` does.
+        counts: 1.0 in rows that `mask` and `labels` let count; `summary` averages over those.
     """
 
     forward_kl: Tensor
@@ -165,15 +165,13 @@ def token_stats(
     chosen = ops.resolve_backend(backend, student_logits.device)
 
     student, teacher = (
-        _last_contiguous(x.detach())[..., :vocab_size] for x in (student_logits, teacher_logits)
+        last_contiguous(x.detach())[..., :vocab_size] for x in (student_logits, teacher_logits)
     )
+    counts, _ = that_count(mask, labels, ignore_index, None, shift)
     if shift:
         student, teacher = student[:, :-1], teacher[:, :-1]
-        mask, labels = (None if x is None else x[:, 1:] for x in (mask, labels))
-    counts = mask
+        labels = None if labels is None else labels[:, 1:]
     if labels is not None:
-        labelled = labels != ignore_index
-        counts = labelled if mask is None else mask & labelled
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             checks.labels_are_columns(labels, counts, vocab_size)
         labels = labels.long()

@@ -22,6 +22,11 @@ TINY = {torch.float16: 2**-24, torch.bfloat16: 1e-38, torch.float32: 1e-38, torc
 WORST: dict[tuple[str, str, str], tuple[float, str]] = {}
 
 
+def is_slow(backend: str) -> bool:
+    """Triton's interpreter takes some 50 ms a tile."""
+    return backend == "triton" and DEVICE.type == "cpu"
+
+
 def pair(*shape: int, scale: float = 3.0, spread: float = 1.0, shift: float = 0.0, dtype=torch.float32):
     """Teacher logits scale·N(0,1), and student logits = teacher + shift + spread·N(0,1)."""
     teacher = scale * torch.randn(shape, device=DEVICE)

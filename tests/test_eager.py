@@ -44,6 +44,6 @@ def test_extra_memory_is_bounded(kind: str, shape: tuple[int, int]) -> None:
 
 
 def test_a_vocabulary_wider_than_a_column_block(kind: str) -> None:
-    student, teacher = pair(2, 2 * eager._CHUNK + 77, spread=0.1)
+    student, teacher = pair(2, 2 * eager.CHUNK + 77, spread=0.1)
     got = kl_gpu.divergence(student, teacher, kind, reduction="none", backend="eager")
     check_value(got, student, teacher, kind, "eager", "wide")

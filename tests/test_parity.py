@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -637,3 +638,129 @@ def test_worked_examples(
         assert got == pytest.approx(want, rel=RELATIVE if dtype == torch.float32 else 1e-9), kind
     halves = [kl_gpu.divergence(student, teacher, "jeffreys", backend=backend).item(), sum(figures[:2]) / 2]
     assert halves[0] == pytest.approx(halves[1], rel=RELATIVE)
+
+
+# --- Top-k teachers (docs/offline-distillation.md) ----------------------------------------------------------
+
+
+def best_of(teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return log_softmax(teacher, 1.0).topk(k)
+
+
+def agree_on_topk(
+    theirs: Callable[[Tensor, Tensor, Tensor], Tensor], backend: str, name: str, k: int = 8, **options: Any
+) -> None:
+    """Per-token values and gradient are those of `theirs(student, teacher's log-probabilities, ids)`.
+
+    In float64, where both have digits to spare; the accuracy of float32 is tests/test_topk.py's affair.
+    """
+    teacher = 3 * torch.randn(3, 150, dtype=torch.float64, device=DEVICE)
+    student = (teacher + torch.randn_like(teacher)).requires_grad_()
+    logprobs, ids = best_of(teacher, k)
+    ours = kl_gpu.topk_div(student, logprobs, ids, reduction="none", backend=backend, **options)
+    other = theirs(student, logprobs, ids)
+    torch.testing.assert_close(ours, other, rtol=1e-10, atol=0)
+    assert ours.abs().min() > 1e-6
+    (grad,), (want,) = (torch.autograd.grad(x.sum(), student) for x in (ours, other))
+    torch.testing.assert_close(grad, want, rtol=1e-8, atol=1e-12)
+    assert want.abs().max() > 1e-3
+    record("parity", backend, name, 0.0, "top-k")
+
+
+def nemo_rl_topk(
+    student: Tensor, logprobs: Tensor, ids: Tensor, kl_type: str, weight: float, zero_outside_topk: bool
+) -> Tensor:
+    """`DistillationLossFn` of NVIDIA-NeMo/RL before masking: both sides over the teacher's k tokens.
+
+    Or, with zero_outside_topk, the student over the whole vocabulary and the teacher at −100 elsewhere.
+    """
+    log_p = log_softmax(logprobs, 1.0)
+    full = log_softmax(student, 1.0)
+    log_q = full.gather(-1, ids)
+    if not zero_outside_topk:
+        log_q = log_softmax(log_q, 1.0)
+    forward = (log_p.exp() * (log_p - log_q)).sum(-1)
+    reverse = (log_q.exp() * (log_q - log_p)).sum(-1)
+    if zero_outside_topk:
+        outside = (full.exp() * full).sum(-1) - (log_q.exp() * log_q).sum(-1)
+        reverse = reverse + outside + 100 * (1 - log_q.exp().sum(-1))
+    return {"forward": forward, "reverse": reverse, "mixed": weight * forward + (1 - weight) * reverse}[
+        kl_type
+    ]
+
+
+@pytest.mark.parametrize("kl_type", ["forward", "reverse", "mixed"])
+def test_nemo_rl_renormalised(backend: str, kl_type: str) -> None:
+    options = {"forward": {}, "reverse": {"kind": "reverse_kl"}, "mixed": {"kind": "jeffreys", "beta": 0.7}}
+    agree_on_topk(
+        lambda *x: nemo_rl_topk(*x, kl_type, 0.3, False), backend, "NeMo-RL", tail="renormalize",
+        **options[kl_type],
+    )  # fmt: skip
+
+
+def test_nemo_rl_zero_outside_topk(backend: str) -> None:
+    agree_on_topk(lambda *x: nemo_rl_topk(*x, "forward", 0.3, True), backend, "NeMo-RL", tail="student_full")
+
+
+def test_nemo_rl_zero_outside_topk_reverse_needs_a_dense_teacher(backend: str) -> None:
+    # No tail has a −100 for every other column; a teacher with it spelled out has, at the price of [N, V].
+    teacher = 3 * torch.randn(2, 150, dtype=torch.float64, device=DEVICE)
+    student = teacher + torch.randn_like(teacher)
+    logprobs, ids = best_of(teacher, 8)
+    dense = torch.full_like(teacher, -100.0).scatter(-1, ids, log_softmax(logprobs, 1.0))
+    ours = kl_gpu.kl_div(student, dense, direction="reverse", reduction="none", backend=backend)
+    theirs = nemo_rl_topk(student, logprobs, ids, "reverse", 0.3, True)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
+
+
+def verl_topk(student: Tensor, logprobs: Tensor, ids: Tensor) -> Tensor:
+    """verl's `forward_kl_topk`: not renormalised, log-probabilities clamped at log 1e-8."""
+    log_q = log_softmax(student, 1.0).gather(-1, ids).clamp_min(math.log(1e-8))
+    log_p = logprobs.clamp_min(math.log(1e-8))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def test_verl_forward_kl_topk(backend: str) -> None:
+    agree_on_topk(verl_topk, backend, "verl", tail="truncate")
+
+
+def test_verl_clamp_differs_below_1e_8(backend: str) -> None:
+    student = torch.zeros(1, 20, dtype=torch.float64, device=DEVICE)
+    student[0, 3] = -30.0  # q = 5e-15 at an id
+    ids = torch.tensor([[3, 4]], device=DEVICE)
+    logprobs = torch.tensor([[0.5, 0.2]], dtype=torch.float64, device=DEVICE).log()
+    ours = kl_gpu.topk_div(student, logprobs, ids, tail="truncate", backend=backend)
+    missing = 0.5 * (math.log(1e-8) - log_softmax(student, 1.0)[0, 3])
+    torch.testing.assert_close(ours, verl_topk(student, logprobs, ids)[0] + missing)
+
+
+def axolotl_topk(
+    student: Tensor, logprobs: Tensor, ids: Tensor, temperature: float, beta: float, normalize: bool
+) -> Tensor:
+    """The loss of axolotl's `kd/kernels/liger.py` for one token; the teacher comes scaled and normalised."""
+    log_p = log_softmax(logprobs, temperature)
+    log_q = log_softmax(student, temperature).gather(-1, ids)
+    if normalize:
+        log_q = log_softmax(log_q, 1.0)
+    p, q = log_p.exp(), log_q.exp()
+    log_m = (beta * p + (1 - beta) * q).log()
+    if beta == 0:
+        loss = p * (log_p - log_q)
+    elif beta == 1:
+        loss = q * (log_q - log_p)
+    else:
+        loss = beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)
+    return loss.sum(-1) * temperature**2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+def test_axolotl_topk(backend: str, temperature: float, beta: float) -> None:
+    agree_on_topk(
+        lambda *x: axolotl_topk(*x, temperature, beta, True), backend, "axolotl", tail="renormalize",
+        kind="js", beta=beta, temperature=temperature, t_squared=True,
+    )  # fmt: skip
+
+
+def test_axolotl_without_normalize_topk(backend: str) -> None:
+    agree_on_topk(lambda *x: axolotl_topk(*x, 1.0, 0.0, False), backend, "axolotl", tail="student_full")

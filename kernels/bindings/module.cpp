@@ -10,6 +10,7 @@
 #include "../contract.h"
 #include "../dispatch.h"
 #include "../probe.h"
+#include "../remainder.h"
 
 namespace nb = nanobind;
 
@@ -48,6 +49,18 @@ kl::Problem problem(const Side& a, const Side& b, const Rows& rows, const Sizes&
             beta};
 }
 
+kl::RemainderProblem remainder_problem(const Side& x, const Rows& rows, const Sizes& sizes, Address ids,
+                                       std::int64_t n_ids) {
+    return {logits(x),
+            {pointer<const std::uint8_t>(std::get<0>(rows)), std::get<1>(rows), std::get<2>(rows)},
+            pointer<const std::int64_t>(ids),
+            n_ids,
+            std::get<0>(sizes),
+            std::get<1>(sizes),
+            std::get<2>(sizes),
+            std::get<3>(sizes)};
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -79,6 +92,20 @@ NB_MODULE(_native, m) {
         const kl::Problem p = problem(a, b, rows, sizes, family, beta);
         nb::gil_scoped_release unlocked;
         kl::token_stats(p, wide, pointer<const std::int64_t>(tokens), pointer(out));
+    });
+    m.def("remainder", [](const Side& x, const Rows& rows, const Sizes& sizes, Address ids,
+                          std::int64_t n_ids, bool entropy, Address u, Address spread, Address stats) {
+        const kl::RemainderProblem p = remainder_problem(x, rows, sizes, ids, n_ids);
+        nb::gil_scoped_release unlocked;
+        kl::remainder(p, entropy, pointer<double>(u), pointer<double>(spread), pointer<double>(stats));
+    });
+    m.def("remainder_gradient", [](const Side& x, const Rows& rows, const Sizes& sizes, Address ids,
+                                   std::int64_t n_ids, Address stats, Address to_given, Address to_rest,
+                                   Address to_entropy, const Target& to) {
+        const kl::RemainderProblem p = remainder_problem(x, rows, sizes, ids, n_ids);
+        nb::gil_scoped_release unlocked;
+        kl::remainder_gradient(p, pointer<const double>(stats), pointer<const double>(to_given),
+                               pointer<const double>(to_rest), pointer<const double>(to_entropy), target(to));
     });
     // For the test of their error bounds; rows.cpp says which is which. n is a multiple of 16.
     m.def("elementary", [](int which, Address x, Address y, std::int64_t n) {

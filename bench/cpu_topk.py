@@ -1,0 +1,95 @@
+"""token_logprobs and topk_div on the CPU against the plain PyTorch they replace, forward and backward.
+
+    python -m bench.cpu_topk [--rows 256] [--columns 128256] [--k 64] [--threads 2] [--repeats 11]
+
+Everything takes its turn in every round; figures are medians, ratios medians of the ratios within a round.
+A new gradient buffer is part of every system's time, and so is the checking of ids. "memory" is what a
+forward and backward must move, one read, then one read and one write, by loops that do nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kl_gpu
+from kl_gpu import _native, native
+
+from .cpu_roofline import interleaved, ratio
+
+FLOOR = 8.0  # times plain PyTorch
+
+
+def plain_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    return F.log_softmax(logits, -1).gather(-1, ids[:, None])[:, 0]
+
+
+def plain_bucket(logits: Tensor, logprobs: Tensor, ids: Tensor) -> Tensor:
+    """Forward KL of K + 1 outcomes as people write it."""
+    log_q = F.log_softmax(logits, -1).gather(-1, ids).float()
+    p, q = logprobs.exp(), log_q.exp()
+    rest_p, rest_q = ((1 - x.sum(-1)).clamp_min(1e-8) for x in (p, q))
+    return (p * (logprobs - log_q)).sum(-1) + rest_p * (rest_p / rest_q).log()
+
+
+def candidates(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    teacher = 3 * torch.randn(args.rows, args.columns)
+    student = (teacher + 0.5 * torch.randn_like(teacher)).to(dtype)
+    logprobs, ids = teacher.log_softmax(-1).topk(args.k)
+    tokens = torch.randint(0, args.columns, (args.rows,))
+    leaf, to = student.clone().requires_grad_(), torch.zeros_like(student)
+    size = student.numel() * student.element_size()
+    x, half = student.data_ptr(), size // 2
+
+    def both_ways(loss: Callable[[], Tensor]) -> Callable[[], object]:
+        def run() -> None:
+            leaf.grad = None
+            loss().mean().backward()
+
+        return run
+
+    def memory() -> None:
+        # The probes read two buffers: the halves of one.
+        _native.probe_read(x, x + half, half, args.threads)
+        _native.probe_write(x, x, to.data_ptr(), size, args.threads)
+
+    return {
+        "memory": memory,
+        "token_logprobs": both_ways(lambda: kl_gpu.token_logprobs(leaf, tokens)),
+        "token_logprobs plain": both_ways(lambda: plain_logprobs(leaf, tokens)),
+        "topk_div": both_ways(lambda: kl_gpu.topk_div(leaf, logprobs, ids, reduction="none")),
+        "topk_div plain": both_ways(lambda: plain_bucket(leaf, logprobs, ids)),
+    }
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--columns", type=int, default=128256)
+    parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=11)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    print(f"{native.isa()}, {args.threads} threads, {args.rows} × {args.columns}, K = {args.k}")
+    print(f"{'forward + backward':26}{'ms':>8}{'plain PyTorch, ms':>20}{'faster':>20}{'memory, ms':>13}")
+    for dtype in (torch.float32, torch.bfloat16):
+        times = interleaved(candidates(args, dtype), args.repeats)
+        ms = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+        for name in ("token_logprobs", "topk_div"):
+            faster = ratio(times[f"{name} plain"], times[name])
+            print(
+                f"{str(dtype).removeprefix('torch.') + ' ' + name:26}{ms[name]:8.1f}{ms[name + ' plain']:20.1f}"
+                f"{faster:11.1f} × (≥{FLOOR:3.0f}){ms['memory']:13.1f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+// Compiled once per instruction set: sums and gradients over the columns of a row that are not given.
+#include <cmath>
+#include <vector>
+
+#include "elementary.h"
+#include "formats.h"
+#include "gradient.h"
+#include "remainder.h"
+#include "sweep.h"
+
+namespace kl::KL_ISA {
+namespace {
+
+constexpr std::int64_t kTiles = kBlock / kTile;  // of a block
+
+// A tile as a list of steps: each lies in the row's own memory, but for those that hold a given column or
+// the row's end. These are copies with -inf in what does not count, so the sweep needs no mask.
+template <class T>
+class Tile {
+public:
+    std::int64_t steps = 0;
+    const T* at[kTile / kStep<T>];
+
+    void start(const T* x, std::int64_t n) {
+        x_ = x;
+        steps = n / kStep<T>;
+        for (std::int64_t i = 0; i < steps; ++i) at[i] = x + i * kStep<T>;
+        const std::int64_t rest = n - steps * kStep<T>;
+        if (rest == 0) return;
+        T* last = copy_[steps];
+        std::memcpy(last, x + steps * kStep<T>, static_cast<std::size_t>(rest) * sizeof(T));
+        for (std::int64_t i = rest; i < kStep<T>; ++i) last[i] = minus_infinity<T>();
+        at[steps++] = last;
+    }
+
+    void leave_out(std::int64_t column) {
+        const std::int64_t step = column / kStep<T>;
+        if (at[step] != copy_[step]) {
+            std::memcpy(copy_[step], at[step], sizeof copy_[step]);
+            at[step] = copy_[step];
+        }
+        copy_[step][column % kStep<T>] = minus_infinity<T>();
+    }
+
+    bool is_own(std::int64_t step) const { return at[step] != copy_[step]; }
+
+private:
+    const T* x_ = nullptr;
+    alignas(64) T copy_[kTile / kStep<T>][kStep<T>];
+};
+
+// 2^(k x - m) of columns that are -inf or far below: their product with k would leave the exponents that
+// the range reduction can take.
+constexpr double kDeepest = -4000;
+
+template <class V>
+struct TileSums {
+    double z, t;
+    double top;
+    bool bad;
+};
+
+template <bool WithEntropy, class T, class V>
+inline TileSums<V> sweep_tile(const Tile<T>& tile, V k, V m) {
+    using S = typename Traits<V>::Scalar;
+    const V deepest = splat<V>(static_cast<S>(kDeepest)), inf = splat<V>(static_cast<S>(__builtin_inf()));
+    V z0{}, z1{}, t0{}, t1{}, top0 = -inf, top1 = -inf;
+    Mask<V> bad{};
+    for (std::int64_t i = 0; i < tile.steps; ++i) {
+        for (std::int64_t line = 0; line < static_cast<std::int64_t>(kStep<T> * sizeof(T)); line += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(tile.at[i]) + kAhead + line);
+        const auto x = load_pair(tile.at[i]);
+        top0 = max(x.x, top0);
+        top1 = max(x.y, top1);
+        const V y0 = max(mad(x.x, k, -m), deepest), y1 = max(mad(x.y, k, -m), deepest);
+        const V w0 = exp2(y0), w1 = exp2(y1);
+        z0 += w0;
+        z1 += w1;
+        // A NaN that max or exp2 lost on the way.
+        bad |= (x.x != x.x) | (x.y != x.y);
+        if constexpr (WithEntropy) {
+            t0 = mad(w0, y0, t0);
+            t1 = mad(w1, y1, t1);
+        }
+    }
+    const double top = static_cast<double>(largest(max(top0, top1)));
+    return {sum(z0 + z1), sum(t0 + t1), top, any<V>(bad) || top == __builtin_inf()};
+}
+
+template <class T, class V>
+inline double top_of(const Tile<T>& tile) {
+    using S = typename Traits<V>::Scalar;
+    V top = splat<V>(-static_cast<S>(__builtin_inf()));
+    for (std::int64_t i = 0; i < tile.steps; ++i) {
+        const auto x = load_pair(tile.at[i]);
+        top = max(x.x, max(x.y, top));
+    }
+    return static_cast<double>(largest(top));
+}
+
+// Sums tile by tile. The reference m follows the largest column: a weight past 2 would have an exponent whose
+// rounding begins to show, so a tile that rises above m is swept once more, about ln(tiles) times a row.
+template <class T, class V, bool WithEntropy>
+class Summation {
+    using S = typename Traits<V>::Scalar;
+
+public:
+    explicit Summation(S k) : k_(k) {}
+
+    void take(const Tile<T>& tile) {
+        if (!(total.m > -__builtin_inf()) && !refer_to(top_of<T, V>(tile))) {
+            // No mass here, unless a NaN hid from the maximum.
+            total.bad = total.bad || sweep_tile<false>(tile, splat<V>(k_), V{}).bad;
+            return;
+        }
+        TileSums<V> s = sweep_tile<WithEntropy>(tile, splat<V>(k_), splat<V>(static_cast<S>(total.m)));
+        if (s.top * static_cast<double>(k_) > total.m + 1 && refer_to(s.top))
+            s = sweep_tile<WithEntropy>(tile, splat<V>(k_), splat<V>(static_cast<S>(total.m)));
+        total.z += s.z;
+        total.t += s.t;
+        total.bad = total.bad || s.bad;
+    }
+
+    RemainderSums total;
+
+private:
+    bool refer_to(double top) {
+        const S m = static_cast<S>(top) * k_;
+        if (!(std::fabs(m) < static_cast<S>(__builtin_inf()))) return false;
+        RemainderSums moved;
+        moved.m = static_cast<double>(m);
+        moved += total;
+        moved.bad = total.bad;
+        total = moved;
+        return true;
+    }
+
+    S k_;
+};
+
+// The given columns of a block, tile by tile.
+class Given {
+public:
+    Given(const RemainderRow& row, std::int64_t first, std::int64_t last) : ids_(row.ids), first_(first) {
+        for (std::int64_t& head : heads_) head = -1;
+        next().resize(static_cast<std::size_t>(row.n_ids));
+        for (std::int64_t i = 0; i < row.n_ids; ++i) {
+            if (ids_[i] < first || ids_[i] >= last) continue;
+            std::int64_t& head = heads_[(ids_[i] - first) / kTile];
+            next()[static_cast<std::size_t>(i)] = head;
+            head = i;
+        }
+    }
+
+    template <class F>
+    void for_each_of(std::int64_t tile, F f) const {
+        for (std::int64_t i = heads_[tile]; i >= 0; i = next()[static_cast<std::size_t>(i)])
+            f(ids_[i] - first_ - tile * kTile);
+    }
+
+private:
+    // Kept by the thread: an allocation a row would cost as much as a small row.
+    static std::vector<std::int64_t>& next() {
+        static thread_local std::vector<std::int64_t> links;
+        return links;
+    }
+
+    const std::int64_t* ids_;
+    std::int64_t first_;
+    std::int64_t heads_[kTiles];
+};
+
+template <class T, bool WithEntropy>
+RemainderSums sum_as(const RemainderRow& row, std::int64_t first, std::int64_t last) {
+    const T* x = static_cast<const T*>(row.x) + first;
+    const Given given(row, first, last);
+    Summation<T, VF, WithEntropy> sums(static_cast<float>(row.exact_scale()));
+    Tile<T> tile;
+    for (std::int64_t i = 0, n = 0; i < last - first; i += n, n = 0) {
+        n = last - first - i < kTile ? last - first - i : kTile;
+        tile.start(x + i, n);
+        given.for_each_of(i / kTile, [&](std::int64_t column) { tile.leave_out(column); });
+        sums.take(tile);
+    }
+    return sums.total;
+}
+
+RemainderSums sum(const RemainderRow& row, std::int64_t first, std::int64_t last, bool entropy) {
+    const auto run = [&]<class T>() {
+        return entropy ? sum_as<T, true>(row, first, last) : sum_as<T, false>(row, first, last);
+    };
+    switch (row.dtype) {
+        case Dtype::bf16:
+            return run.template operator()<Bf16>();
+        case Dtype::f16:
+            return run.template operator()<F16>();
+        default:
+            return run.template operator()<float>();
+    }
+}
+
+// Calls take(x, first, n) with copies in fp64 of scaled columns, -inf at the given ones.
+template <class Take>
+void for_each_wide_copy(const RemainderRow& row, std::int64_t first, std::int64_t last, Take take) {
+    double x[kScratchColumns];
+    for (std::int64_t i = first; i < last; i += kScratchColumns) {
+        const std::int64_t n = last - i < kScratchColumns ? last - i : kScratchColumns;
+        widen_run(row.x, row.dtype, i, n, x);
+        for (std::int64_t j = 0; j < n; ++j) x[j] *= row.exact_scale();
+        for (std::int64_t j = 0; j < row.n_ids; ++j)
+            if (row.ids[j] >= i && row.ids[j] < i + n) x[row.ids[j] - i] = minus_infinity<double>();
+        take(x, i, n);
+    }
+}
+
+RemainderSums sum_in_fp64(const RemainderRow& row) {
+    Summation<double, VD, true> sums(1);
+    Tile<double> tile;
+    for_each_wide_copy(row, 0, row.columns, [&](const double* x, std::int64_t, std::int64_t n) {
+        tile.start(x, n);
+        sums.take(tile);
+    });
+    return sums.total;
+}
+
+// pi (to_rest - to_entropy (log pi + entropy)), pi = 2^(k x - lse).
+template <bool WithEntropy, class V>
+struct RestGradient {
+    using S = typename Traits<V>::Scalar;
+
+    RowConstants<V> row;
+    V flow, turn;  // of log2 pi
+
+    static RowScalars as_row(const RemainderScalars& s) {
+        RowScalars row{};
+        row.lse_a = row.lse_b = s.lse;
+        row.coefficient_a = row.coefficient_b = 1;
+        return row;
+    }
+
+    RestGradient(double scale, const RemainderScalars& s)
+        : row(scale, as_row(s)),
+          flow(splat<V>(static_cast<S>(s.to_rest - s.to_entropy * s.entropy))),
+          turn(splat<V>(static_cast<S>(-s.to_entropy * kLn2))) {}
+
+    template <bool ToA, bool ToB>
+    KL_INLINE Gradients<V> at(V, V x) const {
+        V factor = flow;
+        if constexpr (WithEntropy) {
+            // -inf times a pi of 0 must not be NaN.
+            const V log_pi = product_less<Form::precise>(x, row, row.lse_a, V{});
+            factor = mad(max(log_pi, splat<V>(-static_cast<S>(0x1p60))), turn, flow);
+        }
+        return {V{}, power<Form::precise>(x, row, row.lse_a, factor)};
+    }
+};
+
+template <class T>
+void gradient_run(const T* x, std::int64_t n, double scale, const RemainderScalars& s, T* to, bool stream) {
+    using V = Wide<T>;
+    if (s.to_entropy != 0)
+        gradient_stretch<false, true>(x, x, n, RestGradient<true, V>(scale, s), static_cast<T*>(nullptr), to,
+                                      stream);
+    else
+        gradient_stretch<false, true>(x, x, n, RestGradient<false, V>(scale, s), static_cast<T*>(nullptr), to,
+                                      stream);
+}
+
+void gradient_in_fp64(const RemainderRow& row, const RemainderScalars& s, Destination to, std::int64_t first,
+                      std::int64_t last) {
+    double out[kScratchColumns];
+    for_each_wide_copy(row, first, last, [&](const double* x, std::int64_t i, std::int64_t n) {
+        gradient_run(x, n, 1.0, s, out, false);
+        round_run(out, n, to.data, to.dtype, i);
+    });
+}
+
+void gradient(const RemainderRow& row, const RemainderScalars& s, Destination to, std::int64_t first,
+              std::int64_t last, bool stream) {
+    // Flows that fp32 cannot hold, and an lse past what two of them hold for a subtraction.
+    const auto odd = [](double flow) {
+        return flow != 0 && !(std::fabs(flow) > 0x1p-60 && std::fabs(flow) < 0x1p60);
+    };
+    if (s.form == RemainderForm::fp64 || odd(s.to_rest) || odd(s.to_entropy) || std::fabs(s.lse) > 0x1p20)
+        return gradient_in_fp64(row, s, to, first, last);
+    const auto run = [&]<class T>() {
+        gradient_run(static_cast<const T*>(row.x) + first, last - first, row.exact_scale(), s,
+                     static_cast<T*>(to.data) + first, stream);
+    };
+    switch (row.dtype) {
+        case Dtype::bf16:
+            run.template operator()<Bf16>();
+            break;
+        case Dtype::f16:
+            run.template operator()<F16>();
+            break;
+        default:
+            run.template operator()<float>();
+            break;
+    }
+    if (stream) stream_fence();
+}
+
+// Calls f with the destination's data as what it holds.
+template <class F>
+void as_format(Destination to, F f) {
+    switch (to.dtype) {
+        case Dtype::f32:
+            return f(static_cast<float*>(to.data));
+        case Dtype::bf16:
+            return f(static_cast<Bf16*>(to.data));
+        case Dtype::f16:
+            return f(static_cast<F16*>(to.data));
+        case Dtype::f64:
+            return f(static_cast<double*>(to.data));
+    }
+}
+
+void fill(Destination to, std::int64_t first, std::int64_t last, double value) {
+    as_format(to, [&]<class T>(T* out) {
+        T rounded;
+        round_one(value, rounded);
+        for (std::int64_t i = first; i < last; ++i) out[i] = rounded;
+    });
+}
+
+void place(Destination to, const std::int64_t* ids, const double* values, std::int64_t n, double factor,
+           std::int64_t first, std::int64_t last) {
+    as_format(to, [&](auto* out) {
+        for (std::int64_t i = 0; i < n; ++i)
+            if (ids[i] >= first && ids[i] < last) round_one(values[i] * factor, out[ids[i]]);
+    });
+}
+
+}  // namespace
+
+extern const RemainderKernels remainder_kernels;
+const RemainderKernels remainder_kernels{sum, sum_in_fp64, gradient, fill, place};
+
+}  // namespace kl::KL_ISA

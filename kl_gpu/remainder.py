@@ -1,0 +1,267 @@
+"""A row of logits split at given columns: their logits, and the log-sum-exp of all the others.
+
+What `token_logprobs` and `topk_div` are made of. With s the scaled logits and u = log Σ e^{s_j} over the
+columns not given, a function of the given columns' s and of u is all they need, and its gradient is sparse
+but for one term: ∂u/∂s_j = e^{s_j − u} in every other column. u is summed without the given columns, never by
+taking them off again: where they hold nearly all the mass, nothing would be left but rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .autograd import once_differentiable
+
+_MODULES = {
+    "triton": "kl_gpu.triton.remainder",
+    "native": "kl_gpu.native_remainder",
+    "eager": "kl_gpu.eager_remainder",
+}
+# Numbers kept per row between value and gradient. What they mean is each backend's own affair.
+STATS = 4
+
+_library = torch.library.Library("kl_gpu", "FRAGMENT")
+_ROWS = "Tensor logits, Tensor ids, Tensor? rows"
+_library.define(f"given_columns({_ROWS}, bool validate, str argument) -> Tensor")
+_library.define("check_mass(Tensor log_p, Tensor? rows) -> Tensor")
+_library.define(f"remainder({_ROWS}, float scale, bool entropy, str backend) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    f"remainder_gradient({_ROWS}, Tensor stats, Tensor to_given, Tensor to_rest, Tensor? to_entropy, "
+    "float scale, str backend, Tensor(a!) grad) -> ()"
+)
+
+
+@cache
+def _module(backend: str) -> ModuleType:
+    return import_module(_MODULES[backend])
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """What is computed per given column: float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class Part(NamedTuple):
+    """What a backend is asked: log Σ exp(scale · logit) over the columns not in `ids`, row by row.
+
+    Attributes:
+        logits: `[A, B, V]`, last stride 1, the other two anything.
+        ids: int64 `[A*B, K]`, contiguous; what lies outside [0, V) names no column.
+        rows: bool `[A, B]`, or None where every row counts. A row that is False has gradient 0.
+        scale: 1/temperature.
+    """
+
+    logits: Tensor
+    ids: Tensor
+    rows: Tensor | None
+    scale: float
+
+    @property
+    def n_rows(self) -> int:
+        return self.ids.shape[0]
+
+
+def present(ids: Tensor, columns: int) -> Tensor:
+    return (ids >= 0) & (ids < columns)
+
+
+def _check_ids(ids: Tensor, rows: Tensor | None, columns: int, argument: str) -> None:
+    """Refuse ids that are out of range or given twice. Waits for the device."""
+    lowest = 0 if argument == "token_ids" else -1
+    if rows is not None:
+        ids = torch.where(rows[..., None], ids, lowest if ids.shape[-1] == 1 else -1)
+    outside = (ids >= columns) | (ids < lowest)
+    if bool(outside.any()):
+        absent = ", or -1 for an absent entry" if lowest else ""
+        raise ValueError(f"{argument} must be within [0, {columns}){absent}, got {int(ids[outside][0])}")
+    if ids.shape[-1] == 1:
+        return
+    ordered = ids.sort(-1).values
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    if bool(twice.any()):
+        raise ValueError(
+            f"{argument} must be different within a row, got {int(ordered[..., 1:][twice][0])} twice"
+        )
+
+
+def _given_columns(logits: Tensor, ids: Tensor, rows: Tensor | None, validate: bool, argument: str) -> Tensor:
+    if validate:
+        _check_ids(ids, rows, logits.shape[-1], argument)
+    # An id outside never reaches memory: column 0 is read in its place.
+    here = present(ids, logits.shape[-1])
+    given = logits.gather(-1, torch.where(here, ids, 0)).to(wide_dtype(logits.device))
+    return torch.where(here, given, -torch.inf)
+
+
+def _given_columns_fake(logits: Tensor, ids: Tensor, *_: object) -> Tensor:
+    return logits.new_empty(ids.shape, dtype=wide_dtype(logits.device))
+
+
+def _check_mass(log_p: Tensor, rows: Tensor | None) -> Tensor:
+    """log_p itself, once its rows are known to be log-probabilities. Waits for the device.
+
+    A result, so that torch.compile does not drop the question.
+    """
+    mass = torch.exp(log_p).sum(-1)
+    too_large = (mass > 1.05) if rows is None else (mass > 1.05) & rows  # 16-bit rounding may add 2 %
+    if bool(too_large.any()):
+        raise ValueError(
+            "teacher_logprobs must be log-probabilities under the teacher's full softmax, "
+            f"got a row that sums to {float(mass[too_large][0]):.6g}"
+        )
+    return log_p.clone()
+
+
+def _check_mass_fake(log_p: Tensor, rows: Tensor | None) -> Tensor:
+    return torch.empty_like(log_p)
+
+
+def _parts(
+    logits: Tensor, ids: Tensor, rows: Tensor | None, scale: float, grad: Tensor | None = None
+) -> Iterator[tuple[slice, Part, Tensor | None]]:
+    ids = ids.contiguous()
+    rows = None if rows is None else rows.contiguous()
+    start = 0
+    for x, some_ids, keep, to in ops.views(logits.shape[:-1], [logits, ids, rows, grad]):
+        part = Part(x, some_ids.view(-1, ids.shape[-1]), keep, scale)
+        rows_of_part = slice(start, start + part.n_rows)
+        start = rows_of_part.stop
+        yield rows_of_part, part, to
+
+
+def _remainder_fake(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    lead, dtype = logits.shape[:-1], wide_dtype(logits.device)
+    return tuple(logits.new_empty(shape, dtype=dtype) for shape in (lead, lead, (*lead, STATS)))  # type: ignore[return-value]
+
+
+def _remainder(
+    logits: Tensor, ids: Tensor, rows: Tensor | None, scale: float, entropy: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    if logits.numel() == 0:
+        return _remainder_fake(logits)
+    run, lead = _module(backend).remainder, logits.shape[:-1]
+    found = [run(part, entropy) for _, part, _ in _parts(logits, ids, rows, scale)]
+    rest, spread, stats = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+    return rest.view(lead), spread.view(lead), stats.view(*lead, STATS)
+
+
+def _remainder_gradient(
+    logits: Tensor,
+    ids: Tensor,
+    rows: Tensor | None,
+    stats: Tensor,
+    to_given: Tensor,
+    to_rest: Tensor,
+    to_entropy: Tensor | None,
+    scale: float,
+    backend: str,
+    grad: Tensor,
+) -> None:
+    if logits.numel() == 0:
+        return
+    run = _module(backend).gradient
+    flat = [None if x is None else x.contiguous().view(-1) for x in (to_rest, to_entropy)]
+    flat_stats, flat_given = stats.reshape(-1, STATS), to_given.contiguous().view(-1, ids.shape[-1])
+    for some, part, to in _parts(logits, ids, rows, scale, grad):
+        some_rest, some_entropy = (None if x is None else x[some] for x in flat)
+        run(part, flat_stats[some], flat_given[some], some_rest, some_entropy, to)
+
+
+def _nothing(*_: object) -> None:
+    return None
+
+
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "given_columns": (_given_columns, _given_columns_fake),
+    "remainder": (_remainder, _remainder_fake),
+    "remainder_gradient": (_remainder_gradient, _nothing),
+    "check_mass": (_check_mass, _check_mass_fake),
+}
+for _name, (_run, _fake) in _IMPLEMENTATIONS.items():
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kl_gpu::{_name}", _fake, lib=_library)
+
+given_columns = torch.ops.kl_gpu.given_columns.default
+check_mass = torch.ops.kl_gpu.check_mass.default
+remainder = torch.ops.kl_gpu.remainder.default
+remainder_gradient = torch.ops.kl_gpu.remainder_gradient.default
+
+
+class Call(NamedTuple):
+    """What stays the same between forward and backward, tensors apart.
+
+    Attributes:
+        scale: 1/temperature.
+        sweeps: whether the columns not given count; without them only the given are read.
+        entropy: whether the entropy of the columns not given is asked for.
+        validate: whether ids that are out of range or given twice are refused, in the name of `argument`.
+    """
+
+    scale: float
+    sweeps: bool
+    entropy: bool
+    validate: bool
+    argument: str
+    backend: str
+    vocab_size: int
+    shift: bool
+
+    def columns(self, logits: Tensor) -> Tensor:
+        """The part of the logits that counts, as a view."""
+        if self.shift:
+            logits = logits[:, :-1]
+        return logits if logits.shape[-1] == self.vocab_size else logits[..., : self.vocab_size]
+
+    def zero_rest(self, grad: Tensor) -> None:
+        """Zero what `columns` leaves out."""
+        if grad.shape[-1] != self.vocab_size:
+            grad[..., self.vocab_size :].zero_()
+        if self.shift:
+            grad[:, -1:].zero_()
+
+
+class Split(torch.autograd.Function):
+    """From logits `[*, V]` and ids `[*, K]` to the ids' scaled logits, u, and the others' entropy.
+
+    In float64. −inf for an absent id, and for u where no other column has mass. Without `sweeps` u and the
+    entropy are 0.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, ids: Tensor, rows: Tensor | None, call: Call
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = call.columns(logits)
+        given = given_columns(x, ids, rows, call.validate, call.argument) * call.scale
+        if call.sweeps:
+            rest, entropy, stats = remainder(x, ids, rows, call.scale, call.entropy, call.backend)
+        else:
+            rest, entropy = (given.new_zeros(x.shape[:-1]) for _ in range(2))
+            stats = given.new_zeros((*x.shape[:-1], STATS))
+        ctx.save_for_backward(logits, ids, rows, stats)
+        ctx.call = call
+        return given, rest, entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, to_given: Tensor, to_rest: Tensor, to_entropy: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        logits, ids, rows, stats = ctx.saved_tensors
+        call = ctx.call
+        with torch.no_grad():
+            grad = torch.empty_like(logits)
+            remainder_gradient(
+                call.columns(logits), ids, rows, stats, to_given, to_rest,
+                to_entropy if call.entropy else None, call.scale, call.backend, call.columns(grad),
+            )  # fmt: skip
+            call.zero_rest(grad)
+        (tied,) = once_differentiable((grad,), to_given, to_rest, logits)
+        return tied, None, None, None

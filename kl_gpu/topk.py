@@ -1,0 +1,185 @@
+"""Divergences from a teacher of whom only the K best tokens are known."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, ops, remainder, tails
+from .kinds import KINDS
+from .remainder import Call, Split
+from .rows import denominator, last_contiguous, that_count
+
+TAILS = tuple(tails.TAIL_KINDS)
+
+
+class _Formula(NamedTuple):
+    kind: str
+    beta: float
+    tail: str
+    scale: float
+    resolution: float
+    dtype: torch.dtype
+
+
+class _Divergence(torch.autograd.Function):
+    """From a row's split (`remainder.Split`) to the divergence `[*]`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, given: Tensor, rest: Tensor, log_p: Tensor, rest_log_p: Tensor | None, has_rest: Tensor,
+        rows: Tensor | None, formula: _Formula,
+    ) -> Tensor:  # fmt: skip
+        value, to_given, to_rest = tails.topk(given, rest, log_p, rest_log_p, has_rest, *formula[:5])
+        if rows is not None:
+            value, to_rest = torch.where(rows, value, 0.0), torch.where(rows, to_rest, 0.0)
+            to_given = torch.where(rows[..., None], to_given, 0.0)
+        ctx.save_for_backward(to_given, to_rest)
+        return value.to(formula.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        to_given, to_rest = ctx.saved_tensors
+        scale = row_gradient.to(to_rest.dtype)
+        return scale[..., None] * to_given, scale * to_rest, None, None, None, None, None
+
+
+def topk_div(
+    student_logits: Tensor,
+    teacher_logprobs: Tensor,
+    teacher_ids: Tensor,
+    kind: str = "forward_kl",
+    *,
+    tail: str = "bucket",
+    teacher_tail_logprob: Tensor | None = None,
+    beta: float | None = None,
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    validate: bool = False,
+    return_mass: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Divergence between a student's logits and the K tokens known of a teacher, per token, in nats.
+
+    With p the teacher, q = softmax(student), Σ_K over the ids and P, Q what each side has outside them:
+
+    - "bucket": the divergence of K + 1 outcomes, the rest of each side in one. Never more than that of the
+      full distributions (data processing inequality; Cover and Thomas, section 2.8), and equal for K = V.
+    - "renormalize": of both sides conditioned on the ids: p̂ ∝ p^(1/T), q̂ ∝ e^(s/T). The only one for
+      temperature ≠ 1, and the only one that tells the student nothing about the rest of the vocabulary.
+    - "student_full": KL(p̂‖q), p̂ = p/Σ_K p and q over the whole vocabulary. Forward KL only.
+    - "truncate": Σ_K p (log p − log q), not renormalised. Can be negative. Forward KL only.
+    - "generalized": Σ_K [p log(p/q) − p + q], the KL of two measures, and its reverse; jeffreys and js are
+      made of these. Never negative.
+
+    One read of the student's logits for the value ("renormalize" reads only the ids), one more and one write
+    for the gradient. Extra memory is O(N·K).
+
+    Args:
+        student_logits: `[N, V]`, N any leading shape; float16, bfloat16, float32 or float64.
+        teacher_logprobs: `[N, K]`, K ≥ 1, log-probabilities under the teacher's full softmax at temperature
+            1; the same dtypes. It gets no gradient: one that requires it is refused.
+        teacher_ids: int `[N, K]`, the columns they belong to, in any order; −1 marks an absent entry, whose
+            log-probability is not looked at. Rows without any entry are NaN under "renormalize" and
+            "student_full".
+        kind: "forward_kl", "reverse_kl", "jeffreys" or "js".
+        tail: what to make of the rest of the vocabulary, see above.
+        teacher_tail_logprob: `[N]`, log P for "bucket". Without it P = 1 − Σ_K p, but never less than what
+            the rounding of teacher_logprobs may hide, lest KL(q‖p) be infinite. Where the ids are the whole
+            vocabulary P is 0, whatever was given.
+        beta: as in :func:`kl_gpu.divergence`.
+        temperature: divides the student's logits and the teacher's log-probabilities; 1 but for
+            "renormalize".
+        t_squared: multiply value and gradient by T².
+        mask, labels, ignore_index, shift, weight, reduction, normalizer: as in :func:`kl_gpu.divergence`;
+            with `shift` the teacher's entries at t go with the student's logits at t.
+        vocab_size: the student's columns at and past it are ignored.
+        validate: refuse ids outside [0, V) (but −1) and ids given twice in a row that counts, and for tails
+            other than "renormalize" probabilities that sum to more than 1.05. On the CPU always; on a GPU it
+            waits for the device. Not validated, an id outside counts as absent and is never read, and one
+            given twice counts twice.
+        return_mass: also return the probability of the ids, Σ_K p and Σ_K q at temperature 1, `[N]`, not
+            differentiable; rows that do not count have 0.
+        backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
+
+    Returns:
+        float32 (float64 where logits and log-probabilities are); `[N]` for reduction="none", else 0-d. With
+        `return_mass` a triple: that, the teacher's mass, the student's mass.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, range, name or combination is wrong; the message names the argument.
+        RuntimeError: from backward, when a second derivative is asked for.
+    """
+    checks.name("tail", tail, TAILS)
+    checks.name("kind", kind, KINDS)
+    allowed = tails.TAIL_KINDS[tail]
+    if kind not in allowed:
+        names = ", ".join(map(repr, allowed))
+        raise ValueError(f"kind must be one of {names} for tail={tail!r}, got {kind!r}")
+    checks.name("reduction", reduction, ("none", "sum", "mean", "batchmean"))
+    checks.beta(beta, kind)
+    for argument, flag in (
+        ("t_squared", t_squared), ("shift", shift), ("validate", validate), ("return_mass", return_mass)
+    ):  # fmt: skip
+        checks.boolean(argument, flag)
+    checks.temperature("temperature", temperature)
+    if temperature != 1 and tail != "renormalize":
+        raise ValueError(
+            "temperature must be 1 but for tail='renormalize': p^(1/T) cannot be normalised without the rest "
+            f"of p, got temperature={temperature} with tail={tail!r}"
+        )
+    vocab_size = checks.one_sided_logits("student_logits", student_logits, vocab_size, shift)
+    checks.topk(student_logits, teacher_logprobs, teacher_ids, teacher_tail_logprob, tail)
+    checks.rows(student_logits, mask, labels, ignore_index, weight)
+    checks.normalizer(normalizer, reduction, student_logits.device)
+    checks.backend(backend)
+    chosen = ops.resolve_backend(backend, student_logits.device)
+
+    counts, weight = that_count(mask, labels, ignore_index, weight, shift)
+    logits, device = last_contiguous(student_logits), student_logits.device
+    if shift:
+        teacher_logprobs, teacher_ids = teacher_logprobs[:, :-1], teacher_ids[:, :-1]
+        teacher_tail_logprob = None if teacher_tail_logprob is None else teacher_tail_logprob[:, :-1]
+    wide = remainder.wide_dtype(device)
+    ids = teacher_ids.long()
+    here = remainder.present(ids, vocab_size)
+    log_p = torch.where(here, teacher_logprobs.to(wide), -torch.inf)
+    rest_log_p = None if teacher_tail_logprob is None else teacher_tail_logprob.to(wide)
+    validate = validate or device.type == "cpu"
+    if validate and tail != "renormalize":
+        log_p = remainder.check_mass(log_p, counts)
+
+    scale = 1.0 / float(temperature)
+    call = Call(scale, tail != "renormalize", False, validate, "teacher_ids", chosen, vocab_size, shift)
+    given, rest, _ = Split.apply(logits, ids, counts, call)
+    both_wide = student_logits.dtype == teacher_logprobs.dtype == torch.float64
+    dtype = torch.float64 if both_wide else torch.float32
+    formula = _Formula(*KINDS[kind].at(beta), tail, scale, tails.RESOLUTION[teacher_logprobs.dtype], dtype)
+    value = _Divergence.apply(given, rest, log_p, rest_log_p, here.sum(-1) < vocab_size, counts, formula)
+    if t_squared:
+        value = value * float(temperature) ** 2
+    if weight is not None:
+        value = value * weight.to(value.dtype)
+    if reduction != "none":
+        value = value.sum() / denominator(given.shape[:-1], counts, reduction, normalizer)
+    if not return_mass:
+        return value
+    with torch.no_grad():
+        if tail == "renormalize":
+            given, rest, _ = Split.apply(logits, ids, counts, call._replace(scale=1.0, sweeps=True))
+        masses = tails.mass_of(log_p), tails.student_mass(given, rest)
+        teacher_mass, student_mass = (
+            (x if counts is None else torch.where(counts, x, 0.0)).to(dtype) for x in masses
+        )
+    return value, teacher_mass, student_mass

@@ -1,0 +1,256 @@
+"""Log-sum-exp and entropy of the columns of a row that are not given, and the gradient of both.
+
+The given columns are left out of the sums, not taken off them again: where they hold nearly all the mass the
+difference would be rounding. Each program owns a bit per column, sets the bits of its row's ids, sweeps the
+row with −inf in their places, and clears them: V/8 bytes a program that runs, whatever the number of rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..problem import Problem
+from ..remainder import STATS, Part
+from .launch import ProgramShape, configuration, high_low, parts_of, resident_programs
+from .tiles import (
+    LOG2E,
+    NO_REFERENCE,
+    exponent,
+    level,
+    narrow,
+    normalised,
+    probability,
+    row_start,
+    tile_offsets,
+    wide,
+)
+
+# Row statistics, in float64: n and 1/Z, so that pi_j = 2^(k·logit − n)/Z, the entropy in nats, and u.
+_STATS = tl.constexpr(STATS)
+
+
+@triton.jit
+def _mark(words, ids, n_ids, V, ON: tl.constexpr, IDS: tl.constexpr):
+    """Set the bits of a row's ids, or clear the words they lie in."""
+    for start in range(0, n_ids, IDS):
+        which = start + tl.arange(0, IDS)
+        column = tl.load(ids + which, mask=which < n_ids, other=-1)
+        inside = (column >= 0) & (column < V)
+        # An id outside must not become an address, not even a masked one.
+        column = tl.where(inside, column, 0).to(tl.int32)
+        if ON:
+            tl.atomic_or(words + (column >> 5), tl.full([IDS], 1, tl.int32) << (column & 31), mask=inside)
+        else:
+            tl.store(words + (column >> 5), 0, mask=inside)
+
+
+@triton.jit
+def _is_given(marks, start, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr):
+    """Which columns of the tile at `start` are given; `marks` are the words' bytes."""
+    # Past the L1, which knows nothing of the atomics.
+    if WIDE:
+        column = tl.arange(0, R) * VEC
+        eight = tl.load(marks + start // 8 + column // 8, cache_modifier=".cg").to(tl.int32)
+        return (eight[:, None] >> ((column % 8)[:, None] + tl.arange(0, VEC)[None, :])) & 1 != 0
+    else:
+        column = tile_offsets(R, VEC, WIDE)
+        eight = tl.load(marks + start // 8 + column // 8, cache_modifier=".cg").to(tl.int32)
+        return (eight >> (column % 8)) & 1 != 0
+
+
+@triton.jit
+def _accumulate(x, gone, n, z, t, k, ENTROPY: tl.constexpr):
+    x = tl.where(gone, -float("inf"), x)
+    n_tile = level(tl.max(x), k)
+    if n_tile > n:
+        h = n - n_tile
+        s = tl.exp2(h)
+        if ENTROPY:
+            t = s * (t + h * z)
+        z = s * z
+        n = n_tile
+    y = exponent(x, k, n)
+    w = tl.exp2(y)
+    z += tl.sum(w, axis=1)
+    if ENTROPY:
+        t += tl.sum(w * tl.maximum(y, -10000.0), axis=1)  # 0 · −inf has no place in the sum
+    return n, z, t
+
+
+@triton.jit
+def _sweep(
+    row, marks, V, k, CT: tl.constexpr, ENTROPY: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    BLOCK: tl.constexpr = R * VEC
+    offsets = tile_offsets(R, VEC, WIDE)
+    everywhere = tl.full([R, VEC], True, tl.int1)
+    n = tl.full([], NO_REFERENCE, CT)
+    z = tl.zeros([R], CT)
+    t = tl.zeros([R], CT)
+    full = V - V % BLOCK
+    ahead = tl.load(row + offsets, mask=everywhere & (full > 0))
+    for start in range(0, full, BLOCK):
+        x = ahead.to(CT)
+        ahead = tl.load(row + start + BLOCK + offsets, mask=everywhere & (start + BLOCK < full))
+        n, z, t = _accumulate(x, _is_given(marks, start, R, VEC, WIDE), n, z, t, k, ENTROPY)
+    if full < V:
+        x = tl.load(row + full + offsets, mask=full + offsets < V, other=-float("inf")).to(CT)
+        n, z, t = _accumulate(x, _is_given(marks, full, R, VEC, WIDE), n, z, t, k, ENTROPY)
+    return n, tl.sum(z), tl.sum(t)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_inner", "n_ids", "words"])
+def remainder_kernel(
+    x_ptr, ids_ptr, rows_ptr, stats_ptr, words_ptr, marks_ptr,
+    n_rows, n_inner, x_outer, x_inner, V, n_ids, words, scale_high, scale_low,
+    HAS_ROWS: tl.constexpr, ENTROPY: tl.constexpr, IDS: tl.constexpr,
+    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Statistics of every row; a program takes rows in strides of their number."""
+    own = tl.program_id(0).to(tl.int64) * words
+    exact = wide(scale_high, scale_low) * LOG2E
+    k = exact.to(CT)
+    for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        counts = True
+        if HAS_ROWS:
+            counts = tl.load(rows_ptr + row) != 0
+        if counts:
+            ids = ids_ptr + tl.full([], row, tl.int64) * n_ids
+            _mark(words_ptr + own, ids, n_ids, V, True, IDS)
+            tl.debug_barrier()
+            x_row = row_start(x_ptr, tl.full([], row, tl.int64), n_inner, x_outer, x_inner)
+            n, z, t = _sweep(x_row, marks_ptr + own * 4, V, k, CT, ENTROPY, R, VEC, WIDE)
+            tl.debug_barrier()  # no thread may still read the bits
+            _mark(words_ptr + own, ids, n_ids, V, False, IDS)
+            tl.debug_barrier()
+            n = n.to(tl.float64)
+            z = z.to(tl.float64)
+            t = tl.where(z == 0, 0.0, t.to(tl.float64) / z)
+            log_z = tl.log(z)
+            # The sums were taken with the scale rounded to CT, which shows where all logits are large.
+            u = n / LOG2E + log_z + (exact / k.to(tl.float64) - 1.0) * (n + t) / LOG2E
+            stats = stats_ptr + tl.full([], row, tl.int64) * _STATS
+            tl.store(stats, n)
+            tl.store(stats + 1, 1.0 / z)
+            tl.store(stats + 2, tl.where(z == 0, 0.0, log_z - t / LOG2E) if ENTROPY else z * 0.0)
+            tl.store(stats + 3, tl.where(z == 0, -float("inf"), u))
+
+
+@triton.jit
+def _gradient_tile(x, side, n, flow, turn, log_z, k, ENTROPY: tl.constexpr):
+    """π (flow − turn · log2 π); log_z is log2 Z."""
+    share = probability(x, *side)
+    if ENTROPY:
+        flow = flow - turn * (tl.maximum(exponent(x, k, n), -10000.0) - log_z)
+    return share * flow
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_inner", "n_ids", "parts"])
+def remainder_gradient_kernel(
+    x_ptr, ids_ptr, rows_ptr, stats_ptr, given_ptr, rest_ptr, entropy_ptr, grad_ptr,
+    n_rows, n_inner, x_outer, x_inner, grad_outer, grad_inner, V, n_ids, parts, part_columns,
+    scale_high, scale_low,
+    HAS_ROWS: tl.constexpr, ENTROPY: tl.constexpr, IDS: tl.constexpr,
+    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Columns of one part of a row: first as if none were given, then what flows to those that are."""
+    BLOCK: tl.constexpr = R * VEC
+    row = tl.program_id(0).to(tl.int64) // parts
+    first = (tl.program_id(0) % parts) * part_columns
+    last = tl.minimum(first + part_columns, V)
+    x_row = row_start(x_ptr, row, n_inner, x_outer, x_inner)
+    grad = row_start(grad_ptr, row, n_inner, grad_outer, grad_inner)
+    scale = wide(scale_high, scale_low)
+    k = (scale * LOG2E).to(CT)
+    offsets = tile_offsets(R, VEC, WIDE)
+    counts = True
+    if HAS_ROWS:
+        counts = tl.load(rows_ptr + row) != 0
+    stats = stats_ptr + row * _STATS
+    n = tl.load(stats).to(CT)
+    total = tl.load(stats + 1)  # 1/Z
+    flow = tl.load(rest_ptr + row) * scale
+    turn = tl.zeros([], tl.float64)
+    if ENTROPY:
+        turn = tl.load(entropy_ptr + row) * scale
+    flow = flow - turn * tl.load(stats + 2)
+    moves = counts & ((flow != 0) | (turn != 0)) & (total != float("inf"))
+    log_z = (-tl.log(total) * LOG2E).to(CT)
+    side = normalised(n, total.to(CT), k, scale, CT)
+    to_rest = flow.to(CT)
+    to_log = (turn / LOG2E).to(CT)
+    if moves:
+        full = last - (last - first) % BLOCK
+        for start in range(first, full, BLOCK):
+            x = tl.load(x_row + start + offsets).to(CT)
+            out = _gradient_tile(x, side, n, to_rest, to_log, log_z, k, ENTROPY)
+            tl.store(grad + start + offsets, narrow(out, grad.dtype.element_ty))
+        if full < last:
+            inside = full + offsets < last
+            x = tl.load(x_row + full + offsets, mask=inside, other=-float("inf")).to(CT)
+            out = _gradient_tile(x, side, n, to_rest, to_log, log_z, k, ENTROPY)
+            tl.store(grad + full + offsets, narrow(out, grad.dtype.element_ty), mask=inside)
+    else:
+        for start in range(first, last, BLOCK):
+            tl.store(grad + start + offsets, 0.0, mask=start + offsets < last)
+    tl.debug_barrier()  # the given columns are written over what other threads have just stored
+    if counts:
+        for start in range(0, n_ids, IDS):
+            which = start + tl.arange(0, IDS)
+            here = which < n_ids
+            column = tl.load(ids_ptr + row * n_ids + which, mask=here, other=-1)
+            value = tl.load(given_ptr + row * n_ids + which, mask=here, other=0.0) * scale
+            inside = (column >= first) & (column < last)
+            column = tl.where(inside, column, 0)
+            tl.store(grad + column, narrow(value.to(CT), grad.dtype.element_ty), mask=inside)
+
+
+# By the logit's bytes: 8 columns are one access of 16 bytes in 16 bits, two in float32.
+SHAPES = {2: ProgramShape(16), 4: ProgramShape(8), 8: ProgramShape(4)}
+_FROM_CONFIGURATION = ("CT", "R", "VEC", "WIDE", "num_warps")
+
+
+def program(logits: Tensor, n_ids: int) -> dict[str, Any]:
+    """What both kernels are compiled for: dtype and V, never the number of rows, and ids by powers of two."""
+    config = configuration(Problem(logits, logits, None, "kl", 0.0, 1.0, 1.0), SHAPES)
+    # Fewer than a warp of ids is more programs to compile for nothing.
+    ids = min(max(triton.next_power_of_2(n_ids), 32), 1024)
+    return {name: config[name] for name in _FROM_CONFIGURATION} | {"IDS": ids}
+
+
+def remainder(part: Part, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """u and the entropy of the columns not given, `[A*B]` each, and row statistics `[A*B, STATS]`."""
+    x = part.logits
+    config = program(x, part.ids.shape[1])
+    stats = torch.zeros((part.n_rows, STATS), dtype=torch.float64, device=x.device)
+    programs = min(part.n_rows, resident_programs(x.device))
+    block = config["R"] * config["VEC"]
+    words = triton.cdiv(x.shape[-1], block) * block // 32
+    bits = torch.zeros((programs, words), dtype=torch.int32, device=x.device)
+    remainder_kernel[(programs,)](
+        x, part.ids, part.rows, stats, bits, bits.view(torch.uint8),
+        part.n_rows, x.shape[1], x.stride(0), x.stride(1), x.shape[2], part.ids.shape[1], words,
+        *high_low(part.scale), HAS_ROWS=part.rows is not None, ENTROPY=entropy, **config,
+    )  # fmt: skip
+    return stats[:, 3].clone(), stats[:, 2].clone(), stats
+
+
+def gradient(
+    part: Part, stats: Tensor, to_given: Tensor, to_rest: Tensor, to_entropy: Tensor | None, grad: Tensor
+) -> None:
+    """Write scale · (what flows to each logit) into the `[A, B, V]` buffer."""
+    x = part.logits
+    config = program(x, part.ids.shape[1])
+    parts = parts_of(x.shape[-1], config["R"] * config["VEC"])
+    remainder_gradient_kernel[(part.n_rows * parts.number,)](
+        x, part.ids, part.rows, stats, to_given, to_rest, to_rest if to_entropy is None else to_entropy, grad,
+        part.n_rows, x.shape[1], x.stride(0), x.stride(1), grad.stride(0), grad.stride(1), x.shape[2],
+        part.ids.shape[1], parts.number, parts.columns, *high_low(part.scale),
+        HAS_ROWS=part.rows is not None, ENTROPY=to_entropy is not None, **config,
+    )  # fmt: skip
