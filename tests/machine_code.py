@@ -22,7 +22,7 @@ HEAVIEST = (
 )
 
 
-STATS = (*HEAVIEST, ("bf16", "sm_90", "aligned"), ("fp16", "sm_90", "aligned"))
+STATS = (*HEAVIEST, ("bf16", "sm_90", "aligned"))
 
 
 def is_heaviest(entry: Entry) -> bool:
