@@ -1,6 +1,8 @@
-// One side of a row by itself, in fp64 from its own maximum: for rows that the fast sweep of both sides
-// cannot do, one of which may have no distribution where the other has.
+// One side of a row by itself, from its own maximum: for rows that the fast sweep of both sides cannot do,
+// one of which may have no distribution where the other has.
 #pragma once
+
+#include <cmath>
 
 #include "elementary.h"
 #include "formats.h"
@@ -8,46 +10,73 @@
 
 namespace kl::KL_ISA {
 
-inline SideResult side_result(const void* logits, Dtype dtype, std::int64_t columns, double scale) {
-    const VD inf = splat<VD>(__builtin_inf()), zero{}, deepest = splat<VD>(-1020);
-    double x[kScratchColumns];
-    // Calls take(vector, column) for what is left of a run; the filling behind the last column is -inf.
-    const auto for_each = [&](auto take) {
+// In R, float or double. The result's m is the caller's to check: in fp32 a large one leaves exponents no
+// digits.
+template <class R>
+inline SideResult side_as(const void* logits, Dtype dtype, std::int64_t columns, double scale) {
+    using V = Wide<R>;
+    constexpr R infinity = static_cast<R>(__builtin_inf());
+    const V inf = splat<V>(infinity), zero{};
+    R x[kScratchColumns];
+    // Calls run(columns of a run, its first column); behind the last column -inf fills up a vector.
+    const auto for_each_run = [&](auto run) {
         for (std::int64_t i = 0; i < columns; i += kScratchColumns) {
             std::int64_t n = columns - i < kScratchColumns ? columns - i : kScratchColumns;
             widen_run(logits, dtype, i, n, x);
-            for (; n % lanes<VD> != 0; ++n) x[n] = minus_infinity<double>();
-            for (std::int64_t j = 0; j < n; j += lanes<VD>) take(load<VD>(x + j), i + j);
+            for (; n % lanes<V> != 0; ++n) x[n] = -infinity;
+            run(n, i);
         }
     };
 
-    VD top = -inf;
-    VL bad{};
-    for_each([&](VD v, std::int64_t) {
-        bad |= ~(v < inf);
-        top = max(v, top);
+    R most = -infinity;
+    std::int64_t first = 0;  // of the run that holds it first
+    Mask<V> bad{};
+    for_each_run([&](std::int64_t n, std::int64_t column) {
+        V top = -inf;
+        for (std::int64_t j = 0; j < n; j += lanes<V>) {
+            const V v = load<V>(x + j);
+            bad |= ~(v < inf);
+            top = max(v, top);
+        }
+        if (largest(top) > most) {
+            most = largest(top);
+            first = column;
+        }
     });
     SideResult out;
-    const double most = largest(top);
-    if (any<VD>(bad) || !(most > -__builtin_inf())) return out;
-    const double m = most * scale;
+    if (any<V>(bad) || !(most > -infinity)) return out;
 
-    VD z{}, e{};
-    for_each([&](VD v, std::int64_t column) {
-        const VD u = v * scale - m, w_ = exp2(max(u, deepest));
-        const VL none = v == -inf;
-        const VD w = none ? zero : w_;
-        z += w;
-        e += none ? zero : w * u;
-        if (out.top < 0 && any<VD>(v == splat<VD>(most)))
-            for (int i = lanes<VD> - 1; i >= 0; --i)
-                if (v[i] == most) out.top = column + i;
+    const R m = static_cast<R>(static_cast<double>(most) * scale);
+    const V k = splat<V>(static_cast<R>(scale)), below = splat<V>(-m), deepest = splat<V>(-1000);
+    double total = 0, weighted = 0;
+    for_each_run([&](std::int64_t n, std::int64_t column) {
+        V z{}, e{};
+        for (std::int64_t j = 0; j < n; j += lanes<V>) {
+            const V v = load<V>(x + j), u = max(fma(v == -inf ? zero : v, k, below), deepest);
+            const V w_ = exp2(u), w = v == -inf ? zero : w_;
+            z += w;
+            e += w * u;
+        }
+        total += sum(z);
+        weighted += sum(e);
+        if (column == first)
+            for (std::int64_t j = n - 1; j >= 0; --j)
+                if (x[j] == most) out.top = column + j;
     });
-    const double total = sum(z), log_z = std::log2(total), entropy = kLn2 * (log_z - sum(e) / total);
-    out.m = m;
+    const double log_z = std::log2(total), entropy = kLn2 * (log_z - weighted / total);
+    out.m = static_cast<double>(m);
     out.log_z = log_z;
     out.entropy = entropy > 0 ? entropy : 0;
     return out;
+}
+
+inline SideResult side_result(const void* logits, Dtype dtype, std::int64_t columns, double scale) {
+    // A factor that is no fp32 belongs to two temperatures, which are computed in fp64 throughout.
+    if (dtype != Dtype::f64 && static_cast<double>(static_cast<float>(scale)) == scale) {
+        const SideResult out = side_as<float>(logits, dtype, columns, scale);
+        if (!(std::fabs(out.m) > 0x1p13)) return out;
+    }
+    return side_as<double>(logits, dtype, columns, scale);
 }
 
 }  // namespace kl::KL_ISA

@@ -35,6 +35,7 @@ from .tiles import (
 # A part's state: n, c, n_b, z, a1, a2, zb, b2, ea, eb, then each side's largest logit and its first tile.
 STATE = 14
 _STATE = tl.constexpr(STATE)
+_FIELDS = tl.constexpr(TOKEN_STATS)
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -289,7 +290,7 @@ def token_stats_rows_kernel(
     if HAS_ROWS:
         counts = tl.load(rows_ptr + row) != 0
     if not counts:
-        for field in range(7):
+        for field in range(_FIELDS):
             tl.store(out + field * n_rows, 0.0)
     else:
         a_row = row_start(a_ptr, row, n_inner, a_outer, a_inner)
