@@ -14,7 +14,7 @@ import triton
 
 from kl_gpu.kinds import KINDS
 from kl_gpu.problem import Problem
-from kl_gpu.triton import launch, rows
+from kl_gpu.triton import launch, remainder, rows
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What the compiler may know of V and the row strides: that 16 divides them, or nothing.
@@ -117,3 +117,31 @@ def steps(kind: str, work: str) -> list[tuple[str, str]]:
     if work == "value_grad":
         return [("value_grad", gradient)]
     return [("value", family)] + ([("gradient", gradient)] if work == "forward_backward" else [])
+
+
+@dataclass(frozen=True)
+class RemainderEntry(Entry):
+    """One of the kernels of `kl_gpu.triton.remainder`, at 64 ids a row: one tensor of logits."""
+
+    types: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("n_rows", "n_ids", "words", "parts", "part_columns"), "i32"),
+        **dict.fromkeys(("stats_ptr", "given_ptr", "rest_ptr", "entropy_ptr"), "*fp64"),
+        "ids_ptr": "*i64",
+        "words_ptr": "*i32",
+        "marks_ptr": "*u8",
+    }
+
+    @property
+    def function(self) -> Any:  # type: ignore[override]
+        return remainder.remainder_kernel if self.sweeps_value else remainder.remainder_gradient_kernel
+
+    def configuration(self, dtype: str, V: int) -> dict[str, Any]:
+        logits = torch.empty(1, 1, V, dtype=DTYPES[dtype], device="meta")
+        config = remainder.program(logits, 64)
+        return {**config, "HAS_ROWS": True, "ENTROPY": self.kind.endswith("entropy")}
+
+
+def remainder_entries() -> Iterator[RemainderEntry]:
+    for kind in ("remainder", "remainder, entropy"):
+        yield RemainderEntry("value", kind, "remainder", True, "", (0,), reads=1, ahead=1)
+        yield RemainderEntry("gradient", kind, "remainder", False, "", (-1,), reads=1, writes=1)

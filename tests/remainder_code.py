@@ -1,0 +1,22 @@
+"""Compiles the kernels of kl_gpu.triton.remainder without a GPU, and prints one JSON object per compilation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from bench.audit import audit_one
+from bench.kernels import remainder_entries
+
+CASES = (
+    ("bf16", "sm_90", "aligned"),
+    ("fp32", "sm_80", "aligned"),
+    ("bf16", "sm_100", "aligned"),
+    ("bf16", "gfx942", "aligned"),
+    ("bf16", "sm_90", "odd"),
+)
+
+if __name__ == "__main__":
+    for entry in remainder_entries():
+        for case in CASES:
+            print(json.dumps(asdict(audit_one(entry, *case))), flush=True)
