@@ -14,8 +14,8 @@ from .machine_code import parse_gcn, parse_sass
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 _POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
-_ANY_NUMBER = ("n_rows", "n_inner", "parts", "lag")
-_LOGITS = ("a_ptr", "b_ptr", "grad_a_ptr", "grad_b_ptr")
+_ANY_NUMBER = ("n_rows", "n_inner", "n_ids", "words", "parts", "lag")
+_LOGITS = ("a_ptr", "b_ptr", "x_ptr", "grad_a_ptr", "grad_b_ptr", "grad_ptr")
 
 
 @dataclass(frozen=True)

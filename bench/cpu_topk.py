@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,9 +45,9 @@ def candidates(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Callab
     tokens = torch.randint(0, args.columns, (args.rows,))
     leaf, to = student.clone().requires_grad_(), torch.zeros_like(student)
     size = student.numel() * student.element_size()
-    x, half = student.data_ptr(), size // 2
+    half = size // 2
 
-    def both_ways(loss: Callable[[], Tensor]) -> Callable[[], object]:
+    def both_ways(loss: Callable[[], Any]) -> Callable[[], object]:
         def run() -> None:
             leaf.grad = None
             loss().mean().backward()
@@ -54,6 +55,7 @@ def candidates(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Callab
         return run
 
     def memory() -> None:
+        x = student.data_ptr()
         # The probes read two buffers: the halves of one.
         _native.probe_read(x, x + half, half, args.threads)
         _native.probe_write(x, x, to.data_ptr(), size, args.threads)
@@ -85,8 +87,9 @@ def main() -> None:
         ms = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
         for name in ("token_logprobs", "topk_div"):
             faster = ratio(times[f"{name} plain"], times[name])
+            label = f"{str(dtype).removeprefix('torch.')} {name}"
             print(
-                f"{str(dtype).removeprefix('torch.') + ' ' + name:26}{ms[name]:8.1f}{ms[name + ' plain']:20.1f}"
+                f"{label:26}{ms[name]:8.1f}{ms[name + ' plain']:20.1f}"
                 f"{faster:11.1f} × (≥{FLOOR:3.0f}){ms['memory']:13.1f}"
             )
 

@@ -14,7 +14,7 @@ import triton
 
 from kl_gpu.kinds import KINDS
 from kl_gpu.problem import Problem
-from kl_gpu.triton import launch, rows, stats
+from kl_gpu.triton import launch, remainder, rows, stats
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What the compiler may know of V and the row strides: that 16 divides them, or nothing.
@@ -125,6 +125,38 @@ class StatsEntry(Entry):
         return stats.SHAPES
 
 
+@dataclass(frozen=True)
+class RemainderEntry(Entry):
+    """One of the kernels of `kl_gpu.triton.remainder`, at 64 ids a row: one tensor of logits."""
+
+    types: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("n_rows", "n_ids", "words", "parts", "part_columns"), "i32"),
+        **dict.fromkeys(("stats_ptr", "given_ptr", "rest_ptr", "entropy_ptr"), "*fp64"),
+        "ids_ptr": "*i64",
+        "words_ptr": "*i32",
+        "marks_ptr": "*u8",
+    }
+
+    @property
+    def function(self) -> Any:
+        return remainder.remainder_kernel if self.sweeps_value else remainder.remainder_gradient_kernel
+
+    def configuration(self, dtype: str, V: int, lanes: int) -> dict[str, Any]:
+        logits = torch.empty(1, 1, V, dtype=DTYPES[dtype], device="meta")
+        config = remainder.program(logits, 64, lanes)
+        return {**config, "HAS_ROWS": True, "ENTROPY": self.kind.endswith("entropy")}
+
+    def programs(self, dtype: str, V: int, lanes: int) -> int:
+        return 1 if self.sweeps_value else super().programs(dtype, V, lanes)
+
+    def _step(self, problem: Problem, config: dict[str, Any]) -> int:
+        return int(config["R"] * config["VEC"])
+
+    @property
+    def _shapes(self) -> dict[int, launch.ProgramShape]:
+        return remainder.SHAPES
+
+
 def _student(kind: str) -> str:
     return "a" if KINDS[kind].weights == "student" else "b"
 
@@ -139,6 +171,9 @@ def entries() -> Iterator[Entry]:
         for side in sides:
             yield _entry(family, True, side)
     yield StatsEntry("token_stats", "both kl", "kl", True, "", loops=(0,), ahead=1)
+    for kind in ("remainder", "remainder, entropy"):
+        yield RemainderEntry("value", kind, "remainder", True, "", (0,), reads=1, ahead=1)
+        yield RemainderEntry("gradient", kind, "remainder", False, "", (-1,), reads=1, writes=1)
 
 
 def steps(kind: str, work: str) -> list[tuple[str, str]]:

@@ -91,8 +91,9 @@ void for_each_piece(const Layout& layout, F f) {
 void settle(const Layout& layout, std::int64_t r, RemainderSums sums, bool entropy, double* u, double* spread,
             double* stats) {
     RemainderForm form = RemainderForm::fp32;
-    // Not finite in fp32: fp64 has the last word on what is a NaN and what only overflowed.
-    if (!layout.fits_fp32() || sums.bad || !(std::fabs(sums.m) < 0x1p100 || sums.z == 0)) {
+    // fp64 has the last word on what is a NaN, and where the rounding of m itself is an exponent that shows.
+    const bool has_mass = sums.m > -__builtin_inf();
+    if (!layout.fits_fp32() || sums.bad || (has_mass && !(std::fabs(sums.m) < 0x1p20))) {
         form = RemainderForm::fp64;
         sums = layout.of().sum_in_fp64(layout.row(r));
     }

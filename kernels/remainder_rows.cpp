@@ -72,7 +72,7 @@ inline TileSums<V> sweep_tile(const Tile<T>& tile, V k, V m) {
         const auto x = load_pair(tile.at[i]);
         top0 = max(x.x, top0);
         top1 = max(x.y, top1);
-        const V y0 = max(mad(x.x, k, -m), deepest), y1 = max(mad(x.y, k, -m), deepest);
+        const V y0 = max(fma(x.x, k, -m), deepest), y1 = max(fma(x.y, k, -m), deepest);
         const V w0 = exp2(y0), w1 = exp2(y1);
         z0 += w0;
         z1 += w1;

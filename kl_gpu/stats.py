@@ -171,7 +171,7 @@ def token_stats(
     if shift:
         student, teacher = student[:, :-1], teacher[:, :-1]
         labels = None if labels is None else labels[:, 1:]
-    if labels is not None:
+    if labels is not None and counts is not None:
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             checks.labels_are_columns(labels, counts, vocab_size)
         labels = labels.long()

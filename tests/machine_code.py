@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from bench.audit import audit_one
-from bench.kernels import Entry, entries
+from bench.kernels import Entry, RemainderEntry, entries
 
 # Where kernels are compiled in their heaviest form and one dtype only.
 HEAVIEST = (
@@ -29,6 +29,8 @@ def is_heaviest(entry: Entry) -> bool:
 def cases() -> Iterator[tuple[Entry, str, str, str]]:
     """(entry, dtype, architecture, class of V)"""
     for entry in entries():
+        if isinstance(entry, RemainderEntry):
+            continue  # remainder_code.py
         kl = "kl" in entry.kind
         for dtype in ("bf16", "fp16", "fp32") if kl else ("bf16",):
             # The other dtypes differ little, as KL shows.

@@ -724,6 +724,25 @@ def test_verl_forward_kl_topk(backend: str) -> None:
     agree_on_topk(verl_topk, backend, "verl", tail="truncate")
 
 
+@pytest.mark.parametrize("beta", [0.2, 0.5])
+def test_verl_jsd_topk(backend: str, beta: float) -> None:
+    def theirs(student: Tensor, logprobs: Tensor, ids: Tensor) -> Tensor:
+        log_q = log_softmax(student, 1.0).gather(-1, ids)
+        p, q = logprobs.exp(), log_q.exp()
+        log_m = (beta * p + (1 - beta) * q).log()
+        return (beta * p * (logprobs - log_m) + (1 - beta) * q * (log_q - log_m)).sum(-1)
+
+    agree_on_topk(theirs, backend, "verl", kind="js", beta=beta, tail="generalized")
+
+
+def test_verl_reverse_kl_topk_less_the_masses(backend: str) -> None:
+    def theirs(student: Tensor, logprobs: Tensor, ids: Tensor) -> Tensor:
+        log_q = log_softmax(student, 1.0).gather(-1, ids)
+        return (log_q.exp() * (log_q - logprobs) - log_q.exp() + logprobs.exp()).sum(-1)
+
+    agree_on_topk(theirs, backend, "verl", kind="reverse_kl", tail="generalized")
+
+
 def test_verl_clamp_differs_below_1e_8(backend: str) -> None:
     student = torch.zeros(1, 20, dtype=torch.float64, device=DEVICE)
     student[0, 3] = -30.0  # q = 5e-15 at an id

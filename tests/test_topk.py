@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -555,3 +557,23 @@ def test_refused(
         kl_gpu.topk_div(**call)
     with pytest.raises(error, match=re.compile(message, re.DOTALL)):
         kl_gpu.topk_div(**call | arguments)
+
+
+def known_tails() -> Iterator[tuple[int, list[float]]]:
+    """Per K: the probability of the ids, the dense forward KL, and each tail's value."""
+    generator = torch.Generator().manual_seed(5)
+    teacher = 3 * torch.randn(1, 1000, generator=generator, dtype=torch.float64)
+    student = teacher + 0.5 * torch.randn(1, 1000, generator=generator, dtype=torch.float64)
+    dense = kl_gpu.kl_div(student, teacher, backend="eager").item()
+    for k in (1, 8, 64, 1000):
+        logprobs, ids = teacher.log_softmax(-1).topk(k)
+        values = [
+            kl_gpu.topk_div(student, logprobs, ids, tail=tail, backend="eager").item() for tail in TAIL_KINDS
+        ]
+        yield k, [logprobs.exp().sum().item(), dense, *values]
+
+
+def test_the_page_states_what_the_tails_give() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "offline-distillation.md").read_text()
+    for k, figures in known_tails():
+        assert f"| {k} | " + " | ".join(f"{x:.4f}" for x in figures) + " |" in page

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from ..remainder import STATS, Part
-from .launch import ProgramShape, configuration, high_low, parts_of, resident_programs
+from .launch import LANES, ProgramShape, configuration, high_low, parts_of, resident_programs
 from .tiles import (
     LOG2E,
     NO_REFERENCE,
@@ -139,7 +139,10 @@ def remainder_kernel(
             tl.store(stats, n)
             tl.store(stats + 1, 1.0 / z)
             tl.store(stats + 2, tl.where(z == 0, 0.0, log_z - t / LOG2E) if ENTROPY else z * 0.0)
-            tl.store(stats + 3, tl.where(z == 0, -float("inf"), u))
+            u = tl.where(z == 0, -float("inf"), u)
+            # Past 2^24 the rounding of n is an exponent: NaN rather than noise.
+            vast = (n > NO_REFERENCE) & (tl.abs(n) > (16777216.0 if tl.float32 == CT else 1e15))
+            tl.store(stats + 3, tl.where(vast, float("nan"), u))
 
 
 @triton.jit
@@ -211,17 +214,18 @@ def remainder_gradient_kernel(
             tl.store(grad + column, narrow(value.to(CT), grad.dtype.element_ty), mask=inside)
 
 
-# By the logit's bytes: 8 columns are one access of 16 bytes in 16 bits, two in float32.
-SHAPES = {2: ProgramShape(16), 4: ProgramShape(8), 8: ProgramShape(4)}
-_FROM_CONFIGURATION = ("CT", "R", "VEC", "WIDE", "num_warps")
+# By the logit's bytes: 8 columns are one access of 16 bytes in 16 bits, two in float32. Left alone, ptxas holds
+# the form for odd V to 128 registers on sm_80 and spills.
+SHAPES = {2: ProgramShape(16, 160), 4: ProgramShape(8), 8: ProgramShape(4)}
+_FROM_CONFIGURATION = ("CT", "R", "VEC", "WIDE", "num_warps", "maxnreg")
 
 
-def program(logits: Tensor, n_ids: int) -> dict[str, Any]:
+def program(logits: Tensor, n_ids: int, lanes: int = LANES) -> dict[str, Any]:
     """What both kernels are compiled for: dtype and V, never the number of rows, and ids by powers of two."""
-    config = configuration(Problem(logits, logits, None, "kl", 0.0, 1.0, 1.0), SHAPES)
+    config = configuration(Problem(logits, logits, None, "kl", 0.0, 1.0, 1.0), SHAPES, lanes)
     # Fewer than a warp of ids is more programs to compile for nothing.
     ids = min(max(triton.next_power_of_2(n_ids), 32), 1024)
-    return {name: config[name] for name in _FROM_CONFIGURATION} | {"IDS": ids}
+    return {name: config[name] for name in _FROM_CONFIGURATION if name in config} | {"IDS": ids}
 
 
 def remainder(part: Part, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,23 @@
+"""Compiles the kernels of kl_gpu.triton.remainder, and prints one JSON object per compilation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from bench.audit import audit_one
+from bench.kernels import RemainderEntry, entries
+
+CASES = (
+    ("bf16", "sm_90", "aligned"),
+    ("fp32", "sm_80", "aligned"),
+    ("bf16", "sm_100", "aligned"),
+    ("bf16", "gfx942", "aligned"),
+    ("bf16", "sm_90", "odd"),
+)
+
+if __name__ == "__main__":
+    for entry in entries():
+        if isinstance(entry, RemainderEntry):
+            for case in CASES:
+                print(json.dumps(asdict(audit_one(entry, *case))), flush=True)
