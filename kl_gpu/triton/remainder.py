@@ -214,8 +214,8 @@ def remainder_gradient_kernel(
             tl.store(grad + column, narrow(value.to(CT), grad.dtype.element_ty), mask=inside)
 
 
-# By the logit's bytes: 8 columns are one access of 16 bytes in 16 bits, two in float32. Left alone, ptxas holds
-# the form for odd V to 128 registers on sm_80 and spills.
+# By the logit's bytes: 8 columns are one access of 16 bytes in 16 bits, two in float32. Left alone, ptxas
+# holds the form for odd V to 128 registers on sm_80 and spills.
 SHAPES = {2: ProgramShape(16, 160), 4: ProgramShape(8), 8: ProgramShape(4)}
 _FROM_CONFIGURATION = ("CT", "R", "VEC", "WIDE", "num_warps", "maxnreg")
 
