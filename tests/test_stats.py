@@ -144,7 +144,7 @@ def test_identical_logits(backend: str) -> None:
             assert (found.reverse_kl == 0).all()
             assert (found.top1_agree == 1).all()
             assert torch.equal(found.student_entropy, found.teacher_entropy)
-            assert (found.student_entropy > 1e-9).all() == (vocab > 1)
+            assert ((found.student_entropy > 1e-6) == (vocab > 1)).all()
 
 
 def test_uniform_rows(backend: str) -> None:
