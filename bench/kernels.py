@@ -132,7 +132,7 @@ class RemainderEntry(Entry):
     }
 
     @property
-    def function(self) -> Any:  # type: ignore[override]
+    def function(self) -> Any:
         return remainder.remainder_kernel if self.sweeps_value else remainder.remainder_gradient_kernel
 
     def configuration(self, dtype: str, V: int) -> dict[str, Any]:

@@ -126,7 +126,10 @@ public:
 private:
     bool refer_to(double top) {
         const S m = static_cast<S>(top) * k_;
-        if (!(std::fabs(m) < static_cast<S>(__builtin_inf()))) return false;
+        if (!(std::fabs(m) < static_cast<S>(__builtin_inf()))) {
+            total.bad = total.bad || top > -__builtin_inf();  // a product past the format's range, or +inf
+            return false;
+        }
         RemainderSums moved;
         moved.m = static_cast<double>(m);
         moved += total;
