@@ -22,7 +22,6 @@ public:
     const T* at[kTile / kStep<T>];
 
     void start(const T* x, std::int64_t n) {
-        x_ = x;
         steps = n / kStep<T>;
         for (std::int64_t i = 0; i < steps; ++i) at[i] = x + i * kStep<T>;
         const std::int64_t rest = n - steps * kStep<T>;
@@ -42,10 +41,7 @@ public:
         copy_[step][column % kStep<T>] = minus_infinity<T>();
     }
 
-    bool is_own(std::int64_t step) const { return at[step] != copy_[step]; }
-
 private:
-    const T* x_ = nullptr;
     alignas(64) T copy_[kTile / kStep<T>][kStep<T>];
 };
 
