@@ -22,7 +22,6 @@ public:
     const T* at[kTile / kStep<T>];
 
     void start(const T* x, std::int64_t n) {
-        x_ = x;
         steps = n / kStep<T>;
         for (std::int64_t i = 0; i < steps; ++i) at[i] = x + i * kStep<T>;
         const std::int64_t rest = n - steps * kStep<T>;
@@ -42,10 +41,7 @@ public:
         copy_[step][column % kStep<T>] = minus_infinity<T>();
     }
 
-    bool is_own(std::int64_t step) const { return at[step] != copy_[step]; }
-
 private:
-    const T* x_ = nullptr;
     alignas(64) T copy_[kTile / kStep<T>][kStep<T>];
 };
 
@@ -126,7 +122,10 @@ public:
 private:
     bool refer_to(double top) {
         const S m = static_cast<S>(top) * k_;
-        if (!(std::fabs(m) < static_cast<S>(__builtin_inf()))) return false;
+        if (!(std::fabs(m) < static_cast<S>(__builtin_inf()))) {
+            total.bad = total.bad || top > -__builtin_inf();  // a product past the format's range, or +inf
+            return false;
+        }
         RemainderSums moved;
         moved.m = static_cast<double>(m);
         moved += total;

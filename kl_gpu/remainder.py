@@ -77,7 +77,7 @@ def _check_ids(ids: Tensor, rows: Tensor | None, columns: int, argument: str) ->
     """Refuse ids that are out of range or given twice. Waits for the device."""
     lowest = 0 if argument == "token_ids" else -1
     if rows is not None:
-        ids = torch.where(rows[..., None], ids, lowest if ids.shape[-1] == 1 else -1)
+        ids = torch.where(rows[..., None], ids, lowest)
     outside = (ids >= columns) | (ids < lowest)
     if bool(outside.any()):
         absent = ", or -1 for an absent entry" if lowest else ""

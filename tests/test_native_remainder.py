@@ -1,4 +1,4 @@
-"""The C++ kernels behind token_logprobs and topk_div: every instruction set, any bits, any place."""
+"""The C++ kernels behind token_logprobs and topk_div: every instruction set, any bits, any column."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ AGAINST_EAGER = """
             x[1] = x[1] * 0 - 3e4
             x[2, ::3] = -torch.inf
             ends = torch.iinfo(raw)
-            # Any bits at all but NaN and +inf.
+            # Any bits at all but NaN and +inf, and what log2(e) would make infinite in float64.
             wild = torch.randint(ends.min, ends.max, (columns,), dtype=raw, generator=g).view(dtype)
             x[3] = torch.where(wild.isnan() | (wild == torch.inf), torch.zeros((), dtype=dtype), wild)
+            if dtype == torch.float64:
+                x[3] = x[3].clamp(-1e300, 1e300)
             x[4, columns // 2] = torch.nan
             x[5, 0] = torch.inf
             k = min(columns, 40)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kl_gpu
-from kl_gpu import reference, reference_topk, remainder
+from kl_gpu import reference, reference_topk, remainder, tails
 from kl_gpu.tails import RESOLUTION, TAIL_KINDS
 from support import DEVICE, DTYPES, GRADIENT, RELATIVE, ROUNDING, TINY, is_slow, record, to_numpy
 
@@ -436,6 +436,17 @@ def test_opcheck(backend: str, with_rows: bool) -> None:
             remainder.remainder_gradient,
             (student, ids, rows, stats, to_given, flow, to_entropy, 0.5, backend, grad),
         )
+
+
+@pytest.mark.parametrize("tail", TAIL_KINDS)
+def test_opcheck_of_the_formulas(tail: str) -> None:
+    given, log_p = torch.randn(2, 3, 5, device=DEVICE).double(), torch.randn(2, 3, 5, device=DEVICE).double()
+    rest, has_rest = torch.randn(2, 3, device=DEVICE).double(), torch.ones(2, 3, device=DEVICE).bool()
+    log_p = (log_p - 3).clamp_max(-2)
+    for rest_log_p in (None, rest - 4):
+        arguments = (given, rest, log_p, rest_log_p, has_rest, "forward_kl", 0.0, tail, 1.0, 2.0**-24)
+        torch.library.opcheck(tails.topk, arguments)
+    torch.library.opcheck(tails.token, (given[..., 0], rest, rest.abs()))
 
 
 class _Largest(TorchDispatchMode):

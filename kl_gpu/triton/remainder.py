@@ -141,7 +141,7 @@ def remainder_kernel(
             tl.store(stats + 2, tl.where(z == 0, 0.0, log_z - t / LOG2E) if ENTROPY else z * 0.0)
             u = tl.where(z == 0, -float("inf"), u)
             # Past 2^24 the rounding of n is an exponent: NaN rather than noise.
-            vast = (n > NO_REFERENCE) & (tl.abs(n) > (16777216.0 if tl.float32 == CT else 1e15))
+            vast = (n > 0.5 * NO_REFERENCE) & (tl.abs(n) > (16777216.0 if tl.float32 == CT else 1e15))
             tl.store(stats + 3, tl.where(vast, float("nan"), u))
 
 
