@@ -94,7 +94,7 @@ def present(record: RlhfRecord, console: Console, folder: Path) -> None:
         return
     count, tokens = record.setup["held_out_prompts"], record.settings["tokens"]
     say(console, f"\nOn {count} held-out prompts, {tokens} tokens to each; KL in nats a completion:")
-    console.print(_table(runs))
+    console.print(_table(runs, record.settings["coefficient"]))
     figures = folder / "rlhf_kl.json"
     figures.write_text(json.dumps(record.as_json(), indent=1))
     plot = folder / "rlhf_kl.png"
@@ -103,19 +103,20 @@ def present(record: RlhfRecord, console: Console, folder: Path) -> None:
     print(plot)
 
 
-def _table(runs: dict[str, PolicyRun]) -> Table:
-    headings = ("steps", "reward", "KL(policy‖ref.)")
+def _table(runs: dict[str, PolicyRun], coefficient: float) -> Table:
+    headings = ("steps", "reward", "KL(policy‖ref)", "reward − β KL")
     table = Table("penalty", "applied as", *(right(h) for h in headings))
-    table.add_row("the reference", "", "", *_cells(next(iter(runs.values())).held_out[0]))
+    table.add_row("the reference", "", "", *_cells(next(iter(runs.values())).held_out[0], coefficient))
     for name, run in runs.items():
         step, latest = max(run.held_out.items())
-        table.add_row(name, FORMS[name], str(step), *_cells(latest))
+        table.add_row(name, FORMS[name], str(step), *_cells(latest, coefficient))
     return table
 
 
-def _cells(measured: HeldOut) -> tuple[str, str]:
+def _cells(measured: HeldOut, coefficient: float) -> tuple[str, str, str]:
     reward = f"{measured.reward:.3f} ± {measured.reward_error:.3f}"
-    return reward, f"{measured.kl:.3f} ± {measured.kl_error:.3f}"
+    kl = f"{measured.kl:.2f} ± {measured.kl_error:.2f}"
+    return reward, kl, f"{measured.reward - coefficient * measured.kl:.3f}"
 
 
 def _label(form: str) -> str:

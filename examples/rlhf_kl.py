@@ -38,14 +38,14 @@ def _parser() -> Parser:
         meaning += "; default: %(default)s"
         parser.add_argument(name, metavar="R", type=positive_number, default=default, help=meaning)
 
-    count("--pretraining", 1, 250, "steps of the reference")
-    count("--steps", 1, 60, "of each policy")
+    count("--pretraining", 1, 300, "steps of the reference")
+    count("--steps", 1, 32, "of each policy")
     count("--prompts", 1, 16, "a step")
     count("--samples", 2, 4, "completions of each prompt")
     count("--prompt", 2, 24, "tokens of a prompt")
     count("--tokens", 1, 40, "of a completion")
-    count("--held-out", 2, 256, "prompts to measure on")
-    number("--rate", 3e-4, "learning rate of the policies")
+    count("--held-out", 2, 128, "prompts to measure on")
+    number("--rate", 5e-4, "learning rate of the policies")
     number("--coefficient", 0.02, "the penalty's: reward per nat of a completion's KL")
     add_common_options(parser)
     return parser
