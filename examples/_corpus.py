@@ -117,13 +117,13 @@ def _decoded(file: Path) -> str:
         return ""
 
 
-def trained_tokeniser(documents: Sequence[str]) -> PreTrainedTokenizerFast:
+def trained_tokeniser(documents: Sequence[str], vocabulary: int = _VOCABULARY) -> PreTrainedTokenizerFast:
     """Byte-level BPE, trained on a part of `documents` that is spread over all of them."""
     tokeniser = Tokenizer(models.BPE())
     tokeniser.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokeniser.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=_VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[_START],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

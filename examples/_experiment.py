@@ -10,14 +10,14 @@ from typing import Any
 
 import _models
 import torch
+from _checks import check_backend, check_folder
 from _corpus import Text, Windows, read, trained_tokeniser, windows
 from _cost import compare
-from _report import DISTILLED, LABELS_ALONE, TEACHER, Progress, Record, Run, introduction, present
+from _report import DISTILLED, LABELS_ALONE, TEACHER, Record, Run, introduction, present
 from _settings import BadInput, Settings
+from _show import Progress
 from _training import Bench, train
 from rich.console import Console
-
-from kl_gpu import kl_div
 
 _TEACHER_STEPS = 2  # for each step of a student
 _SAMPLE = 20_000  # characters that two tokenisers must cut alike
@@ -26,7 +26,8 @@ _SAMPLE = 20_000  # characters that two tokenisers must cut alike
 def study(settings: Settings) -> int:
     """Returns the exit code. Ctrl-C ends it early; what was measured until then is reported all the same."""
     console = Console()
-    _check(settings)
+    check_folder(settings.out)
+    check_backend(settings.backend, settings.device)
     record = Record({name: str(v) if isinstance(v, Path) else v for name, v in asdict(settings).items()})
     start = time.perf_counter()
     code = 0
@@ -40,19 +41,6 @@ def study(settings: Settings) -> int:
     record.seconds = time.perf_counter() - start
     present(record, console, settings.out)
     return code
-
-
-def _check(settings: Settings) -> None:
-    """Finds out before the work, not behind it."""
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out: cannot write to {settings.out}: {error.strerror}") from error
-    probe = torch.zeros(1, 2, device=settings.device)
-    try:
-        kl_div(probe, probe, backend=settings.backend)
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise BadInput(f"--backend: {error}") from error
 
 
 def _run(settings: Settings, record: Record, console: Console) -> None:

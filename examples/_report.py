@@ -1,19 +1,18 @@
-"""What a run found: kept as it comes, shown while it grows, then printed, drawn and saved."""
+"""What a run found: kept as it comes, then printed, drawn and saved."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from _cost import Comparison
+from _show import right, say
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich import progress
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 TEACHER, LABELS_ALONE, DISTILLED = "teacher", "student, labels alone", "student, kl_gpu"
 
@@ -40,6 +39,21 @@ class Run:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def done(self) -> int:
+        return len(self.loss)
+
+    @property
+    def state(self) -> str:
+        return f"loss {self.loss[-1]:.3f}  {self.tokens_per_second:,.0f} tokens/s"
+
+    @property
+    def news(self) -> str | None:
+        if not (measured := self.held_out.get(self.done)):
+            return None
+        kl = "" if measured.kl is None else f", KL(teacher‖model) {measured.kl:.4f}"
+        return f"held-out perplexity {measured.perplexity:,.1f}{kl}"
 
 
 @dataclass
@@ -77,55 +91,12 @@ def introduction(setup: dict[str, Any]) -> str:
     )
 
 
-class Progress:
-    """A bar for each run; where the output is no terminal, a line each time the held-out text is measured."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bars = progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(bar_width=20),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[state]}"),
-            progress.TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not console.is_terminal,
-        )
-
-    def __enter__(self) -> Progress:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def follow(self, name: str, run: Run) -> Callable[[], None]:
-        """Shows `run` from now on; the function it returns says that `run` went on."""
-        task = self._bars.add_task(name, total=run.steps, state="", visible=run.steps > 0)
-
-        def notify() -> None:
-            step = len(run.loss)
-            if step:
-                state = f"loss {run.loss[-1]:.3f}  {run.tokens_per_second:,.0f} tokens/s"
-                self._bars.update(task, completed=step, state=state)
-            if not self._console.is_terminal and (measured := run.held_out.get(step)):
-                kl = "" if measured.kl is None else f", KL(teacher‖model) {measured.kl:.4f}"
-                perplexity = f"held-out perplexity {measured.perplexity:,.1f}"
-                _say(self._console, f"{name}, step {step} of {run.steps}: {perplexity}{kl}")
-
-        return notify
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False)
-
-
 def present(record: Record, console: Console, folder: Path) -> None:
     """Prints the tables, saves the figures and the plot, and names the plot last."""
     if not any(run.held_out for run in record.runs.values()):
         console.print("Nothing was measured yet.")
         return
-    _say(console, f"\nOn {record.setup['held_out_tokens']:,} tokens held out from training:")
+    say(console, f"\nOn {record.setup['held_out_tokens']:,} tokens held out from training:")
     console.print(_models_table(record))
     if record.cost:
         _present_cost(record.cost, console)
@@ -138,7 +109,7 @@ def present(record: Record, console: Console, folder: Path) -> None:
 
 
 def _models_table(record: Record) -> Table:
-    table = Table("model", *(_right(h) for h in ("steps", "KL(teacher‖model), nats/token", "perplexity")))
+    table = Table("model", *(right(h) for h in ("steps", "KL(teacher‖model), nats/token", "perplexity")))
     for name, run in record.runs.items():
         if run.held_out:
             step, latest = max(run.held_out.items())
@@ -150,17 +121,13 @@ def _models_table(record: Record) -> Table:
 def _present_cost(cost: Comparison, console: Console) -> None:
     shape = " × ".join(map(str, cost.shape))
     size = _mib(cost.student_bytes)
-    _say(console, f"\nThe loss on logits of the held-out text, {shape}, {size} the student's:")
-    table = Table("loss", *(_right(h) for h in ("value", "time", "peak extra memory")))
+    say(console, f"\nThe loss on logits of the held-out text, {shape}, {size} the student's:")
+    table = Table("loss", *(right(h) for h in ("value", "time", "peak extra memory")))
     for name, one in cost.costs.items():
         table.add_row(name, f"{one.value:.6f}", f"{one.seconds * 1e3:,.1f} ms", _mib(one.peak_bytes))
     console.print(table)
-    _say(console, f"Time: forward and backward, median of {cost.repeats}, interleaved.")
-    _say(console, f"Memory: beyond the logits, the gradient included; {cost.memory_method}.")
-
-
-def _right(heading: str) -> Column:
-    return Column(heading, justify="right")
+    say(console, f"Time: forward and backward, median of {cost.repeats}, interleaved.")
+    say(console, f"Memory: beyond the logits, the gradient included; {cost.memory_method}.")
 
 
 def _mib(size: int) -> str:

@@ -20,45 +20,13 @@ This file is the command line; the work is in `_experiment.py`, and `_corpus.py`
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import NoReturn
 
-# Read when torch is first imported.
-_ENVIRONMENT = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # makes cuBLAS give the same bits again
-    "KINETO_LOG_LEVEL": "99",  # keeps the profiler from writing between the tables
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait halve the speed on a busy machine
-}
+from _command import Parser, add_common_options, answer, positive_number, whole
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
-def _whole(low: int) -> Callable[[str], int]:
-    def whole_number(text: str) -> int:
-        if not low <= (number := int(text)) < 2**31:
-            raise argparse.ArgumentTypeError(
-                f"expected a whole number of at least {low} and below 2**31, got {text}"
-            )
-        return number
-
-    return whole_number
-
-
-def _positive_number(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text}")
-    return number
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="distill.py",
         description="Distil a teacher into a student through kl_gpu, and the same student by labels alone. "
         "Without --teacher, small models are made here. What has no default below depends on the device.",
@@ -66,17 +34,21 @@ def _parser() -> _Parser:
     add = parser.add_argument
     add("--teacher", metavar="NAME", help="hub name or folder of a causal language model; it is not trained")
     add("--student", metavar="NAME", help="the same for the student; needs --teacher")
-    add("--text", metavar="PATH", type=Path, help="a file, or a folder of *.py, *.md and *.txt")
-    add("--steps", metavar="N", type=_whole(1), help="of each student; the teacher takes twice as many")
-    add("--batch", metavar="N", type=_whole(1), help="windows of text a step")
-    add("--sequence", metavar="N", type=_whole(2), help="tokens a window")
-    add("--rate", metavar="R", type=_positive_number, help="peak learning rate")
-    add("--temperature", metavar="T", type=_positive_number, default=1.0, help="default: %(default)s")
-    add("--seed", metavar="N", type=_whole(0), default=0, help="same seed, same run; default: %(default)s")
+    add("--steps", metavar="N", type=whole(1), help="of each student; the teacher takes twice as many")
+    add("--batch", metavar="N", type=whole(1), help="windows of text a step")
+    add("--sequence", metavar="N", type=whole(2), help="tokens a window")
+    add("--rate", metavar="R", type=positive_number, help="peak learning rate")
+    add("--temperature", metavar="T", type=positive_number, default=1.0, help="default: %(default)s")
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    add("--backend", metavar="NAME", help="of kl_gpu; default: its own choice")
-    add("--out", metavar="PATH", type=Path, default=Path("out"), help="for the results; default: %(default)s")
+    add_common_options(parser)
     return parser
+
+
+def _work(options: argparse.Namespace) -> int:
+    from _experiment import study
+    from _settings import Settings
+
+    return study(Settings.choose(**vars(options)))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,22 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.student and not options.teacher:
         parser.error("--student needs --teacher: one trained here would have a tokeniser of its own")
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    try:
-        # Only now, because they take seconds: a bad option is answered at once, and Ctrl-C is clean here too.
-        from _experiment import study
-        from _settings import BadInput, Settings
-
-        try:
-            return study(Settings.choose(**vars(options)))
-        except BadInput as error:
-            parser.error(str(error))
-    except ModuleNotFoundError as error:
-        parser.error(f"{error.name} is not installed: pip install 'kl_gpu[demo]'")
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
+    return answer(parser, lambda: _work(options))
 
 
 if __name__ == "__main__":

@@ -31,9 +31,10 @@ Main = Callable[[list[str]], int]
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Main]:
     monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    import _command
     import distill
 
-    for name in distill._ENVIRONMENT:
+    for name in _command.ENVIRONMENT:
         monkeypatch.setenv(name, os.environ.get(name, ""))  # the example sets them, and pytest puts them back
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # work this small waits for its threads more than it gains by them
