@@ -23,7 +23,7 @@ from _training import Bench, train
 from rich.console import Console
 
 _REFERENCE = Size(128, 2)
-# A small vocabulary: of 32 000 tokens, a model that is pretrained for a minute would learn the most frequent.
+# Of 32 000 tokens, half a minute of pretraining would teach only the most frequent.
 _VOCABULARY = 2_048
 _PRETRAINING_BATCH = 16
 _PRETRAINING_RATE = 3e-3

@@ -38,7 +38,7 @@ class HeldOut:
 class PolicyRun:
     """The training of one policy; `held_out` maps steps done to what was measured then."""
 
-    penalty: str
+    applied: str  # where the penalty goes
     steps: int
     reward: list[float] = field(default_factory=list)  # of each step's own completions
     held_out: dict[int, HeldOut] = field(default_factory=dict)
@@ -93,23 +93,25 @@ def present(record: RlhfRecord, console: Console, folder: Path) -> None:
         console.print("Nothing was measured yet.")
         return
     count, tokens = record.setup["held_out_prompts"], record.settings["tokens"]
-    say(console, f"\nOn {count} held-out prompts, {tokens} tokens to each; KL in nats a completion:")
-    console.print(_table(runs, record.settings["coefficient"]))
+    say(console, f"\nCompletions of {count} held-out prompts, {tokens} tokens each; ± is a standard error:")
+    coefficient = record.settings["coefficient"]
+    console.print(_table(runs, coefficient))
+    say(console, f"KL in nats a completion, exact at every token; objective: reward − {coefficient:g} KL.")
     figures = folder / "rlhf_kl.json"
     figures.write_text(json.dumps(record.as_json(), indent=1))
     plot = folder / "rlhf_kl.png"
-    _drawn(runs, record.settings["coefficient"]).savefig(plot, dpi=150)
+    _drawn(runs, coefficient).savefig(plot, dpi=150)
     print(f"{record.seconds:.0f} s in all. All figures: {figures}")
     print(plot)
 
 
 def _table(runs: dict[str, PolicyRun], coefficient: float) -> Table:
-    headings = ("steps", "reward", "KL(policy‖ref)", "reward − β KL")
-    table = Table("penalty", "applied as", *(right(h) for h in headings))
-    table.add_row("the reference", "", "", *_cells(next(iter(runs.values())).held_out[0], coefficient))
+    headings = ("steps", "reward", "KL(policy‖ref)", "objective")
+    table = Table("penalty", *(right(h) for h in headings))
+    table.add_row("the reference", "", *_cells(next(iter(runs.values())).held_out[0], coefficient))
     for name, run in runs.items():
         step, latest = max(run.held_out.items())
-        table.add_row(name, FORMS[name], str(step), *_cells(latest, coefficient))
+        table.add_row(_label(name), str(step), *_cells(latest, coefficient))
     return table
 
 
@@ -120,7 +122,7 @@ def _cells(measured: HeldOut, coefficient: float) -> tuple[str, str, str]:
 
 
 def _label(form: str) -> str:
-    return f"{form}, as {FORMS[form].replace(' and ', ' and in ')}" if FORMS[form] else "no penalty"
+    return f"{form}: {FORMS[form]}" if FORMS[form] else form
 
 
 def _drawn(runs: dict[str, PolicyRun], coefficient: float) -> Figure:

@@ -161,7 +161,7 @@ def test_compares_the_forms_and_repeats(
     assert start["kl"] == start["kl_error"] == 0.0
     assert len({run["held_out"]["4"]["kl"] for run in runs.values()}) == 5
     perplexity = [measured["perplexity"] for measured in found["reference"]["held_out"].values()]
-    assert perplexity[-1] < 0.5 * perplexity[0]
+    assert perplexity[-1] < 0.9 * perplexity[0]
 
     plot = tmp_path / "a" / "rlhf_kl.png"
     assert printed[-1] == str(plot)
