@@ -25,6 +25,7 @@ from .problem import TOKEN_STATS, Problem, arithmetic
 _MODULES = {"triton": "kl_gpu.triton", "native": "kl_gpu.native", "eager": "kl_gpu.eager"}
 BACKENDS = tuple(_MODULES)
 _TRITON_DEVICES = frozenset({"cuda", "xpu"})
+_OLDEST_TRITON = (3, 4)  # older compilers refuse the kernels
 
 # Backends that compute value and gradient in one visit of the row where the row factors are known.
 _FUSED = frozenset({"native", "triton"})
@@ -50,8 +51,13 @@ def _is_installed(module: str) -> bool:
         return False
 
 
+@cache
 def _has_triton() -> bool:
-    return _is_installed("triton")
+    if not _is_installed("triton"):
+        return False
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= _OLDEST_TRITON
 
 
 def _has_native() -> bool:
@@ -91,7 +97,10 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
             raise ValueError(f"backend='native' runs on the CPU, got tensors on {device}")
     if backend == "triton":
         if not _has_triton():
-            raise ValueError("backend='triton' needs the triton package, which is not installed")
+            oldest = ".".join(map(str, _OLDEST_TRITON))
+            raise ValueError(
+                f"backend='triton' needs the triton package, {oldest} or later, which is not installed"
+            )
         if device.type not in _TRITON_DEVICES and os.environ.get("TRITON_INTERPRET", "0") != "1":
             raise ValueError(
                 f"backend='triton' runs on {', '.join(sorted(_TRITON_DEVICES))}, got tensors on {device}; "

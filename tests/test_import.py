@@ -6,6 +6,9 @@ import json
 import subprocess
 import sys
 
+import pytest
+import torch
+
 
 def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -49,6 +52,23 @@ def test_without_the_compiled_kernels() -> None:
     assert said.startswith("1 ")
     assert "without its compiled CPU kernels" in said
     assert "install kl_gpu again" in message
+
+
+def test_a_triton_too_old_for_the_kernels_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    from kl_gpu import ops
+
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
+    ops._has_triton.cache_clear()
+    try:
+        assert ops.resolve_backend(None, torch.device("cuda")) == "eager"
+        with pytest.raises(ValueError, match=r"triton.*3\.4"):
+            ops.resolve_backend("triton", torch.device("cuda"))
+        monkeypatch.setattr(triton, "__version__", "3.10.0+git1")
+        ops._has_triton.cache_clear()
+        assert ops.resolve_backend(None, torch.device("cuda")) == "triton"
+    finally:
+        ops._has_triton.cache_clear()
 
 
 def test_import_leaves_triton_alone_and_is_quick() -> None:

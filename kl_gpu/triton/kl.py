@@ -208,9 +208,9 @@ def sweep(
     everywhere = tl.full([R, VEC], 1, tl.int1)
     # Two tiles a step where threads hold them in pairs of logits: half as often a maximum that all threads
     # wait for. Held one by one, two tiles and the next two take more registers than there are.
-    a_type: tl.constexpr = a_row.dtype.element_ty
-    b_type: tl.constexpr = b_row.dtype.element_ty
-    TWO: tl.constexpr = WIDE > 0 and a_type.primitive_bitwidth == 16 and b_type.primitive_bitwidth == 16
+    a_bits: tl.constexpr = a_row.dtype.element_ty.primitive_bitwidth
+    b_bits: tl.constexpr = b_row.dtype.element_ty.primitive_bitwidth
+    TWO: tl.constexpr = WIDE > 0 and a_bits + b_bits == 32
     STEP: tl.constexpr = 2 * BLOCK if TWO else BLOCK
     full = last - (last - first) % STEP
     # A step ahead: the barriers of a maximum would otherwise wait for its loads as well.
@@ -220,13 +220,13 @@ def sweep(
         if TWO:
             a, later_a = halves(next_a)
             b, later_b = halves(next_b)
-            a = unpacked(a, a_type, CT)
-            b = unpacked(b, b_type, CT)
-            later_a = unpacked(later_a, a_type, CT)
-            later_b = unpacked(later_b, b_type, CT)
+            a = unpacked(a, a_row.dtype.element_ty, CT)
+            b = unpacked(b, b_row.dtype.element_ty, CT)
+            later_a = unpacked(later_a, a_row.dtype.element_ty, CT)
+            later_b = unpacked(later_b, b_row.dtype.element_ty, CT)
         else:
-            a = unpacked(next_a, a_type, CT)
-            b = unpacked(next_b, b_type, CT)
+            a = unpacked(next_a, a_row.dtype.element_ty, CT)
+            b = unpacked(next_b, b_row.dtype.element_ty, CT)
             later_a = a
             later_b = b
         ahead = start + STEP
