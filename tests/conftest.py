@@ -48,7 +48,14 @@ def wide_programs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(launch, "WARPS", 64)
 
 
-OPTIONAL = ("hypothesis", "matplotlib", "mpmath", "rich", "scipy", "tokenizers", "transformers")
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run, the same in every process that takes a share of the tests."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+OPTIONAL = ("filelock", "hypothesis", "matplotlib", "mpmath", "rich", "scipy", "tokenizers", "transformers")
 
 
 def missing_package(path: Path) -> str | None:

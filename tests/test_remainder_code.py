@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.xdist_group("compile")
 
-from test_machine_code import run  # noqa: E402
+from test_machine_code import run
 
 
 @pytest.fixture(scope="module")
-def audits() -> list[dict]:
-    return run("remainder_code.py")
+def audits(shared_folder: Path) -> list[dict]:
+    return run("remainder_code.py", shared_folder)
 
 
 def test_each_was_compiled(audits: list[dict]) -> None:

@@ -21,7 +21,7 @@ from .tiles import (
 
 @triton.jit
 def _kl_tile(
-    a, b, side_a, side_b, c, lam, kl, up_a, up_b, scale, a_scale, b_scale,
+    a, b, side_a, near_a, side_b, c, lam, kl, up_a, up_b, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile to the logits of a and of b.
@@ -29,41 +29,42 @@ def _kl_tile(
     To b: b − a, by expm1 of r = log b − log a where the two are nearly equal, so that there too it has
     relative precision. To a: −a (r + KL).
     """
-    k_a, n_a, gain_a, drift_a = side_a
-    k_b, n_b, gain_b, drift_b = side_b
     r = log_probability_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE, EXACT)
-    e_a = exponent(a, k_a, n_a)
-    weight_a = tl.exp2(e_a)
     to_a = r
     to_b = r
     # Factors come last, so that a row without a gradient is NaN also where weights are 0.
     if TO_B:
+        k_a, n_a, gain_a, drift_a = side_a
+        k_b, n_b, gain_b, drift_b = side_b
+        e_a = exponent(a, k_a, n_a)
         e_b = exponent(b, k_b, n_b)
         if SAME_SCALE:
-            mass_a = weight_a
+            mass_a = tl.exp2(e_a)
             mass_b = tl.exp2(e_b) * (gain_b / gain_a)
             factor = gain_at(tl.maximum(e_a, e_b), gain_a * up_b, drift_a * up_b)
         else:
-            mass_a = weight_a * gain_at(e_a, gain_a, drift_a)
+            mass_a = tl.exp2(e_a) * gain_at(e_a, gain_a, drift_a)
             mass_b = tl.exp2(e_b) * gain_at(e_b, gain_b, drift_b)
             factor = up_b
         # −inf on both sides gives a NaN r, which is not near: 0 − 0.
         to_b = tl.where(tl.abs(r) < 0.5, mass_a * expm1_near(r), mass_b - mass_a) * factor
     if TO_A:
-        factor = gain_at(e_a, -gain_a * up_a, -drift_a * up_a)
-        to_a = tl.where(weight_a == 0, 0.0, weight_a * (r + kl)) * factor
+        k_a, n_a, gain_a, drift_a = near_a
+        e_a = exponent(a, k_a, n_a)
+        weight = tl.exp2(e_a)
+        to_a = tl.where(weight == 0, 0.0, weight * (r + kl)) * gain_at(e_a, -gain_a * up_a, -drift_a * up_a)
     return to_a, to_b
 
 
 @triton.jit
 def _gradient_tile(
-    a, b, side_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
+    a, b, side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr,
     TO_A: tl.constexpr, TO_B: tl.constexpr,
 ):  # fmt: skip
     if FAMILY == "kl":
         return _kl_tile(
-            a, b, side_a, side_b, c, lam, mean_a, up_a, up_b, scale, a_scale, b_scale,
+            a, b, side_a, near_a, side_b, c, lam, mean_a, up_a, up_b, scale, a_scale, b_scale,
             SAME_SCALE, EXACT, TO_A, TO_B,
         )  # fmt: skip
     else:
@@ -76,7 +77,7 @@ def _gradient_tile(
 @triton.jit
 def write_gradient(
     a_row, b_row, grad_a, grad_b, first, last,
-    side_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
+    side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, CT: tl.constexpr,
     TO_A: tl.constexpr, TO_B: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -88,8 +89,8 @@ def write_gradient(
         a = unpacked(load_tile(a_row + start, True, R, VEC, WIDE), a_row.dtype.element_ty, CT)
         b = unpacked(load_tile(b_row + start, True, R, VEC, WIDE), b_row.dtype.element_ty, CT)
         to_a, to_b = _gradient_tile(
-            a, b, side_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
-            SAME_SCALE, EXACT, FAMILY, TO_A, TO_B,
+            a, b, side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
+            scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, TO_A, TO_B,
         )  # fmt: skip
         if TO_A:
             tl.store(tile_pointers(grad_a + start, R, VEC, WIDE), narrow(to_a, grad_a.dtype.element_ty))
@@ -100,8 +101,8 @@ def write_gradient(
         a = tl.load(a_row + full + offsets, mask=inside, other=0.0).to(CT)
         b = tl.load(b_row + full + offsets, mask=inside, other=0.0).to(CT)
         to_a, to_b = _gradient_tile(
-            a, b, side_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
-            SAME_SCALE, EXACT, FAMILY, TO_A, TO_B,
+            a, b, side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
+            scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, TO_A, TO_B,
         )  # fmt: skip
         if TO_A:
             tl.store(grad_a + full + offsets, narrow(to_a, grad_a.dtype.element_ty), mask=inside)

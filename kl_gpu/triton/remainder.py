@@ -185,7 +185,7 @@ def remainder_gradient_kernel(
     flow = flow - turn * tl.load(stats + 2)
     moves = counts & ((flow != 0) | (turn != 0)) & (total != float("inf"))
     log_z = (-tl.log(total) * LOG2E).to(CT)
-    side = normalised(n, total.to(CT), k, scale, CT)
+    side = normalised(n, total.to(CT), k, scale, 15, CT)
     to_rest = flow.to(CT)
     to_log = (turn / LOG2E).to(CT)
     if moves:

@@ -115,8 +115,8 @@ def _second_sweep(
     kl = _statistic(stats, 6)
     value, mean_a, mean_b = formula_sums(
         a_row, b_row, first, last,
-        normalised(_statistic(stats, 0), _statistic(stats, 1), k_a, a_scale, CT),
-        normalised(_statistic(stats, 2), _statistic(stats, 3), k_b, b_scale, CT),
+        normalised(_statistic(stats, 0), _statistic(stats, 1), k_a, a_scale, 15, CT),
+        normalised(_statistic(stats, 2), _statistic(stats, 3), k_b, b_scale, 15, CT),
         _statistic(stats, 4), _statistic(stats, 5), beta, rest,
         scale, a_scale, b_scale, SAME_SCALE, FAMILY, CT, R, VEC, WIDE,
     )  # fmt: skip
@@ -163,10 +163,15 @@ def _gradient(
     if FAMILY != "kl":
         has_b = has_b & (tl.abs(mean_b) < float("inf"))
     up_b = tl.where(has_b, upstream * b_scale.to(CT), nan)
+    # The b − a of kl and tv subtracts exponentials that must be good far down; a (r + KL) multiplies one,
+    # whose error near the top counts KL times.
+    FAR: tl.constexpr = 31 if FAMILY == "kl" or FAMILY == "tv" else 15
+    n_a = _statistic(stats, 0)
+    inv_a = _statistic(stats, 1)
     write_gradient(
         a_row, b_row, grad_a, grad_b, first, last,
-        normalised(_statistic(stats, 0), _statistic(stats, 1), k_a, a_scale, CT),
-        normalised(_statistic(stats, 2), _statistic(stats, 3), k_b, b_scale, CT),
+        normalised(n_a, inv_a, k_a, a_scale, FAR, CT), normalised(n_a, inv_a, k_a, a_scale, 15, CT),
+        normalised(_statistic(stats, 2), _statistic(stats, 3), k_b, b_scale, FAR, CT),
         _statistic(stats, 4), _statistic(stats, 5), mean_a, mean_b, up_a, up_b, beta, rest,
         scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, CT, TO_A, TO_B, R, VEC, WIDE,
     )  # fmt: skip
