@@ -104,7 +104,7 @@ def test_memory_stays_the_limit(aligned: list[dict]) -> None:
             continue  # two logarithms a pair: arithmetic is the limit, and nothing is promised yet
         budget = BUDGET[a["kernel"]] * (2 if a["dtype"] == "fp32" else 1)
         if a["kernel"] == "token_stats" and a["dtype"] != "fp32":
-            budget = 50
+            budget = 50 if a["dtype"] == "bf16" else 55
         if a["kind"].endswith("to both"):
             budget *= 4 / 3  # a fourth tensor's bytes
         if a["dtype"] == "fp16" and a["kernel"] == "value_grad":
