@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .rows import Window
 
 
 class Call(NamedTuple):
@@ -18,26 +19,12 @@ class Call(NamedTuple):
     student_scale: float
     teacher_scale: float
     backend: str
-    vocab_size: int
-    shift: bool
+    window: Window
     inplace: bool
 
     @property
     def numbers(self) -> tuple[str, float, float, float, str]:
         return self[:5]
-
-    def columns(self, logits: Tensor) -> Tensor:
-        """The part of the logits that counts, as a view."""
-        if self.shift:
-            logits = logits[:, :-1]
-        return logits if logits.shape[-1] == self.vocab_size else logits[..., : self.vocab_size]
-
-    def zero_rest(self, grad: Tensor) -> None:
-        """Zero what `columns` leaves out."""
-        if grad.shape[-1] != self.vocab_size:
-            grad[..., self.vocab_size :].zero_()
-        if self.shift:
-            grad[:, -1:].zero_()
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -77,12 +64,12 @@ def _gradients(
     """row_scale · ∂value/∂logits of whole tensors, from the saved row statistics."""
     with torch.no_grad():
         grads = _buffers(student, teacher, call, needs)
-        narrow = [None if grad is None else call.columns(grad) for grad in grads]
-        sides = call.columns(student), call.columns(teacher)
+        narrow = [None if grad is None else call.window.of(grad) for grad in grads]
+        sides = call.window.of(student), call.window.of(teacher)
         ops.gradient(*sides, rows, stats, row_scale.to(stats.dtype), None, *call.numbers, *narrow)
         for grad in grads:
             if grad is not None:
-                call.zero_rest(grad)
+                call.window.zero_rest(grad)
         if needs[0] and call.inplace:
             # A second backward would read gradients as logits: the version counter makes it raise.
             torch.autograd.graph.increment_version(student)
@@ -105,7 +92,7 @@ class RowDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, rows: Tensor | None, call: Call) -> Tensor:
-        value, stats = ops.value(call.columns(student), call.columns(teacher), rows, *call.numbers)
+        value, stats = ops.value(call.window.of(student), call.window.of(teacher), rows, *call.numbers)
         ctx.save_for_backward(student, teacher, rows, stats)
         ctx.call = call
         return value
@@ -131,12 +118,12 @@ class WeightedSum(torch.autograd.Function):
         ctx: Any, student: Tensor, teacher: Tensor, rows: Tensor | None, row_scale: Tensor, call: Call
     ) -> Tensor:
         grads = _buffers(student, teacher, call, ctx.needs_input_grad[:2])
-        narrow = [None if grad is None else call.columns(grad) for grad in grads]
-        sides = call.columns(student), call.columns(teacher)
+        narrow = [None if grad is None else call.window.of(grad) for grad in grads]
+        sides = call.window.of(student), call.window.of(teacher)
         value, stats = ops.value_and_gradient(*sides, rows, row_scale, *call.numbers, *narrow)
         for grad in grads:
             if grad is not None:
-                call.zero_rest(grad)
+                call.window.zero_rest(grad)
         # The logits too: modifying them before backward must raise, as it does everywhere else.
         ctx.save_for_backward(student, teacher, rows, row_scale, stats)
         ctx.call, ctx.grads = call, grads
@@ -153,7 +140,7 @@ class WeightedSum(torch.autograd.Function):
             grads = _gradients(student, teacher, rows, stats, incoming * row_scale, call, needs)
         else:
             with torch.no_grad():
-                narrow = [None if grad is None else call.columns(grad) for grad in grads]
-                sides = call.columns(student), call.columns(teacher)
+                narrow = [None if grad is None else call.window.of(grad) for grad in grads]
+                sides = call.window.of(student), call.window.of(teacher)
                 ops.gradient(*sides, rows, stats, row_scale, incoming, *call.numbers, *narrow)
         return (*once_differentiable(grads, incoming, student, teacher), None, None, None)

@@ -145,9 +145,9 @@ def divergence(
     counts, weight = rows.that_count(mask, labels, ignore_index, weight, shift)
     student, teacher = rows.last_contiguous(student_logits), rows.last_contiguous(teacher_logits)
     scales = 1.0 / float(temperature), 1.0 / float(teacher_temperature)
-    call = Call(*KINDS[kind].at(beta), *scales, chosen, vocab_size, shift, inplace)
+    call = Call(*KINDS[kind].at(beta), *scales, chosen, rows.Window(vocab_size, shift), inplace)
     factor = float(temperature) ** 2 if t_squared else 1.0
-    lead = call.columns(student).shape[:-1]
+    lead = call.window.of(student).shape[:-1]
     denominator = rows.denominator(lead, counts, reduction, normalizer)
     # float64 with a narrower side: computed in float64, returned in float32.
     mixed = student.dtype != teacher.dtype

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks, ops, tails
 from .remainder import Call, Split, present
-from .rows import last_contiguous, that_count
+from .rows import Window, last_contiguous, that_count
 
 
 class _Token(torch.autograd.Function):
@@ -90,7 +90,9 @@ def token_logprobs(
     rows, _ = that_count(mask, token_ids, ignore_index, None, shift)
     ids = (token_ids[:, 1:] if shift else token_ids).long()
     validate = logits.device.type == "cpu"
-    call = Call(1.0 / float(temperature), True, entropy, validate, "token_ids", chosen, vocab_size, shift)
+    call = Call(
+        1.0 / float(temperature), True, entropy, validate, "token_ids", chosen, Window(vocab_size, shift)
+    )
     given, rest, spread = Split.apply(last_contiguous(logits), ids[..., None], rows, call)
     logprob, spread = _Token.apply(given[..., 0], rest, spread, ids, rows, vocab_size)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32

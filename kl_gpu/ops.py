@@ -263,16 +263,25 @@ def _token_stats(
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(TOKEN_STATS, *lead)
 
 
+# By operator: what runs, and what tells torch.compile its outputs' shapes.
+Implementations = dict[str, tuple[Callable[..., Any], Callable[..., Any]]]
+
+
+def register(library: torch.library.Library, implementations: Implementations) -> None:
+    """Give the operators that `library` defined in kl_gpu their implementation on every device."""
+    for name, (run, fake) in implementations.items():
+        library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"kl_gpu::{name}", fake, lib=library)
+
+
 # One Python function serves every device: the backend argument, resolved by the caller, picks the kernels.
-_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+_IMPLEMENTATIONS: Implementations = {
     "value": (_value, _outputs),
     "gradient": (_gradient, _gradient_fake),
     "value_and_gradient": (_value_and_gradient, _outputs),
     "token_stats": (_token_stats, _token_stats_output),
 }
-for _name, (_run, _fake) in _IMPLEMENTATIONS.items():
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"kl_gpu::{_name}", _fake, lib=_library)
+register(_library, _IMPLEMENTATIONS)
 
 value = torch.ops.kl_gpu.value.default
 gradient = torch.ops.kl_gpu.gradient.default

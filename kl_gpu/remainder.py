@@ -8,7 +8,7 @@ taking them off again: where they hold nearly all the mass, nothing would be lef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import ops
 from .autograd import once_differentiable
+from .rows import Window
 
 _MODULES = {
     "triton": "kl_gpu.triton.remainder",
@@ -179,15 +180,13 @@ def _nothing(*_: object) -> None:
     return None
 
 
-_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+_IMPLEMENTATIONS: ops.Implementations = {
     "given_columns": (_given_columns, _given_columns_fake),
     "remainder": (_remainder, _remainder_fake),
     "remainder_gradient": (_remainder_gradient, _nothing),
     "check_mass": (_check_mass, _check_mass_fake),
 }
-for _name, (_run, _fake) in _IMPLEMENTATIONS.items():
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"kl_gpu::{_name}", _fake, lib=_library)
+ops.register(_library, _IMPLEMENTATIONS)
 
 given_columns = torch.ops.kl_gpu.given_columns.default
 check_mass = torch.ops.kl_gpu.check_mass.default
@@ -211,21 +210,7 @@ class Call(NamedTuple):
     validate: bool
     argument: str
     backend: str
-    vocab_size: int
-    shift: bool
-
-    def columns(self, logits: Tensor) -> Tensor:
-        """The part of the logits that counts, as a view."""
-        if self.shift:
-            logits = logits[:, :-1]
-        return logits if logits.shape[-1] == self.vocab_size else logits[..., : self.vocab_size]
-
-    def zero_rest(self, grad: Tensor) -> None:
-        """Zero what `columns` leaves out."""
-        if grad.shape[-1] != self.vocab_size:
-            grad[..., self.vocab_size :].zero_()
-        if self.shift:
-            grad[:, -1:].zero_()
+    window: Window
 
 
 class Split(torch.autograd.Function):
@@ -239,7 +224,7 @@ class Split(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, ids: Tensor, rows: Tensor | None, call: Call
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x = call.columns(logits)
+        x = call.window.of(logits)
         given = given_columns(x, ids, rows, call.validate, call.argument) * call.scale
         if call.sweeps:
             rest, entropy, stats = remainder(x, ids, rows, call.scale, call.entropy, call.backend)
@@ -259,9 +244,9 @@ class Split(torch.autograd.Function):
         with torch.no_grad():
             grad = torch.empty_like(logits)
             remainder_gradient(
-                call.columns(logits), ids, rows, stats, to_given, to_rest,
-                to_entropy if call.entropy else None, call.scale, call.backend, call.columns(grad),
+                call.window.of(logits), ids, rows, stats, to_given, to_rest,
+                to_entropy if call.entropy else None, call.scale, call.backend, call.window.of(grad),
             )  # fmt: skip
-            call.zero_rest(grad)
+            call.window.zero_rest(grad)
         (tied,) = once_differentiable((grad,), to_given, to_rest, logits)
         return tied, None, None, None

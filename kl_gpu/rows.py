@@ -1,11 +1,33 @@
-"""Which rows count, what each weighs, and what a reduction divides by: the options all entries share."""
+"""Which columns and rows count, what a row weighs, what a reduction divides by: what all entries share."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Window(NamedTuple):
+    """The part of a whole tensor of logits that counts: columns below vocab_size, and with shift all times
+    but the last."""
+
+    vocab_size: int
+    shift: bool
+
+    def of(self, logits: Tensor) -> Tensor:
+        """That part, as a view."""
+        if self.shift:
+            logits = logits[:, :-1]
+        return logits if logits.shape[-1] == self.vocab_size else logits[..., : self.vocab_size]
+
+    def zero_rest(self, grad: Tensor) -> None:
+        """Zero what `of` leaves out."""
+        if grad.shape[-1] != self.vocab_size:
+            grad[..., self.vocab_size :].zero_()
+        if self.shift:
+            grad[:, -1:].zero_()
 
 
 def that_count(

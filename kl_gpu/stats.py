@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import checks, ops
 from .problem import arithmetic
-from .rows import last_contiguous, that_count
+from .rows import Window, last_contiguous, that_count
 
 _PERCENTILES = ("1", "5", "10", "90", "95", "99", "99.9")
 
@@ -164,13 +164,11 @@ def token_stats(
     checks.backend(backend)
     chosen = ops.resolve_backend(backend, student_logits.device)
 
-    student, teacher = (
-        last_contiguous(x.detach())[..., :vocab_size] for x in (student_logits, teacher_logits)
-    )
+    window = Window(vocab_size, shift)
+    student, teacher = (window.of(last_contiguous(x.detach())) for x in (student_logits, teacher_logits))
     counts, _ = that_count(mask, labels, ignore_index, None, shift)
-    if shift:
-        student, teacher = student[:, :-1], teacher[:, :-1]
-        labels = None if labels is None else labels[:, 1:]
+    if shift and labels is not None:
+        labels = labels[:, 1:]
     if labels is not None and counts is not None:
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             checks.labels_are_columns(labels, counts, vocab_size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import ops
 from .eager import formula
 from .kinds import KINDS
 
@@ -167,8 +168,6 @@ _library.define(
     "topk(Tensor given, Tensor rest, Tensor log_p, Tensor? rest_log_p, Tensor has_rest, str kind, "
     "float beta, str tail, float scale, float resolution) -> (Tensor, Tensor, Tensor)"
 )
-_library.impl("token", lambda *arguments: list(_token(*arguments)), "CompositeExplicitAutograd")
-_library.impl("topk", _topk, "CompositeExplicitAutograd")
 
 
 def _token_fake(s: Tensor, *_: object) -> list[Tensor]:
@@ -179,8 +178,11 @@ def _topk_fake(given: Tensor, rest: Tensor, *_: object) -> tuple[Tensor, Tensor,
     return torch.empty_like(rest), torch.empty_like(given), torch.empty_like(rest)
 
 
-torch.library.register_fake("kl_gpu::token", _token_fake, lib=_library)
-torch.library.register_fake("kl_gpu::topk", _topk_fake, lib=_library)
+def _token_list(*arguments: Tensor) -> list[Tensor]:
+    return list(_token(*arguments))
+
+
+ops.register(_library, {"token": (_token_list, _token_fake), "topk": (_topk, _topk_fake)})
 
 token = torch.ops.kl_gpu.token.default
 topk = torch.ops.kl_gpu.topk.default

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import checks, ops, remainder, tails
 from .kinds import KINDS
 from .remainder import Call, Split
-from .rows import denominator, last_contiguous, that_count
+from .rows import Window, denominator, last_contiguous, that_count
 
 TAILS = tuple(tails.TAIL_KINDS)
 
@@ -161,7 +161,9 @@ def topk_div(
         log_p = remainder.check_mass(log_p, counts)
 
     scale = 1.0 / float(temperature)
-    call = Call(scale, tail != "renormalize", False, validate, "teacher_ids", chosen, vocab_size, shift)
+    call = Call(
+        scale, tail != "renormalize", False, validate, "teacher_ids", chosen, Window(vocab_size, shift)
+    )
     given, rest, _ = Split.apply(logits, ids, counts, call)
     both_wide = student_logits.dtype == teacher_logprobs.dtype == torch.float64
     dtype = torch.float64 if both_wide else torch.float32
