@@ -12,11 +12,11 @@ new gradient buffer included, as the peers have it. --sizes times our kernels al
 from __future__ import annotations
 
 import argparse
-import functools
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -31,15 +31,24 @@ FLOORS = {  # share of memory, times torch.compile, times eager
     ("bfloat16", "value"): (0.48, 3.7, 32),
     ("bfloat16", "value + gradient"): (0.38, 6.5, 29),
 }
+OUT_OF_CACHE = 2**27  # bytes of one of several tensors that no cache holds
+Turns = Iterator[tuple[Problem, torch.Tensor]]
 
 
-def interleaved(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each candidate, round by round."""
+def interleaved(
+    candidates: dict[str, Callable[[], object]],
+    repeats: int,
+    before: dict[str, Callable[[], object]] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each candidate, round by round; what must happen before some of them is not timed."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for run in candidates.values():
+    prepare = {name: (before or {}).get(name, lambda: None) for name in candidates}
+    for name, run in candidates.items():
+        prepare[name]()
         run()
     for _ in range(repeats):
         for name, run in candidates.items():
+            prepare[name]()
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)
@@ -98,19 +107,32 @@ def candidates(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Callab
 def sizes(repeats: int) -> None:
     """Time per byte over V at 2²⁵ logits, and over N at V = 128256: no size should fall out of line."""
     grid = [(max(1, 2**25 // v), v) for v in (8192, 32000, 50257, 128256, 151936, 262144)]
-    grid += [(n, 128256) for n in (1, 2, 16, 256, 4096)]
+    grid += [(n, 128256) for n in (1, 2, 4, 16, 64, 256, 4096)]
     print(
         f"{'N':>6}{'V':>8}" + "".join(f"{name:>26}" for name in ("fp32 value, ps/byte", "value + gradient"))
     )
     for n, v in grid:
         teacher = 3 * torch.randn(1, n, v)
         student = teacher + 0.5 * torch.randn(1, n, v)
-        grad, row_scale = torch.zeros_like(student), torch.full((n,), 1 / n)
-        problem = Problem.of(student, teacher, None, "forward_kl", 0.0, 1.0, 1.0)
-        value = functools.partial(native.value, problem)
-        both = functools.partial(native.value_and_gradient, problem, row_scale, None, grad)
-        times = interleaved({"value": value, "both": both}, repeats)
+        row_scale = torch.full((n,), 1 / n)
         bytes_ = student.numel() * student.element_size()
+        # Small sizes take their turn on copies, or they would be read from the cache and large ones not.
+        copies = max(1, OUT_OF_CACHE // bytes_)
+        turns = itertools.cycle(
+            [
+                (Problem.of(student.clone(), teacher.clone(), None, "forward_kl", 0.0, 1.0, 1.0), g)
+                for g in torch.zeros(copies, *student.shape)
+            ]
+        )
+
+        def value(turns: Turns = turns) -> object:
+            return native.value(next(turns)[0])
+
+        def both(turns: Turns = turns, row_scale: torch.Tensor = row_scale) -> object:
+            problem, grad = next(turns)
+            return native.value_and_gradient(problem, row_scale, None, grad)
+
+        times = interleaved({"value": value, "both": both}, max(repeats, min(4 * copies, 400)))
         per_byte = (
             statistics.median(times[work]) / (k * bytes_) * 1e12 for work, k in (("value", 2), ("both", 3))
         )

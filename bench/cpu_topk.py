@@ -3,8 +3,9 @@
     python -m bench.cpu_topk [--rows 256] [--columns 128256] [--k 64] [--threads 2] [--repeats 11]
 
 Everything takes its turn in every round; figures are medians, ratios medians of the ratios within a round.
-A new gradient buffer is part of every system's time, and so is the checking of ids. "memory" is what a
-forward and backward must move, one read, then one read and one write, by loops that do nothing else.
+The checking of ids is part of the time, and so is a new gradient buffer, whose pages the system hands out
+one by one; with inplace=True there is none. "memory" is what a forward and backward must move, one read,
+then one read and one write, by loops that do nothing else, into memory that is there or into a new buffer.
 """
 
 from __future__ import annotations
@@ -38,12 +39,29 @@ def plain_bucket(logits: Tensor, logprobs: Tensor, ids: Tensor) -> Tensor:
     return (p * (logprobs - log_q)).sum(-1) + rest_p * (rest_p / rest_q).log()
 
 
-def candidates(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+class Output(torch.autograd.Function):
+    """Logits as a model gives them: no leaf, in memory that may be written over."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, logits: Tensor) -> Tensor:
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+Runs = dict[str, Callable[[], object]]
+
+
+def candidates(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Runs, Runs]:
+    """What is timed, and what must happen before it."""
     teacher = 3 * torch.randn(args.rows, args.columns)
     student = (teacher + 0.5 * torch.randn_like(teacher)).to(dtype)
     logprobs, ids = teacher.log_softmax(-1).topk(args.k)
     tokens = torch.randint(0, args.columns, (args.rows,))
     leaf, to = student.clone().requires_grad_(), torch.zeros_like(student)
+    output, weight = student.clone(), torch.zeros((), requires_grad=True)
     size = student.numel() * student.element_size()
     half = size // 2
 
@@ -54,19 +72,29 @@ def candidates(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Callab
 
         return run
 
-    def memory() -> None:
+    def move(to: Tensor) -> None:
         x = student.data_ptr()
         # The probes read two buffers: the halves of one.
         _native.probe_read(x, x + half, half, args.threads)
         _native.probe_write(x, x, to.data_ptr(), size, args.threads)
 
-    return {
-        "memory": memory,
-        "token_logprobs": both_ways(lambda: kl_gpu.token_logprobs(leaf, tokens)),
+    def logprobs_of(logits: Tensor, inplace: bool = False) -> Any:
+        return kl_gpu.token_logprobs(logits, tokens, inplace=inplace)
+
+    def topk_of(logits: Tensor, inplace: bool = False) -> Tensor:
+        return kl_gpu.topk_div(logits, logprobs, ids, reduction="none", inplace=inplace)  # type: ignore[return-value]
+
+    timed: Runs = {
+        "memory": lambda: move(to),
+        "memory, new buffer": lambda: move(torch.empty_like(student)),
+        "token_logprobs": both_ways(lambda: logprobs_of(leaf)),
+        "token_logprobs, inplace": both_ways(lambda: logprobs_of(Output.apply(weight, output), True)),
         "token_logprobs plain": both_ways(lambda: plain_logprobs(leaf, tokens)),
-        "topk_div": both_ways(lambda: kl_gpu.topk_div(leaf, logprobs, ids, reduction="none")),
+        "topk_div": both_ways(lambda: topk_of(leaf)),
+        "topk_div, inplace": both_ways(lambda: topk_of(Output.apply(weight, output), True)),
         "topk_div plain": both_ways(lambda: plain_bucket(leaf, logprobs, ids)),
     }
+    return timed, {name: lambda: output.copy_(student) for name in timed if name.endswith("inplace")}
 
 
 def main() -> None:
@@ -81,17 +109,19 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     print(f"{native.isa()}, {args.threads} threads, {args.rows} × {args.columns}, K = {args.k}")
-    print(f"{'forward + backward':26}{'ms':>8}{'plain PyTorch, ms':>20}{'faster':>20}{'memory, ms':>13}")
+    print(f"{'forward + backward':34}{'ms':>8}{'plain PyTorch, ms':>20}{'faster':>20}{'memory, ms':>13}")
     for dtype in (torch.float32, torch.bfloat16):
-        times = interleaved(candidates(args, dtype), args.repeats)
+        timed, before = candidates(args, dtype)
+        times = interleaved(timed, args.repeats, before)
         ms = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
-        for name in ("token_logprobs", "topk_div"):
-            faster = ratio(times[f"{name} plain"], times[name])
-            label = f"{str(dtype).removeprefix('torch.')} {name}"
-            print(
-                f"{label:26}{ms[name]:8.1f}{ms[name + ' plain']:20.1f}"
-                f"{faster:11.1f} × (≥{FLOOR:3.0f}){ms['memory']:13.1f}"
-            )
+        for entry in ("token_logprobs", "topk_div"):
+            for way, memory in (("", "memory, new buffer"), (", inplace", "memory")):
+                ours, plain = entry + way, entry + " plain"
+                label = f"{str(dtype).removeprefix('torch.')} {ours}"
+                print(
+                    f"{label:34}{ms[ours]:8.1f}{ms[plain]:20.1f}"
+                    f"{ratio(times[plain], times[ours]):11.1f} × (≥{FLOOR:3.0f}){ms[memory]:13.1f}"
+                )
 
 
 if __name__ == "__main__":

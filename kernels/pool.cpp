@@ -1,6 +1,8 @@
 #include "pool.h"
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
@@ -13,13 +15,38 @@
 namespace kl {
 namespace {
 
+// A thread that is put to sleep takes longer to come back than a row of logits takes to read, so whoever
+// waits looks about for this long first.
+constexpr std::chrono::microseconds kPatience{40};
+
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+// Whether `done` came true within the patience.
+template <class Done>
+bool soon(Done done) {
+    const auto end = std::chrono::steady_clock::now() + kPatience;
+    do {
+        for (int i = 0; i < 16; ++i) {
+            if (done()) return true;
+            pause();
+        }
+    } while (std::chrono::steady_clock::now() < end);
+    return false;
+}
+
 struct Job {
     Task task;
     void* context;
     std::int64_t items;
-    int helpers_wanted;  // this and the next but one are guarded by the pool's mutex
+    int helpers_wanted;  // guarded by the pool's mutex
     std::atomic<std::int64_t> next{0};
-    int helpers_inside = 0;
+    std::atomic<int> helpers_inside{0};  // changed under the mutex only
 
     void work() {
         for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) task(context, i);
@@ -30,18 +57,28 @@ class Pool {
 public:
     void run(Job& job) {
         const int helpers = job.helpers_wanted;
+        int sleepers = 0;
         {
             std::lock_guard lock(mutex_);
             for (; started_ < helpers && started_ < kMostHelpers; ++started_)
                 std::thread([this] { help(); }).detach();
             open_.push_back(&job);
+            any_open_.store(true, std::memory_order_relaxed);
+            sleepers = std::min(helpers, asleep_);
         }
-        for (int i = 0; i < helpers; ++i) wake_.notify_one();
+        for (int i = 0; i < sleepers; ++i) wake_.notify_one();
         job.work();
+        {
+            std::lock_guard lock(mutex_);
+            // A helper that comes late must not find a job whose caller has gone.
+            std::erase(open_, &job);
+            any_open_.store(!open_.empty(), std::memory_order_relaxed);
+        }
+        const auto left = [&] { return job.helpers_inside.load(std::memory_order_acquire) == 0; };
+        // The lock in any case: the last helper holds it while it says that it has left.
+        soon(left);
         std::unique_lock lock(mutex_);
-        // A helper that is still asleep must not find a job whose caller has gone.
-        std::erase(open_, &job);
-        done_.wait(lock, [&] { return job.helpers_inside == 0; });
+        done_.wait(lock, left);
     }
 
 private:
@@ -50,20 +87,32 @@ private:
     void help() {
         std::unique_lock lock(mutex_);
         for (;;) {
+            if (open_.empty()) {
+                lock.unlock();
+                soon([this] { return any_open_.load(std::memory_order_relaxed); });
+                lock.lock();
+            }
+            ++asleep_;
             wake_.wait(lock, [this] { return !open_.empty(); });
+            --asleep_;
             Job& job = *open_.front();
-            if (--job.helpers_wanted == 0) open_.pop_front();
-            ++job.helpers_inside;
+            if (--job.helpers_wanted == 0) {
+                open_.pop_front();
+                any_open_.store(!open_.empty(), std::memory_order_relaxed);
+            }
+            job.helpers_inside.fetch_add(1, std::memory_order_relaxed);
             lock.unlock();
             job.work();
             lock.lock();
-            if (--job.helpers_inside == 0) done_.notify_all();
+            if (job.helpers_inside.fetch_sub(1, std::memory_order_acq_rel) == 1) done_.notify_all();
         }
     }
 
     std::mutex mutex_;
     std::condition_variable wake_, done_;
     std::deque<Job*> open_;
+    std::atomic<bool> any_open_{false};  // what open_ holds, for those who look without the lock
+    int asleep_ = 0;
     int started_ = 0;
 };
 

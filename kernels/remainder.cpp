@@ -162,7 +162,8 @@ void remainder(const RemainderProblem& p, bool entropy, double* u, double* sprea
 void remainder_gradient(const RemainderProblem& p, const double* stats, const double* to_given,
                         const double* to_rest, const double* to_entropy, const Gradient& to) {
     const Layout layout{p, kernels()};
-    const bool stream = layout.rows() * p.columns * size_of(to.dtype) >= kStreamBytes;
+    // Over the logits' own memory the lines are in cache already.
+    const bool stream = to.data != p.x.data && layout.rows() * p.columns * size_of(to.dtype) >= kStreamBytes;
     if (stream) {
         const std::int64_t last_row = (p.size_a - 1) * to.stride_a + (p.size_b - 1) * to.stride_b;
         prefer_large_pages(to.data, (last_row + p.columns) * size_of(to.dtype));

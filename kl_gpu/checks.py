@@ -230,19 +230,21 @@ def normalizer(value: Any, reduction: str, device: torch.device) -> None:
     positive("normalizer", value, "a number or a 0-d tensor")
 
 
-def inplace(student: Tensor, teacher: Tensor) -> None:
+def inplace(argument: str, logits: Tensor, other: str = "", also_needed: Tensor | None = None) -> None:
     """Refuse to write the gradient where the logits' memory is needed or shared."""
-    if not (torch.is_grad_enabled() and student.requires_grad):
+    if not (torch.is_grad_enabled() and logits.requires_grad):
         return
-    owner = student if student._base is None else student._base
+    owner = logits if logits._base is None else logits._base
     if owner.is_leaf and owner.requires_grad:
         raise ValueError(
-            "inplace=True would overwrite student_logits, a leaf that requires grad or a view of one; "
+            f"inplace=True would overwrite {argument}, a leaf that requires grad or a view of one; "
             "give the output of a model"
         )
-    if student.stride(-1) != 1 and student.shape[-1] > 1:
-        raise ValueError("inplace=True needs student_logits with a contiguous last dimension")
-    if any(step == 0 and size > 1 for size, step in zip(student.shape, student.stride(), strict=True)):
-        raise ValueError("inplace=True needs student_logits with memory of its own, got an expanded view")
-    if student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr():
-        raise ValueError("inplace=True would overwrite teacher_logits, which shares student_logits' memory")
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(f"inplace=True needs {argument} with a contiguous last dimension")
+    if any(step == 0 and size > 1 for size, step in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(f"inplace=True needs {argument} with memory of its own, got an expanded view")
+    if also_needed is None:
+        return
+    if logits.untyped_storage().data_ptr() == also_needed.untyped_storage().data_ptr():
+        raise ValueError(f"inplace=True would overwrite {other}, which shares {argument}' memory")

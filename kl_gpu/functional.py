@@ -140,7 +140,7 @@ def divergence(
     # Under torch.compile the permission goes unused: what owns the memory is for the compiler to say.
     inplace = inplace and not torch.compiler.is_compiling()
     if inplace:
-        checks.inplace(student_logits, teacher_logits)
+        checks.inplace("student_logits", student_logits, "teacher_logits", teacher_logits)
 
     counts, weight = rows.that_count(mask, labels, ignore_index, weight, shift)
     student, teacher = rows.last_contiguous(student_logits), rows.last_contiguous(teacher_logits)

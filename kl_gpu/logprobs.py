@@ -49,6 +49,7 @@ def token_logprobs(
     ignore_index: int = -100,
     shift: bool = False,
     vocab_size: int | None = None,
+    inplace: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log q of one token per row, q = softmax(logits/T), in nats; with `entropy` also −Σ q log q.
@@ -68,6 +69,7 @@ def token_logprobs(
         shift: logits at t go with entry t+1 of token_ids and mask; needs `[batch, time, V]` and gives
             `[batch, time − 1]`.
         vocab_size: columns at and past it are ignored.
+        inplace: allow the gradient to be written over the memory of `logits` in backward.
         backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
 
     Returns:
@@ -76,9 +78,10 @@ def token_logprobs(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, range or name is wrong; the message names the argument.
-        RuntimeError: from backward, when a second derivative is asked for.
+        RuntimeError: from backward, when a second derivative is asked for, or when logits were modified
+            since the call.
     """
-    for argument, flag in (("entropy", entropy), ("shift", shift)):
+    for argument, flag in (("entropy", entropy), ("shift", shift), ("inplace", inplace)):
         checks.boolean(argument, flag)
     checks.temperature("temperature", temperature)
     vocab_size = checks.one_sided_logits("logits", logits, vocab_size, shift)
@@ -86,13 +89,16 @@ def token_logprobs(
     checks.rows(logits, mask, None, ignore_index, None)
     checks.backend(backend)
     chosen = ops.resolve_backend(backend, logits.device)
+    # Under torch.compile the permission goes unused: what owns the memory is for the compiler to say.
+    inplace = inplace and not torch.compiler.is_compiling()
+    if inplace:
+        checks.inplace("logits", logits)
 
     rows, _ = that_count(mask, token_ids, ignore_index, None, shift)
     ids = (token_ids[:, 1:] if shift else token_ids).long()
     validate = logits.device.type == "cpu"
-    call = Call(
-        1.0 / float(temperature), True, entropy, validate, "token_ids", chosen, Window(vocab_size, shift)
-    )
+    window = Window(vocab_size, shift)
+    call = Call(1.0 / float(temperature), True, entropy, validate, "token_ids", chosen, window, inplace)
     given, rest, spread = Split.apply(last_contiguous(logits), ids[..., None], rows, call)
     logprob, spread = _Token.apply(given[..., 0], rest, spread, ids, rows, vocab_size)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32

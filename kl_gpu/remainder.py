@@ -211,6 +211,7 @@ class Call(NamedTuple):
     argument: str
     backend: str
     window: Window
+    inplace: bool = False
 
 
 class Split(torch.autograd.Function):
@@ -242,11 +243,14 @@ class Split(torch.autograd.Function):
         logits, ids, rows, stats = ctx.saved_tensors
         call = ctx.call
         with torch.no_grad():
-            grad = torch.empty_like(logits)
+            grad = logits.detach() if call.inplace else torch.empty_like(logits)
             remainder_gradient(
                 call.window.of(logits), ids, rows, stats, to_given, to_rest,
                 to_entropy if call.entropy else None, call.scale, call.backend, call.window.of(grad),
             )  # fmt: skip
             call.window.zero_rest(grad)
+            if call.inplace:
+                # A second backward would read gradients as logits: the version counter makes it raise.
+                torch.autograd.graph.increment_version(logits)
         (tied,) = once_differentiable((grad,), to_given, to_rest, logits)
         return tied, None, None, None

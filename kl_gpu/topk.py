@@ -65,6 +65,7 @@ def topk_div(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     vocab_size: int | None = None,
+    inplace: bool = False,
     validate: bool = False,
     return_mass: bool = False,
     backend: str | None = None,
@@ -104,6 +105,7 @@ def topk_div(
         mask, labels, ignore_index, shift, weight, reduction, normalizer: as in :func:`kl_gpu.divergence`;
             with `shift` the teacher's entries at t go with the student's logits at t.
         vocab_size: the student's columns at and past it are ignored.
+        inplace: allow the gradient to be written over the memory of `student_logits` in backward.
         validate: refuse ids outside [0, V) (but −1) and ids given twice in a row that counts, and for tails
             other than "renormalize" probabilities that sum to more than 1.05. On the CPU always; on a GPU it
             waits for the device. Not validated, an id outside counts as absent and is never read, and one
@@ -119,7 +121,8 @@ def topk_div(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, range, name or combination is wrong; the message names the argument.
-        RuntimeError: from backward, when a second derivative is asked for.
+        RuntimeError: from backward, when a second derivative is asked for, or when logits were modified
+            since the call.
     """
     checks.name("tail", tail, TAILS)
     checks.name("kind", kind, KINDS)
@@ -130,7 +133,8 @@ def topk_div(
     checks.name("reduction", reduction, ("none", "sum", "mean", "batchmean"))
     checks.beta(beta, kind)
     for argument, flag in (
-        ("t_squared", t_squared), ("shift", shift), ("validate", validate), ("return_mass", return_mass)
+        ("t_squared", t_squared), ("shift", shift), ("inplace", inplace), ("validate", validate),
+        ("return_mass", return_mass),
     ):  # fmt: skip
         checks.boolean(argument, flag)
     checks.temperature("temperature", temperature)
@@ -145,6 +149,10 @@ def topk_div(
     checks.normalizer(normalizer, reduction, student_logits.device)
     checks.backend(backend)
     chosen = ops.resolve_backend(backend, student_logits.device)
+    # Under torch.compile the permission goes unused: what owns the memory is for the compiler to say.
+    inplace = inplace and not torch.compiler.is_compiling()
+    if inplace:
+        checks.inplace("student_logits", student_logits, "teacher_logprobs", teacher_logprobs)
 
     counts, weight = that_count(mask, labels, ignore_index, weight, shift)
     logits, device = last_contiguous(student_logits), student_logits.device
@@ -161,9 +169,8 @@ def topk_div(
         log_p = remainder.check_mass(log_p, counts)
 
     scale = 1.0 / float(temperature)
-    call = Call(
-        scale, tail != "renormalize", False, validate, "teacher_ids", chosen, Window(vocab_size, shift)
-    )
+    sweeps, window = tail != "renormalize", Window(vocab_size, shift)
+    call = Call(scale, sweeps, False, validate, "teacher_ids", chosen, window, inplace)
     given, rest, _ = Split.apply(logits, ids, counts, call)
     both_wide = student_logits.dtype == teacher_logprobs.dtype == torch.float64
     dtype = torch.float64 if both_wide else torch.float32

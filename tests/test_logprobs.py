@@ -220,6 +220,29 @@ def test_views_are_read_as_they_lie(backend: str) -> None:
         assert torch.equal(got, kl_gpu.token_logprobs(view.clone(), some, backend=backend))
 
 
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inplace_writes_the_gradient_over_the_logits(backend: str, dtype: torch.dtype, shift: bool) -> None:
+    source = (3 * torch.randn(3, 4, 2100, device=DEVICE)).to(dtype)
+    ids = torch.randint(0, 2000, (3, 4), device=DEVICE)
+
+    def run(logits: Tensor, **options: Any) -> Tensor:
+        found = kl_gpu.token_logprobs(
+            logits, ids, entropy=True, shift=shift, vocab_size=2090, backend=backend, **options
+        )
+        return sum(x.sum() for x in found)
+
+    (want,) = torch.autograd.grad(run(apart := source.clone().requires_grad_()), apart)
+    assert want.abs().amax(-1)[:, : 3 if shift else 4].min() > 1e-3
+    logits = source.clone().requires_grad_() * 1
+    # Asks autograd for the very tensor our backward returned.
+    (gradient,) = torch.autograd.grad(loss := run(logits, inplace=True), logits, retain_graph=True)
+    assert gradient.data_ptr() == logits.data_ptr()
+    assert torch.equal(gradient, want)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, logits)
+
+
 def test_one_graph(backend: str) -> None:
     torch.compiler.reset()
 
@@ -246,6 +269,7 @@ def test_an_id_outside_is_nan_where_it_is_not_refused(backend: str, monkeypatch:
 
 
 X, I = torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.long)  # noqa: E741
+LEAF = X.clone().requires_grad_()
 CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("logits a list", {"logits": [0.0]}, TypeError, "logits.*tensor.*list"),
     ("logits int", {"logits": I}, TypeError, "logits.*int64"),
@@ -258,6 +282,8 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("id past vocab_size", {"token_ids": I + 7, "vocab_size": 7}, ValueError, r"token_ids.*\[0, 7\).*7"),
     ("id −1", {"token_ids": I - 1}, ValueError, r"token_ids.*\[0, 8\), got -1"),
     ("temperature 0", {"temperature": 0}, ValueError, "temperature.*> 0"),
+    ("inplace an int", {"inplace": 1}, TypeError, "inplace.*True or False"),
+    ("inplace on a leaf", {"logits": LEAF, "inplace": True}, ValueError, "inplace.*logits.*leaf"),
     ("entropy an int", {"entropy": 1}, TypeError, "entropy.*True or False"),
     ("mask int", {"mask": I}, TypeError, "mask.*bool"),
     ("shift of 2-D", {"logits": X[0], "token_ids": I[0], "shift": True}, ValueError, "shift.*batch"),

@@ -399,6 +399,27 @@ def test_no_rows(backend: str) -> None:
     assert torch.autograd.grad(value, leaf)[0].shape == (0, 50)
 
 
+@pytest.mark.parametrize("tail", TAIL_KINDS)
+def test_inplace_writes_the_gradient_over_the_logits(backend: str, tail: str) -> None:
+    source, logprobs, ids = known(5, 2100, 8)
+
+    def run(logits: Tensor, **options: Any) -> Any:
+        return kl_gpu.topk_div(logits, logprobs, ids, tail=tail, return_mass=True, backend=backend, **options)
+
+    want, *masses = run(apart := source.clone().requires_grad_())
+    (want,) = torch.autograd.grad(want, apart)
+    assert want.abs().amax(-1).min() > 1e-3
+    logits = source.clone().requires_grad_() * 1
+    loss, *found = run(logits, inplace=True)
+    assert all(map(torch.equal, masses, found))
+    # Asks autograd for the very tensor our backward returned.
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert gradient.data_ptr() == logits.data_ptr()
+    assert torch.equal(gradient, want)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, logits)
+
+
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 def test_one_graph(backend: str, tail: str) -> None:
     torch.compiler.reset()
@@ -478,6 +499,7 @@ def test_nothing_of_the_logits_size_but_the_gradient() -> None:
 
 
 S, P, I = torch.zeros(2, 3, 8), torch.full((2, 3, 2), -2.0), torch.tensor([0, 5]).expand(2, 3, 2)  # noqa: E741
+LEAF = S.clone().requires_grad_()
 # (what is wrong, arguments that replace the good ones, exception, what the message must name)
 CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("student a list", {"student_logits": [0.0]}, TypeError, "student_logits.*tensor.*list"),
@@ -549,6 +571,8 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ),
     ("reduction unknown", {"reduction": "avg"}, ValueError, "reduction.*'avg'"),
     ("normalizer with sum", {"reduction": "sum", "normalizer": 2.0}, ValueError, "normalizer.*sum"),
+    ("inplace an int", {"inplace": 1}, TypeError, "inplace.*True or False"),
+    ("inplace on a leaf", {"student_logits": LEAF, "inplace": True}, ValueError, "inplace.*student.*leaf"),
     ("validate an int", {"validate": 1}, TypeError, "validate.*True or False"),
     ("return_mass an int", {"return_mass": 1}, TypeError, "return_mass.*True or False"),
     ("backend unknown", {"backend": "cuda"}, ValueError, "backend.*cuda"),
