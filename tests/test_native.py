@@ -627,7 +627,7 @@ FUZZ = """
     from kl_gpu import native
     from kl_gpu.kinds import KINDS
     from kl_gpu.problem import Problem
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(SEED)
     out, slack = [], []
     for dtype, raw in [
         (torch.float32, torch.int32), (torch.bfloat16, torch.int16), (torch.float16, torch.int16)
@@ -660,12 +660,17 @@ FUZZ = """
 """
 
 
-def test_instruction_sets_agree_on_any_bits(tmp_path):
+# The long profile's rows are of random width, more than 10⁶ of them in all.
+@pytest.mark.parametrize("seed", range(9 if os.environ.get("KL_GPU_HYPOTHESIS") == "long" else 1))
+def test_instruction_sets_agree_on_any_bits(tmp_path, seed):
     columns = [1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 127, 1000, 5000]
+    if seed > 0:
+        columns = np.exp(np.random.default_rng(seed).uniform(0, np.log(5001), 13)).astype(int).tolist()
     results = {}
     for isa in native.supported_isas():
         path = str(tmp_path / f"{isa}.npy")
-        run_with_isa(isa, FUZZ.replace("COLUMNS", repr(columns)).replace("PATH", repr(path)))
+        code = FUZZ.replace("COLUMNS", repr(columns)).replace("PATH", repr(path)).replace("SEED", str(seed))
+        run_with_isa(isa, code)
         results[isa], slack = np.load(path)
     first, *others = results.values()
     for other in others:
