@@ -43,7 +43,10 @@ _SCALES = "float student_scale, float teacher_scale, str backend"
 _library.define(f"token_stats({_INPUTS}, Tensor? labels, {_SCALES}) -> Tensor")
 
 
-@cache
+# What was looked for, and whether it can be used. A dict: Dynamo warns of every functools.cache it meets.
+_usable: dict[str, bool] = {}
+
+
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
@@ -51,17 +54,20 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-@cache
 def _has_triton() -> bool:
-    if not _is_installed("triton"):
-        return False
-    import triton
+    if "triton" not in _usable:
+        _usable["triton"] = _is_installed("triton") and _is_new_enough(import_module("triton"))
+    return _usable["triton"]
 
+
+def _is_new_enough(triton: ModuleType) -> bool:
     return tuple(map(int, triton.__version__.split(".")[:2])) >= _OLDEST_TRITON
 
 
 def _has_native() -> bool:
-    return _is_installed("kl_gpu._native")
+    if "native" not in _usable:
+        _usable["native"] = _is_installed("kl_gpu._native")
+    return _usable["native"]
 
 
 @cache

@@ -59,16 +59,16 @@ def test_a_triton_too_old_for_the_kernels_is_left_alone(monkeypatch: pytest.Monk
     from kl_gpu import ops
 
     monkeypatch.setattr(triton, "__version__", "3.3.1")
-    ops._has_triton.cache_clear()
+    ops._usable.clear()
     try:
         assert ops.resolve_backend(None, torch.device("cuda")) == "eager"
         with pytest.raises(ValueError, match=r"triton.*3\.4"):
             ops.resolve_backend("triton", torch.device("cuda"))
         monkeypatch.setattr(triton, "__version__", "3.10.0+git1")
-        ops._has_triton.cache_clear()
+        ops._usable.clear()
         assert ops.resolve_backend(None, torch.device("cuda")) == "triton"
     finally:
-        ops._has_triton.cache_clear()
+        ops._usable.clear()
 
 
 def test_import_leaves_triton_alone_and_is_quick() -> None:
