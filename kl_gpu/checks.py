@@ -64,6 +64,21 @@ def temperature(argument: str, value: Any) -> None:
         raise ValueError(f"{argument} must be a number > 0, within [{low:g}, {high:g}], got {value}")
 
 
+def temperatures(temperature_: Any, teacher_temperature: Any, t_squared: Any) -> float:
+    """Check both sides' temperatures and what T² means for them; returns the teacher's."""
+    boolean("t_squared", t_squared)
+    temperature("temperature", temperature_)
+    if teacher_temperature is None:
+        teacher_temperature = temperature_
+    temperature("teacher_temperature", teacher_temperature)
+    if t_squared and temperature_ != teacher_temperature:
+        raise ValueError(
+            "t_squared needs one temperature: T² has no meaning for "
+            f"temperature={temperature_} with teacher_temperature={teacher_temperature}"
+        )
+    return teacher_temperature
+
+
 def _integer(argument: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
         raise TypeError(f"{argument} must be an int, got {_type_name(value)}")
@@ -76,6 +91,13 @@ def _tensor(argument: str, value: object, dtypes: Collection[torch.dtype], what:
         raise TypeError(f"{argument} must be {what}, got {value.dtype}")
     if value.layout != torch.strided:
         raise TypeError(f"{argument} must be a dense tensor, got layout {value.layout}")
+
+
+def _times(needed: str, value: Tensor, shift: bool) -> None:
+    if shift and value.dim() != 3:
+        raise ValueError(f"shift=True needs {needed}, got {tuple(value.shape)}")
+    if shift and value.shape[1] < 1:
+        raise ValueError(f"shift=True needs at least one time step, got {tuple(value.shape)}")
 
 
 def logits(student: Any, teacher: Any, vocab_size: Any, shift: bool) -> int:
@@ -94,20 +116,25 @@ def logits(student: Any, teacher: Any, vocab_size: Any, shift: bool) -> int:
             "student_logits and teacher_logits must have the same leading shape, "
             f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
-    if shift and student.dim() != 3:
-        raise ValueError(f"shift=True needs logits [batch, time, V], got {tuple(student.shape)}")
-    if shift and student.shape[1] < 1:
-        raise ValueError(f"shift=True needs at least one time step, got {tuple(student.shape)}")
-    columns: int = student.shape[-1]
+    _times("logits [batch, time, V]", student, shift)
+    return vocabulary(
+        "student_logits", student.shape[-1], "teacher_logits", teacher.shape[-1], "columns", vocab_size
+    )
+
+
+def vocabulary(
+    argument: str, columns: int, other_argument: str, other_columns: int, unit: str, vocab_size: Any
+) -> int:
+    """Check what both sides have against vocab_size; returns the number of columns that count."""
     if vocab_size is None:
-        if columns != teacher.shape[-1]:
+        if columns != other_columns:
             raise ValueError(
-                f"vocab_size must be given where the vocabularies differ: student_logits has {columns} "
-                f"columns, teacher_logits {teacher.shape[-1]}"
+                f"vocab_size must be given where the vocabularies differ: {argument} has {columns} "
+                f"{unit}, {other_argument} {other_columns}"
             )
         return columns
     _integer("vocab_size", vocab_size)
-    largest = min(columns, teacher.shape[-1])
+    largest = min(columns, other_columns)
     if not 1 <= vocab_size <= largest:
         raise ValueError(f"vocab_size must be within [1, {largest}], got {vocab_size}")
     return int(vocab_size)
@@ -118,10 +145,7 @@ def one_sided_logits(argument: str, value: Any, vocab_size: Any, shift: bool) ->
     _tensor(argument, value, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
     if value.dim() < 1 or value.shape[-1] < 1:
         raise ValueError(f"{argument} must be [N, V] with at least one column, got {tuple(value.shape)}")
-    if shift and value.dim() != 3:
-        raise ValueError(f"shift=True needs {argument} [batch, time, V], got {tuple(value.shape)}")
-    if shift and value.shape[1] < 1:
-        raise ValueError(f"shift=True needs at least one time step, got {tuple(value.shape)}")
+    _times(f"{argument} [batch, time, V]", value, shift)
     columns: int = value.shape[-1]
     if vocab_size is None:
         return columns
@@ -129,6 +153,87 @@ def one_sided_logits(argument: str, value: Any, vocab_size: Any, shift: bool) ->
     if not 1 <= vocab_size <= columns:
         raise ValueError(f"vocab_size must be within [1, {columns}], got {vocab_size}")
     return int(vocab_size)
+
+
+def _head(side: str, hidden: Any, weight: Any, bias: Any) -> None:
+    """Check one model's hidden states against its LM head."""
+    names = f"{side}_hidden", f"{side}_weight", f"{side}_bias"
+    for argument, value, shape in zip(
+        names, (hidden, weight, bias), ("[N, H]", "[V, H]", "[V]"), strict=True
+    ):
+        if argument == names[2] and value is None:
+            continue
+        _tensor(argument, value, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
+        few = value.dim() < 1 if argument == names[0] else value.dim() != shape.count(",") + 1
+        if few or value.shape[-1] < 1 or (argument == names[1] and len(value) < 1):
+            raise ValueError(f"{argument} must be {shape}, neither V nor H 0, got {tuple(value.shape)}")
+        if value.device != hidden.device:
+            raise ValueError(f"{argument} must be on {hidden.device}, as {names[0]} is, got {value.device}")
+        # What autocast casts may differ; it leaves float64 alone.
+        cast = torch.is_autocast_enabled(hidden.device.type)
+        if value.dtype != hidden.dtype and not (cast and torch.float64 not in (value.dtype, hidden.dtype)):
+            raise TypeError(f"{argument} must have {names[0]}'s dtype, {hidden.dtype}, got {value.dtype}")
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{names[1]} must be [V, {hidden.shape[-1]}], as {names[0]} has {hidden.shape[-1]} columns, "
+            f"got {tuple(weight.shape)}"
+        )
+    if bias is not None and len(bias) != len(weight):
+        raise ValueError(
+            f"{names[2]} must be [{len(weight)}], a number per row of {names[1]}, got [{len(bias)}]"
+        )
+
+
+def heads(
+    student_hidden: Any, student_weight: Any, student_bias: Any,
+    teacher_hidden: Any, teacher_weight: Any, teacher_bias: Any, shift: bool,
+) -> None:  # fmt: skip
+    """Check both models' hidden states and LM heads."""
+    _head("student", student_hidden, student_weight, student_bias)
+    _head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    if student_hidden.device != teacher_hidden.device:
+        raise ValueError(
+            "student_hidden and teacher_hidden must be on one device, "
+            f"got {student_hidden.device} and {teacher_hidden.device}"
+        )
+    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
+        raise ValueError(
+            "student_hidden and teacher_hidden must have the same leading shape, "
+            f"got {tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}"
+        )
+    _times("hidden states [batch, time, H]", student_hidden, shift)
+    for argument, value in (
+        ("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight), ("teacher_bias", teacher_bias)
+    ):  # fmt: skip
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{argument} gets no gradient here, got one that requires it: detach it")
+
+
+def softcap(argument: str, value: Any) -> float:
+    """Returns the cap, 0 where there is none."""
+    if value is None:
+        return 0.0
+    positive(argument, value, "a number or None")
+    return float(value)
+
+
+def logit_scale(argument: str, value: Any, temperature: float) -> float:
+    positive(argument, value)
+    low, high = TEMPERATURE_RANGE
+    if not low <= float(value) / float(temperature) <= high:
+        raise ValueError(
+            f"{argument} over the temperature must be within [{low:g}, {high:g}], "
+            f"got {value} over {temperature}"
+        )
+    return float(value)
+
+
+def chunk_rows(value: Any) -> None:
+    if value is None:
+        return
+    _integer("chunk_rows", value)
+    if value < 1:
+        raise ValueError(f"chunk_rows must be at least 1 or None, got {value}")
 
 
 def _beside(argument: str, value: Tensor, shape: tuple[int, ...], what: str, device: torch.device) -> None:
