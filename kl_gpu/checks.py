@@ -304,7 +304,7 @@ def labels_are_columns(labels: Tensor, counts: Tensor, columns: int) -> None:
 def positive(argument: str, value: Any, expected: str = "a number") -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{argument} must be {expected}, got {_type_name(value)}")
-    if not (float(value) > 0 and math.isfinite(value)):
+    if not 0 < float(value) < math.inf:  # NaN fails every comparison; isfinite does not trace
         raise ValueError(f"{argument} must be a finite number > 0, got {value}")
 
 

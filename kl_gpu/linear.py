@@ -58,7 +58,7 @@ class _Rows(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """Σ row_scale · divergence, 0-d, for row factors `[N]` known beforehand. The gradients come in forward."""
+    """Σ row_scale · divergence, 0-d, for row factors `[N]` known beforehand; gradients come in forward."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:

@@ -29,6 +29,8 @@ _STEP = 32
 # Elements of what passes through a soft cap at once: three such buffers, in float32, stay in a last cache.
 _CAPPED = {"cpu": 1 << 20}
 _CAPPED_ON_A_GPU = 1 << 23
+# Elsewhere looking which rows count would wait for the device: they are computed, and their result is 0.
+_FINDS_ROWS = frozenset({"cpu"})
 # Elements of a temporary where 16-bit numbers are summed in float32.
 _SUMMED = 1 << 23
 
@@ -92,8 +94,8 @@ class _Head:
 
     def states(self, chunk: _Chunk) -> Tensor:
         """The chunk's hidden states, those of rows that do not count replaced by 0: they may hold NaN."""
-        if chunk.index is not None:
-            hidden = self.hidden.index_select(0, chunk.index)
+        if chunk.places is not None:
+            hidden = self.hidden.index_select(0, chunk.places)
         else:
             hidden = self.hidden[chunk.rows]
             if chunk.keep is not None:
@@ -108,29 +110,29 @@ class _Head:
 
 
 class _Chunk(NamedTuple):
-    """Rows that are computed together: a run of all, or those that `index` names.
+    """Rows that are computed together: a run of all, or those at `places`.
 
     Attributes:
         rows: their place among the rows that are computed.
-        index: int64, their place among all rows; None where all are computed.
+        places: int64, where they lie among all rows; None where all are computed.
         keep: bool, which of them count; None where all do.
     """
 
     rows: slice
-    index: Tensor | None
+    places: Tensor | None
     keep: Tensor | None
 
     def put(self, into: Tensor, what: Tensor) -> None:
-        if self.index is None:
+        if self.places is None:
             into[self.rows] = what
         else:
-            into.index_copy_(0, self.index, what.to(into.dtype))
+            into.index_copy_(0, self.places, what.to(into.dtype))
 
 
 def _chunks(rows: Tensor | None, n: int, call: Call, device: torch.device) -> Iterator[_Chunk]:
-    """On the CPU rows that do not count are left out. Elsewhere finding them would wait for the device."""
+    """Where it costs nothing to find them, rows that do not count are left out."""
     index = None
-    if rows is not None and device.type == "cpu":
+    if rows is not None and device.type in _FINDS_ROWS:
         index = rows.nonzero()[:, 0]
         n, rows, index = len(index), None, None if len(index) == n else index
     chunk_rows = chosen_rows(n, call, device)
@@ -256,17 +258,11 @@ def _multiplies_into_float32(device_type: str) -> bool:
     return True
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, where total may be float32 and the others of 16 bits."""
-    if total.dtype == left.dtype:
-        torch.addmm(total, left, right, out=total)
-    elif _multiplies_into_float32(total.device.type):
-        torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
-    else:
-        # Rounded to 16 bits once per chunk, added up in float32.
-        step = max(1, _SUMMED // max(1, total.shape[1]))
-        for start in range(0, len(total), step):
-            total[start : start + step] += torch.mm(left[start : start + step], right)
+def product_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Rows of a `[V, H]` product that are computed at once where it is rounded before it is added."""
+    step = max(1, _SUMMED // columns)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 class _WeightGradient:
@@ -279,16 +275,38 @@ class _WeightGradient:
         # One chunk needs no sum: the product itself rounds once.
         wide = torch.promote_types(dtype, torch.float32 if chunks > 1 else weight.dtype)
         self.total = counted if counted.dtype == wide else torch.empty_like(counted, dtype=wide)
-        self.empty = True
+        self.dtype, self.empty = dtype, True
+        self.parts: list[Tensor] = []
 
     def add(self, gradient: Tensor, states: Tensor) -> None:
-        if self.empty and self.total.dtype == gradient.dtype:
-            torch.mm(gradient.t(), states, out=self.total)
+        left, total, held = gradient.t(), self.total, 0.0 if self.empty else 1.0
+        # With a factor of 0 what the memory held before is not looked at.
+        if total.dtype == self.dtype:
+            torch.addmm(total, left, states, beta=held, out=total)
+        elif _multiplies_into_float32(total.device.type):
+            torch.ops.aten.addmm.dtype_out(total, left, states, total.dtype, beta=held, out=total)
         else:
-            if self.empty:
-                self.total.zero_()
-            _add_product(self.total, gradient.t(), states)
+            self._add_rounded(left, states)
         self.empty = False
+
+    def _add_rounded(self, left: Tensor, states: Tensor) -> None:
+        """Rounded to 16 bits once per chunk, added up in float32."""
+        blocks = list(product_blocks(*self.total.shape))
+        if not self.parts:
+            # Made once: a new block's pages cost as much as its product.
+            self.parts = [self.total.new_empty(self.total[blocks[0]].shape, dtype=d) for d in self._dtypes]
+        for block in blocks:
+            total = self.total[block]
+            product, wide = (part[: len(total)] for part in self.parts)
+            torch.mm(left[block], states, out=product)
+            if self.empty:
+                total.copy_(product)
+            else:
+                total.add_(wide.copy_(product))
+
+    @property
+    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        return self.dtype, self.total.dtype
 
     def result(self) -> Tensor:
         if self.empty:
@@ -342,7 +360,7 @@ def _linear(
             rows, row_scale, [needs[0], False, False], *numbers,
         )  # fmt: skip
         chunks = list(_chunks(rows, n, call, device))
-        if not chunks or chunks[0].index is not None:
+        if not chunks or chunks[0].places is not None:
             value.zero_()
             to_hidden.zero_()
         longest = max((c.rows.stop - c.rows.start for c in chunks), default=0)
@@ -359,7 +377,7 @@ def _linear(
             s, t = student.logits(states), teacher.logits(teacher.states(chunk))
             scale = None
             if row_scale is not None:
-                scale = row_scale[chunk.rows] if chunk.index is None else row_scale[chunk.index]
+                scale = row_scale[chunk.rows] if chunk.places is None else row_scale[chunk.places]
             chunk.put(value, sweep(s, t, chunk.keep, scale))
             if needs[0]:
                 chunk.put(to_hidden, torch.mm(s, student.weight))
