@@ -64,6 +64,11 @@ def temperature(argument: str, value: Any) -> None:
         raise ValueError(f"{argument} must be a number > 0, within [{low:g}, {high:g}], got {value}")
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for tensors there; of devices that it does not know it will not be asked."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def temperatures(temperature_: Any, teacher_temperature: Any, t_squared: Any) -> float:
     """Check both sides' temperatures and what T² means for them; returns the teacher's."""
     boolean("t_squared", t_squared)
@@ -170,7 +175,7 @@ def _head(side: str, hidden: Any, weight: Any, bias: Any) -> None:
         if value.device != hidden.device:
             raise ValueError(f"{argument} must be on {hidden.device}, as {names[0]} is, got {value.device}")
         # What autocast casts may differ; it leaves float64 alone.
-        cast = torch.is_autocast_enabled(hidden.device.type)
+        cast = autocasts(hidden.device)
         if value.dtype != hidden.dtype and not (cast and torch.float64 not in (value.dtype, hidden.dtype)):
             raise TypeError(f"{argument} must have {names[0]}'s dtype, {hidden.dtype}, got {value.dtype}")
     if weight.shape[1] != hidden.shape[-1]:

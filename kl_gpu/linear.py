@@ -241,7 +241,6 @@ def linear_div(
 
 def _logits_dtype(hidden: Tensor) -> torch.dtype:
     """What `F.linear` would compute in: under autocast everything but float64 is cast."""
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
+    if checks.autocasts(hidden.device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
     return hidden.dtype

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .checks import autocasts
 
 # Bytes of logits, both sides, that are held at once, and the rows between which they may come to lie. Fewer
 # make the products slow and a GPU wait for launches, and each chunk reads and writes the weight's gradient.
-_LOGITS = {"cpu": 448 << 20}
+_LOGITS = {"cpu": 320 << 20}
 _LOGITS_ON_A_GPU = 768 << 20
 _FEWEST = {"cpu": 64}
 _FEWEST_ON_A_GPU = 512
@@ -335,7 +336,7 @@ class _BiasGradient:
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """The dtypes are settled: autocast must not choose others for the products in here."""
-    if torch.is_autocast_enabled(device.type):
+    if autocasts(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

@@ -60,7 +60,9 @@ def heads(
     return Heads(*sides, *biases)
 
 
-def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None, scale: float) -> np.ndarray:
+def logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None, scale: float
+) -> np.ndarray:
     z = to_numpy(hidden) @ to_numpy(weight).T + (0 if bias is None else to_numpy(bias))
     return scale * z if cap is None else cap * np.tanh(scale * z / cap)
 
