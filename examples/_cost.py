@@ -1,4 +1,4 @@
-"""What a loss costs on given logits, or hidden states: its time, forward and backward, and its peak of memory."""
+"""What a loss costs on given logits, or hidden states: time, forward and backward, and the peak of memory."""
 
 from __future__ import annotations
 

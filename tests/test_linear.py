@@ -455,6 +455,20 @@ def test_any_leading_shape_and_any_strides() -> None:
     torch.testing.assert_close(one.div("forward_kl", reduction="none"), want[0, 0, 0])
 
 
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nothing_waits_for_the_device(reduction: str) -> None:
+    given = _random_heads(64, 4000, 32, torch.bfloat16).require_grad()
+    mask = torch.rand(64, device=DEVICE) > 0.5
+    for mode in ("default", "error"):  # the first time compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            given.div("forward_kl", mask=mask, chunk_rows=16, reduction=reduction).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert given.student_weight.grad.abs().max() > 1e-4
+
+
 def test_rows_of_a_chunk() -> None:
     cpu = torch.device("cpu")
 
