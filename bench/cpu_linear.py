@@ -1,6 +1,7 @@
 """linear_div on the CPU against its four products alone, plain PyTorch and torch.compile: time and memory.
 
     python -m bench.cpu_linear [--rows 2048] [--hidden 512] [--columns 128256] [--threads 2] [--repeats 3]
+        [--dtype fp32] [--flat]
 
 Forward KL, value and gradients of the student's hidden states and weight. Candidates take turns in every
 round; figures are medians, ratios medians of the ratios within a round. "products" are the same calls of the
@@ -134,7 +135,7 @@ def gradient_bytes(args: argparse.Namespace, dtype: str, rows: int) -> int:
 
 
 def flat(args: argparse.Namespace) -> None:
-    for dtype in DTYPES:
+    for dtype in args.dtypes:
         beyond = [peak(args, "linear_div", dtype, n) - gradient_bytes(args, dtype, n) for n in FLAT]
         print(f"{dtype}, MiB beyond inputs and gradients: ", end="")
         print(", ".join(f"N = {n}: {size / _MIB:.0f}" for n, size in zip(FLAT, beyond, strict=True)))
@@ -143,8 +144,8 @@ def flat(args: argparse.Namespace) -> None:
 def against_peers(args: argparse.Namespace) -> None:
     headings = f"{'of the products':>18}{'ours is faster':>16}{'MiB beyond inputs':>19}{'and gradients':>26}"
     print(f"{'':30}{'s':>7}{headings}")
-    for dtype, torch_dtype in DTYPES.items():
-        heads = problem(args, torch_dtype)
+    for dtype in args.dtypes:
+        heads = problem(args, DTYPES[dtype])
         candidates = {"products": products(heads)}
         candidates |= {name: partial(both_ways, loss, heads) for name, loss in LOSSES.items()}
         times = interleaved(candidates, args.repeats)
@@ -170,9 +171,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--flat", action="store_true")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", choices=DTYPES, help="default: both")
     parser.add_argument("--peak-of", choices=LOSSES, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.dtypes = [args.dtype] if args.dtype else list(DTYPES)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.peak_of:
