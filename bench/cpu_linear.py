@@ -22,13 +22,13 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import kl_gpu
-from kl_gpu import linear_ops
+from kl_gpu import linear_chunks, linear_sums
 
 from .cpu_roofline import interleaved, ratio
+from .gpu_linear import Loss, plain
 from .memory import resident_peak_bytes
 
 MOST_TIMES_PRODUCTS = 1.15
@@ -43,17 +43,6 @@ class Heads(NamedTuple):
     weight: Tensor
     teacher_hidden: Tensor
     teacher_weight: Tensor
-
-
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def plain(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
-    """What people write."""
-    with torch.no_grad():
-        log_p = F.log_softmax(F.linear(teacher_hidden, teacher_weight).float(), -1)
-    log_q = F.log_softmax(F.linear(hidden, weight).float(), -1)
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean()
 
 
 LOSSES: dict[str, Loss] = {
@@ -81,10 +70,10 @@ def products(heads: Heads) -> Callable[[], object]:
     """The four products of every chunk, as `linear_ops` calls them, into memory that exists already."""
     hidden, weight, teacher_hidden, teacher_weight = (x.detach() for x in heads)
     n, v = len(hidden), len(weight)
-    call = linear_ops.Call(
+    call = linear_chunks.Call(
         hidden.dtype, hidden.dtype, 1.0, 1.0, 0.0, 0.0, v, 0, "forward_kl", 0.0, 1.0, 1.0, "native"
     )
-    rows = linear_ops.chosen_rows(n, call, hidden.device)
+    rows = linear_chunks.chosen_rows(n, call, hidden.device)
     student, teacher = (torch.zeros(rows, v, dtype=hidden.dtype) for _ in range(2))
     to_hidden, to_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
 
@@ -98,7 +87,7 @@ def products(heads: Heads) -> Callable[[], object]:
             if hidden.dtype == torch.float32:
                 torch.addmm(to_weight, s.t(), hidden[part], beta=float(start > 0), out=to_weight)
             else:
-                for block in linear_ops.product_blocks(v, weight.shape[1]):
+                for block in linear_sums.product_blocks(v, weight.shape[1]):
                     torch.mm(s.t()[block], hidden[part], out=to_weight[block])
 
     return run

@@ -98,6 +98,16 @@ def _tensor(argument: str, value: object, dtypes: Collection[torch.dtype], what:
         raise TypeError(f"{argument} must be a dense tensor, got layout {value.layout}")
 
 
+def _same_rows(arguments: str, student: Tensor, teacher: Tensor) -> None:
+    if student.device != teacher.device:
+        raise ValueError(f"{arguments} must be on one device, got {student.device} and {teacher.device}")
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"{arguments} must have the same leading shape, "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+
+
 def _times(needed: str, value: Tensor, shift: bool) -> None:
     if shift and value.dim() != 3:
         raise ValueError(f"shift=True needs {needed}, got {tuple(value.shape)}")
@@ -111,16 +121,7 @@ def logits(student: Any, teacher: Any, vocab_size: Any, shift: bool) -> int:
         _tensor(argument, side, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
         if side.dim() < 1 or side.shape[-1] < 1:
             raise ValueError(f"{argument} must be [N, V] with at least one column, got {tuple(side.shape)}")
-    if student.device != teacher.device:
-        raise ValueError(
-            "student_logits and teacher_logits must be on one device, "
-            f"got {student.device} and {teacher.device}"
-        )
-    if student.shape[:-1] != teacher.shape[:-1]:
-        raise ValueError(
-            "student_logits and teacher_logits must have the same leading shape, "
-            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
-        )
+    _same_rows("student_logits and teacher_logits", student, teacher)
     _times("logits [batch, time, V]", student, shift)
     return vocabulary(
         "student_logits", student.shape[-1], "teacher_logits", teacher.shape[-1], "columns", vocab_size
@@ -196,16 +197,7 @@ def heads(
     """Check both models' hidden states and LM heads."""
     _head("student", student_hidden, student_weight, student_bias)
     _head("teacher", teacher_hidden, teacher_weight, teacher_bias)
-    if student_hidden.device != teacher_hidden.device:
-        raise ValueError(
-            "student_hidden and teacher_hidden must be on one device, "
-            f"got {student_hidden.device} and {teacher_hidden.device}"
-        )
-    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
-        raise ValueError(
-            "student_hidden and teacher_hidden must have the same leading shape, "
-            f"got {tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}"
-        )
+    _same_rows("student_hidden and teacher_hidden", student_hidden, teacher_hidden)
     _times("hidden states [batch, time, H]", student_hidden, shift)
     for argument, value in (
         ("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight), ("teacher_bias", teacher_bias)

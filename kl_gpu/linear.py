@@ -10,7 +10,7 @@ from torch import Tensor
 from . import checks, linear_ops, ops, rows
 from .autograd import once_differentiable
 from .kinds import KINDS
-from .linear_ops import Call
+from .linear_chunks import Call, arithmetic
 
 _NO_GRADIENTS = [False, False, False]
 
@@ -229,7 +229,7 @@ def linear_div(
 
     constants = not any(isinstance(x, Tensor) and x.requires_grad for x in (weight, normalizer))
     if reduction != "none" and constants and torch.is_grad_enabled() and any(needs):
-        dtype = linear_ops.arithmetic(dtypes)
+        dtype = arithmetic(dtypes)
         row_scale = rows.scale(lead, dtype, device, weight) * squared / denominator
         function = _CompiledSum if torch.compiler.is_compiling() else _Sum
         total = function.apply(*heads, flat_counts, row_scale.reshape(-1), call, needs)

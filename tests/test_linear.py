@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import kl_gpu
-from kl_gpu import linear_ops
+from kl_gpu import linear_chunks, linear_ops
 from linear_heads import Heads, check, expected, heads
 from support import DEVICE, is_slow, to_numpy
 
@@ -92,7 +92,7 @@ def test_value_and_gradients(backend: str, kind: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["mask and labels, none", "capped", "bias, mask, sum"])
 def test_rows_that_may_not_be_looked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # As on a GPU, where looking would wait for the device: they are computed, and their result is 0.
-    monkeypatch.setattr(linear_ops, "_FINDS_ROWS", frozenset())
+    monkeypatch.setattr(linear_chunks, "_FINDS_ROWS", frozenset())
     _against_the_reference(CASES[name], "reverse_kl", None, torch.float32)
 
 
@@ -102,7 +102,7 @@ def test_what_a_masked_row_holds_does_not_matter(
     finds: bool, reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not finds:
-        monkeypatch.setattr(linear_ops, "_FINDS_ROWS", frozenset())
+        monkeypatch.setattr(linear_chunks, "_FINDS_ROWS", frozenset())
     given = heads((6,), bias=True)
     mask = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.bool, device=DEVICE)
     spoilt = Heads(*(x.clone() if x is not None else None for x in given))
@@ -315,7 +315,7 @@ def test_one_graph_under_compile(reduction: str) -> None:
 def test_opcheck(backend: str) -> None:
     given = heads((4,), bias=True)
     rows = torch.tensor([True, False, True, True], device=DEVICE)
-    call = linear_ops.Call(
+    call = linear_chunks.Call(
         torch.float32, torch.float32, 1.0, 2.0, 0.0, 5.0, 57, 3, "forward_kl", 0.0, 0.5, 1.0, backend
     )
     sides = *given[:2], given.student_bias, *given[2:4], given.teacher_bias, rows
@@ -391,7 +391,7 @@ def test_no_rows_and_no_rows_that_count(
     backend: str, reduction: str, finds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not finds:
-        monkeypatch.setattr(linear_ops, "_FINDS_ROWS", frozenset())
+        monkeypatch.setattr(linear_chunks, "_FINDS_ROWS", frozenset())
     for n in (0, 3):
         given = heads((n,), bias=True).require_grad()
         mask = torch.zeros(n, dtype=torch.bool, device=DEVICE)
@@ -474,7 +474,7 @@ def test_rows_of_a_chunk() -> None:
 
     def rows(n: int, device: torch.device, columns: int = 128256, dtype: torch.dtype = torch.bfloat16) -> int:
         numbers = 1.0, 1.0, 0.0, 0.0, columns, 0, "forward_kl", 0.0, 1.0, 1.0, "native"
-        return linear_ops.chosen_rows(n, linear_ops.Call(dtype, dtype, *numbers), device)
+        return linear_chunks.chosen_rows(n, linear_chunks.Call(dtype, dtype, *numbers), device)
 
     assert rows(1, cpu) == 1
     assert rows(0, cpu) == 1
@@ -488,12 +488,12 @@ def test_rows_of_a_chunk() -> None:
 
 def test_fewer_rows_where_a_gpu_is_short_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = 1.0, 1.0, 0.0, 0.0, 128256, 0, "forward_kl", 0.0, 1.0, 1.0, "triton"
-    call = linear_ops.Call(torch.bfloat16, torch.bfloat16, *numbers)
-    monkeypatch.setattr(linear_ops, "_free_bytes", lambda device: float("inf"))
-    usual = linear_ops.chosen_rows(8192, call, torch.device("cuda"))
+    call = linear_chunks.Call(torch.bfloat16, torch.bfloat16, *numbers)
+    monkeypatch.setattr(linear_chunks, "_free_bytes", lambda device: float("inf"))
+    usual = linear_chunks.chosen_rows(8192, call, torch.device("cuda"))
     assert 1024 <= usual <= 4096
-    monkeypatch.setattr(linear_ops, "_free_bytes", lambda device: 2**29)
-    few = linear_ops.chosen_rows(8192, call, torch.device("cuda"))
+    monkeypatch.setattr(linear_chunks, "_free_bytes", lambda device: 2**29)
+    few = linear_chunks.chosen_rows(8192, call, torch.device("cuda"))
     assert few * 128256 * 4 <= 2**28
     assert few < usual
 
