@@ -139,8 +139,8 @@ def linear_div(
         z = hidden · weightᵀ + bias,    logits = softcap · tanh(logit_scale · z / softcap)
 
     (logit_scale · z without a soft cap), of which only `chunk_rows` rows exist at a time. With a reduction
-    the gradients are computed in forward, with "none" in backward, from the products again. The cap is
-    computed in float32 at least. The student's hidden states, weight and bias are differentiable, the teacher
+    the gradients are computed in forward; with "none" and in float16, where a loss scale must come first, in
+    backward, from the products again. The cap is computed in float32 at least. The student's hidden states, weight and bias are differentiable, the teacher
     is a constant.
 
     Rows that do not count cost nothing on the CPU; elsewhere they are computed with the others, since finding
@@ -228,7 +228,9 @@ def linear_div(
     mixed = dtypes[0] != dtypes[1]
 
     constants = not any(isinstance(x, Tensor) and x.requires_grad for x in (weight, normalizer))
-    if reduction != "none" and constants and torch.is_grad_enabled() and any(needs):
+    # In float16 a gradient divided by N vanishes unless a loss scale comes first, and that comes in backward.
+    in_range = torch.float16 not in (dtypes[0], student.dtype, student_weight.dtype)
+    if reduction != "none" and constants and in_range and torch.is_grad_enabled() and any(needs):
         dtype = arithmetic(dtypes)
         row_scale = rows.scale(lead, dtype, device, weight) * squared / denominator
         function = _CompiledSum if torch.compiler.is_compiling() else _Sum

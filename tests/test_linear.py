@@ -164,6 +164,19 @@ def _plain64(given: Heads, kind: str) -> Tensor:
     return (a.exp() * (a - b)).sum(-1)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_loss_scale_saves_gradients_in_float16(autocast: bool) -> None:
+    # Without it they are below the smallest float16: computed before the scale is known, they would be 0.
+    given = _random_heads(32, 400, 16, torch.float32 if autocast else torch.float16).require_grad()
+    exact = Heads(*(x.detach().half().double() for x in given[:4])).require_grad()
+    with torch.autocast(DEVICE.type, torch.float16, enabled=autocast):
+        loss = given.div("forward_kl", normalizer=1e6, chunk_rows=20)
+    grads = torch.autograd.grad(2.0**18 * loss, given.leaves)
+    want = torch.autograd.grad(_plain64(exact, "forward_kl").sum() / 1e6, exact.leaves)
+    for grad, one in zip(grads, want, strict=True):
+        assert (grad.double() / 2**18 - one).norm() < 0.01 * one.norm()
+
+
 def test_a_float64_side_with_a_narrower_one() -> None:
     given = heads((4,))
     narrow = given._replace(student_hidden=given.student_hidden.float(), student_weight=given.student_weight)
