@@ -140,8 +140,8 @@ def linear_div(
 
     (logit_scale · z without a soft cap), of which only `chunk_rows` rows exist at a time. With a reduction
     the gradients are computed in forward; with "none" and in float16, where a loss scale must come first, in
-    backward, from the products again. The cap is computed in float32 at least. The student's hidden states, weight and bias are differentiable, the teacher
-    is a constant.
+    backward, from the products again. The cap is computed in float32 at least. The student's hidden states,
+    weight and bias are differentiable, the teacher is a constant.
 
     Rows that do not count cost nothing on the CPU; elsewhere they are computed with the others, since finding
     them would wait for the device. How the products round is the vendor library's affair: a row's last bits
