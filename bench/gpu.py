@@ -2,9 +2,9 @@
 
     python -m bench.gpu [--out DIR] [--minutes 9]
 
-Writes into DIR: the timings' JSON, a second one with what was checked, run and skipped, the plots, the
-journal, and session.log with every command's output. What was measured is on disk at once. Without a GPU it
-says what it skips and times a little on the CPU. Status 1 where a check failed or an output was wrong.
+Writes into DIR: the timings' JSON, linear_div's, a third with what was checked, run and skipped, the plots,
+the journal, and session.log with every command's output. What was measured is on disk at once. Without a GPU
+it says what it skips and times a little on the CPU. Status 1 where a check failed or an output was wrong.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Session:
         return [
             Phase("tests", 170, 20, partial(self.test, "tests", "not eager"), no_gpu),
             Phase("timings", 270, 10, self.time),
+            Phase("linear", 30, 20, self.linear, no_gpu),
             *(Phase(check, 35, 15, partial(self.sanitize, program or "", check), no_tool) for check in TOOLS),
             Phase("plots", 15, 5, self.plot),
             Phase("tests of eager", 15, 10, partial(self.test, "tests of eager", "eager"), no_gpu),
@@ -108,6 +109,16 @@ class Session:
         if states["failed"] or self.wrong():
             return Ending(FAILED, f"points: {counts}; wrong outputs: {len(self.wrong())}")
         return Ending(CUT_SHORT if states["not reached"] else DONE, f"points: {counts}")
+
+    def linear(self, limit: float) -> Ending:
+        """linear_div and its peers; the last line of what is printed says how it stands to its targets."""
+        command = [sys.executable, "-m", "bench.gpu_linear", "--out", str(self.folder)]
+        finished = run(command, limit, self.log, ROOT, environment())
+        if finished.timed_out:
+            return Ending(CUT_SHORT)
+        if finished.code != 0:
+            return Ending(FAILED, "see session.log")
+        return Ending(DONE, finished.output.strip().rpartition("\n")[2])
 
     def wrong(self) -> list[str]:
         return [event["what"] for event in self.journal.read() if event["event"] == "wrong"]

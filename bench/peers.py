@@ -40,6 +40,15 @@ def liger() -> dict[str, Mean]:
     }
 
 
+def liger_linear() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Liger-Kernel's JSD at β = ½ from the student's and the teacher's hidden states and LM heads.
+
+    Raises:
+        ImportError: it is not installed, or not as we know it.
+    """
+    return _named(_module("liger_kernel.transformers"), "LigerFusedLinearJSD")(jsd_beta=0.5)
+
+
 _TRAINERS = ("trl.experimental.gkd.gkd_trainer", "trl.experimental.gkd", "trl.trainer.gkd_trainer", "trl")
 
 

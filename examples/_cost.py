@@ -1,4 +1,4 @@
-"""What a loss costs on given logits: its time, forward and backward, and the memory it takes at its peak."""
+"""What a loss costs on given logits, or hidden states: time, forward and backward, and the peak of memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # (student_logits, teacher_logits) -> scalar
+Loss = Callable[[Tensor, Tensor], Tensor]  # (what it takes of the student, of the teacher) -> scalar
 Work = Callable[[], float]
 
 _REPEATS = 7
@@ -30,23 +30,25 @@ _MEMORY_METHODS = {
 class Cost:
     value: float
     seconds: float  # forward and backward
-    peak_bytes: int  # beyond the logits, the gradient included
+    peak_bytes: int  # beyond what it is given, the gradients included
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of several losses on the same logits."""
+    """Of several losses on the same logits, or hidden states."""
 
+    takes: str
     shape: tuple[int, ...]
-    dtypes: tuple[str, str]  # of the student's and the teacher's logits
+    dtypes: tuple[str, str]  # of the student's and the teacher's
     student_bytes: int
     repeats: int
     memory_method: str
     costs: dict[str, Cost]
 
 
-def compare(losses: dict[str, Loss], student: Tensor, teacher: Tensor) -> Comparison:
+def compare(takes: str, losses: dict[str, Loss], student: Tensor, teacher: Tensor) -> Comparison:
     return Comparison(
+        takes=takes,
         shape=tuple(student.shape),
         dtypes=(_name(student.dtype), _name(teacher.dtype)),
         student_bytes=student.numel() * student.element_size(),

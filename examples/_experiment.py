@@ -92,7 +92,8 @@ def _train_all(bench: Bench, student: Any, training: Windows, record: Record, co
     console.print(
         "Measuring what the loss costs …"
     )  # with no spinner, which would take time from what is timed
-    record.cost = compare(*bench.rivals(model))  # the last, so the distilled one
+    takes = "hidden states" if settings.fused_linear else "logits"
+    record.cost = compare(takes, *bench.rivals(model))  # the last, so the distilled one
 
 
 def _cast(settings: Settings, text: Text) -> tuple[Any, Any, Any]:

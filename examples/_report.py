@@ -121,13 +121,13 @@ def _models_table(record: Record) -> Table:
 def _present_cost(cost: Comparison, console: Console) -> None:
     shape = " × ".join(map(str, cost.shape))
     size = _mib(cost.student_bytes)
-    say(console, f"\nThe loss on logits of the held-out text, {shape}, {size} the student's:")
+    say(console, f"\nThe loss on {cost.takes} of the held-out text, {shape}, {size} the student's:")
     table = Table("loss", *(right(h) for h in ("value", "time", "peak extra memory")))
     for name, one in cost.costs.items():
         table.add_row(name, f"{one.value:.6f}", f"{one.seconds * 1e3:,.1f} ms", _mib(one.peak_bytes))
     console.print(table)
     say(console, f"Time: forward and backward, median of {cost.repeats}, interleaved.")
-    say(console, f"Memory: beyond the logits, the gradient included; {cost.memory_method}.")
+    say(console, f"Memory: beyond the {cost.takes}, gradients included; {cost.memory_method}.")
 
 
 def _mib(size: int) -> str:

@@ -50,6 +50,7 @@ class Settings:
     sequence: int
     rate: float
     temperature: float
+    fused_linear: bool
     seed: int
     device: str
     backend: str | None

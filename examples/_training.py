@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from _corpus import IGNORED, Windows
 from _cost import Loss
+from _fused import cut, fused_kl
 from _interrupt import StopBetweenSteps
 from _report import HeldOut, Run
 from _settings import Settings
@@ -20,16 +21,20 @@ from torch import Tensor
 
 from kl_gpu import kl_div
 
-Objective = Callable[[Tensor, Windows], Tensor]  # (logits, the batch they are of) -> loss
+Objective = Callable[[Any, Windows], Tensor]  # (the model that trains, a batch) -> loss
 
 _CHECKPOINTS = 4
 _WARM_UP = 0.1  # of all steps
 _LAST_RATE = 0.1  # of the peak
 
 
+def autocast(batch: Windows) -> torch.autocast:
+    return torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=batch.ids.is_cuda)
+
+
 def logits_of(model: Any, batch: Windows) -> Tensor:
     # No attention mask: the padding stands behind the text, where a causal model does not look.
-    with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=batch.ids.is_cuda):
+    with autocast(batch):
         return model(input_ids=batch.ids, use_cache=False).logits
 
 
@@ -61,14 +66,20 @@ class Bench:
         logits = logits[..., : self.vocab_size].flatten(0, 1).float()
         return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction=reduction)
 
-    def label_loss(self, logits: Tensor, batch: Windows) -> Tensor:
-        return self.cross_entropy(logits, batch.labels)
+    def label_loss(self, model: Any, batch: Windows) -> Tensor:
+        return self.cross_entropy(logits_of(model, batch), batch.labels)
 
-    def distillation_loss(self, logits: Tensor, batch: Windows) -> Tensor:
+    def distillation_loss(self, model: Any, batch: Windows) -> Tensor:
+        options: dict[str, Any] = {"temperature": self.settings.temperature, "t_squared": True}
+        if self.settings.fused_linear:
+            with autocast(batch):
+                with torch.no_grad():
+                    teacher = cut(self.teacher, batch)
+                options |= {"vocab_size": self.vocab_size, "backend": self.settings.backend}
+                return fused_kl(cut(model, batch), teacher, batch.labels, **options)
         with torch.no_grad():
             teacher_logits = logits_of(self.teacher, batch)
-        temperature = self.settings.temperature
-        return self.kl(logits, teacher_logits, batch.labels, temperature=temperature, t_squared=True)
+        return self.kl(logits_of(model, batch), teacher_logits, batch.labels, **options)
 
     @torch.no_grad()
     def measure(self, model: Any) -> HeldOut:
@@ -86,12 +97,37 @@ class Bench:
 
     @torch.no_grad()
     def rivals(self, student: Any) -> tuple[dict[str, Loss], Tensor, Tensor]:
-        """The distillation loss, ours and as it is usually written, and held-out logits for both."""
+        """The distillation loss, ours and as it is usually written, and what they take of held-out text.
+
+        That is logits, or hidden states where the heads are part of the loss.
+        """
         batch = self.held_out.first(max(1, self.settings.scale.cost_tokens // self.settings.sequence))
-        temperature = self.settings.temperature
-        ours = partial(self.kl, labels=batch.labels, temperature=temperature, t_squared=True)
-        plain = partial(_plain_kl, labels=batch.labels, temperature=temperature, vocab_size=self.vocab_size)
-        return {"kl_gpu": ours, "PyTorch": plain}, logits_of(student, batch), logits_of(self.teacher, batch)
+        options: dict[str, Any] = {"temperature": self.settings.temperature, "labels": batch.labels}
+        ours = partial(self.kl, t_squared=True, **options)
+        plain = partial(_plain_kl, vocab_size=self.vocab_size, **options)
+        losses: dict[str, Loss] = {"kl_gpu": ours, "PyTorch": plain}
+        if not self.settings.fused_linear:
+            return losses, logits_of(student, batch), logits_of(self.teacher, batch)
+        with autocast(batch):
+            cuts = cut(student, batch), cut(self.teacher, batch)
+
+        def on_hidden(loss: Callable[..., Tensor], whole: bool) -> Loss:
+            def of(student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
+                with autocast(batch):
+                    sides = cuts[0]._replace(hidden=student_hidden), cuts[1]._replace(hidden=teacher_hidden)
+                    if not whole:
+                        return loss(*sides)
+                    with torch.no_grad():
+                        teacher_logits = sides[1].logits()
+                    return loss(sides[0].logits(), teacher_logits)
+
+            return of
+
+        fused = partial(
+            fused_kl, t_squared=True, vocab_size=self.vocab_size, backend=self.settings.backend, **options
+        )
+        on_logits = {name: on_hidden(loss, True) for name, loss in losses.items()}
+        return {"kl_gpu, fused": on_hidden(fused, False)} | on_logits, cuts[0].hidden, cuts[1].hidden
 
 
 def _plain_kl(
@@ -122,7 +158,7 @@ def train(
             start = time.perf_counter()
             batch = batch.to(bench.held_out.ids.device)
             model.train()
-            loss = objective(logits_of(model, batch), batch)
+            loss = objective(model, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

@@ -8,13 +8,14 @@ same start, with the same batches: one on the labels alone, one through
     kl_gpu.kl_div(student_logits, teacher_logits, direction="forward", temperature=T,
                   labels=labels, shift=True, t_squared=True)
 
+(with --fused-linear through kl_gpu.linear_div, which makes the logits itself, a few rows at a time).
 It prints how close each came to the teacher on text none of them saw, and what this loss costs beside plain
 PyTorch's on the same logits. With models of your own, from a hub or a folder:
 
     python examples/distill.py --teacher Qwen/Qwen2.5-1.5B --student Qwen/Qwen2.5-0.5B --text notes/
 
-This file is the command line; the work is in `_experiment.py`, and `_corpus.py`, `_models.py`, `_cost.py` and
-`_report.py` beside it each do one part of it.
+This file is the command line; the work is in `_experiment.py`, and `_corpus.py`, `_models.py`, `_fused.py`,
+`_cost.py` and `_report.py` beside it each do one part of it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ def _parser() -> Parser:
     add("--sequence", metavar="N", type=whole(2), help="tokens a window")
     add("--rate", metavar="R", type=positive_number, help="peak learning rate")
     add("--temperature", metavar="T", type=positive_number, default=1.0, help="default: %(default)s")
+    add(
+        "--fused-linear",
+        action="store_true",
+        help="distil through kl_gpu.linear_div, from hidden states and LM heads: the logits never exist",
+    )
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N; default: cuda where there is one")
     add_common_options(parser)
     return parser

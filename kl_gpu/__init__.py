@@ -2,6 +2,7 @@
 
 from .functional import divergence, js_div, kl_div
 from .kinds import KINDS
+from .linear import linear_div
 from .logprobs import token_logprobs
 from .nn import DivergenceLoss
 from .ops import BACKENDS
@@ -19,6 +20,7 @@ __all__ = [
     "js_div",
     "kl_div",
     "kl_penalty",
+    "linear_div",
     "token_logprobs",
     "token_stats",
     "topk_div",

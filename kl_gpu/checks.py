@@ -64,6 +64,26 @@ def temperature(argument: str, value: Any) -> None:
         raise ValueError(f"{argument} must be a number > 0, within [{low:g}, {high:g}], got {value}")
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for tensors there; of devices that it does not know it will not be asked."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def temperatures(temperature_: Any, teacher_temperature: Any, t_squared: Any) -> float:
+    """Check both sides' temperatures and what T² means for them; returns the teacher's."""
+    boolean("t_squared", t_squared)
+    temperature("temperature", temperature_)
+    if teacher_temperature is None:
+        teacher_temperature = temperature_
+    temperature("teacher_temperature", teacher_temperature)
+    if t_squared and temperature_ != teacher_temperature:
+        raise ValueError(
+            "t_squared needs one temperature: T² has no meaning for "
+            f"temperature={temperature_} with teacher_temperature={teacher_temperature}"
+        )
+    return teacher_temperature
+
+
 def _integer(argument: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
         raise TypeError(f"{argument} must be an int, got {_type_name(value)}")
@@ -78,36 +98,49 @@ def _tensor(argument: str, value: object, dtypes: Collection[torch.dtype], what:
         raise TypeError(f"{argument} must be a dense tensor, got layout {value.layout}")
 
 
+def _same_rows(arguments: str, student: Tensor, teacher: Tensor) -> None:
+    if student.device != teacher.device:
+        raise ValueError(f"{arguments} must be on one device, got {student.device} and {teacher.device}")
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"{arguments} must have the same leading shape, "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+
+
+def _times(needed: str, value: Tensor, shift: bool) -> None:
+    if shift and value.dim() != 3:
+        raise ValueError(f"shift=True needs {needed}, got {tuple(value.shape)}")
+    if shift and value.shape[1] < 1:
+        raise ValueError(f"shift=True needs at least one time step, got {tuple(value.shape)}")
+
+
 def logits(student: Any, teacher: Any, vocab_size: Any, shift: bool) -> int:
     """Check both sides against each other; returns the number of columns that count."""
     for argument, side in (("student_logits", student), ("teacher_logits", teacher)):
         _tensor(argument, side, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
         if side.dim() < 1 or side.shape[-1] < 1:
             raise ValueError(f"{argument} must be [N, V] with at least one column, got {tuple(side.shape)}")
-    if student.device != teacher.device:
-        raise ValueError(
-            "student_logits and teacher_logits must be on one device, "
-            f"got {student.device} and {teacher.device}"
-        )
-    if student.shape[:-1] != teacher.shape[:-1]:
-        raise ValueError(
-            "student_logits and teacher_logits must have the same leading shape, "
-            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
-        )
-    if shift and student.dim() != 3:
-        raise ValueError(f"shift=True needs logits [batch, time, V], got {tuple(student.shape)}")
-    if shift and student.shape[1] < 1:
-        raise ValueError(f"shift=True needs at least one time step, got {tuple(student.shape)}")
-    columns: int = student.shape[-1]
+    _same_rows("student_logits and teacher_logits", student, teacher)
+    _times("logits [batch, time, V]", student, shift)
+    return vocabulary(
+        "student_logits", student.shape[-1], "teacher_logits", teacher.shape[-1], "columns", vocab_size
+    )
+
+
+def vocabulary(
+    argument: str, columns: int, other_argument: str, other_columns: int, unit: str, vocab_size: Any
+) -> int:
+    """Check what both sides have against vocab_size; returns the number of columns that count."""
     if vocab_size is None:
-        if columns != teacher.shape[-1]:
+        if columns != other_columns:
             raise ValueError(
-                f"vocab_size must be given where the vocabularies differ: student_logits has {columns} "
-                f"columns, teacher_logits {teacher.shape[-1]}"
+                f"vocab_size must be given where the vocabularies differ: {argument} has {columns} "
+                f"{unit}, {other_argument} {other_columns}"
             )
         return columns
     _integer("vocab_size", vocab_size)
-    largest = min(columns, teacher.shape[-1])
+    largest = min(columns, other_columns)
     if not 1 <= vocab_size <= largest:
         raise ValueError(f"vocab_size must be within [1, {largest}], got {vocab_size}")
     return int(vocab_size)
@@ -118,10 +151,7 @@ def one_sided_logits(argument: str, value: Any, vocab_size: Any, shift: bool) ->
     _tensor(argument, value, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
     if value.dim() < 1 or value.shape[-1] < 1:
         raise ValueError(f"{argument} must be [N, V] with at least one column, got {tuple(value.shape)}")
-    if shift and value.dim() != 3:
-        raise ValueError(f"shift=True needs {argument} [batch, time, V], got {tuple(value.shape)}")
-    if shift and value.shape[1] < 1:
-        raise ValueError(f"shift=True needs at least one time step, got {tuple(value.shape)}")
+    _times(f"{argument} [batch, time, V]", value, shift)
     columns: int = value.shape[-1]
     if vocab_size is None:
         return columns
@@ -129,6 +159,78 @@ def one_sided_logits(argument: str, value: Any, vocab_size: Any, shift: bool) ->
     if not 1 <= vocab_size <= columns:
         raise ValueError(f"vocab_size must be within [1, {columns}], got {vocab_size}")
     return int(vocab_size)
+
+
+def _head(side: str, hidden: Any, weight: Any, bias: Any) -> None:
+    """Check one model's hidden states against its LM head."""
+    names = f"{side}_hidden", f"{side}_weight", f"{side}_bias"
+    for argument, value, shape in zip(
+        names, (hidden, weight, bias), ("[N, H]", "[V, H]", "[V]"), strict=True
+    ):
+        if argument == names[2] and value is None:
+            continue
+        _tensor(argument, value, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
+        few = value.dim() < 1 if argument == names[0] else value.dim() != shape.count(",") + 1
+        if few or value.shape[-1] < 1 or (argument == names[1] and len(value) < 1):
+            raise ValueError(f"{argument} must be {shape}, neither V nor H 0, got {tuple(value.shape)}")
+        if value.device != hidden.device:
+            raise ValueError(f"{argument} must be on {hidden.device}, as {names[0]} is, got {value.device}")
+        # What autocast casts may differ; it leaves float64 alone.
+        cast = autocasts(hidden.device)
+        if value.dtype != hidden.dtype and not (cast and torch.float64 not in (value.dtype, hidden.dtype)):
+            raise TypeError(f"{argument} must have {names[0]}'s dtype, {hidden.dtype}, got {value.dtype}")
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{names[1]} must be [V, {hidden.shape[-1]}], as {names[0]} has {hidden.shape[-1]} columns, "
+            f"got {tuple(weight.shape)}"
+        )
+    if bias is not None and len(bias) != len(weight):
+        raise ValueError(
+            f"{names[2]} must be [{len(weight)}], a number per row of {names[1]}, got [{len(bias)}]"
+        )
+
+
+def heads(
+    student_hidden: Any, student_weight: Any, student_bias: Any,
+    teacher_hidden: Any, teacher_weight: Any, teacher_bias: Any, shift: bool,
+) -> None:  # fmt: skip
+    """Check both models' hidden states and LM heads."""
+    _head("student", student_hidden, student_weight, student_bias)
+    _head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    _same_rows("student_hidden and teacher_hidden", student_hidden, teacher_hidden)
+    _times("hidden states [batch, time, H]", student_hidden, shift)
+    for argument, value in (
+        ("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight), ("teacher_bias", teacher_bias)
+    ):  # fmt: skip
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{argument} gets no gradient here, got one that requires it: detach it")
+
+
+def softcap(argument: str, value: Any) -> float:
+    """Returns the cap, 0 where there is none."""
+    if value is None:
+        return 0.0
+    positive(argument, value, "a number or None")
+    return float(value)
+
+
+def logit_scale(argument: str, value: Any, temperature: float) -> float:
+    positive(argument, value)
+    low, high = TEMPERATURE_RANGE
+    if not low <= float(value) / float(temperature) <= high:
+        raise ValueError(
+            f"{argument} over the temperature must be within [{low:g}, {high:g}], "
+            f"got {value} over {temperature}"
+        )
+    return float(value)
+
+
+def chunk_rows(value: Any) -> None:
+    if value is None:
+        return
+    _integer("chunk_rows", value)
+    if value < 1:
+        raise ValueError(f"chunk_rows must be at least 1 or None, got {value}")
 
 
 def _beside(argument: str, value: Tensor, shape: tuple[int, ...], what: str, device: torch.device) -> None:
@@ -199,7 +301,7 @@ def labels_are_columns(labels: Tensor, counts: Tensor, columns: int) -> None:
 def positive(argument: str, value: Any, expected: str = "a number") -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{argument} must be {expected}, got {_type_name(value)}")
-    if not (float(value) > 0 and math.isfinite(value)):
+    if not 0 < float(value) < math.inf:  # NaN fails every comparison; isfinite does not trace
         raise ValueError(f"{argument} must be a finite number > 0, got {value}")
 
 

@@ -121,17 +121,9 @@ def divergence(
     checks.name("kind", kind, KINDS)
     checks.name("reduction", reduction, ("none", "sum", "mean", "batchmean"))
     checks.beta(beta, kind)
-    for argument, flag in (("t_squared", t_squared), ("shift", shift), ("inplace", inplace)):
+    for argument, flag in (("shift", shift), ("inplace", inplace)):
         checks.boolean(argument, flag)
-    checks.temperature("temperature", temperature)
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    checks.temperature("teacher_temperature", teacher_temperature)
-    if t_squared and temperature != teacher_temperature:
-        raise ValueError(
-            "t_squared needs one temperature: T² has no meaning for "
-            f"temperature={temperature} with teacher_temperature={teacher_temperature}"
-        )
+    teacher_temperature = checks.temperatures(temperature, teacher_temperature, t_squared)
     vocab_size = checks.logits(student_logits, teacher_logits, vocab_size, shift)
     checks.rows(student_logits, mask, labels, ignore_index, weight)
     checks.normalizer(normalizer, reduction, student_logits.device)
@@ -153,18 +145,14 @@ def divergence(
     mixed = student.dtype != teacher.dtype
 
     if reduction != "none" and _gradient_at_once(student, teacher, weight, normalizer, call):
-        row_scale = _row_scale(lead, student, teacher, weight) * factor / denominator
+        row_scale = (
+            rows.scale(lead, arithmetic(student, teacher), student.device, weight) * factor / denominator
+        )
         total = WeightedSum.apply(student, teacher, counts, row_scale, call)
         return total.float() if mixed else total
 
     value = RowDivergence.apply(student, teacher, counts, call)
-    if mixed:
-        value = value.float()
-    if t_squared:
-        value = value * factor
-    if weight is not None:
-        value = value * weight.to(value.dtype)
-    return value if reduction == "none" else value.sum() / denominator
+    return rows.reduced(value.float() if mixed else value, factor, weight, reduction, denominator)
 
 
 def _gradient_at_once(
@@ -182,10 +170,3 @@ def _gradient_at_once(
         # A compiled backward cannot decide on the incoming gradient's value.
         and not torch.compiler.is_compiling()
     )
-
-
-def _row_scale(lead: torch.Size, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
-    dtype = arithmetic(student, teacher)
-    if weight is None:
-        return torch.ones(lead, dtype=dtype, device=student.device)
-    return weight.detach().to(dtype)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import checks
 from .functional import divergence
 from .kinds import KINDS
+from .linear import linear_div
 
 _PER_CALL = ("mask", "labels", "weight", "normalizer")
 _OPTIONS = tuple(
@@ -54,6 +55,31 @@ class DivergenceLoss(nn.Module):
         return divergence(
             student_logits, teacher_logits, self.kind, mask=mask, labels=labels, weight=weight,
             normalizer=normalizer, **self.options,
+        )  # fmt: skip
+
+    def linear(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        *,
+        mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        **heads: Any,
+    ) -> Tensor:
+        """The same loss from hidden states and LM heads, as :func:`kl_gpu.linear_div`.
+
+        `heads` are its arguments that describe the models: student_bias, softcap, logit_scale, their
+        counterparts of the teacher, and chunk_rows. The option `inplace` has no meaning here and is ignored:
+        the logits are nobody's.
+        """
+        options = {name: value for name, value in self.options.items() if name != "inplace"}
+        return linear_div(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, self.kind, mask=mask,
+            labels=labels, weight=weight, normalizer=normalizer, **heads, **options,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

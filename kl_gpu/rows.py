@@ -62,3 +62,21 @@ def denominator(
         return max(math.prod(lead), 1)
     # clamp: where no row counts the result is 0, attached to the graph, and nothing waits for the device.
     return counts.sum().clamp_min(1)
+
+
+def scale(lead: torch.Size, dtype: torch.dtype, device: torch.device, weight: Tensor | None) -> Tensor:
+    """What each row's value is multiplied by, where weights are constants, `[*lead]`."""
+    if weight is None:
+        return torch.ones(lead, dtype=dtype, device=device)
+    return weight.detach().to(dtype)
+
+
+def reduced(
+    value: Tensor, factor: float, weight: Tensor | None, reduction: str, denominator: float | Tensor
+) -> Tensor:
+    """The result from the rows' divergences `[N]`, differentiable in all of them."""
+    if factor != 1:
+        value = value * factor
+    if weight is not None:
+        value = value * weight.to(value.dtype)
+    return value if reduction == "none" else value.sum() / denominator

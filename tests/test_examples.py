@@ -95,6 +95,21 @@ def test_distils_and_repeats(main: Main, tmp_path: Path, capsys: pytest.CaptureF
     assert figures(tmp_path / "c")["figures"]["teacher"]["held_out"]["0"] != runs["teacher"]["held_out"]["0"]
 
 
+def test_fused_distillation_learns_the_same(main: Main, tmp_path: Path) -> None:
+    arguments = [*TINY, "--sequence", "64"]
+    assert main([*arguments, "--out", str(tmp_path / "a")]) == 0
+    assert main([*arguments, "--fused-linear", "--out", str(tmp_path / "b")]) == 0
+    usual, fused = (figures(tmp_path / name) for name in "ab")
+    name = "student, kl_gpu"
+    ours, want = (run["figures"][name]["held_out"]["12"]["kl"] for run in (fused, usual))
+    assert ours == pytest.approx(want, rel=0.02)  # the two round differently, and training amplifies it
+    costs = fused["cost"]["costs"]
+    assert costs["kl_gpu, fused"]["value"] == pytest.approx(costs["PyTorch"]["value"], rel=1e-4)
+    assert (
+        costs["kl_gpu, fused"]["peak_bytes"] < costs["kl_gpu"]["peak_bytes"] < costs["PyTorch"]["peak_bytes"]
+    )
+
+
 def test_windows_leave_out_starts_and_padding(main: Main) -> None:
     import _corpus
 

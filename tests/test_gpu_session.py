@@ -20,7 +20,7 @@ import torch
 pytest.importorskip("rich")
 
 import conftest
-from bench import correctness, machine, peers, plan, sanitizer, sanitizer_calls, timings
+from bench import correctness, gpu_linear, machine, peers, plan, sanitizer, sanitizer_calls, timings
 from bench.bounded import Finished, run
 from bench.budget import Budget, Ending, Outcome, Phase, run_phases
 from bench.check import WrongOutput
@@ -513,6 +513,36 @@ def test_timings_that_cannot_even_begin_are_not_tried_for_ever(timing: Any) -> N
     assert (ending.outcome, session.timings) == ("cut short", None)
 
 
+def test_linear_div_against_its_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--rows", "24", "--hidden", "16", "--columns", "300", "--repeats", "2"]
+    assert gpu_linear.main([*sizes, "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert "TFLOP/s; peak extra memory" in shown[-1]
+    found = json.loads((tmp_path / "linear.json").read_text())
+    rows = {row["contender"]: row for row in found["contenders"]}
+    assert set(rows) >= {"products", "kl_gpu forward_kl", "kl_gpu js", "torch forward_kl"}
+    assert all(row["ms"] > 0 and row["peak_extra_bytes"] > 0 for row in rows.values())
+    ours, plain = rows["kl_gpu forward_kl"], rows["torch forward_kl"]
+    assert ours["value"] == pytest.approx(plain["value"], rel=0.02)
+    assert ours["value"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("command", "outcome", "why"),
+    [
+        ("print('a'); print('time: 60 ms')", "done", "time: 60 ms"),
+        ("raise SystemExit(1)", "failed", "see session.log"),
+    ],
+)
+def test_what_the_session_makes_of_linear_div(
+    timing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, outcome: str, why: str
+) -> None:
+    _, session, _ = timing(points("a"), (lambda: None, 1))
+    monkeypatch.setattr("bench.gpu.run", lambda _, *rest: run([sys.executable, "-c", command], *rest))
+    ending = session.linear(20.0)
+    assert (ending.outcome, ending.why) == (outcome, why)
+
+
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What one whole session on the CPU printed, and its folder."""
@@ -535,7 +565,7 @@ def test_a_session_without_a_gpu_says_what_it_skips(session: tuple[str, Path]) -
         "left_out",
     ]
     outcomes = {phase["name"]: phase["outcome"] for phase in checks["phases"]}
-    skipped = {"tests": "skipped", "memcheck": "skipped", "racecheck": "skipped", "tests of eager": "skipped"}
+    skipped = dict.fromkeys(("tests", "linear", "memcheck", "racecheck", "tests of eager"), "skipped")
     assert outcomes == skipped | {"timings": "done", "plots": "done"}
     for phase in checks["phases"]:
         assert f"{phase['name']}: {phase['outcome']} after" in shown

@@ -1,0 +1,248 @@
+"""Divergences from hidden states and LM heads: the logits of all tokens never exist."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, linear_ops, ops, rows
+from .autograd import once_differentiable
+from .kinds import KINDS
+from .linear_chunks import Call, arithmetic
+
+_NO_GRADIENTS = [False, False, False]
+
+
+class _Heads(NamedTuple):
+    """The tensors of both sides as the operator takes them: hidden states `[N, H]`, weight `[V, H]`, bias."""
+
+    student_hidden: Tensor
+    student_weight: Tensor
+    student_bias: Tensor | None
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    teacher_bias: Tensor | None
+
+    @property
+    def needs(self) -> list[bool]:
+        return [x is not None and x.requires_grad for x in self[:3]]
+
+
+def _asked_for(grads: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+def _tied(grads: list[Tensor | None], incoming: Tensor, heads: _Heads) -> tuple[Tensor | None, ...]:
+    """What backward returns for the six tensors of both heads."""
+    sources = (x for x in heads[:3] if x is not None)
+    return (*once_differentiable(tuple(grads), incoming, *sources), None, None, None)
+
+
+class _Rows(torch.autograd.Function):
+    """Per-row divergence `[N]`. Backward computes the logits again, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, call, needs = arguments
+        ctx.save_for_backward(*tensors)
+        ctx.call, ctx.needs = call, needs
+        return linear_ops.linear(*tensors, None, _NO_GRADIENTS, *call)[0]
+
+    @staticmethod
+    def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        *heads, counts = ctx.saved_tensors
+        grads = linear_ops.linear(*heads, counts, row_gradient.contiguous(), ctx.needs, *ctx.call)[1:]
+        return (*_tied(_asked_for(grads, ctx.needs), row_gradient, _Heads(*heads)), None, None, None)
+
+
+class _Sum(torch.autograd.Function):
+    """Σ row_scale · divergence, 0-d, for row factors `[N]` known beforehand; gradients come in forward."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, call, needs = arguments
+        value, *grads = linear_ops.linear(*tensors, needs, *call)
+        # The inputs too: modifying them before backward must raise, as it does everywhere else.
+        ctx.save_for_backward(*tensors)
+        ctx.call, ctx.needs, ctx.grads = call, needs, grads
+        return (value * tensors[-1]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        *heads, counts, row_scale = ctx.saved_tensors
+        # Given away once: a second backward must not find them scaled, and .grad takes them without a copy.
+        grads, ctx.grads = ctx.grads, None
+        with torch.no_grad():
+            if grads is None:
+                scale = incoming * row_scale
+                grads = linear_ops.linear(*heads, counts, scale, ctx.needs, *ctx.call)[1:]
+            # Elsewhere than on the CPU the question would wait for the device.
+            elif incoming.device.type != "cpu" or incoming.item() != 1:
+                grads = [grad.mul_(incoming) for grad in grads]
+        return (*_tied(_asked_for(grads, ctx.needs), incoming, _Heads(*heads)), *(None,) * 4)
+
+
+class _CompiledSum(torch.autograd.Function):
+    """`_Sum` for torch.compile, which keeps what is saved by its own rules."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, call, needs = arguments
+        value, *grads = linear_ops.linear(*tensors, needs, *call)
+        ctx.save_for_backward(*grads)
+        ctx.needs = needs
+        return (value * tensors[-1]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        grads = [
+            (grad * incoming).to(grad.dtype) if need else None
+            for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        ]
+        return (*grads, *(None,) * 7)
+
+
+def linear_div(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    kind: str = "forward_kl",
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+    beta: float | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    t_squared: bool = False,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Divergence of `kind` between two models known by their hidden states and LM heads, per token, in nats.
+
+    That of :func:`kl_gpu.divergence` for the logits
+
+        z = hidden · weightᵀ + bias,    logits = softcap · tanh(logit_scale · z / softcap)
+
+    (logit_scale · z without a soft cap), of which only `chunk_rows` rows exist at a time. With a reduction
+    the gradients are computed in forward; with "none" and in float16, where a loss scale must come first, in
+    backward, from the products again. The cap is computed in float32 at least. The student's hidden states,
+    weight and bias are differentiable, the teacher is a constant.
+
+    Rows that do not count cost nothing on the CPU; elsewhere they are computed with the others, since finding
+    them would wait for the device. How the products round is the vendor library's affair: a row's last bits
+    may depend on the size of its chunk, so on N. A NaN in a row that counts stays in that row of the values
+    and of the hidden states' gradient, but reaches all of the weight's and the bias's.
+
+    Args:
+        student_hidden: `[N, H_s]`, N any leading shape; float16, bfloat16, float32 or float64.
+        student_weight: `[V_s, H_s]`, of the same dtype. Under autocast both are cast as `F.linear` would; a
+            gradient has its input's dtype. The weight's is summed over chunks in float32 at least.
+        teacher_hidden, teacher_weight: `[N, H_t]` and `[V_t, H_t]`; H and dtype may differ from the
+            student's. Nothing of the teacher may require a gradient.
+        kind: a name in `kl_gpu.KINDS`.
+        student_bias, teacher_bias: `[V]`, of the weight's dtype.
+        softcap, teacher_softcap: each model's cap, a float > 0; None for none.
+        logit_scale, teacher_logit_scale: each model's factor, a float > 0.
+        chunk_rows: rows of logits held at once; None chooses by V, dtype and device, and takes fewer where a
+            GPU is short of memory.
+        beta, temperature, teacher_temperature, t_squared, mask, labels, ignore_index, weight, reduction,
+            normalizer, backend: as in :func:`kl_gpu.divergence`.
+        shift: hidden states at t go with entry t+1 of labels, mask and weight; needs `[batch, time, H]` and
+            gives `[batch, time − 1]`.
+        vocab_size: rows of the weights at and past it are ignored on both sides; required where the two V
+            differ.
+
+    Returns:
+        float32 (float64 where both sides' logits are); `[N]` for reduction="none", else 0-d. Never negative.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, range, name or combination is wrong, or the teacher requires a gradient; the
+            message names the argument.
+        RuntimeError: from backward, when a second derivative is asked for, or when a tensor was modified
+            since the call.
+    """
+    checks.name("kind", kind, KINDS)
+    checks.name("reduction", reduction, ("none", "sum", "mean", "batchmean"))
+    checks.beta(beta, kind)
+    checks.boolean("shift", shift)
+    teacher_temperature = checks.temperatures(temperature, teacher_temperature, t_squared)
+    caps = checks.softcap("softcap", softcap), checks.softcap("teacher_softcap", teacher_softcap)
+    factors = (
+        checks.logit_scale("logit_scale", logit_scale, temperature),
+        checks.logit_scale("teacher_logit_scale", teacher_logit_scale, teacher_temperature),
+    )
+    checks.chunk_rows(chunk_rows)
+    checks.heads(
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, shift
+    )
+    device, sizes = student_hidden.device, (len(student_weight), len(teacher_weight))
+    vocab_size = checks.vocabulary("student_weight", sizes[0], "teacher_weight", sizes[1], "rows", vocab_size)
+    checks.rows(student_hidden, mask, labels, ignore_index, weight)
+    checks.normalizer(normalizer, reduction, device)
+    checks.backend(backend)
+    chosen = ops.resolve_backend(backend, device)
+
+    counts, weight = rows.that_count(mask, labels, ignore_index, weight, shift)
+    states = [x[:, :-1] if shift else x for x in (student_hidden, teacher_hidden)]
+    lead = states[0].shape[:-1]
+    student, teacher = (x.reshape(-1, x.shape[-1]) for x in states)
+    heads = _Heads(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias)
+    dtypes = _logits_dtype(student), _logits_dtype(teacher)
+    kind, beta = KINDS[kind].at(beta)
+    call = Call(
+        *dtypes,
+        # Without a cap the factor is part of the scale, which the sweep multiplies by anyway.
+        student_inner=factors[0] if caps[0] else 1.0,
+        teacher_inner=factors[1] if caps[1] else 1.0,
+        student_cap=caps[0],
+        teacher_cap=caps[1],
+        vocab_size=vocab_size,
+        chunk_rows=chunk_rows or 0,
+        kind=kind,
+        beta=beta,
+        student_scale=(1.0 if caps[0] else factors[0]) / float(temperature),
+        teacher_scale=(1.0 if caps[1] else factors[1]) / float(teacher_temperature),
+        backend=chosen,
+    )
+    squared = float(temperature) ** 2 if t_squared else 1.0
+    denominator = rows.denominator(lead, counts, reduction, normalizer)
+    flat_counts = None if counts is None else counts.reshape(-1)
+    needs = heads.needs
+    # float64 with a narrower side: computed in float64, returned in float32.
+    mixed = dtypes[0] != dtypes[1]
+
+    constants = not any(isinstance(x, Tensor) and x.requires_grad for x in (weight, normalizer))
+    # In float16 a gradient divided by N vanishes unless a loss scale comes first, and that comes in backward.
+    in_range = torch.float16 not in (dtypes[0], student.dtype, student_weight.dtype)
+    if reduction != "none" and constants and in_range and torch.is_grad_enabled() and any(needs):
+        dtype = arithmetic(dtypes)
+        row_scale = rows.scale(lead, dtype, device, weight) * squared / denominator
+        function = _CompiledSum if torch.compiler.is_compiling() else _Sum
+        total = function.apply(*heads, flat_counts, row_scale.reshape(-1), call, needs)
+        return total.float() if mixed else total
+
+    value = _Rows.apply(*heads, flat_counts, call, needs).view(lead)
+    return rows.reduced(value.float() if mixed else value, squared, weight, reduction, denominator)
+
+
+def _logits_dtype(hidden: Tensor) -> torch.dtype:
+    """What `F.linear` would compute in: under autocast everything but float64 is cast."""
+    if checks.autocasts(hidden.device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
+    return hidden.dtype
