@@ -69,6 +69,12 @@ def _integer(argument: str, value: object) -> None:
         raise TypeError(f"{argument} must be an int, got {_type_name(value)}")
 
 
+def whole(argument: str, value: Any, low: int) -> None:
+    _integer(argument, value)
+    if value < low:
+        raise ValueError(f"{argument} must be at least {low}, got {value}")
+
+
 def _tensor(argument: str, value: object, dtypes: Collection[torch.dtype], what: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument} must be a tensor, got {_type_name(value)}")
@@ -78,22 +84,26 @@ def _tensor(argument: str, value: object, dtypes: Collection[torch.dtype], what:
         raise TypeError(f"{argument} must be a dense tensor, got layout {value.layout}")
 
 
-def logits(student: Any, teacher: Any, vocab_size: Any, shift: bool) -> int:
-    """Check both sides against each other; returns the number of columns that count."""
-    for argument, side in (("student_logits", student), ("teacher_logits", teacher)):
+def beside_each_other(sides: dict[str, Any], columns: int = 1) -> None:
+    """Check two tensors of logits against each other but for V; each has so many columns at least."""
+    for argument, side in sides.items():
         _tensor(argument, side, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
-        if side.dim() < 1 or side.shape[-1] < 1:
-            raise ValueError(f"{argument} must be [N, V] with at least one column, got {tuple(side.shape)}")
+        if side.dim() < 1 or side.shape[-1] < columns:
+            least = " with at least one column" if columns else ""
+            raise ValueError(f"{argument} must be [N, V]{least}, got {tuple(side.shape)}")
+    names, (student, teacher) = " and ".join(sides), sides.values()
     if student.device != teacher.device:
-        raise ValueError(
-            "student_logits and teacher_logits must be on one device, "
-            f"got {student.device} and {teacher.device}"
-        )
+        raise ValueError(f"{names} must be on one device, got {student.device} and {teacher.device}")
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
-            "student_logits and teacher_logits must have the same leading shape, "
+            f"{names} must have the same leading shape, "
             f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
+
+
+def logits(student: Any, teacher: Any, vocab_size: Any, shift: bool) -> int:
+    """Check both sides against each other; returns the number of columns that count."""
+    beside_each_other({"student_logits": student, "teacher_logits": teacher})
     if shift and student.dim() != 3:
         raise ValueError(f"shift=True needs logits [batch, time, V], got {tuple(student.shape)}")
     if shift and student.shape[1] < 1:

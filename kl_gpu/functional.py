@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -118,6 +119,40 @@ def divergence(
         RuntimeError: from backward, when a second derivative is asked for, or when logits were modified
             since the call.
     """
+    return settle(
+        student_logits, teacher_logits, kind, beta=beta, temperature=temperature,
+        teacher_temperature=teacher_temperature, t_squared=t_squared, mask=mask, labels=labels,
+        ignore_index=ignore_index, shift=shift, weight=weight, reduction=reduction, normalizer=normalizer,
+        vocab_size=vocab_size, inplace=inplace, backend=backend,
+    )  # fmt: skip
+
+
+# What turns logits `[N, V]`, the rows that count and the call into values `[N]`.
+Rows = Callable[[Tensor, Tensor, "Tensor | None", Call], Tensor]
+
+
+def settle(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    kind: str,
+    per_row: Rows = RowDivergence.apply,
+    *,
+    beta: float | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    t_squared: bool = False,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """`divergence`, whatever `per_row` takes a row's value from."""
     checks.name("kind", kind, KINDS)
     checks.name("reduction", reduction, ("none", "sum", "mean", "batchmean"))
     checks.beta(beta, kind)
@@ -152,12 +187,13 @@ def divergence(
     # float64 with a narrower side: computed in float64, returned in float32.
     mixed = student.dtype != teacher.dtype
 
-    if reduction != "none" and _gradient_at_once(student, teacher, weight, normalizer, call):
+    at_once = per_row is RowDivergence.apply and reduction != "none"
+    if at_once and _gradient_at_once(student, teacher, weight, normalizer, call):
         row_scale = _row_scale(lead, student, teacher, weight) * factor / denominator
         total = WeightedSum.apply(student, teacher, counts, row_scale, call)
         return total.float() if mixed else total
 
-    value = RowDivergence.apply(student, teacher, counts, call)
+    value = per_row(student, teacher, counts, call)
     if mixed:
         value = value.float()
     if t_squared:
