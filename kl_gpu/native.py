@@ -82,13 +82,17 @@ def value(p: Problem) -> tuple[Tensor, Tensor]:
     return value, stats
 
 
-_LN2 = math.log(2)
+def _unit(dtype: torch.dtype, a_scale: float, b_scale: float) -> float:
+    """The nats in a unit of the statistics' exponents: ln 2, but for how the kernels round log2(e)/T."""
+    k = a_scale * math.log2(math.e)
+    rounds = dtype == torch.float32 and a_scale == b_scale  # as Row::fits_fp32
+    return math.log(2) * (k / torch.tensor(k, dtype=dtype).item() if rounds else 1.0)
 
 
 def normalisers(stats: Tensor, a_scale: float, b_scale: float) -> tuple[Tensor, Tensor]:
     """Of rows whose statistics these are, in float64 nats: log Σ e^a, and log Σ e^b less that."""
-    of = stats.double()
-    return (of[..., 0] + of[..., 1]) * _LN2, (of[..., 2] + of[..., 3]) * _LN2
+    of, unit = stats.double(), _unit(stats.dtype, a_scale, b_scale)
+    return (of[..., 0] + of[..., 1]) * unit, (of[..., 2] + of[..., 3]) * unit
 
 
 def statistics(
@@ -96,7 +100,8 @@ def statistics(
 ) -> Tensor:
     """As `kl_gpu.eager.statistics`, in the order of kernels/contract.h."""
     own_shift = local[..., 2].double() + local[..., 3]
-    shift, value = ratio / _LN2, sums[..., 0]
+    unit, value = _unit(local.dtype, a_scale, b_scale), sums[..., 0]
+    shift = ratio / unit
     verdict = torch.where(local[..., _VERDICT] == _PLAIN, _PLAIN, _HOLES)
     if family == "kl":
         verdict = torch.where(value.isposinf(), _INFINITE, verdict)
@@ -104,14 +109,14 @@ def statistics(
     # No ratio is known of a part that has mass on one side only.
     top = local[..., _TOP_R] + own_shift - shift
     top = torch.where(local[..., _VERDICT] == _NAN, torch.inf, top.nan_to_num(nan=torch.inf))
-    numbers = [*high_low(log_a / _LN2, local.dtype), *high_low(shift, local.dtype)]
+    numbers = [*_high_low(log_a / unit, local.dtype), *_high_low(shift, local.dtype)]
     divergence = value if family == "kl" else torch.zeros_like(value)
     numbers += [divergence, verdict, top, *sums.unbind(-1)]
     numbers += [torch.zeros_like(value)] * (STATS - len(numbers))
     return torch.stack([x.to(local.dtype) for x in numbers], -1)
 
 
-def high_low(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _high_low(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     high = x.to(dtype)
     return high, (x - high).to(dtype)
 
@@ -119,7 +124,7 @@ def high_low(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def holds(log_a: Tensor, ratio: Tensor) -> bool:
     """Whether statistics can say where the rows' normalisers lie; the kernels look at rows past that again."""
     largest = torch.stack((log_a, log_a + ratio)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs()
-    return bool((largest < _VAST * _LN2).all())
+    return bool((largest < _VAST * math.log(2)).all())
 
 
 def formula_sums(p: Problem, stats: Tensor) -> Tensor:

@@ -100,9 +100,10 @@ def shared(log_a: Tensor, second: Tensor) -> Masses:
 def _chain(a: Tensor, b: Tensor, r: Tensor, inside: Tensor) -> Tensor:
     """KL of the whole rows, `[N]`, from the shares of the ranks and the KL inside each."""
     between = formula("kl", (a, b), r, 0.0)[0]
-    # A token that a allows and b excludes makes it infinite, however little a gives to that shard.
-    own = torch.where(inside.isposinf(), torch.inf, a * inside)
-    own = torch.where(r.isinf() | ((r == 0) & (a == 0)), 0.0, own)
+    # A token that a allows and b excludes makes it infinite, however little a gives to that shard. Otherwise
+    # a shard without mass says nothing, not even where its logits are too far down for a number of its own.
+    own = torch.where(inside.isposinf(), torch.inf, torch.where(a == 0, 0.0, a * inside))
+    own = torch.where(r.isinf(), 0.0, own)
     return (between + own).sum(0).clamp_min(0.0)
 
 

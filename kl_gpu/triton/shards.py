@@ -71,10 +71,20 @@ def _c_scale(a_scale: float, b_scale: float) -> float:
     return a_scale if a_scale == b_scale else 1.0
 
 
+def _stretch(scale: float, dtype: torch.dtype) -> float:
+    """What a normaliser summed with log2(e)/T rounded to `dtype` is to be multiplied by.
+
+    2e-5 at a normaliser of −2000, which a shard of masked columns may have.
+    """
+    k = scale * math.log2(math.e)
+    return k / torch.tensor(k, dtype=dtype).item()
+
+
 def normalisers(stats: Tensor, a_scale: float, b_scale: float) -> tuple[Tensor, Tensor]:
     """Of rows whose statistics these are, in float64 nats: log Σ e^a, and log Σ e^b less that."""
     n_a, inv_a, _, _, c, lam = stats[..., :6].double().unbind(-1)
-    return (n_a - inv_a.log2()) * _LN2, c * _c_scale(a_scale, b_scale) + lam
+    log_a = (n_a - inv_a.log2()) * (_LN2 * _stretch(a_scale, stats.dtype))
+    return log_a, c * _c_scale(a_scale, b_scale) + lam
 
 
 def _level(own: Tensor, inv: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,11 +103,10 @@ def statistics(
 ) -> Tensor:
     """As `kl_gpu.eager.statistics`, in the order of `rows.py`."""
     n_a, inv_a, n_b, inv_b = local[..., :4].double().unbind(-1)
-    own_log_a, own_ratio = normalisers(local, a_scale, b_scale)
-    # The sums behind a normaliser were taken with log2(e)/T rounded, each side's with its own.
-    rounding = (n_b - inv_b.log2()) - (own_log_a + own_ratio) / _LN2
-    rounding = torch.where(torch.isfinite(rounding), rounding, 0.0)
-    lse_a, lse_b = log_a / _LN2, (log_a + ratio) / _LN2 + rounding
+    lse_a, lse_b = (
+        x / (_LN2 * _stretch(scale, local.dtype))
+        for x, scale in ((log_a, a_scale), (log_a + ratio, b_scale))
+    )
     c_scale = _c_scale(a_scale, b_scale)
     shift = ratio / c_scale
     c = shift.to(local.dtype).double()
