@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from numbers import Integral, Real
 from typing import Any
 
@@ -69,6 +70,26 @@ def _integer(argument: str, value: object) -> None:
         raise TypeError(f"{argument} must be an int, got {_type_name(value)}")
 
 
+def scales(student: Any, teacher: Any) -> tuple[float, float]:
+    """Check both temperatures, a teacher's None being the student's; returns what multiplies each side."""
+    temperature("temperature", student)
+    if teacher is None:
+        teacher = student
+    temperature("teacher_temperature", teacher)
+    return 1.0 / float(student), 1.0 / float(teacher)
+
+
+def options_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of what it takes by name only."""
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def known(function: str, options: Collection[str], allowed: Collection[str]) -> None:
+    if unknown := sorted(set(options) - set(allowed)):
+        raise TypeError(f"{function} takes {', '.join(allowed)}; got {', '.join(unknown)}")
+
+
 def whole(argument: str, value: Any, low: int) -> None:
     _integer(argument, value)
     if value < low:
@@ -87,27 +108,20 @@ def _tensor(argument: str, value: object, dtypes: Collection[torch.dtype], what:
 def beside_each_other(sides: dict[str, Any], columns: int = 1) -> None:
     """Check two tensors of logits against each other but for V; each has so many columns at least."""
     for argument, side in sides.items():
-        _tensor(argument, side, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
-        if side.dim() < 1 or side.shape[-1] < columns:
-            least = " with at least one column" if columns else ""
-            raise ValueError(f"{argument} must be [N, V]{least}, got {tuple(side.shape)}")
+        one_side(argument, side, columns)
     names, (student, teacher) = " and ".join(sides), sides.values()
     if student.device != teacher.device:
         raise ValueError(f"{names} must be on one device, got {student.device} and {teacher.device}")
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
-            f"{names} must have the same leading shape, "
-            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+            f"{names} must have the same leading shape, got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
 
 
 def logits(student: Any, teacher: Any, vocab_size: Any, shift: bool) -> int:
     """Check both sides against each other; returns the number of columns that count."""
     beside_each_other({"student_logits": student, "teacher_logits": teacher})
-    if shift and student.dim() != 3:
-        raise ValueError(f"shift=True needs logits [batch, time, V], got {tuple(student.shape)}")
-    if shift and student.shape[1] < 1:
-        raise ValueError(f"shift=True needs at least one time step, got {tuple(student.shape)}")
+    shifted("logits", student, shift)
     columns: int = student.shape[-1]
     if vocab_size is None:
         if columns != teacher.shape[-1]:
@@ -123,15 +137,25 @@ def logits(student: Any, teacher: Any, vocab_size: Any, shift: bool) -> int:
     return int(vocab_size)
 
 
+def one_side(argument: str, side: Any, columns: int = 0) -> None:
+    """Check that these are logits, of so many columns at least."""
+    _tensor(argument, side, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
+    if side.dim() < 1 or side.shape[-1] < columns:
+        least = " with at least one column" if columns else ""
+        raise ValueError(f"{argument} must be [N, V]{least}, got {tuple(side.shape)}")
+
+
+def shifted(argument: str, side: Tensor, shift: bool) -> None:
+    if shift and side.dim() != 3:
+        raise ValueError(f"shift=True needs {argument} [batch, time, V], got {tuple(side.shape)}")
+    if shift and side.shape[1] < 1:
+        raise ValueError(f"shift=True needs at least one time step, got {tuple(side.shape)}")
+
+
 def one_sided_logits(argument: str, value: Any, vocab_size: Any, shift: bool) -> int:
     """Check logits that stand alone; returns the number of columns that count."""
-    _tensor(argument, value, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
-    if value.dim() < 1 or value.shape[-1] < 1:
-        raise ValueError(f"{argument} must be [N, V] with at least one column, got {tuple(value.shape)}")
-    if shift and value.dim() != 3:
-        raise ValueError(f"shift=True needs {argument} [batch, time, V], got {tuple(value.shape)}")
-    if shift and value.shape[1] < 1:
-        raise ValueError(f"shift=True needs at least one time step, got {tuple(value.shape)}")
+    one_side(argument, value, columns=1)
+    shifted(argument, value, shift)
     columns: int = value.shape[-1]
     if vocab_size is None:
         return columns

@@ -264,7 +264,9 @@ def formula_sums(p: Problem, stats: Tensor) -> Tensor:
     found = torch.zeros((p.n_rows, 3), dtype=torch.float64, device=worker)
     for i, j in blocks_of(p.a, _FORMULA_CHUNK):
         flat = slice(i * inner + j.start, i * inner + j.stop)
-        log_a, log_b = (x.sum(-1, keepdim=True) for x in stats[flat].to(worker).double().split(_STATS, -1)[:2])
+        log_a, log_b = (
+            x.sum(-1, keepdim=True) for x in stats[flat].to(worker).double().split(_STATS, -1)[:2]
+        )
         for c in columns_of(p.a.shape[-1], _FORMULA_CHUNK):
             a, b = (side[i, j, c].to(worker, torch.float64, copy=True) for side in (p.a, p.b))
             sides = _normalised(a.clone(), log_a, p.a_scale), _normalised(b.clone(), log_b, p.b_scale)

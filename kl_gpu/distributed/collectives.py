@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def resolve(group: Any) -> Any:
@@ -29,6 +32,17 @@ def resolve(group: Any) -> Any:
     return group
 
 
+def named(collective: Callable[[], T], what: str) -> T:
+    """The collective's result, or an error that says which one failed."""
+    try:
+        return collective()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"kl_gpu: the {what} failed on rank {dist.get_rank()}: another rank died, fell behind the "
+            f"group's timeout, or called with other shapes ({error})"
+        ) from error
+
+
 def gather(local: Tensor, group: Any, what: str) -> Tensor:
     """`[ranks, *local.shape]`: every rank's tensor, in the order of the ranks.
 
@@ -45,12 +59,7 @@ def gather(local: Tensor, group: Any, what: str) -> Tensor:
     gathered = torch.empty((size, *local.shape), dtype=local.dtype, device=local.device)
     if local.numel() == 0:
         return gathered
-    try:
-        # One dimension: Gloo wants the output to be the inputs laid end to end.
-        dist.all_gather_into_tensor(gathered.view(-1), local.view(-1), group=group)
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"kl_gpu: the all_gather of {what} failed on rank {dist.get_rank(group)} of {size}: another rank "
-            f"died, fell behind the group's timeout, or called with other shapes ({error})"
-        ) from error
+    # One dimension: Gloo wants the output to be the inputs laid end to end.
+    flat = gathered.view(-1), local.view(-1)
+    named(lambda: dist.all_gather_into_tensor(*flat, group=group), f"all_gather of {what}")
     return gathered

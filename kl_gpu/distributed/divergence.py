@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from typing import Any
 
@@ -34,9 +33,7 @@ class _Shards(RowDivergence):
         return *RowDivergence.backward(ctx, row_gradient), None
 
 
-def _per_row(
-    student: Tensor, teacher: Tensor, rows: Tensor | None, call: Call, *, group: Any
-) -> Tensor:
+def _per_row(student: Tensor, teacher: Tensor, rows: Tensor | None, call: Call, *, group: Any) -> Tensor:
     value: Tensor = _Shards.apply(student, teacher, rows, call, group)
     return value
 
@@ -51,7 +48,7 @@ def _whole_rows(
     forward = states.kl_kind(call.kind)
     inside, local = ops.value(student, teacher, rows, forward, *numbers)
     own = states.normalisers(*order(student, teacher), rows, local, scales, backend)
-    packed = [*own]
+    packed = [*own[:2]]
     if of.family in ("kl", "jeffreys"):
         packed.append(inside.double())
     if of.family == "jeffreys":
@@ -136,8 +133,7 @@ def vocab_parallel_div(
         RuntimeError: a collective failed; from backward, when a second derivative is asked for, or when
             logits were modified since the call.
     """
-    if unknown := sorted(set(options) - set(_OPTIONS)):
-        raise TypeError(f"vocab_parallel_div takes {', '.join(_OPTIONS)}; got {', '.join(unknown)}")
+    checks.known("vocab_parallel_div", options, _OPTIONS)
     group = collectives.resolve(group)
     sides = {"student_shard": student_shard, "teacher_shard": teacher_shard}
     agreement.agree(
@@ -145,14 +141,9 @@ def vocab_parallel_div(
         **{name: value for name, value in options.items() if name != "inplace"},
     )  # fmt: skip
     checks.beside_each_other(sides, columns=0)
-    shard = shards.locate(sides, vocab_start, options.pop("vocab_size", None), group, False)
-    return settle(
-        *(shard.of(side) for side in sides.values()), kind, partial(_per_row, group=group), **options
-    )
+    shard = shards.locate(sides, vocab_start, options.pop("vocab_size", None), group)
+    student, teacher = (shard.of(side) for side in sides.values())
+    return settle(student, teacher, kind, partial(_per_row, group=group), **options)
 
 
-_OPTIONS = tuple(
-    name
-    for name, parameter in inspect.signature(settle).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY
-)
+_OPTIONS = checks.options_of(settle)

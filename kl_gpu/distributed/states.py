@@ -1,4 +1,4 @@
-"""What a shard says about its rows, and how the shards of a row become one: the chain rule of relative entropy.
+"""What a shard says about its rows, and how the shards of a row become one.
 
 With P_r and Q_r the mass that a and b give to the columns of rank r, and a|r, b|r what they are there,
 
@@ -19,13 +19,6 @@ from torch import Tensor
 from .. import ops, remainder
 from ..eager import formula
 from ..kinds import KINDS
-
-
-class Side(NamedTuple):
-    """log Σ e^a of every shard, `[ranks, N]`, and of the whole row, `[N]`; −inf without any mass."""
-
-    shards: Tensor
-    whole: Tensor
 
 
 class Masses(NamedTuple):
@@ -53,8 +46,8 @@ def log_sum(x: Tensor) -> Tensor:
 
 def normalisers(
     a: Tensor, b: Tensor, rows: Tensor | None, stats: Tensor, scales: tuple[float, float], backend: str
-) -> tuple[Tensor, Tensor]:
-    """log Σ e^a of a shard and log Σ e^b less that, float64 `[N]`, also where the shard has no mass.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log Σ e^a of a shard, log Σ e^b less that, and log Σ e^b, float64 `[N]`, also where there is no mass.
 
     There, where a backend has only NaN to report, the first is −inf where a has none, and the second is
     log Σ e^b itself then, −inf where b has none. A NaN that remains stands for one among the logits.
@@ -65,13 +58,15 @@ def normalisers(
         odd = odd & rows
     # Elsewhere asking would wait for the device; a kernel that finds no such row returns at once.
     if odd.device.type == "cpu" and not bool(odd.any()):
-        return log_a, ratio
+        return log_a, ratio, log_a + ratio
     none = torch.full((*a.shape[:-1], 1), -1, dtype=torch.int64, device=a.device)
     own_a, own_b = (
-        remainder.remainder(x, none, odd, scale, False, backend)[0] for x, scale in zip((a, b), scales, strict=True)
+        remainder.remainder(x, none, odd, scale, False, backend)[0]
+        for x, scale in zip((a, b), scales, strict=True)
     )
     own_ratio = torch.where(own_a.isneginf(), own_b, own_b - own_a)
-    return torch.where(odd, own_a, log_a), torch.where(odd, own_ratio, ratio)
+    log_b = torch.where(odd, own_b, log_a + ratio)
+    return torch.where(odd, own_a, log_a), torch.where(odd, own_ratio, ratio), log_b
 
 
 def shared(log_a: Tensor, second: Tensor) -> Masses:
@@ -105,6 +100,16 @@ def _chain(a: Tensor, b: Tensor, r: Tensor, inside: Tensor) -> Tensor:
     own = torch.where(inside.isposinf(), torch.inf, torch.where(a == 0, 0.0, a * inside))
     own = torch.where(r.isinf(), 0.0, own)
     return (between + own).sum(0).clamp_min(0.0)
+
+
+def entropy(log_masses: Tensor, inside: Tensor) -> Tensor:
+    """Of whole rows of one side, from its normalisers and the entropies inside the shards, `[ranks, N]` each.
+
+    H = Σ_r P_r H_r + H(P): the chain rule of entropy (Cover and Thomas, theorem 2.5.1), terms ≥ 0 only.
+    """
+    log_share = log_masses - log_sum(log_masses)
+    share = torch.exp(log_share)
+    return torch.where(share == 0, 0.0, share * (inside - log_share)).sum(0)
 
 
 def kl(masses: Masses, forward: Tensor) -> Tensor:

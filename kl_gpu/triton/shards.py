@@ -1,4 +1,4 @@
-"""Rows of which only a part is here: their statistics from normalisers of the whole, and the formula's sums."""
+"""Rows of which only a part is here: statistics from normalisers of the whole, the formula's sums."""
 
 from __future__ import annotations
 
@@ -104,8 +104,7 @@ def statistics(
     """As `kl_gpu.eager.statistics`, in the order of `rows.py`."""
     n_a, inv_a, n_b, inv_b = local[..., :4].double().unbind(-1)
     lse_a, lse_b = (
-        x / (_LN2 * _stretch(scale, local.dtype))
-        for x, scale in ((log_a, a_scale), (log_a + ratio, b_scale))
+        x / (_LN2 * _stretch(scale, local.dtype)) for x, scale in ((log_a, a_scale), (log_a + ratio, b_scale))
     )
     c_scale = _c_scale(a_scale, b_scale)
     shift = ratio / c_scale
