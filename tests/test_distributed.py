@@ -64,6 +64,8 @@ def test_reductions(world: World, kind: str, backend: str) -> None:
 
 
 def test_options(world: World, backend: str) -> None:
+    if is_slow(backend):
+        pytest.skip("half a minute in Triton's interpreter")
     world.run("options", backend=backend)
 
 

@@ -96,7 +96,6 @@ def agree(
     entries = _checked.setdefault(group, set())
     if mode == "never" or (mode == "first" and entry in entries):
         return
-    entries.add(entry)
     tensors = [x for x in logits if isinstance(x, Tensor)]
     of = {"entry": entry, "vocab_start": vocab_start is not None} | options
     for name, x in zip(("student_dtype", "teacher_dtype"), logits, strict=False):
@@ -123,6 +122,8 @@ def agree(
             )
     if start >= 0:
         _check_spans(found[:, -2], found[:, -1])
+    # Only now: a rank that remembered a call which was refused would not ask next time, where others do.
+    entries.add(entry)
 
 
 def _shown(value: Any) -> str:

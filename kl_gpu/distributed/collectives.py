@@ -61,5 +61,7 @@ def gather(local: Tensor, group: Any, what: str) -> Tensor:
         return gathered
     # One dimension: Gloo wants the output to be the inputs laid end to end.
     flat = gathered.view(-1), local.view(-1)
-    named(lambda: dist.all_gather_into_tensor(*flat, group=group), f"all_gather of {what}")
+    # Its name since PyTorch 2.13, which warns of the older one.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    named(lambda: all_gather(*flat, group=group), f"all_gather of {what}")
     return gathered
