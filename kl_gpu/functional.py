@@ -119,12 +119,22 @@ def divergence(
         RuntimeError: from backward, when a second derivative is asked for, or when logits were modified
             since the call.
     """
-    return settle(
-        student_logits, teacher_logits, kind, beta=beta, temperature=temperature,
-        teacher_temperature=teacher_temperature, t_squared=t_squared, mask=mask, labels=labels,
-        ignore_index=ignore_index, shift=shift, weight=weight, reduction=reduction, normalizer=normalizer,
-        vocab_size=vocab_size, inplace=inplace, backend=backend,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "beta": beta, "temperature": temperature, "teacher_temperature": teacher_temperature,
+        "t_squared": t_squared, "mask": mask, "labels": labels, "ignore_index": ignore_index, "shift": shift,
+        "weight": weight, "reduction": reduction, "normalizer": normalizer, "vocab_size": vocab_size,
+        "inplace": inplace, "backend": backend,
+    }  # fmt: skip
+    if _is_shared(student_logits) or _is_shared(teacher_logits):
+        # DTensor takes a second to import, so only who has one pays for it.
+        from .distributed import dtensors
+
+        return dtensors.divergence(student_logits, teacher_logits, kind, **options)
+    return settle(student_logits, teacher_logits, kind, **options)
+
+
+def _is_shared(logits: Any) -> bool:
+    return type(logits).__name__ == "DTensor"
 
 
 # What turns logits `[N, V]`, the rows that count and the call into values `[N]`.

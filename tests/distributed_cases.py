@@ -371,3 +371,79 @@ def topk(rank: int, ranks: int, tail: str, kind: str, backend: str) -> bytes:
     assert whole.grad.abs().max() > 1e-3
     torch.testing.assert_close(shard.grad, whole.grad[:, mine], rtol=2e-5, atol=2e-7)
     return bits(*(x.reshape(-1) for x in got))
+
+
+def means(rank: int, ranks: int) -> None:
+    """The documented recipe: DDP over ranks with different numbers of rows gives one process's gradient."""
+    rows = 3 + 4 * ranks
+    teacher = pair(rows, 40)[1]
+    mask = torch.rand(rows, device=DEVICE) > 0.3
+    inputs = torch.randn(rows, 8, device=DEVICE)
+    torch.manual_seed(1)
+    alone = torch.nn.Linear(8, 40).to(DEVICE)
+    wrapped = torch.nn.parallel.DistributedDataParallel(
+        torch.nn.Linear(8, 40).to(DEVICE), device_ids=[rank] if DEVICE.type == "cuda" else None
+    )
+    wrapped.module.load_state_dict(alone.state_dict())
+    loss = kl_gpu.kl_div(alone(inputs), teacher, mask=mask)
+    loss.backward()
+
+    first = 0 if rank == 0 else 4 * rank + 3
+    mine = slice(first, 4 * rank + 7)  # 7 rows on the first rank, 4 on the others
+    pending = distributed.global_count(mask[mine], async_op=True)
+    logits = wrapped(inputs[mine])
+    count = pending.wait()
+    assert count.item() == mask.sum().item()
+    # DDP divides the summed gradients by the number of ranks.
+    own = kl_gpu.kl_div(logits, teacher[mine], mask=mask[mine], normalizer=count / ranks)
+    own.backward()
+    torch.testing.assert_close(wrapped.module.weight.grad, alone.weight.grad, rtol=1e-5, atol=1e-8)
+    assert alone.weight.grad.abs().max() > 1e-3
+    total = own.detach().clone()
+    dist.all_reduce(total)
+    torch.testing.assert_close(total / ranks, loss.detach())
+    nothing = distributed.global_count(torch.zeros(3, dtype=torch.bool, device=DEVICE))
+    assert nothing.item() == 1
+    weights = distributed.global_count(torch.full((2,), 0.25, device=DEVICE))
+    assert weights.item() == 0.5 * ranks
+
+
+def dtensors(rank: int, ranks: int, kind: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    columns = 61
+    student, teacher = pair(6, 5, columns)
+    mask = torch.rand(6, 5, device=DEVICE) > 0.3
+    line = init_device_mesh(DEVICE.type, (ranks,))
+    cases = [(line, (Shard(2),)), (line, (Shard(0),)), (line, (Shard(1),)), (line, (Replicate(),))]
+    if ranks == 4:
+        plane = init_device_mesh(DEVICE.type, (2, 2))
+        cases += [(plane, (Shard(0), Shard(2))), (plane, (Replicate(), Shard(2)))]
+    for mesh, placements in cases:
+        rows_of = tuple(Replicate() if p == Shard(2) else p for p in placements)
+        for given in ({}, {"mask": mask}, {"reduction": "none"}, {"vocab_size": 41, "reduction": "sum"}):
+            whole = [x.clone().requires_grad_() for x in (student, teacher)]
+            want = kl_gpu.divergence(*whole, kind, **given)
+            want.sum().backward()
+            shared = [distribute_tensor(x, mesh, placements).requires_grad_() for x in (student, teacher)]
+            own = {k: distribute_tensor(v, mesh, rows_of) if k == "mask" else v for k, v in given.items()}
+            with _Wire() as wire:
+                got = kl_gpu.divergence(*shared, kind, **own)
+            # A state of at most 40 bytes a row, or a count; never logits.
+            assert all(size <= 40 * 30 for _, size in wire.calls), wire.calls
+            assert isinstance(got, DTensor)
+            torch.testing.assert_close(got.full_tensor(), want, rtol=1e-5, atol=1e-8)
+            got.sum().backward()
+            for a, b in zip(shared, whole, strict=True):
+                torch.testing.assert_close(a.grad.full_tensor(), b.grad, rtol=2e-5, atol=2e-7)
+    vocabulary, batch = (
+        [distribute_tensor(x, line, (place,)) for x in (student, teacher)] for place in (Shard(2), Shard(0))
+    )
+    refused(lambda: kl_gpu.kl_div(vocabulary[0], teacher), TypeError, "teacher_logits must be a DTensor")
+    refused(lambda: kl_gpu.kl_div(vocabulary[0], batch[1]), ValueError, "same placements.*redistribute")
+    refused(lambda: kl_gpu.kl_div(*batch, mask=mask), ValueError, "mask must be a DTensor")
+    partial = [DTensor.from_local(x, line, (Partial(),)) for x in (student, teacher)]
+    refused(lambda: kl_gpu.kl_div(*partial), ValueError, "redistribute")
+    time = [distribute_tensor(x, line, (Shard(1),)) for x in (student, teacher)]
+    refused(lambda: kl_gpu.kl_div(*time, shift=True), ValueError, "shift")

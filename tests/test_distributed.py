@@ -102,3 +102,12 @@ def test_topk(world: World, backend: str, tail: str, kind: str) -> None:
     if is_slow(backend) and tail != "bucket":
         pytest.skip("Triton's interpreter is slow")
     same_on_all_ranks(world.run("topk", tail=tail, kind=kind, backend=backend))
+
+
+def test_a_mean_over_ranks_is_that_of_one_process(world: World) -> None:
+    world.run("means")
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "jeffreys", "js"])
+def test_dtensors_stay_where_they_are(world: World, kind: str) -> None:
+    world.run("dtensors", kind=kind)
