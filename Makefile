@@ -5,13 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-rlhf test lint bench gpu audit sanitize clean
+.PHONY: demo demo-rlhf demo-distributed test lint bench gpu audit sanitize clean
 
 demo: $(READY)  ## distil a small language model through kl_gpu, on the text of Python's own library
 	$(BIN)/python examples/distill.py $(ARGS)
 
 demo-rlhf: $(READY)  ## a policy gradient on generated Python with the KL penalty exact, k1, k2 and k3: reward against KL
 	$(BIN)/python examples/rlhf_kl.py $(ARGS)
+
+demo-distributed: $(READY)  ## distillation with LM heads sharded over two processes, beside one process
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 examples/distill_tp.py $(ARGS)
 
 test: $(READY)  ## every promise, on every backend that runs here
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup $(ARGS)

@@ -86,6 +86,10 @@ void gradient(const Problem&, bool wide, const void* stats, const void* row_scal
 void value_and_gradient(const Problem&, bool wide, const void* row_scale, void* value, void* stats,
                         const Gradient& to_a, const Gradient& to_b);
 
+// What the terms and flows of the problem's family add up to, fp64 [A*B, 3], 0 in rows that do not count.
+// The stats may be those of rows of which these columns are a part.
+void formula_sums(const Problem&, bool wide, const void* stats, double* out);
+
 // Per row, a being the teacher: KL(a||b), KL(b||a), the entropies of b and of a, the log-probabilities of the
 // row's token under b and under a, and whether both sides' first largest logit is in one column; nats.
 constexpr int kTokenStats = 7;

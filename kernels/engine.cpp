@@ -209,7 +209,39 @@ void both_of(const Problem& p, const R* row_scale, R* value, R* stats, const Gra
     });
 }
 
+template <class R>
+void formula_sums_of(const Problem& p, const R* stats, double* out) {
+    const Layout layout{p, kernels()};
+    const std::int64_t blocks = layout.blocks();
+    const auto block = [&](std::int64_t r, std::int64_t n) {
+        if (!layout.counts(r)) return FamilySums{};
+        return layout.family_block(layout.row(r), read(p, stats + r * kStats, R{1}), n);
+    };
+    const auto write_row = [&](std::int64_t r, auto sums_of) {
+        FamilySums sums;
+        for (std::int64_t n = 0; n < blocks; ++n) sums += sums_of(n);
+        out[3 * r] = sums.value;
+        out[3 * r + 1] = sums.mean_a;
+        out[3 * r + 2] = sums.mean_b;
+    };
+    if (!layout.splits_rows())
+        return for_each_row(
+            layout, [&](std::int64_t r) { write_row(r, [&](std::int64_t n) { return block(r, n); }); });
+    std::vector<FamilySums> sums(static_cast<std::size_t>(layout.rows() * blocks));
+    const auto at = [&](std::int64_t r, std::int64_t n) { return static_cast<std::size_t>(r * blocks + n); };
+    for_each_block(layout, [&](std::int64_t r, std::int64_t n) { sums[at(r, n)] = block(r, n); });
+    for (std::int64_t r = 0; r < layout.rows(); ++r)
+        write_row(r, [&](std::int64_t n) { return sums[at(r, n)]; });
+}
+
 }  // namespace
+
+void formula_sums(const Problem& p, bool wide, const void* stats, double* out) {
+    if (wide)
+        formula_sums_of(p, static_cast<const double*>(stats), out);
+    else
+        formula_sums_of(p, static_cast<const float*>(stats), out);
+}
 
 void value(const Problem& p, bool wide, void* value, void* stats) {
     if (wide)

@@ -48,6 +48,18 @@ def value_and_gradient(
     to_b: _Target,
     /,
 ) -> None: ...
+def formula_sums(
+    a: _Side,
+    b: _Side,
+    rows: _Rows,
+    sizes: _Sizes,
+    family: int,
+    beta: float,
+    wide: bool,
+    stats: int,
+    out: int,
+    /,
+) -> None: ...
 def token_stats(
     a: _Side,
     b: _Side,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from numbers import Integral, Real
 from typing import Any
 
@@ -89,6 +90,32 @@ def _integer(argument: str, value: object) -> None:
         raise TypeError(f"{argument} must be an int, got {_type_name(value)}")
 
 
+def scales(student: Any, teacher: Any) -> tuple[float, float]:
+    """Check both temperatures, a teacher's None being the student's; returns what multiplies each side."""
+    temperature("temperature", student)
+    if teacher is None:
+        teacher = student
+    temperature("teacher_temperature", teacher)
+    return 1.0 / float(student), 1.0 / float(teacher)
+
+
+def options_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of what it takes by name only."""
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def known(function: str, options: Collection[str], allowed: Collection[str]) -> None:
+    if unknown := sorted(set(options) - set(allowed)):
+        raise TypeError(f"{function} takes {', '.join(allowed)}; got {', '.join(unknown)}")
+
+
+def whole(argument: str, value: Any, low: int) -> None:
+    _integer(argument, value)
+    if value < low:
+        raise ValueError(f"{argument} must be at least {low}, got {value}")
+
+
 def _tensor(argument: str, value: object, dtypes: Collection[torch.dtype], what: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument} must be a tensor, got {_type_name(value)}")
@@ -108,21 +135,24 @@ def _same_rows(arguments: str, student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def _times(needed: str, value: Tensor, shift: bool) -> None:
+def shifted(needed: str, value: Tensor, shift: bool) -> None:
     if shift and value.dim() != 3:
         raise ValueError(f"shift=True needs {needed}, got {tuple(value.shape)}")
     if shift and value.shape[1] < 1:
         raise ValueError(f"shift=True needs at least one time step, got {tuple(value.shape)}")
 
 
+def beside_each_other(sides: dict[str, Any], columns: int = 1) -> None:
+    """Check two tensors of logits against each other but for V; each has so many columns at least."""
+    for argument, side in sides.items():
+        one_side(argument, side, columns)
+    _same_rows(" and ".join(sides), *sides.values())
+
+
 def logits(student: Any, teacher: Any, vocab_size: Any, shift: bool) -> int:
     """Check both sides against each other; returns the number of columns that count."""
-    for argument, side in (("student_logits", student), ("teacher_logits", teacher)):
-        _tensor(argument, side, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
-        if side.dim() < 1 or side.shape[-1] < 1:
-            raise ValueError(f"{argument} must be [N, V] with at least one column, got {tuple(side.shape)}")
-    _same_rows("student_logits and teacher_logits", student, teacher)
-    _times("logits [batch, time, V]", student, shift)
+    beside_each_other({"student_logits": student, "teacher_logits": teacher})
+    shifted("logits [batch, time, V]", student, shift)
     return vocabulary(
         "student_logits", student.shape[-1], "teacher_logits", teacher.shape[-1], "columns", vocab_size
     )
@@ -146,12 +176,18 @@ def vocabulary(
     return int(vocab_size)
 
 
+def one_side(argument: str, side: Any, columns: int = 0) -> None:
+    """Check that these are logits, of so many columns at least."""
+    _tensor(argument, side, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
+    if side.dim() < 1 or side.shape[-1] < columns:
+        least = " with at least one column" if columns else ""
+        raise ValueError(f"{argument} must be [N, V]{least}, got {tuple(side.shape)}")
+
+
 def one_sided_logits(argument: str, value: Any, vocab_size: Any, shift: bool) -> int:
     """Check logits that stand alone; returns the number of columns that count."""
-    _tensor(argument, value, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
-    if value.dim() < 1 or value.shape[-1] < 1:
-        raise ValueError(f"{argument} must be [N, V] with at least one column, got {tuple(value.shape)}")
-    _times(f"{argument} [batch, time, V]", value, shift)
+    one_side(argument, value, columns=1)
+    shifted(f"{argument} [batch, time, V]", value, shift)
     columns: int = value.shape[-1]
     if vocab_size is None:
         return columns
@@ -198,7 +234,7 @@ def heads(
     _head("student", student_hidden, student_weight, student_bias)
     _head("teacher", teacher_hidden, teacher_weight, teacher_bias)
     _same_rows("student_hidden and teacher_hidden", student_hidden, teacher_hidden)
-    _times("hidden states [batch, time, H]", student_hidden, shift)
+    shifted("hidden states [batch, time, H]", student_hidden, shift)
     for argument, value in (
         ("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight), ("teacher_bias", teacher_bias)
     ):  # fmt: skip

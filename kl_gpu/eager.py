@@ -237,6 +237,46 @@ def value(p: Problem) -> tuple[Tensor, Tensor]:
     return result.to(p.a.device), torch.cat(stats, -1).to(p.a.device)
 
 
+def normalisers(stats: Tensor, a_scale: float, b_scale: float) -> tuple[Tensor, Tensor]:
+    """Of rows whose statistics these are, in float64 nats: log Σ e^a, and log Σ e^b less that."""
+    log_a, log_b = (part.double().sum(-1) for part in stats.split(_STATS, -1)[:2])
+    return log_a, log_b - log_a
+
+
+def statistics(
+    local: Tensor, a_scale: float, b_scale: float, family: str, log_a: Tensor, ratio: Tensor, sums: Tensor
+) -> Tensor:
+    """What `gradient` and `formula_sums` need of a part of a row whose other columns lie elsewhere.
+
+    Args:
+        local: the statistics of the part.
+        log_a, ratio: the whole row's normalisers, as `normalisers` has them.
+        sums: float64 `[N, 3]`, the whole row's value, mean_a and mean_b.
+    """
+    numbers = torch.cat((torch.stack((log_a, log_a + ratio), -1), sums), -1)
+    parts = [part for k, n in enumerate(_STATS) for part in _split(numbers[..., k], n, local.dtype)]
+    return torch.stack(parts, -1)
+
+
+def formula_sums(p: Problem, stats: Tensor) -> Tensor:
+    """The formula's terms and its two flows, summed over the columns: float64 `[A*B, 3]`."""
+    worker, inner = worker_for(p.a.device), p.a.shape[1]
+    found = torch.zeros((p.n_rows, 3), dtype=torch.float64, device=worker)
+    for i, j in blocks_of(p.a, _FORMULA_CHUNK):
+        flat = slice(i * inner + j.start, i * inner + j.stop)
+        log_a, log_b = (
+            x.sum(-1, keepdim=True) for x in stats[flat].to(worker).double().split(_STATS, -1)[:2]
+        )
+        for c in columns_of(p.a.shape[-1], _FORMULA_CHUNK):
+            a, b = (side[i, j, c].to(worker, torch.float64, copy=True) for side in (p.a, p.b))
+            sides = _normalised(a.clone(), log_a, p.a_scale), _normalised(b.clone(), log_b, p.b_scale)
+            parts = _formula(p, (a, b), sides, log_b - log_a)
+            found[flat] += torch.cat([row_sum(part) for part in parts], -1)
+    if p.rows is not None:
+        found = torch.where(p.rows.reshape(-1, 1).to(worker), found, 0)
+    return found.to(p.a.device)
+
+
 def _kl_gradients(
     p: Problem, a: Tensor, b: Tensor, sums: tuple[Tensor, ...], needs_a: bool
 ) -> tuple[Tensor | None, Tensor]:

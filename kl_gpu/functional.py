@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -118,6 +119,50 @@ def divergence(
         RuntimeError: from backward, when a second derivative is asked for, or when logits were modified
             since the call.
     """
+    options: dict[str, Any] = {
+        "beta": beta, "temperature": temperature, "teacher_temperature": teacher_temperature,
+        "t_squared": t_squared, "mask": mask, "labels": labels, "ignore_index": ignore_index, "shift": shift,
+        "weight": weight, "reduction": reduction, "normalizer": normalizer, "vocab_size": vocab_size,
+        "inplace": inplace, "backend": backend,
+    }  # fmt: skip
+    if _is_shared(student_logits) or _is_shared(teacher_logits):
+        # DTensor takes a second to import, so only who has one pays for it.
+        from .distributed import dtensors
+
+        return dtensors.divergence(student_logits, teacher_logits, kind, **options)
+    return settle(student_logits, teacher_logits, kind, **options)
+
+
+def _is_shared(logits: Any) -> bool:
+    return type(logits).__name__ == "DTensor"
+
+
+# What turns logits `[N, V]`, the rows that count and the call into values `[N]`.
+Rows = Callable[[Tensor, Tensor, "Tensor | None", Call], Tensor]
+
+
+def settle(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    kind: str,
+    per_row: Rows | None = None,
+    *,
+    beta: float | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    t_squared: bool = False,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """`divergence`; `per_row` is for rows of which there is more than these logits."""
     checks.name("kind", kind, KINDS)
     checks.name("reduction", reduction, ("none", "sum", "mean", "batchmean"))
     checks.beta(beta, kind)
@@ -144,14 +189,15 @@ def divergence(
     # float64 with a narrower side: computed in float64, returned in float32.
     mixed = student.dtype != teacher.dtype
 
-    if reduction != "none" and _gradient_at_once(student, teacher, weight, normalizer, call):
+    at_once = per_row is None and reduction != "none"
+    if at_once and _gradient_at_once(student, teacher, weight, normalizer, call):
         row_scale = (
             rows.scale(lead, arithmetic(student, teacher), student.device, weight) * factor / denominator
         )
         total = WeightedSum.apply(student, teacher, counts, row_scale, call)
         return total.float() if mixed else total
 
-    value = RowDivergence.apply(student, teacher, counts, call)
+    value = (per_row or RowDivergence.apply)(student, teacher, counts, call)
     return rows.reduced(value.float() if mixed else value, factor, weight, reduction, denominator)
 
 

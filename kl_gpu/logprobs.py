@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops, tails
-from .remainder import Call, Split, present
+from .remainder import Call, Split, SplitRows, present
 from .rows import Window, last_contiguous, that_count
 
 
@@ -81,6 +81,28 @@ def token_logprobs(
         RuntimeError: from backward, when a second derivative is asked for, or when logits were modified
             since the call.
     """
+    return settle(
+        logits, token_ids, temperature=temperature, entropy=entropy, mask=mask, ignore_index=ignore_index,
+        shift=shift, vocab_size=vocab_size, inplace=inplace, backend=backend,
+    )  # fmt: skip
+
+
+def settle(
+    logits: Tensor,
+    token_ids: Tensor,
+    split: SplitRows = Split.apply,
+    columns: int | None = None,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    vocab_size: int | None = None,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`token_logprobs`, whatever splits the rows, of a vocabulary of `columns` or just these."""
     for argument, flag in (("entropy", entropy), ("shift", shift), ("inplace", inplace)):
         checks.boolean(argument, flag)
     checks.temperature("temperature", temperature)
@@ -99,7 +121,7 @@ def token_logprobs(
     validate = logits.device.type == "cpu"
     window = Window(vocab_size, shift)
     call = Call(1.0 / float(temperature), True, entropy, validate, "token_ids", chosen, window, inplace)
-    given, rest, spread = Split.apply(last_contiguous(logits), ids[..., None], rows, call)
-    logprob, spread = _Token.apply(given[..., 0], rest, spread, ids, rows, vocab_size)
+    given, rest, spread = split(last_contiguous(logits), ids[..., None], rows, call)
+    logprob, spread = _Token.apply(given[..., 0], rest, spread, ids, rows, columns or vocab_size)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return (logprob.to(dtype), spread.to(dtype)) if entropy else logprob.to(dtype)

@@ -5,6 +5,8 @@ Tensors in, tensors out; what they must look like has been checked before anythi
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,9 @@ except ImportError:  # installed where no compiler was at hand
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # As kernels/contract.h numbers them.
 _FAMILIES = {"kl": 0, "jeffreys": 1, "js": 2, "skew": 3, "tv": 4}
+_VERDICT, _TOP_R = 5, 6
+_PLAIN, _HOLES, _INFINITE, _NAN = 0.0, 1.0, 2.0, 3.0
+_VAST = 2.0**20
 _NOWHERE = (0, 0, 0, 0)
 _ALL_ROWS = (0, 0, 0)
 
@@ -75,6 +80,58 @@ def value(p: Problem) -> tuple[Tensor, Tensor]:
     value, stats = _outputs(p)
     _native.value(*_arguments(p), value.data_ptr(), stats.data_ptr())
     return value, stats
+
+
+def _unit(dtype: torch.dtype, a_scale: float, b_scale: float) -> float:
+    """The nats in a unit of the statistics' exponents: ln 2, but for how the kernels round log2(e)/T."""
+    k = a_scale * math.log2(math.e)
+    rounds = dtype == torch.float32 and a_scale == b_scale  # as Row::fits_fp32
+    return math.log(2) * (k / torch.tensor(k, dtype=dtype).item() if rounds else 1.0)
+
+
+def normalisers(stats: Tensor, a_scale: float, b_scale: float) -> tuple[Tensor, Tensor]:
+    """Of rows whose statistics these are, in float64 nats: log Σ e^a, and log Σ e^b less that."""
+    of, unit = stats.double(), _unit(stats.dtype, a_scale, b_scale)
+    return (of[..., 0] + of[..., 1]) * unit, (of[..., 2] + of[..., 3]) * unit
+
+
+def statistics(
+    local: Tensor, a_scale: float, b_scale: float, family: str, log_a: Tensor, ratio: Tensor, sums: Tensor
+) -> Tensor:
+    """As `kl_gpu.eager.statistics`, in the order of kernels/contract.h."""
+    own_shift = local[..., 2].double() + local[..., 3]
+    unit, value = _unit(local.dtype, a_scale, b_scale), sums[..., 0]
+    shift = ratio / unit
+    verdict = torch.where(local[..., _VERDICT] == _PLAIN, _PLAIN, _HOLES)
+    if family == "kl":
+        verdict = torch.where(value.isposinf(), _INFINITE, verdict)
+    verdict = torch.where((value + ratio).isnan(), _NAN, verdict)
+    # No ratio is known of a part that has mass on one side only.
+    top = local[..., _TOP_R] + own_shift - shift
+    top = torch.where(local[..., _VERDICT] == _NAN, torch.inf, top.nan_to_num(nan=torch.inf))
+    numbers = [*_high_low(log_a / unit, local.dtype), *_high_low(shift, local.dtype)]
+    divergence = value if family == "kl" else torch.zeros_like(value)
+    numbers += [divergence, verdict, top, *sums.unbind(-1)]
+    numbers += [torch.zeros_like(value)] * (STATS - len(numbers))
+    return torch.stack([x.to(local.dtype) for x in numbers], -1)
+
+
+def _high_low(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    high = x.to(dtype)
+    return high, (x - high).to(dtype)
+
+
+def holds(log_a: Tensor, ratio: Tensor) -> bool:
+    """Whether statistics can say where normalisers lie; past that the kernels look at a row again."""
+    largest = torch.stack((log_a, log_a + ratio)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs()
+    return bool((largest < _VAST * math.log(2)).all())
+
+
+def formula_sums(p: Problem, stats: Tensor) -> Tensor:
+    """The formula's terms and its two flows, summed over the columns: float64 `[A*B, 3]`."""
+    out = torch.empty(p.n_rows, 3, dtype=torch.float64)
+    _native.formula_sums(*_arguments(p), stats.contiguous().data_ptr(), out.data_ptr())
+    return out
 
 
 def gradient(

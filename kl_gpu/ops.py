@@ -39,6 +39,7 @@ _library.define(
     f"gradient({_INPUTS}, Tensor stats, Tensor row_scale, Tensor? incoming, {_NUMBERS}, {_GRADS}) -> ()"
 )
 _library.define(f"value_and_gradient({_INPUTS}, Tensor row_scale, {_NUMBERS}, {_GRADS}) -> (Tensor, Tensor)")
+_library.define(f"formula_sums({_INPUTS}, Tensor stats, {_NUMBERS}) -> Tensor")
 _SCALES = "float student_scale, float teacher_scale, str backend"
 _library.define(f"token_stats({_INPUTS}, Tensor? labels, {_SCALES}) -> Tensor")
 
@@ -118,6 +119,11 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
 @cache
 def _module(backend: str) -> ModuleType:
     return import_module(_MODULES[backend])
+
+
+def implementation(backend: str) -> ModuleType:
+    """The backend's own module, for what is arithmetic on a few numbers per row and no operator."""
+    return _module(backend)
 
 
 def fuses(backend: str) -> bool:
@@ -244,6 +250,31 @@ def _gradient_fake(*_: object) -> None:
     return None
 
 
+def _formula_sums_output(student: Tensor, *_: object) -> Tensor:
+    return student.new_empty((*student.shape[:-1], 3), dtype=torch.float64)
+
+
+def _formula_sums(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor | None,
+    stats: Tensor,
+    kind: str,
+    beta: float,
+    student_scale: float,
+    teacher_scale: float,
+    backend: str,
+) -> Tensor:
+    """What a family's formula adds up to over these columns, for rows whose normalisers lie elsewhere."""
+    if student.numel() == 0:
+        return _formula_sums_output(student)
+    run = _module(backend).formula_sums
+    numbers = (kind, beta, student_scale, teacher_scale)
+    flat = stats.reshape(-1, STATS)
+    parts = [run(problem, flat[part]) for part, problem, *_ in _problems(student, teacher, rows, numbers)]
+    return torch.cat(parts).view(*student.shape[:-1], 3)
+
+
 def _token_stats_output(student: Tensor, teacher: Tensor, *_: object) -> Tensor:
     return student.new_empty((TOKEN_STATS, *student.shape[:-1]), dtype=arithmetic(student, teacher))
 
@@ -285,6 +316,7 @@ _IMPLEMENTATIONS: Implementations = {
     "value": (_value, _outputs),
     "gradient": (_gradient, _gradient_fake),
     "value_and_gradient": (_value_and_gradient, _outputs),
+    "formula_sums": (_formula_sums, _formula_sums_output),
     "token_stats": (_token_stats, _token_stats_output),
 }
 register(_library, _IMPLEMENTATIONS)
@@ -292,4 +324,5 @@ register(_library, _IMPLEMENTATIONS)
 value = torch.ops.kl_gpu.value.default
 gradient = torch.ops.kl_gpu.gradient.default
 value_and_gradient = torch.ops.kl_gpu.value_and_gradient.default
+formula_sums = torch.ops.kl_gpu.formula_sums.default
 token_stats = torch.ops.kl_gpu.token_stats.default

@@ -8,7 +8,7 @@ taking them off again: where they hold nearly all the mass, nothing would be lef
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -74,7 +74,7 @@ def present(ids: Tensor, columns: int) -> Tensor:
     return (ids >= 0) & (ids < columns)
 
 
-def _check_ids(ids: Tensor, rows: Tensor | None, columns: int, argument: str) -> None:
+def check_ids(ids: Tensor, rows: Tensor | None, columns: int, argument: str) -> None:
     """Refuse ids that are out of range or given twice. Waits for the device."""
     lowest = 0 if argument == "token_ids" else -1
     if rows is not None:
@@ -95,7 +95,7 @@ def _check_ids(ids: Tensor, rows: Tensor | None, columns: int, argument: str) ->
 
 def _given_columns(logits: Tensor, ids: Tensor, rows: Tensor | None, validate: bool, argument: str) -> Tensor:
     if validate:
-        _check_ids(ids, rows, logits.shape[-1], argument)
+        check_ids(ids, rows, logits.shape[-1], argument)
     # An id outside never reaches memory: column 0 is read in its place.
     here = present(ids, logits.shape[-1])
     given = logits.gather(-1, torch.where(here, ids, 0)).to(wide_dtype(logits.device))
@@ -254,3 +254,7 @@ class Split(torch.autograd.Function):
                 torch.autograd.graph.increment_version(logits)
         (tied,) = once_differentiable((grad,), to_given, to_rest, logits)
         return tied, None, None, None
+
+
+# What gives `Split`'s three, from logits, ids, the rows that count and the call.
+SplitRows = Callable[[Tensor, Tensor, "Tensor | None", Call], "tuple[Tensor, Tensor, Tensor]"]

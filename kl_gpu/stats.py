@@ -155,10 +155,7 @@ def token_stats(
         ValueError: a shape, range, name or combination is wrong; the message names the argument.
     """
     checks.boolean("shift", shift)
-    checks.temperature("temperature", temperature)
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    checks.temperature("teacher_temperature", teacher_temperature)
+    scales = checks.scales(temperature, teacher_temperature)
     vocab_size = checks.logits(student_logits, teacher_logits, vocab_size, shift)
     checks.rows(student_logits, mask, labels, ignore_index, None)
     checks.backend(backend)
@@ -174,7 +171,6 @@ def token_stats(
             checks.labels_are_columns(labels, counts, vocab_size)
         labels = labels.long()
 
-    scales = 1.0 / float(temperature), 1.0 / float(teacher_temperature)
     found = ops.token_stats(student, teacher, counts, labels, *scales, chosen)
     # float64 with a narrower side: computed in float64, returned in float32.
     if student.dtype != teacher.dtype and arithmetic(student, teacher) == torch.float64:

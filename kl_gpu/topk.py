@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks, ops, remainder, tails
 from .kinds import KINDS
-from .remainder import Call, Split
+from .remainder import Call, Split, SplitRows
 from .rows import Window, denominator, last_contiguous, that_count
 
 TAILS = tuple(tails.TAIL_KINDS)
@@ -124,6 +124,42 @@ def topk_div(
         RuntimeError: from backward, when a second derivative is asked for, or when logits were modified
             since the call.
     """
+    return settle(
+        student_logits, teacher_logprobs, teacher_ids, kind, tail=tail,
+        teacher_tail_logprob=teacher_tail_logprob, beta=beta, temperature=temperature, t_squared=t_squared,
+        mask=mask, labels=labels, ignore_index=ignore_index, shift=shift, weight=weight, reduction=reduction,
+        normalizer=normalizer, vocab_size=vocab_size, inplace=inplace, validate=validate,
+        return_mass=return_mass, backend=backend,
+    )  # fmt: skip
+
+
+def settle(
+    student_logits: Tensor,
+    teacher_logprobs: Tensor,
+    teacher_ids: Tensor,
+    kind: str,
+    split: SplitRows = Split.apply,
+    columns: int | None = None,
+    *,
+    tail: str = "bucket",
+    teacher_tail_logprob: Tensor | None = None,
+    beta: float | None = None,
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    inplace: bool = False,
+    validate: bool = False,
+    return_mass: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """`topk_div`, whatever splits the rows, of a vocabulary of `columns` or just these."""
     checks.name("tail", tail, TAILS)
     checks.name("kind", kind, KINDS)
     allowed = tails.TAIL_KINDS[tail]
@@ -161,7 +197,8 @@ def topk_div(
         teacher_tail_logprob = None if teacher_tail_logprob is None else teacher_tail_logprob[:, :-1]
     wide = remainder.wide_dtype(device)
     ids = teacher_ids.long()
-    here = remainder.present(ids, vocab_size)
+    columns = columns or vocab_size
+    here = remainder.present(ids, columns)
     log_p = torch.where(here, teacher_logprobs.to(wide), -torch.inf)
     rest_log_p = None if teacher_tail_logprob is None else teacher_tail_logprob.to(wide)
     validate = validate or device.type == "cpu"
@@ -171,11 +208,11 @@ def topk_div(
     scale = 1.0 / float(temperature)
     sweeps, window = tail != "renormalize", Window(vocab_size, shift)
     call = Call(scale, sweeps, False, validate, "teacher_ids", chosen, window, inplace)
-    given, rest, _ = Split.apply(logits, ids, counts, call)
+    given, rest, _ = split(logits, ids, counts, call)
     both_wide = student_logits.dtype == teacher_logprobs.dtype == torch.float64
     dtype = torch.float64 if both_wide else torch.float32
     formula = _Formula(*KINDS[kind].at(beta), tail, scale, tails.RESOLUTION[teacher_logprobs.dtype], dtype)
-    value = _Divergence.apply(given, rest, log_p, rest_log_p, here.sum(-1) < vocab_size, counts, formula)
+    value = _Divergence.apply(given, rest, log_p, rest_log_p, here.sum(-1) < columns, counts, formula)
     if t_squared:
         value = value * float(temperature) ** 2
     if weight is not None:
@@ -186,7 +223,7 @@ def topk_div(
         return value
     with torch.no_grad():
         if tail == "renormalize":
-            given, rest, _ = Split.apply(logits, ids, counts, call._replace(scale=1.0, sweeps=True))
+            given, rest, _ = split(logits, ids, counts, call._replace(scale=1.0, sweeps=True))
         masses = tails.mass_of(log_p), tails.student_mass(given, rest)
         teacher_mass, student_mass = (
             (x if counts is None else torch.where(counts, x, 0.0)).to(dtype) for x in masses

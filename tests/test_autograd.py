@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kl_gpu
+from kl_gpu import ops
 from support import DEVICE, check_gradients, pair
 
 
@@ -159,3 +160,15 @@ def test_works_under_autocast(backend: str, kind: str) -> None:
     loss.backward()
     assert torch.isfinite(head.grad).all()
     assert head.grad.abs().max() > 0
+
+
+def test_a_reduction_takes_one_visit_of_each_row(backend: str, kind: str, monkeypatch) -> None:
+    seen = []
+    for name in ("value", "gradient", "value_and_gradient"):
+        run = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, name=name, run=run: seen.append(name) or run(*a))
+    student, teacher = pair(2, 30)
+    student.requires_grad_()
+    kl_gpu.divergence(student, teacher, kind, backend=backend).backward()
+    assert seen == ["value_and_gradient" if ops.fuses(backend) else "value", "gradient"]
+    assert student.grad.abs().max() > 1e-4

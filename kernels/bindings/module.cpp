@@ -87,6 +87,12 @@ NB_MODULE(_native, m) {
         kl::value_and_gradient(p, wide, pointer(row_scale), pointer(value), pointer(stats), target(to_a),
                                target(to_b));
     });
+    m.def("formula_sums", [](const Side& a, const Side& b, const Rows& rows, const Sizes& sizes, int family,
+                             double beta, bool wide, Address stats, Address out) {
+        const kl::Problem p = problem(a, b, rows, sizes, family, beta);
+        nb::gil_scoped_release unlocked;
+        kl::formula_sums(p, wide, pointer(stats), pointer<double>(out));
+    });
     m.def("token_stats", [](const Side& a, const Side& b, const Rows& rows, const Sizes& sizes, int family,
                             double beta, bool wide, Address tokens, Address out) {
         const kl::Problem p = problem(a, b, rows, sizes, family, beta);

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from .rows import gradient, value, value_and_gradient
+from .shards import formula_sums, normalisers, statistics
 from .stats import token_stats
 
-__all__ = ["gradient", "token_stats", "value", "value_and_gradient"]
+__all__ = [
+    "formula_sums",
+    "gradient",
+    "normalisers",
+    "statistics",
+    "token_stats",
+    "value",
+    "value_and_gradient",
+]

@@ -1,0 +1,149 @@
+"""`divergence` on logits whose vocabulary is shared among ranks."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks, ops
+from ..autograd import Call, RowDivergence
+from ..functional import settle
+from ..kinds import KINDS
+from . import agreement, collectives, shards, states
+
+
+class _Shards(RowDivergence):
+    """Per-row divergence `[N]` of logits of which this rank has some columns; the gradient is local."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, student: Tensor, teacher: Tensor, rows: Tensor | None, call: Call, group: Any
+    ) -> Tensor:
+        sides = call.window.of(student), call.window.of(teacher)
+        value, stats, backend = _whole_rows(*sides, rows, call, group)
+        ctx.save_for_backward(student, teacher, rows, stats)
+        ctx.call = call._replace(backend=backend)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *RowDivergence.backward(ctx, row_gradient), None
+
+
+def _per_row(student: Tensor, teacher: Tensor, rows: Tensor | None, call: Call, *, group: Any) -> Tensor:
+    value: Tensor = _Shards.apply(student, teacher, rows, call, group)
+    return value
+
+
+def _whole_rows(
+    student: Tensor, teacher: Tensor, rows: Tensor | None, call: Call, group: Any
+) -> tuple[Tensor, Tensor, str]:
+    """Value `[N]` and statistics `[N, STATS]` of whole rows, and the backend whose statistics these are."""
+    of, backend = KINDS[call.kind], call.backend
+    order, scales = of.order, of.order(call.student_scale, call.teacher_scale)
+    numbers = (0.0, call.student_scale, call.teacher_scale, backend)
+    forward = states.kl_kind(call.kind)
+    inside, local = ops.value(student, teacher, rows, forward, *numbers)
+    own = states.normalisers(*order(student, teacher), rows, local, scales, backend)
+    packed = [*own[:2]]
+    if of.family in ("kl", "jeffreys"):
+        packed.append(inside.double())
+    if of.family == "jeffreys":
+        other = "reverse_kl" if forward == "forward_kl" else "forward_kl"
+        packed.append(ops.value(student, teacher, rows, other, *numbers)[0].double())
+    # One number after the other, so that each is a tensor of its own to merge.
+    found = collectives.gather(torch.stack(packed), group, f"{call.kind}'s row states")
+    masses = states.shared(found[:, 0], found[:, 1])
+
+    if backend == "native" and not ops.implementation(backend).holds(masses.log_a, masses.ratio):
+        # The kernels would look at such a row again, and see no more of it than this shard.
+        return _whole_rows(student, teacher, rows, call._replace(backend="eager"), group)
+
+    def of_whole_rows(of_shard: Tensor, sums: Tensor) -> Tensor:
+        whole = of_shard, *scales, of.family, masses.log_a, masses.ratio, sums
+        stats: Tensor = ops.implementation(backend).statistics(*whole)
+        return stats
+
+    nothing = torch.zeros_like(masses.ratio)
+    if of.family == "kl":
+        value = states.kl(masses, found[:, 2])
+        sums = torch.stack((value, nothing, nothing), -1)
+    elif of.family == "jeffreys":
+        forward_kl = states.kl(masses, found[:, 2]) * (1 - call.beta)
+        backward_kl = states.reverse_kl(masses, found[:, 3]) * call.beta
+        value = forward_kl + backward_kl
+        # Σ −a r and Σ b r are the two KLs; Σ (b − a) is 0.
+        sums = torch.stack((value, forward_kl, backward_kl), -1)
+    else:
+        local = of_whole_rows(local, torch.stack([nothing] * 3, -1))
+        here = ops.formula_sums(student, teacher, rows, local, *call.numbers)
+        sums = collectives.gather(here, group, f"{call.kind}'s row sums").sum(0)
+        sums[..., 0].clamp_min_(0.0)
+        sums = torch.where((masses.ratio + masses.log_a).isnan()[..., None], torch.nan, sums)
+        value = sums[..., 0]
+    stats = of_whole_rows(local, sums)
+    if rows is not None:
+        value = torch.where(rows, value, 0.0)
+    return value.to(inside.dtype), stats, backend
+
+
+def vocab_parallel_div(
+    student_shard: Tensor,
+    teacher_shard: Tensor,
+    kind: str = "forward_kl",
+    *,
+    group: Any = None,
+    vocab_start: int | None = None,
+    check: str | None = None,
+    **options: Any,
+) -> Tensor:
+    """`kl_gpu.divergence` of logits whose columns are shared among the ranks of a group, in nats.
+
+    Each rank gives the columns it holds and gets the divergence of the whole rows: the same bits on every
+    rank, within the bounds of the dense call. Shards may differ in width, and may be empty. The KLs and
+    `jeffreys` take one collective (24 and 32 bytes a row and rank), the others two (16 and 24 bytes);
+    backward takes none, and writes the gradient of this rank's columns. The mathematics is that of
+    `docs/distributed.md`: the chain rule of relative entropy (Cover and Thomas, theorem 2.5.3).
+
+    Args:
+        student_shard: `[N, V_r]`, N any leading shape, the same on every rank; float16, bfloat16, float32 or
+            float64.
+        teacher_shard: `[N, V_r]`, the same columns of the teacher, on the same device; the dtype may differ.
+        kind: a name in `kl_gpu.KINDS`.
+        group: the process group that shares the vocabulary; None is the default group.
+        vocab_start: the number of this rank's first column. Only `vocab_size` asks for it; None takes the
+            ranks' columns one behind the other, and then `vocab_size` costs a collective of 8 bytes and
+            waits for the device.
+        check: when to ask, by a small collective that waits for the device, whether the ranks' arguments
+            agree: "first" (at the first call of this function in this group), "always" or "never"; None
+            takes the environment's KL_GPU_DISTRIBUTED_CHECK, or "first".
+        **options: those of :func:`kl_gpu.divergence`, given alike on every rank. `vocab_size` counts the
+            whole vocabulary.
+
+    Returns:
+        float32 (float64 where both inputs are); `[N]` for reduction="none", else 0-d. Never negative.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, range, name or combination is wrong, or the ranks disagree; the message names
+            the argument.
+        RuntimeError: a collective failed; from backward, when a second derivative is asked for, or when
+            logits were modified since the call.
+    """
+    checks.known("vocab_parallel_div", options, _OPTIONS)
+    group = collectives.resolve(group)
+    sides = {"student_shard": student_shard, "teacher_shard": teacher_shard}
+    agreement.agree(
+        "vocab_parallel_div", group, check, tuple(sides.values()), vocab_start, kind=kind,
+        **{name: value for name, value in options.items() if name != "inplace"},
+    )  # fmt: skip
+    checks.beside_each_other(sides, columns=0)
+    shard = shards.locate(sides, vocab_start, options.pop("vocab_size", None), group)
+    student, teacher = (shard.of(side) for side in sides.values())
+    return settle(student, teacher, kind, partial(_per_row, group=group), **options)
+
+
+_OPTIONS = checks.options_of(settle)

@@ -1,0 +1,121 @@
+"""`divergence` of DTensors, without moving a logit: rows stay, columns go through `vocab_parallel_div`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from .. import checks, functional, rows
+from .divergence import vocab_parallel_div
+
+_PER_ROW = ("mask", "labels", "weight")
+
+
+def _mesh_of_columns(placements: tuple[Placement, ...], columns: int) -> int | None:
+    """The mesh dimension that shares the vocabulary; None where every rank has whole rows."""
+    for placement in placements:
+        if not isinstance(placement, (Replicate, Shard)) or type(placement) not in (Replicate, Shard):
+            raise ValueError(
+                f"student_logits must be Shard or Replicate on every mesh dimension, got {placement}: "
+                "redistribute it before, where its sum is cheapest"
+            )
+    found = [k for k, placement in enumerate(placements) if placement == Shard(columns)]
+    if len(found) > 1:
+        raise ValueError(
+            f"student_logits must be sharded on the vocabulary by one mesh dimension, got {placements}: "
+            "flatten the two mesh dimensions into one, or redistribute"
+        )
+    return found[0] if found else None
+
+
+def _check_sides(student: Any, teacher: Any) -> None:
+    for argument, side, other in (
+        ("student_logits", student, "teacher_logits"), ("teacher_logits", teacher, "student_logits")
+    ):  # fmt: skip
+        if not isinstance(side, DTensor):
+            raise TypeError(
+                f"{argument} must be a DTensor where {other} is, got {type(side).__name__}: "
+                "DTensor.from_local says how its ranks share it"
+            )
+    if student.device_mesh != teacher.device_mesh or student.placements != teacher.placements:
+        raise ValueError(
+            "student_logits and teacher_logits must have one mesh and the same placements, got "
+            f"{student.placements} and {teacher.placements}: one of them would have to be gathered whole; "
+            "redistribute the smaller of the two, or shard both LM heads alike"
+        )
+
+
+def _local_rows(argument: str, value: Any, student: DTensor, rows_of: tuple[Placement, ...]) -> Any:
+    """What this rank's rows have of a per-row option."""
+    if value is None or not isinstance(value, Tensor):
+        return value
+    if isinstance(value, DTensor):
+        if value.device_mesh != student.device_mesh or tuple(value.placements) != rows_of:
+            raise ValueError(
+                f"{argument} must be placed as the logits' rows are, {rows_of}, got {value.placements}"
+            )
+        return value.to_local()
+    if any(isinstance(placement, Shard) for placement in rows_of):
+        raise ValueError(
+            f"{argument} must be a DTensor placed as the logits' rows are, {rows_of}, got a plain tensor"
+        )
+    return value
+
+
+def divergence(student: Any, teacher: Any, kind: str, **options: Any) -> Tensor:
+    """`kl_gpu.divergence` of two DTensors with one mesh and the same placements; the result is a DTensor.
+
+    Raises:
+        TypeError: only one of the two is a DTensor.
+        ValueError: a placement would force logits to move; the message says what to do.
+    """
+    _check_sides(student, teacher)
+    columns = student.dim() - 1
+    across = _mesh_of_columns(tuple(student.placements), columns)
+    rows_of = tuple(Replicate() if k == across else p for k, p in enumerate(student.placements))
+    for argument in _PER_ROW:
+        options[argument] = _local_rows(argument, options[argument], student, rows_of)
+    if options["shift"] and Shard(1) in rows_of:
+        raise ValueError("shift=True needs whole sequences on every rank: labels are of the next position")
+    checks.name("reduction", options["reduction"], ("none", "sum", "mean", "batchmean"))
+    checks.normalizer(options["normalizer"], options["reduction"], student.device)
+    reduction, normalizer = options.pop("reduction"), options.pop("normalizer")
+
+    sides = student.to_local(), teacher.to_local()
+    if across is None:
+        local = functional.settle(*sides, kind, reduction="none", **options)
+    else:
+        group = student.device_mesh.get_group(across)
+        # Told, so that vocab_size costs no collective; DTensor cuts as torch.chunk does.
+        width = -(-student.shape[-1] // student.device_mesh.size(across))
+        start = min(student.device_mesh.get_local_rank(across) * width, student.shape[-1])
+        shards = {"student_shard": sides[0], "teacher_shard": sides[1]}
+        options |= {"kind": kind, "group": group, "vocab_start": start, "reduction": "none"}
+        local = vocab_parallel_div(**shards, **options)
+    # Not `run_check`: it would compare the ranks' values with a collective of its own.
+    lead = _lead(student.shape[:-1], options["shift"])
+    value = DTensor.from_local(
+        local, student.device_mesh, rows_of, run_check=False, shape=lead, stride=_strides(lead)
+    )
+    if reduction == "none":
+        return value
+    counts, _ = rows.that_count(
+        options["mask"], options["labels"], options["ignore_index"], None, options["shift"]
+    )
+    if counts is not None:
+        counts = DTensor.from_local(
+            counts, student.device_mesh, rows_of, run_check=False, shape=lead, stride=_strides(lead)
+        )
+    total: Tensor = value.sum() / rows.denominator(lead, counts, reduction, normalizer)
+    return total
+
+
+def _lead(shape: torch.Size, shift: bool) -> torch.Size:
+    return torch.Size((shape[0], shape[1] - 1)) if shift else shape
+
+
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()

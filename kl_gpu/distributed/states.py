@@ -1,0 +1,132 @@
+"""What a shard says about its rows, and how the shards of a row become one.
+
+With P_r and Q_r the mass that a and b give to the columns of rank r, and a|r, b|r what they are there,
+
+    KL(a‖b) = Σ_r P_r KL(a|r ‖ b|r) + KL(P‖Q)
+
+(Cover and Thomas, Elements of Information Theory, theorem 2.5.3). Both parts are sums of non-negative terms,
+so nothing cancels, and log Q_r/P_r comes from each shard's own log(Z_b/Z_a), which is good relative to the
+ratios b/a themselves: a difference of two normalisers near 10 could not tell a ratio of 1 + 1e-6.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops, remainder
+from ..eager import formula
+from ..kinds import KINDS
+
+
+class Masses(NamedTuple):
+    """How a and b share their mass among the ranks.
+
+    Attributes:
+        log_a, ratio: `[N]`, of the whole row: log Σ e^a, and log Σ e^b less that.
+        a, b: `[ranks, N]`, the shares, each side's adding up to 1.
+        r: `[ranks, N]`, log b/a of a rank's shares; −inf and +inf where one has no mass, 0 where neither.
+    """
+
+    log_a: Tensor
+    ratio: Tensor
+    a: Tensor
+    b: Tensor
+    r: Tensor
+
+
+def log_sum(x: Tensor) -> Tensor:
+    """log Σ e^x over the ranks; NaN where none has mass. The order of the ranks is that of the sum."""
+    top = x.amax(0)
+    top = torch.where(torch.isfinite(top), top, torch.nan)
+    return top + torch.log(torch.exp(x - top).sum(0))
+
+
+def normalisers(
+    a: Tensor, b: Tensor, rows: Tensor | None, stats: Tensor, scales: tuple[float, float], backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log Σ e^a of a shard, log Σ e^b less that, and log Σ e^b, float64 `[N]`, also where there is no mass.
+
+    There, where a backend has only NaN to report, the first is −inf where a has none, and the second is
+    log Σ e^b itself then, −inf where b has none. A NaN that remains stands for one among the logits.
+    """
+    log_a, ratio = ops.implementation(backend).normalisers(stats, *scales)
+    odd = ~(torch.isfinite(log_a) & torch.isfinite(ratio))
+    if rows is not None:
+        odd = odd & rows
+    # Elsewhere asking would wait for the device; a kernel that finds no such row returns at once.
+    if odd.device.type == "cpu" and not bool(odd.any()):
+        return log_a, ratio, log_a + ratio
+    none = torch.full((*a.shape[:-1], 1), -1, dtype=torch.int64, device=a.device)
+    own_a, own_b = (
+        remainder.remainder(x, none, odd, scale, False, backend)[0]
+        for x, scale in zip((a, b), scales, strict=True)
+    )
+    own_ratio = torch.where(own_a.isneginf(), own_b, own_b - own_a)
+    log_b = torch.where(odd, own_b, log_a + ratio)
+    return torch.where(odd, own_a, log_a), torch.where(odd, own_ratio, ratio), log_b
+
+
+def shared(log_a: Tensor, second: Tensor) -> Masses:
+    """From every rank's `normalisers`, `[ranks, N]` each."""
+    no_a = log_a.isneginf()
+    log_b = torch.where(no_a, second, log_a + second)
+    no_b = log_b.isneginf()
+    both = ~no_a & ~no_b
+    whole_a, whole_b = log_sum(log_a), log_sum(log_b)
+    a = torch.where(no_a, 0.0, torch.exp(log_a - whole_a))
+    # The whole row's ratio about the mean of the shards', so that ratios of 1 + 1e-6 keep their digits
+    # beside normalisers of a thousand.
+    c = torch.where(both, a * second, 0.0).sum(0)
+    x = torch.where(both, second - c, 0.0)
+    grown = torch.where(x.abs() < 1, a * torch.expm1(x), torch.exp(log_b - whole_a - c) - a)
+    y = torch.where(both, grown, torch.exp(log_b - whole_a - c) - a).sum(0)
+    ratio = torch.where(y.abs() < 0.5, c + torch.log1p(y), whole_b - whole_a)
+    # log1p makes a number of a side without mass.
+    ratio = torch.where(torch.isfinite(whole_a) & torch.isfinite(whole_b), ratio, torch.nan)
+    r = torch.where(both, second - ratio, 0.0)
+    r = torch.where(no_a & ~no_b, torch.inf, torch.where(no_b & ~no_a, -torch.inf, r))
+    b = torch.where(no_b, 0.0, torch.exp(log_b - (whole_a + ratio)))
+    return Masses(whole_a, ratio, a, b, r)
+
+
+def _chain(a: Tensor, b: Tensor, r: Tensor, inside: Tensor) -> Tensor:
+    """KL of the whole rows, `[N]`, from the shares of the ranks and the KL inside each."""
+    between = formula("kl", (a, b), r, 0.0)[0]
+    # A token that a allows and b excludes makes it infinite, however little a gives to that shard. Otherwise
+    # a shard without mass says nothing, not even where its logits are too far down for a number of its own.
+    own = torch.where(inside.isposinf(), torch.inf, torch.where(a == 0, 0.0, a * inside))
+    own = torch.where(r.isinf(), 0.0, own)
+    return (between + own).sum(0).clamp_min(0.0)
+
+
+def entropy(log_masses: Tensor, inside: Tensor) -> Tensor:
+    """Of whole rows of one side, from its normalisers and the entropies inside the shards, `[ranks, N]` each.
+
+    H = Σ_r P_r H_r + H(P): the chain rule of entropy (Cover and Thomas, theorem 2.5.1), terms ≥ 0 only.
+    """
+    log_share = log_masses - log_sum(log_masses)
+    share = torch.exp(log_share)
+    return torch.where(share == 0, 0.0, share * (inside - log_share)).sum(0)
+
+
+def kl(masses: Masses, forward: Tensor) -> Tensor:
+    """KL(a‖b) of the whole rows, from the KL inside each shard, `[ranks, N]`."""
+    return _settled(_chain(masses.a, masses.b, masses.r, forward), masses)
+
+
+def reverse_kl(masses: Masses, reverse: Tensor) -> Tensor:
+    """KL(b‖a), likewise."""
+    return _settled(_chain(masses.b, masses.a, -masses.r, reverse), masses)
+
+
+def _settled(value: Tensor, masses: Masses) -> Tensor:
+    """Times 0: a row in which a side has no distribution is NaN, also where its terms are infinite."""
+    return torch.where(masses.ratio.isnan() | masses.log_a.isnan(), torch.nan, value)
+
+
+def kl_kind(kind: str) -> str:
+    """The KL whose a and b are those of this kind."""
+    return "forward_kl" if KINDS[kind].weights == "teacher" else "reverse_kl"

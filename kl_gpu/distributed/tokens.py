@@ -1,0 +1,187 @@
+"""Statistics and log-probabilities per token from logits whose columns are shared among ranks."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks, logprobs, ops
+from ..problem import arithmetic
+from ..rows import Window, last_contiguous, that_count
+from ..stats import TokenStats
+from . import agreement, collectives, shards, splits, states
+
+
+def vocab_parallel_token_logprobs(
+    logits_shard: Tensor,
+    token_ids: Tensor,
+    *,
+    group: Any = None,
+    vocab_start: int | None = None,
+    check: str | None = None,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`kl_gpu.token_logprobs` of logits whose columns are shared among the ranks of a group.
+
+    One collective of 16 bytes a row and rank (24 with `entropy`), none in backward; the same bits on every
+    rank.
+
+    Args:
+        logits_shard: `[N, V_r]`, this rank's columns; float16, bfloat16, float32 or float64.
+        token_ids: int `[N]`, columns of the whole vocabulary, the same on every rank.
+        group, vocab_start, check: as in :func:`vocab_parallel_div`. Where `vocab_start` or `vocab_size` is
+            not given, finding out costs a collective of 8 bytes and waits for the device.
+        **options: those of :func:`kl_gpu.token_logprobs`, given alike on every rank.
+
+    Returns:
+        `[N]` in float32 (float64 for float64 logits), differentiable; with `entropy` a pair of them.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, range or name is wrong, or the ranks disagree; the message names the argument.
+        RuntimeError: a collective failed; from backward, when a second derivative is asked for.
+    """
+    checks.known("vocab_parallel_token_logprobs", options, _LOGPROB_OPTIONS)
+    group = collectives.resolve(group)
+    entry = "vocab_parallel_token_logprobs"
+    agreement.agree(entry, group, check, (logits_shard,), vocab_start, token_ids=token_ids, **options)
+    checks.one_side("logits_shard", logits_shard)
+    shard = shards.locate(
+        {"logits_shard": logits_shard}, vocab_start, options.pop("vocab_size", None), group, whole=True
+    )
+    return logprobs.settle(
+        shard.of(logits_shard), token_ids, partial(splits.split, shard=shard, group=group), shard.total,
+        **options,
+    )  # fmt: skip
+
+
+def _first_largest(logits: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """A row's largest logit and the first column that holds it, as the whole vocabulary counts; NaN wins."""
+    top, column = logits.max(-1)
+    return top.double(), (column + start).double()
+
+
+def _scaled_logit(logprob: Tensor, log_mass: Tensor, own: Tensor | None) -> Tensor:
+    """A token's logit over the temperature, from its share of the shard; −inf on the ranks without it."""
+    nothing = torch.full_like(log_mass, -torch.inf)
+    if own is None:
+        return nothing
+    return torch.where((own < 0) | log_mass.isneginf(), nothing, logprob + log_mass)
+
+
+def _leader(tops: Tensor, columns: Tensor) -> Tensor:
+    """The first column of the whole row's largest logit, from `[ranks, N]` each."""
+    return torch.where(tops == tops.amax(0), columns, torch.inf).amin(0)
+
+
+def _merged(
+    student: Tensor, teacher: Tensor, counts: Tensor | None, labels: Tensor | None, shard: shards.Shard,
+    scales: tuple[float, float], backend: str, group: Any,
+) -> Tensor:  # fmt: skip
+    """The seven fields of `problem.TOKEN_STATS` of whole rows, `[7, N]` in float64."""
+    own = None if labels is None else shard.own(labels)
+    inside = ops.token_stats(student, teacher, counts, own, *scales, backend).double()
+    local = ops.value(student, teacher, counts, "forward_kl", 0.0, *scales, backend)[1]
+    normalisers = states.normalisers(teacher, student, counts, local, scales[::-1], backend)
+    log_p, _, log_q = normalisers
+    tokens = [_scaled_logit(*x, own) for x in ((inside[4], log_q), (inside[5], log_p))]
+    leaders = [x for side in (student, teacher) for x in _first_largest(side, shard.start)]
+    found = collectives.gather(
+        torch.stack([*normalisers, *inside[:4], *tokens, *leaders]), group, "token statistics"
+    ).unbind(1)
+    log_p, ratio, log_q, forward, reverse, entropy_q, entropy_p, token_q, token_p = found[:9]
+    masses = states.shared(log_p, ratio)
+    whole_q, whole_p = states.log_sum(log_q), states.log_sum(log_p)
+    agree = (_leader(found[9], found[10]) == _leader(found[11], found[12])).double()
+    fields = [
+        states.kl(masses, forward),
+        states.reverse_kl(masses, reverse),
+        states.entropy(log_q, entropy_q),
+        states.entropy(log_p, entropy_p),
+        (token_q.amax(0) - whole_q).clamp_max(0.0),
+        (token_p.amax(0) - whole_p).clamp_max(0.0),
+        torch.where((whole_q + whole_p).isnan(), torch.nan, agree),
+    ]
+    if labels is None:
+        fields[4] = fields[5] = torch.full_like(whole_q, torch.nan)
+    return torch.stack(fields)
+
+
+def vocab_parallel_token_stats(
+    student_shard: Tensor,
+    teacher_shard: Tensor,
+    labels: Tensor | None = None,
+    *,
+    group: Any = None,
+    vocab_start: int | None = None,
+    check: str | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+) -> TokenStats:
+    """`kl_gpu.token_stats` of logits whose columns are shared among the ranks of a group.
+
+    Three reads of both shards, and one collective of 104 bytes a row and rank. Entropies follow the chain
+    rule H = Σ P_r H_r + H(P), a label's log-probability comes from the rank that holds it, and of equal
+    largest logits the first column of the whole vocabulary counts. The same bits on every rank.
+
+    Args:
+        student_shard, teacher_shard, group, vocab_start, check: as in :func:`vocab_parallel_div`. Where
+            `vocab_start` or `vocab_size` is not given, finding out costs a collective of 8 bytes and waits
+            for the device.
+        labels: int `[N]`, columns of the whole vocabulary, the same on every rank.
+        temperature, teacher_temperature, mask, ignore_index, shift, vocab_size, backend: as in
+            :func:`kl_gpu.token_stats`; `vocab_size` counts the whole vocabulary.
+
+    Returns:
+        TokenStats, float32 (float64 where both inputs are).
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, range, name or combination is wrong, or the ranks disagree; the message names
+            the argument.
+        RuntimeError: a collective failed.
+    """
+    group = collectives.resolve(group)
+    sides = {"student_shard": student_shard, "teacher_shard": teacher_shard}
+    agreement.agree(
+        "vocab_parallel_token_stats", group, check, tuple(sides.values()), vocab_start, labels=labels,
+        temperature=temperature, teacher_temperature=teacher_temperature, mask=mask,
+        ignore_index=ignore_index, shift=shift, vocab_size=vocab_size, backend=backend,
+    )  # fmt: skip
+    checks.boolean("shift", shift)
+    scales = checks.scales(temperature, teacher_temperature)
+    checks.beside_each_other(sides, columns=0)
+    checks.shifted("shards [batch, time, V]", student_shard, shift)
+    checks.rows(student_shard, mask, labels, ignore_index, None)
+    checks.backend(backend)
+    chosen = ops.resolve_backend(backend, student_shard.device)
+    shard = shards.locate(sides, vocab_start, vocab_size, group, whole=True)
+
+    student, teacher = (last_contiguous(shard.of(x.detach())) for x in sides.values())
+    counts, _ = that_count(mask, labels, ignore_index, None, shift)
+    window = Window(student.shape[-1], shift)
+    student, teacher = window.of(student), window.of(teacher)
+    if labels is not None and counts is not None:
+        labels = (labels[:, 1:] if shift else labels).long()
+        if labels.device.type == "cpu":
+            checks.labels_are_columns(labels, counts, shard.total)
+    with torch.no_grad():
+        found = _merged(student, teacher, counts, labels, shard, scales, chosen, group)
+    if counts is not None:
+        found = torch.where(counts, found, 0.0)
+    wide = student.dtype == teacher.dtype and arithmetic(student, teacher) == torch.float64
+    found = found if wide else found.float()
+    fields = found.unbind(0)
+    counted = torch.ones_like(fields[0]) if counts is None else counts.to(found.dtype)
+    return TokenStats._make((*fields, counted))
+
+
+_LOGPROB_OPTIONS = checks.options_of(logprobs.settle)

@@ -1,0 +1,64 @@
+"""`topk_div` where the student's columns are shared among ranks."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from .. import checks, topk
+from . import agreement, collectives, shards, splits
+
+
+def vocab_parallel_topk_div(
+    student_shard: Tensor,
+    teacher_logprobs: Tensor,
+    teacher_ids: Tensor,
+    kind: str = "forward_kl",
+    *,
+    group: Any = None,
+    vocab_start: int | None = None,
+    check: str | None = None,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """`kl_gpu.topk_div` where the student's columns are shared among the ranks of a group.
+
+    One collective of 8·(K + 1) bytes a row and rank, none in backward; the same bits on every rank.
+
+    Args:
+        student_shard: `[N, V_r]`, this rank's columns; float16, bfloat16, float32 or float64.
+        teacher_logprobs: `[N, K]`, and
+        teacher_ids: int `[N, K]`, as in :func:`kl_gpu.topk_div`, columns of the whole vocabulary, the same on
+            every rank. Each is looked up by the rank that holds it.
+        kind, **options: those of :func:`kl_gpu.topk_div`, given alike on every rank.
+        group, vocab_start, check: as in :func:`vocab_parallel_div`. Where `vocab_start` or `vocab_size` is
+            not given, finding out costs a collective of 8 bytes and waits for the device.
+
+    Returns:
+        As :func:`kl_gpu.topk_div`.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, range, name or combination is wrong, or the ranks disagree; the message names
+            the argument.
+        RuntimeError: a collective failed; from backward, when a second derivative is asked for.
+    """
+    checks.known("vocab_parallel_topk_div", options, _OPTIONS)
+    group = collectives.resolve(group)
+    agreement.agree(
+        "vocab_parallel_topk_div", group, check, (student_shard,), vocab_start, kind=kind,
+        teacher_logprobs=teacher_logprobs, teacher_ids=teacher_ids,
+        **{name: value for name, value in options.items() if name != "validate"},
+    )  # fmt: skip
+    checks.one_side("student_shard", student_shard)
+    shard = shards.locate(
+        {"student_shard": student_shard}, vocab_start, options.pop("vocab_size", None), group, whole=True
+    )
+    return topk.settle(
+        shard.of(student_shard), teacher_logprobs, teacher_ids, kind,
+        partial(splits.split, shard=shard, group=group), shard.total, **options,
+    )  # fmt: skip
+
+
+_OPTIONS = checks.options_of(topk.settle)

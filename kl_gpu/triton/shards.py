@@ -1,0 +1,115 @@
+"""Rows of which only a part is here: statistics from normalisers of the whole, the formula's sums."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..kinds import STATS
+from ..problem import Problem
+from .launch import configuration, geometry, high_low, parts_of, step_of
+from .rows import _STATS, FORMULA_SHAPES
+from .sums import formula_sums as sums_of_columns
+from .tiles import LOG2E, normalised, row_start, wide
+
+_LN2 = math.log(2)
+# Below the whole row's normaliser by this many powers of 2, a part's own level would make 1/Z underflow.
+_LOWEST = 60.0
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_inner", "parts"])
+def formula_sums_kernel(
+    a_ptr, b_ptr, rows_ptr, stats_ptr, out_ptr,
+    n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
+    a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low, parts, part_columns,
+    HAS_ROWS: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr,
+    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One part of one row: its three sums to `[part, 3, row]`."""
+    row = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
+    out = out_ptr + part.to(tl.int64) * 3 * n_rows + row
+    counts = True
+    if HAS_ROWS:
+        counts = tl.load(rows_ptr + row) != 0
+    if counts:
+        first = part * part_columns
+        stats = stats_ptr + row.to(tl.int64) * _STATS
+        a_scale = wide(a_scale_high, a_scale_low)
+        b_scale = wide(b_scale_high, b_scale_low)
+        beta = wide(beta_high, beta_low)
+        value, mean_a, mean_b = sums_of_columns(
+            row_start(a_ptr, row, n_inner, a_outer, a_inner),
+            row_start(b_ptr, row, n_inner, b_outer, b_inner), first, tl.minimum(first + part_columns, V),
+            normalised(tl.load(stats), tl.load(stats + 1), (a_scale * LOG2E).to(CT), a_scale, 15, CT),
+            normalised(tl.load(stats + 2), tl.load(stats + 3), (b_scale * LOG2E).to(CT), b_scale, 15, CT),
+            tl.load(stats + 4), tl.load(stats + 5), beta.to(CT), (1.0 - beta).to(CT),
+            a_scale.to(CT), a_scale, b_scale, SAME_SCALE, FAMILY, CT, R, VEC, WIDE,
+        )  # fmt: skip
+        tl.store(out, value.to(tl.float64))
+        tl.store(out + n_rows, mean_a.to(tl.float64))
+        tl.store(out + 2 * n_rows, mean_b.to(tl.float64))
+
+
+def formula_sums(p: Problem, stats: Tensor) -> Tensor:
+    """The formula's terms and its two flows, summed over the columns: float64 `[A*B, 3]`."""
+    config = configuration(p, FORMULA_SHAPES)
+    parts = parts_of(p.a.shape[2], step_of(p, config))
+    out = torch.zeros((parts.number, 3, p.n_rows), dtype=torch.float64, device=p.a.device)
+    formula_sums_kernel[(p.n_rows * parts.number,)](
+        p.a, p.b, p.rows, stats.contiguous(), out, p.n_rows, *geometry(p), *high_low(p.beta),
+        parts.number, parts.columns, HAS_ROWS=p.rows is not None, FAMILY=p.family, **config,
+    )  # fmt: skip
+    return out.sum(0).T.contiguous()
+
+
+def _c_scale(a_scale: float, b_scale: float) -> float:
+    return a_scale if a_scale == b_scale else 1.0
+
+
+def _stretch(scale: float, dtype: torch.dtype) -> float:
+    """What a normaliser summed with log2(e)/T rounded to `dtype` is to be multiplied by.
+
+    2e-5 at a normaliser of −2000, which a shard of masked columns may have.
+    """
+    k = scale * math.log2(math.e)
+    return k / torch.tensor(k, dtype=dtype).item()
+
+
+def normalisers(stats: Tensor, a_scale: float, b_scale: float) -> tuple[Tensor, Tensor]:
+    """Of rows whose statistics these are, in float64 nats: log Σ e^a, and log Σ e^b less that."""
+    n_a, inv_a, _, _, c, lam = stats[..., :6].double().unbind(-1)
+    log_a = (n_a - inv_a.log2()) * (_LN2 * _stretch(a_scale, stats.dtype))
+    return log_a, c * _c_scale(a_scale, b_scale) + lam
+
+
+def _level(own: Tensor, inv: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """n and 1/Z of a side whose weights 2^(exponent − n) sum to 2^(lse − n) over the whole row.
+
+    The part's own n stays where it may: it is the one that suits the exponents of its columns.
+    """
+    floor = lse.floor() - _LOWEST
+    known = torch.isfinite(inv) & (inv > 0) & (own > floor)
+    n = torch.where(known, own, floor)
+    return n, torch.exp2(n - lse)
+
+
+def statistics(
+    local: Tensor, a_scale: float, b_scale: float, family: str, log_a: Tensor, ratio: Tensor, sums: Tensor
+) -> Tensor:
+    """As `kl_gpu.eager.statistics`, in the order of `rows.py`."""
+    n_a, inv_a, n_b, inv_b = local[..., :4].double().unbind(-1)
+    lse_a, lse_b = (
+        x / (_LN2 * _stretch(scale, local.dtype)) for x, scale in ((log_a, a_scale), (log_a + ratio, b_scale))
+    )
+    c_scale = _c_scale(a_scale, b_scale)
+    shift = ratio / c_scale
+    c = shift.to(local.dtype).double()
+    numbers = [*_level(n_a, inv_a, lse_a), *_level(n_b, inv_b, lse_b), c, (shift - c) * c_scale]
+    numbers += sums.unbind(-1)
+    numbers += [torch.zeros_like(ratio)] * (STATS - len(numbers))
+    return torch.stack([x.to(local.dtype) for x in numbers], -1)

@@ -1,0 +1,113 @@
+"""Logits shared among real processes, against the float64 reference on the whole rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import kl_gpu
+from distributed_world import World
+from support import is_slow
+
+# One process of the test run holds the process groups.
+pytestmark = [
+    pytest.mark.xdist_group("distributed"),
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed"),
+]
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    world = World(request.param)
+    yield world
+    world.close()
+
+
+def same_on_all_ranks(answers: list[object]) -> None:
+    assert len(answers) > 1
+    assert len(answers[0]) > 0
+    assert all(answer == answers[0] for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "spread"),
+    [("float32", 1.0), ("float32", 1e-3), ("float32", 1e-5), ("bfloat16", 1.0), ("float64", 1e-5)],
+)
+def test_within_the_bounds_of_the_dense_call(
+    world: World, kind: str, backend: str, dtype: str, spread: float
+) -> None:
+    if is_slow(backend) and (dtype, spread) not in (("float32", 1.0), ("float32", 1e-3)):
+        pytest.skip("Triton's interpreter is slow")
+    columns = 90 if is_slow(backend) else 5000
+    same_on_all_ranks(
+        world.run("dense", kind=kind, backend=backend, dtype=dtype, spread=spread, columns=columns)
+    )
+
+
+def test_unequal_temperatures(world: World, kind: str, backend: str) -> None:
+    same_on_all_ranks(
+        world.run(
+            "dense", kind=kind, backend=backend, dtype="float32", spread=0.1, columns=90, temperature=1.7,
+            teacher_temperature=0.9,
+        )
+    )  # fmt: skip
+
+
+def test_edges(world: World, kind: str, backend: str) -> None:
+    same_on_all_ranks(world.run("edges", kind=kind, backend=backend))
+
+
+def test_reductions(world: World, kind: str, backend: str) -> None:
+    same_on_all_ranks(world.run("reductions", kind=kind, backend=backend))
+
+
+def test_options(world: World, backend: str) -> None:
+    if is_slow(backend):
+        pytest.skip("half a minute in Triton's interpreter")
+    world.run("options", backend=backend)
+
+
+def test_the_same_bits_on_every_rank_and_run(world: World, kind: str) -> None:
+    same_on_all_ranks(world.run("repeats", kind=kind))
+
+
+def test_bytes_on_the_wire(world: World, kind: str) -> None:
+    # 64 rows of so many bytes: the KLs and jeffreys in one collective, the others in two.
+    expected = {"forward_kl": [24], "reverse_kl": [24], "jeffreys": [32]}.get(kind, [16, 24])
+    for forward, backward in world.run("traffic", kind=kind):
+        assert [size / 64 for _, size in forward] == expected, forward
+        assert backward == []
+
+
+def test_ranks_that_disagree_are_told_about_what(world: World) -> None:
+    world.run("disagreements")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_token_stats(world: World, backend: str, dtype: str) -> None:
+    same_on_all_ranks(world.run("token_stats", backend=backend, dtype=dtype))
+
+
+def test_token_logprobs(world: World, backend: str) -> None:
+    same_on_all_ranks(world.run("token_logprobs", backend=backend))
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "js"])
+@pytest.mark.parametrize("tail", kl_gpu.TAILS)
+def test_topk(world: World, backend: str, tail: str, kind: str) -> None:
+    if tail in ("student_full", "truncate") and kind != "forward_kl":
+        pytest.skip("forward KL only")
+    if is_slow(backend) and tail != "bucket":
+        pytest.skip("Triton's interpreter is slow")
+    same_on_all_ranks(world.run("topk", tail=tail, kind=kind, backend=backend))
+
+
+def test_a_mean_over_ranks_is_that_of_one_process(world: World) -> None:
+    world.run("means")
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "jeffreys", "js"])
+def test_dtensors_stay_where_they_are(world: World, kind: str) -> None:
+    world.run("dtensors", kind=kind)
