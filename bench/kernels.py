@@ -14,7 +14,7 @@ import triton
 
 from kl_gpu.kinds import KINDS
 from kl_gpu.problem import Problem
-from kl_gpu.triton import launch, remainder, rows, stats
+from kl_gpu.triton import launch, plain, remainder, rows, stats
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What the compiler may know of V and the row strides: that 16 divides them, or nothing.
@@ -64,6 +64,7 @@ class Entry:
             "TO_A": self.side in ("a", "both"),
             "TO_B": self.side in ("b", "both"),
             "PARTS": triton.next_power_of_2(self.programs(dtype, V, lanes)),
+            "LOG2": plain.logarithm(self.family, torch.float32, lanes == 32),
         }
 
     def columns(self, dtype: str, V: int, lanes: int) -> tuple[int, ...]:

@@ -310,3 +310,4 @@ def store_row(
     tl.store(stats + 4, c)
     tl.store(stats + 5, ((shift - c.to(tl.float64)) * c_scale).to(CT))
     tl.store(stats + 6, value.to(CT))
+    return good
