@@ -29,7 +29,8 @@ class Entry:
         kernel, kind: its names in the table.
         family, sweeps_value, side: what it is compiled for; side is "a", "b", "both" or "".
         loops: which of its main loops do the work, counted among those that load and exponentiate: the first
-            sweep's is the first, the gradient's the last, and between them lie the careful path's.
+            sweep's is the first, the gradient's the last, and between them lie the careful path's. Families
+            other than KL have two of each later sweep: the one for plain rows, which counts, comes first.
         reads, writes: tensors of logits read from and written to memory.
         l2_reads: tensors read once more while the L2 still holds them.
         ahead: passes whose tiles the first sweep loads before it needs them.
@@ -93,14 +94,15 @@ class Entry:
 
 def _entry(family: str, sweeps_value: bool, side: str) -> Entry:
     sweeps = (1 if family == "kl" else 2) if sweeps_value else 0
-    last = (-1,) if side else ()
+    each = 1 if family == "kl" else 2
+    last = (-each,) if side else ()
     return Entry(
         kernel="value_grad" if sweeps and side else "gradient" if side else "value",
         kind=f"{family}, to {side}" if side else family,
         family=family,
         sweeps_value=sweeps_value,
         side=side,
-        loops=(*((0,), (0, -1 - len(last)))[sweeps - 1], *last) if sweeps else last,
+        loops=(*((0,), (0, -each * (1 + len(last))))[sweeps - 1], *last) if sweeps else last,
         writes=2 if side == "both" else 1 if side else 0,
         l2_reads=2 * max(sweeps + bool(side) - 1, 0),
         ahead=1 if sweeps else 0,

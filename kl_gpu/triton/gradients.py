@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .plain import plain_flows
+from .plain import plain_flows, plain_ratio, shares
 from .sums import formula_tile
 from .tiles import (
     expm1_near,
@@ -70,11 +70,23 @@ def _gradient_tile(
             SAME_SCALE, EXACT, TO_A, TO_B,
         )  # fmt: skip
     elif PLAIN:
-        p_a = probability(a, *side_a)
-        p_b = probability(b, *side_b)
-        r = log_probability_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE, EXACT)
-        flow_a, flow_b = plain_flows(p_a, p_b, r, beta, rest, FAMILY, LOG2)
-        return (flow_a - p_a * mean_a) * up_a, (flow_b - p_b * mean_b) * up_b
+        k_a, n_a, gain_a, drift_a = side_a
+        k_b, n_b, gain_b, drift_b = side_b
+        share_a, share_b = shares(beta, rest, FAMILY)
+        mean_a = mean_a / share_a
+        mean_b = mean_b / share_b
+        r = plain_ratio(a, b, c, lam, k_a, scale, a_scale, b_scale, SAME_SCALE, EXACT)
+        if SAME_SCALE:
+            # Means are finite here, and the same factor fits both sides.
+            share_a *= up_b
+            share_b *= up_b
+        p_a = probability(a, k_a, n_a, gain_a * share_a, drift_a * share_a)
+        p_b = probability(b, k_b, n_b, gain_b * share_b, drift_b * share_b)
+        to_a, to_b = plain_flows(p_a, p_b, r, mean_a, mean_b, beta, rest, FAMILY, LOG2)
+        if not SAME_SCALE:
+            to_a *= up_a
+            to_b *= up_b
+        return to_a, to_b
     else:
         p_a, p_b, _, flow_a, flow_b = formula_tile(
             a, b, side_a, side_b, c, lam, beta, rest, scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY

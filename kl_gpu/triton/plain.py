@@ -1,13 +1,16 @@
 """The families' formulas as plain rows take them: float32, no −inf, no sum that cancelled, β away from its ends.
 
-Here logarithms may be good to 2^-22 of 1, and nothing needs a case of its own, so that a column costs a
-quarter of what `formulas` spends. Three things keep the promise all the same (docs/numerics.md): terms near
-r = 0 come from a polynomial, flows are exactly 0 at r = 0, and a family whose mixture is nearly one side
-itself is not plain.
+There logarithms may be good to 2^-22 of 1, and no column needs a case of its own, so that one costs a quarter
+of what it does in `formulas`. Three things keep the promise all the same (docs/numerics.md): terms near r = 0
+come from a polynomial, flows are exactly 0 at r = 0, and where a mixture is nearly one side itself no row
+counts as plain.
+
+r = log2(b/a), and a and b come times their `shares`, factors that a whole row has in common.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -17,12 +20,12 @@ import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
 from .. import reference
-from .tiles import LOG2E, difference_of
+from .tiles import LOG2E, expm1_near, fma, log_probability_ratio, log_ratio
 
-LN2 = tl.constexpr(0.6931471805599453)
-# Where terms come from their polynomial: beyond it logarithms have no more than 3 times the term to cancel
-# against, within it 8 coefficients reach 4e-7.
-NEAR = 1.25
+LN2 = tl.constexpr(math.log(2))
+# Where terms come from their polynomial: beyond it what cancels is at most four times the term, within it 8
+# coefficients reach 4e-7.
+NEAR = 1.8
 _NEAR = tl.constexpr(NEAR)
 # Families that have a plain form; any other takes the one it has in `formulas` everywhere.
 _FAMILIES = ("jeffreys", "js", "skew", "tv")
@@ -38,11 +41,13 @@ def logarithm(family: str, dtype: torch.dtype, nvidia: bool) -> str:
 @lru_cache(maxsize=256)
 def near_coefficients(family: str, beta: float) -> tuple[float, ...]:
     """T of term = a·r²·T(r) for |r| < NEAR, highest power first: through the definition at Chebyshev's points."""
-    if family not in ("jeffreys", "js", "skew"):
+    if family not in _FAMILIES or family == "tv":
         return (0.0,) * 8
+    share = {"js": beta * math.log(2), "skew": math.log(2)}.get(family, 1.0)
     r = NEAR * np.cos(np.pi * (np.arange(8) + 0.5) / 8)
-    terms = reference.column_terms(r, family, beta)
-    return tuple(np.linalg.solve(np.vander(r), terms / r**2).tolist())
+    terms = reference.column_terms(r * math.log(2), family, beta)
+    coefficients = np.linalg.solve(np.vander(r), terms / (share * r**2))
+    return tuple(coefficients.astype(np.float32).tolist())
 
 
 @triton.jit
@@ -57,6 +62,34 @@ def is_plain(beta, rest, FAMILY: tl.constexpr):
 
 
 @triton.jit
+def shares(beta, rest, FAMILY: tl.constexpr):
+    """What a and b are multiplied by before a plain form sees them."""
+    if FAMILY == "js":
+        return beta * LN2, rest * LN2
+    elif FAMILY == "skew":
+        return beta * 0.0 + LN2, rest
+    else:
+        return beta * 0.0 + 1.0, beta * 0.0 + 1.0
+
+
+@triton.jit
+def plain_ratio(
+    a, b, c, lam, k, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr
+):  # fmt: skip
+    """log2(b_i/a_i) of logits a and b."""
+    if SAME_SCALE and EXACT:
+        # c·k + lam is rounded, by the same for all columns: in D that is of fourth order where D is small
+        # beside c², and such rows are not plain.
+        return fma(b - a, k, -(c * k + lam * LOG2E))
+    elif SAME_SCALE:
+        return log_ratio(a, b, c, k, a_scale, b_scale, SAME_SCALE, EXACT) - lam * LOG2E
+    else:
+        return (
+            log_probability_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE, EXACT) * LOG2E
+        )
+
+
+@triton.jit
 def _log2(x, LOG2: tl.constexpr):
     if LOG2 == "lg2":
         return libdevice.fast_log2f(x)
@@ -65,42 +98,45 @@ def _log2(x, LOG2: tl.constexpr):
 
 
 @triton.jit
-def _logs(r, beta, rest, LOG2: tl.constexpr):
-    """log(a/m) and log(b/m), m = beta·a + rest·b: by m over the larger of a and b, which lies near 1."""
-    rest = 1.0 - beta  # so that they sum to 1 and equal logits give a logarithm of exactly 0
-    e = tl.exp2(tl.abs(r) * -LOG2E)
+def _logs(r, beta, LOG2: tl.constexpr):
+    """log2(a/m) and log2(b/m), m = βa + (1 − β)b: by m over the larger of a and b, which lies near 1."""
+    rest = 1.0 - beta  # not rounded by itself: the two sum to 1, so that equal logits give exactly 0
     up = r > 0
-    log = _log2(tl.where(up, beta, rest) * e + tl.where(up, rest, beta), LOG2)
-    return log * -LN2 - tl.maximum(r, 0.0), log * -LN2 + tl.minimum(r, 0.0)
+    log = _log2(fma(tl.where(up, beta, rest), tl.exp2(-tl.abs(r)), tl.where(up, rest, beta)), LOG2)
+    return -log - tl.maximum(r, 0.0), tl.minimum(r, 0.0) - log
 
 
 @triton.jit
-def plain_flows(a, b, r, beta, rest, FAMILY: tl.constexpr, LOG2: tl.constexpr):
-    """a·∂D/∂a and b·∂D/∂b. Their sum is the column's term: divergences are homogeneous in (a, b)."""
+def plain_flows(a, b, r, mean_a, mean_b, beta, rest, FAMILY: tl.constexpr, LOG2: tl.constexpr):
+    """a·(∂D/∂a − mean_a) and b·(∂D/∂b − mean_b).
+
+    Without means their sum is the column's term: divergences are homogeneous in (a, b).
+    """
     if FAMILY == "js":
-        log_a, log_b = _logs(r, beta, rest, LOG2)
-        return beta * log_a * a, rest * log_b * b
+        log_a, log_b = _logs(r, beta, LOG2)
+        return a * (log_a - mean_a), b * (log_b - mean_b)
     elif FAMILY == "skew":
-        log_a, _ = _logs(r, beta, rest, LOG2)
-        n = 1.0 - tl.exp2(log_a * LOG2E)  # 1 − a/m
-        return (beta * n + log_a) * a, rest * n * b
+        log_a, _ = _logs(r, beta, LOG2)
+        n = 1.0 - tl.exp2(log_a)  # 1 − a/m
+        return a * (log_a + (beta * LOG2E * n - mean_a)), b * (n - mean_b)
     elif FAMILY == "jeffreys":
         d = tl.where(r == 0, 0.0, b - a)
-        return -rest * r * a - beta * d, beta * r * b + rest * d
+        flow_a = a * (r * (rest * -LN2) - mean_a) - beta * d
+        return flow_a, b * (r * (beta * LN2) - mean_b) + rest * d
     else:
         tl.static_assert(FAMILY == "tv")
         half = tl.where(r > 0, 0.5, tl.where(r < 0, -0.5, 0.0))
-        return a * -half, b * half
+        return a * (-half - mean_a), b * (half - mean_b)
 
 
 @triton.jit
 def plain_terms(a, b, r, beta, rest, near, FAMILY: tl.constexpr, LOG2: tl.constexpr):
     """The divergence's terms, and b·∂D/∂b."""
-    flow_a, flow_b = plain_flows(a, b, r, beta, rest, FAMILY, LOG2)
+    flow_a, flow_b = plain_flows(a, b, r, 0.0, 0.0, beta, rest, FAMILY, LOG2)
     if FAMILY == "tv":
-        return tl.abs(difference_of(a, b, r)) * 0.5, flow_b
+        return tl.abs(tl.where(tl.abs(r) < 0.7, a * expm1_near(r * LN2), b - a)), flow_b
     t0, t1, t2, t3, t4, t5, t6, t7 = near
-    t = t0 * r + t1
+    t = r * t0 + t1
     t = t * r + t2
     t = t * r + t3
     t = t * r + t4

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .formulas import formula
-from .plain import plain_terms
+from .plain import plain_ratio, plain_terms, shares
 from .tiles import load_tile, log_probability_ratio, probability, tile_offsets, unpacked, weights
 
 
@@ -74,9 +74,9 @@ def _add_plain_tile(
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, LOG2: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    k_a, n_a, gain = side_a
+    k_a, n_a = side_a
     k_b, n_b, ratio = side_b
-    r = log_probability_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE, EXACT)
+    r = plain_ratio(a, b, c, lam, k_a, scale, a_scale, b_scale, SAME_SCALE, EXACT)
     terms, flow_b = plain_terms(
         weights(a, k_a, n_a), weights(b, k_b, n_b) * ratio, r, beta, rest, near, FAMILY, LOG2
     )
@@ -98,9 +98,10 @@ def plain_sums(
     k_a, n_a, gain, drift_a = side_a
     k_b, n_b, gain_b, drift_b = side_b
     # A sum feels the rounding of k, which `drift` makes up for in gradients, on the whole as nothing.
-    gain = gain + 15.0 * drift_a
-    side_a = (k_a, n_a, gain)
-    side_b = (k_b, n_b, (gain_b + 15.0 * drift_b) / gain)
+    share_a, share_b = shares(beta, rest, FAMILY)
+    gain = (gain + 15.0 * drift_a) * share_a
+    side_a = (k_a, n_a)
+    side_b = (k_b, n_b, (gain_b + 15.0 * drift_b) * share_b / gain)
     value = tl.zeros([R], CT)
     mean_b = tl.zeros([R], CT)
     full = last - (last - first) % BLOCK

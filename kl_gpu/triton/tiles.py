@@ -211,12 +211,6 @@ def expm1_near(x):
 
 
 @triton.jit
-def difference_of(a, b, r):
-    """b − a for r = log(b/a), with relative precision also where they are nearly equal."""
-    return tl.where(tl.abs(r) < 0.5, a * expm1_near(r), b - a)
-
-
-@triton.jit
 def one_minus_exp(v):
     """1 − e⁻ᵛ for v ≥ 0: relative error 2.2e-8 below 1/2 in float32, where the subtraction would cancel."""
     if v.dtype == tl.float64:
