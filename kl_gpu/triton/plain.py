@@ -54,7 +54,7 @@ def near_coefficients(family: str, beta: float) -> tuple[float, ...]:
 def is_plain(beta, rest, FAMILY: tl.constexpr):
     """Whether no side makes up so much of the mixture that its logarithm would have to be relative to itself."""
     if FAMILY == "js":
-        return (beta > 0.33) & (rest > 0.33)
+        return (beta > 0.01) & (rest > 0.01)
     elif FAMILY == "skew":
         return rest > 0.66
     else:
@@ -84,9 +84,7 @@ def plain_ratio(
     elif SAME_SCALE:
         return log_ratio(a, b, c, k, a_scale, b_scale, SAME_SCALE, EXACT) - lam * LOG2E
     else:
-        return (
-            log_probability_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE, EXACT) * LOG2E
-        )
+        return log_probability_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE, EXACT) * LOG2E
 
 
 @triton.jit
@@ -104,6 +102,27 @@ def _logs(r, beta, LOG2: tl.constexpr):
     up = r > 0
     log = _log2(fma(tl.where(up, beta, rest), tl.exp2(-tl.abs(r)), tl.where(up, rest, beta)), LOG2)
     return -log - tl.maximum(r, 0.0), tl.minimum(r, 0.0) - log
+
+
+@triton.jit
+def _lopsided(a, b, r, beta, rest, flow_a, flow_b):
+    """The sum of js's flows where one side x is most of the mixture: log2(x/m) relative to itself near 0.
+
+    Otherwise the other side's few per cent would drown in the rounding of x's own logarithm.
+    """
+    heavy_a = beta > rest
+    z = tl.minimum(beta, rest) * (tl.exp2(tl.where(heavy_a, r, -r)) - 1.0)  # m/x − 1; r is not near 0
+    # −log2(1 + z)/z, minimax on [−1/3, 1/2]: relative error 1.8e-7.
+    p = -1.160992533e-1 * z + 2.129856497e-1
+    p = p * z - 2.225349545e-1
+    p = p * z + 2.385497689e-1
+    p = p * z - 2.871255577e-1
+    p = p * z + 3.606978357e-1
+    p = p * z - 4.809357822e-1
+    p = p * z + 7.213476300e-1
+    p = p * z - 1.442694902
+    series = tl.where(heavy_a, a, b) * (z * p) + tl.where(heavy_a, flow_b, flow_a)
+    return tl.where(z < 0.5, series, flow_a + flow_b)
 
 
 @triton.jit
@@ -143,4 +162,8 @@ def plain_terms(a, b, r, beta, rest, near, FAMILY: tl.constexpr, LOG2: tl.conste
     t = t * r + t5
     t = t * r + t6
     t = t * r + t7
-    return tl.where(tl.abs(r) < _NEAR, a * (r * r) * t, flow_a + flow_b), flow_b
+    far = flow_a + flow_b
+    if FAMILY == "js":
+        if tl.minimum(beta, rest) < 0.33:
+            far = _lopsided(a, b, r, beta, rest, flow_a, flow_b)
+    return tl.where(tl.abs(r) < _NEAR, a * (r * r) * t, far), flow_b
