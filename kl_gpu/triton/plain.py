@@ -1,4 +1,4 @@
-"""The families' formulas as plain rows take them: float32, no −inf, no sum that cancelled, β away from its ends.
+"""The families' formulas for plain rows: float32, no −inf, no sum that cancelled, β away from its ends.
 
 There logarithms may be good to 2^-22 of 1, and no column needs a case of its own, so that one costs a quarter
 of what it does in `formulas`. Three things keep the promise all the same (docs/numerics.md): terms near r = 0
@@ -32,7 +32,7 @@ _FAMILIES = ("jeffreys", "js", "skew", "tv")
 
 
 def logarithm(family: str, dtype: torch.dtype, nvidia: bool) -> str:
-    """LOG2, what plain rows take: NVIDIA's instruction "lg2", Triton's "log2", or "" where no row is plain."""
+    """LOG2: NVIDIA's instruction "lg2" or Triton's "log2" for plain rows, "" where there are none."""
     if family not in _FAMILIES or dtype != torch.float32:
         return ""
     return "lg2" if nvidia else "log2"
@@ -40,7 +40,10 @@ def logarithm(family: str, dtype: torch.dtype, nvidia: bool) -> str:
 
 @lru_cache(maxsize=256)
 def near_coefficients(family: str, beta: float) -> tuple[float, ...]:
-    """T of term = a·r²·T(r) for |r| < NEAR, highest power first: through the definition at Chebyshev's points."""
+    """T of term = a·r²·T(r) for |r| < NEAR, highest power first.
+
+    Through the definition at Chebyshev's points.
+    """
     if family not in _FAMILIES or family == "tv":
         return (0.0,) * 8
     share = {"js": beta * math.log(2), "skew": math.log(2)}.get(family, 1.0)
@@ -52,7 +55,7 @@ def near_coefficients(family: str, beta: float) -> tuple[float, ...]:
 
 @triton.jit
 def is_plain(beta, rest, FAMILY: tl.constexpr):
-    """Whether no side makes up so much of the mixture that its logarithm would have to be relative to itself."""
+    """Whether β keeps far enough from where all but one side drowns in rounding."""
     if FAMILY == "js":
         return (beta > 0.01) & (rest > 0.01)
     elif FAMILY == "skew":
@@ -67,9 +70,9 @@ def shares(beta, rest, FAMILY: tl.constexpr):
     if FAMILY == "js":
         return beta * LN2, rest * LN2
     elif FAMILY == "skew":
-        return beta * 0.0 + LN2, rest
+        return LN2, rest
     else:
-        return beta * 0.0 + 1.0, beta * 0.0 + 1.0
+        return 1.0, 1.0
 
 
 @triton.jit

@@ -215,7 +215,8 @@ def _item(
     ga_outer, ga_inner, gb_outer, gb_inner, parts, part_columns, lag,
     HAS_ROWS: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr,
     SWEEPS: tl.constexpr, STAGES: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
-    LOG2: tl.constexpr, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+    LOG2: tl.constexpr, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """One part of one row in one stage: a sweep, or behind the sweeps the gradient."""
     slot = item // (parts * STAGES)
@@ -264,7 +265,8 @@ def _item(
                 elif SWEEPS > 1:
                     _second_sweep(
                         value_out, stats, states, a_row, b_row, part, parts, first, last, beta, rest, near,
-                        k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, LOG2, CT, R, VEC, WIDE, PARTS,
+                        k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, LOG2, CT,
+                        R, VEC, WIDE, PARTS,
                     )  # fmt: skip
         elif TO_A or TO_B:
             if SWEEPS > 0:
@@ -308,7 +310,8 @@ def rows_kernel(
                 grad_a_ptr, grad_b_ptr, n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
                 a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low, near,
                 ga_outer, ga_inner, gb_outer, gb_inner, parts, part_columns, lag,
-                HAS_ROWS, SAME_SCALE, EXACT, FAMILY, SWEEPS, STAGES, TO_A, TO_B, LOG2, CT, R, VEC, WIDE, PARTS,
+                HAS_ROWS, SAME_SCALE, EXACT, FAMILY, SWEEPS, STAGES, TO_A, TO_B, LOG2, CT,
+                R, VEC, WIDE, PARTS,
             )  # fmt: skip
     else:
         _item(
