@@ -71,6 +71,8 @@ def shares(beta, rest, FAMILY: tl.constexpr):
         return beta * LN2, rest * LN2
     elif FAMILY == "skew":
         return LN2, rest
+    elif FAMILY == "tv":
+        return 0.5, 0.5
     else:
         return 1.0, 1.0
 
@@ -147,8 +149,8 @@ def plain_flows(a, b, r, mean_a, mean_b, beta, rest, FAMILY: tl.constexpr, LOG2:
         return flow_a, b * (r * (beta * LN2) - mean_b) + rest * d
     else:
         tl.static_assert(FAMILY == "tv")
-        half = tl.where(r > 0, 0.5, tl.where(r < 0, -0.5, 0.0))
-        return a * (-half - mean_a), b * (half - mean_b)
+        sign = tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, 0.0))
+        return a * (-sign - mean_a), b * (sign - mean_b)
 
 
 @triton.jit
