@@ -75,7 +75,7 @@ def _gradient_tile(
         share_a, share_b = shares(beta, rest, FAMILY)
         mean_a = mean_a / share_a
         mean_b = mean_b / share_b
-        r = plain_ratio(a, b, c, lam, k_a, scale, a_scale, b_scale, SAME_SCALE, EXACT)
+        r = plain_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE, EXACT)
         if SAME_SCALE:
             # Means are finite here, and the same factor fits both sides.
             share_a *= up_b

@@ -5,7 +5,7 @@ of what it does in `formulas`. Three things keep the promise all the same (docs/
 come from a polynomial, flows are exactly 0 at r = 0, and where a mixture is nearly one side itself no row
 counts as plain.
 
-r = log2(b/a), and a and b come times their `shares`, factors that a whole row has in common.
+r = log(b/a), and a and b come times their `shares`, factors that a whole row has in common.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
 from .. import reference
-from .tiles import LOG2E, expm1_near, fma, log_probability_ratio, log_ratio
+from .tiles import LOG2E, expm1_near, fma, log_probability_ratio
 
 LN2 = tl.constexpr(math.log(2))
 # Where terms come from their polynomial: beyond it what cancels is at most four times the term, within it 8
 # coefficients reach 4e-7.
-NEAR = 1.8
+NEAR = 1.25
 _NEAR = tl.constexpr(NEAR)
 # Families that have a plain form; any other takes the one it has in `formulas` everywhere.
 _FAMILIES = ("jeffreys", "js", "skew", "tv")
@@ -46,9 +46,9 @@ def near_coefficients(family: str, beta: float) -> tuple[float, ...]:
     """
     if family not in _FAMILIES or family == "tv":
         return (0.0,) * 8
-    share = {"js": beta * math.log(2), "skew": math.log(2)}.get(family, 1.0)
+    share = beta if family == "js" else 1.0
     r = NEAR * np.cos(np.pi * (np.arange(8) + 0.5) / 8)
-    terms = reference.column_terms(r * math.log(2), family, beta)
+    terms = reference.column_terms(r, family, beta)
     coefficients = np.linalg.solve(np.vander(r), terms / (share * r**2))
     return tuple(coefficients.astype(np.float32).tolist())
 
@@ -67,10 +67,10 @@ def is_plain(beta, rest, FAMILY: tl.constexpr):
 @triton.jit
 def shares(beta, rest, FAMILY: tl.constexpr):
     """What a and b are multiplied by before a plain form sees them."""
-    if FAMILY == "js":
-        return beta * LN2, rest * LN2
+    if FAMILY == "js":  # noqa: SIM116
+        return beta, rest
     elif FAMILY == "skew":
-        return LN2, rest
+        return 1.0, rest
     elif FAMILY == "tv":
         return 0.5, 0.5
     else:
@@ -78,18 +78,14 @@ def shares(beta, rest, FAMILY: tl.constexpr):
 
 
 @triton.jit
-def plain_ratio(
-    a, b, c, lam, k, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr
-):  # fmt: skip
-    """log2(b_i/a_i) of logits a and b."""
+def plain_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr):
+    """log(b_i/a_i) of logits a and b, finite in a plain row."""
     if SAME_SCALE and EXACT:
-        # c·k + lam is rounded, by the same for all columns: in D that is of fourth order where D is small
+        # c·scale + lam is rounded, by the same for all columns: in D that is of fourth order where D is small
         # beside c², and such rows are not plain.
-        return fma(b - a, k, -(c * k + lam * LOG2E))
-    elif SAME_SCALE:
-        return log_ratio(a, b, c, k, a_scale, b_scale, SAME_SCALE, EXACT) - lam * LOG2E
+        return fma(b - a, scale, -(c * scale + lam))
     else:
-        return log_probability_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE, EXACT) * LOG2E
+        return log_probability_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE, EXACT)
 
 
 @triton.jit
@@ -102,30 +98,30 @@ def _log2(x, LOG2: tl.constexpr):
 
 @triton.jit
 def _logs(r, beta, LOG2: tl.constexpr):
-    """log2(a/m) and log2(b/m), m = βa + (1 − β)b: by m over the larger of a and b, which lies near 1."""
+    """log(a/m) and log(b/m), m = βa + (1 − β)b: by m over the larger of a and b, which lies near 1."""
     rest = 1.0 - beta  # not rounded by itself: the two sum to 1, so that equal logits give exactly 0
     up = r > 0
-    log = _log2(fma(tl.where(up, beta, rest), tl.exp2(-tl.abs(r)), tl.where(up, rest, beta)), LOG2)
-    return -log - tl.maximum(r, 0.0), tl.minimum(r, 0.0) - log
+    log = _log2(fma(tl.where(up, beta, rest), tl.exp2(tl.abs(r) * -LOG2E), tl.where(up, rest, beta)), LOG2)
+    return log * -LN2 - tl.maximum(r, 0.0), log * -LN2 + tl.minimum(r, 0.0)
 
 
 @triton.jit
 def _lopsided(a, b, r, beta, rest, flow_a, flow_b):
-    """The sum of js's flows where one side x is most of the mixture: log2(x/m) relative to itself near 0.
+    """The sum of js's flows where one side x is most of the mixture: log(x/m) relative to itself near 0.
 
     Otherwise the other side's few per cent would drown in the rounding of x's own logarithm.
     """
     heavy_a = beta > rest
-    z = tl.minimum(beta, rest) * (tl.exp2(tl.where(heavy_a, r, -r)) - 1.0)  # m/x − 1; r is not near 0
-    # −log2(1 + z)/z, minimax on [−1/3, 1/2]: relative error 1.8e-7.
-    p = -1.160992533e-1 * z + 2.129856497e-1
-    p = p * z - 2.225349545e-1
-    p = p * z + 2.385497689e-1
-    p = p * z - 2.871255577e-1
-    p = p * z + 3.606978357e-1
-    p = p * z - 4.809357822e-1
-    p = p * z + 7.213476300e-1
-    p = p * z - 1.442694902
+    z = tl.minimum(beta, rest) * (tl.exp2(tl.where(heavy_a, r, -r) * LOG2E) - 1.0)  # m/x − 1; r is not near 0
+    # −log1p(z)/z, minimax on [−1/3, 1/2]: relative error 1.8e-7.
+    p = -8.047387009e-02 * z + 1.476304026e-01
+    p = p * z - 1.542494763e-01
+    p = p * z + 1.653500997e-01
+    p = p * z - 1.990202708e-01
+    p = p * z + 2.500166878e-01
+    p = p * z - 3.333592815e-01
+    p = p * z + 5.000000759e-01
+    p = p * z - 9.999999037e-01
     series = tl.where(heavy_a, a, b) * (z * p) + tl.where(heavy_a, flow_b, flow_a)
     return tl.where(z < 0.5, series, flow_a + flow_b)
 
@@ -141,12 +137,12 @@ def plain_flows(a, b, r, mean_a, mean_b, beta, rest, FAMILY: tl.constexpr, LOG2:
         return a * (log_a - mean_a), b * (log_b - mean_b)
     elif FAMILY == "skew":
         log_a, _ = _logs(r, beta, LOG2)
-        n = 1.0 - tl.exp2(log_a)  # 1 − a/m
-        return a * (log_a + (beta * LOG2E * n - mean_a)), b * (n - mean_b)
+        n = 1.0 - tl.exp2(log_a * LOG2E)  # 1 − a/m
+        return a * (log_a + (beta * n - mean_a)), b * (n - mean_b)
     elif FAMILY == "jeffreys":
         d = tl.where(r == 0, 0.0, b - a)
-        flow_a = a * (r * (rest * -LN2) - mean_a) - beta * d
-        return flow_a, b * (r * (beta * LN2) - mean_b) + rest * d
+        flow_a = a * (r * -rest - mean_a) - beta * d
+        return flow_a, b * (r * beta - mean_b) + rest * d
     else:
         tl.static_assert(FAMILY == "tv")
         sign = tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, 0.0))
@@ -158,7 +154,7 @@ def plain_terms(a, b, r, beta, rest, near, FAMILY: tl.constexpr, LOG2: tl.conste
     """The divergence's terms, and b·∂D/∂b."""
     flow_a, flow_b = plain_flows(a, b, r, 0.0, 0.0, beta, rest, FAMILY, LOG2)
     if FAMILY == "tv":
-        return tl.abs(tl.where(tl.abs(r) < 0.7, a * expm1_near(r * LN2), b - a)), flow_b
+        return tl.abs(tl.where(tl.abs(r) < 0.5, a * expm1_near(r), b - a)), flow_b
     t0, t1, t2, t3, t4, t5, t6, t7 = near
     t = r * t0 + t1
     t = t * r + t2

@@ -76,7 +76,7 @@ def _add_plain_tile(
 ):  # fmt: skip
     k_a, n_a = side_a
     k_b, n_b, ratio = side_b
-    r = plain_ratio(a, b, c, lam, k_a, scale, a_scale, b_scale, SAME_SCALE, EXACT)
+    r = plain_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE, EXACT)
     terms, flow_b = plain_terms(
         weights(a, k_a, n_a), weights(b, k_b, n_b) * ratio, r, beta, rest, near, FAMILY, LOG2
     )
