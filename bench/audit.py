@@ -121,7 +121,7 @@ def audit_one(entry: Any, dtype: str, arch: str, V_class: str) -> Row:
     from .machine_code import main_paths, mix
 
     compiled = compile_entry(entry, dtype, arch, V_class)
-    paths = main_paths(compiled.code, entry.loops)
+    paths = main_paths(compiled.code, entry.loops_on(arch))
     found = [mix(body) for body in paths.bodies]
     whole = mix([here for body in paths.bodies for here in body])
     threads = compiled.warps * warp_size(arch)

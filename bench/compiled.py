@@ -53,7 +53,7 @@ def signature(entry: Entry, dtype: str) -> dict[str, str]:
             types[name] = "i32"
         elif name.endswith(("_outer", "_inner")):
             types[name] = "i64"
-        elif name.endswith(("_high", "_low")):
+        elif name.endswith(("_high", "_low")) or name.startswith("near_"):
             types[name] = "fp32"
         else:
             types[name] = "constexpr"

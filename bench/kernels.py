@@ -14,7 +14,7 @@ import triton
 
 from kl_gpu.kinds import KINDS
 from kl_gpu.problem import Problem
-from kl_gpu.triton import launch, remainder, rows, stats
+from kl_gpu.triton import launch, plain, remainder, rows, stats
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What the compiler may know of V and the row strides: that 16 divides them, or nothing.
@@ -29,7 +29,9 @@ class Entry:
         kernel, kind: its names in the table.
         family, sweeps_value, side: what it is compiled for; side is "a", "b", "both" or "".
         loops: which of its main loops do the work, counted among those that load and exponentiate: the first
-            sweep's is the first, the gradient's the last, and between them lie the careful path's.
+            sweep's is the first, the gradient's the last, and between them lie the careful path's. Families
+            with plain rows have two of each later sweep: theirs, which counts, comes first.
+        gcn_loops: the same in AMD's code, where the last stage comes first and plain rows behind the others.
         reads, writes: tensors of logits read from and written to memory.
         l2_reads: tensors read once more while the L2 still holds them.
         ahead: passes whose tiles the first sweep loads before it needs them.
@@ -45,6 +47,7 @@ class Entry:
     writes: int = 0
     l2_reads: int = 0
     ahead: int = 0
+    gcn_loops: tuple[int, ...] = (0,)
 
     function: ClassVar[Any] = rows.rows_kernel
     types: ClassVar[dict[str, str]] = {
@@ -64,6 +67,7 @@ class Entry:
             "TO_A": self.side in ("a", "both"),
             "TO_B": self.side in ("b", "both"),
             "PARTS": triton.next_power_of_2(self.programs(dtype, V, lanes)),
+            "LOG2": plain.logarithm(self.family, torch.float32, lanes == 32),
         }
 
     def columns(self, dtype: str, V: int, lanes: int) -> tuple[int, ...]:
@@ -71,7 +75,10 @@ class Entry:
         problem, config = self._launch(dtype, V, lanes)
         tile = int(config["R"] * config["VEC"])
         step = self._step(problem, config)
-        return tuple(step if self.sweeps_value and loop == 0 else tile for loop in self.loops)
+        return tuple(step if self.sweeps_value and not at else tile for at in range(len(self.loops)))
+
+    def loops_on(self, arch: str) -> tuple[int, ...]:
+        return self.gcn_loops if arch.startswith("gfx") else self.loops
 
     def programs(self, dtype: str, V: int, lanes: int) -> int:
         """Programs of a row; those of several stages count as one that does them all."""
@@ -92,17 +99,22 @@ class Entry:
 
 def _entry(family: str, sweeps_value: bool, side: str) -> Entry:
     sweeps = (1 if family == "kl" else 2) if sweeps_value else 0
-    last = (-1,) if side else ()
+    each = 2 if plain.logarithm(family, torch.float32, True) else 1
+    last = (-each,) if side else ()
+    stages = sweeps + bool(side)
     return Entry(
         kernel="value_grad" if sweeps and side else "gradient" if side else "value",
         kind=f"{family}, to {side}" if side else family,
         family=family,
         sweeps_value=sweeps_value,
         side=side,
-        loops=(*((0,), (0, -1 - len(last)))[sweeps - 1], *last) if sweeps else last,
+        loops=(*((0,), (0, -each * (1 + len(last))))[sweeps - 1], *last) if sweeps else last,
         writes=2 if side == "both" else 1 if side else 0,
         l2_reads=2 * max(sweeps + bool(side) - 1, 0),
         ahead=1 if sweeps else 0,
+        gcn_loops=tuple(
+            each * (stages - 1 - at) + (each - 1) * (at > 0 or not sweeps) for at in range(stages)
+        ),
     )
 
 
@@ -173,7 +185,9 @@ def entries() -> Iterator[Entry]:
     yield StatsEntry("token_stats", "both kl", "kl", True, "", loops=(0,), ahead=1)
     for kind in ("remainder", "remainder, entropy"):
         yield RemainderEntry("value", kind, "remainder", True, "", (0,), reads=1, ahead=1)
-        yield RemainderEntry("gradient", kind, "remainder", False, "", (-1,), reads=1, writes=1)
+        yield RemainderEntry(
+            "gradient", kind, "remainder", False, "", (-1,), reads=1, writes=1, gcn_loops=(-1,)
+        )
 
 
 def steps(kind: str, work: str) -> list[tuple[str, str]]:

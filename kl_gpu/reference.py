@@ -77,6 +77,12 @@ def _value(log_a: Array, log_b: Array, family: str, beta: float) -> Array:
     return beta * _kl(log_a, log_m) + (1 - beta) * _kl(log_b, log_m)
 
 
+def column_terms(r: ArrayLike, family: str, beta: float) -> Array:
+    """The term ≥ 0 that a column with a = 1 and b = eʳ adds to a family's divergence."""
+    r = _wide(r)[..., None]
+    return _value(np.zeros_like(r), r, family, beta)[..., 0]
+
+
 def _kl_gradients(log_a: Array, log_b: Array) -> tuple[Array, Array]:
     """∂KL(a‖b) to the logits of a, a·(log a − log b − KL), NaN where KL is infinite, and of b, b − a."""
     kl = _kl(log_a, log_b)

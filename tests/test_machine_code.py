@@ -21,6 +21,14 @@ ROOT = Path(__file__).parent.parent
 # bf16 for the value, 2 × 3 bytes 59 for the gradient and for both in one launch, and twice that in fp32.
 # Statistics read what the value reads; in bf16 they pass its slots, and arithmetic is their limit.
 BUDGET = {"value": 40, "gradient": 59, "value_grad": 59, "token_stats": 40}
+# The other families pass the slots of value and value_grad: these hold what plain rows gained (js took 206
+# and 286). float32 adds the rounding errors of b − a, sm_80 and sm_100 differ by a few.
+FAMILY_BUDGET = {
+    ("value", "jeffreys"): 64, ("gradient", "jeffreys"): 22, ("value_grad", "jeffreys"): 86,
+    ("value", "js"): 70, ("gradient", "js"): 24, ("value_grad", "js"): 92,
+    ("value", "skew"): 70, ("gradient", "skew"): 27, ("value_grad", "skew"): 96,
+    ("value", "tv"): 58, ("gradient", "tv"): 19, ("value_grad", "tv"): 75,
+}  # fmt: skip
 
 
 def run(program: str, folder: Path) -> list[dict]:
@@ -101,7 +109,12 @@ def test_accesses_in_the_main_loop_are_128_bits_wide(aligned: list[dict]) -> Non
 def test_memory_stays_the_limit(aligned: list[dict]) -> None:
     for a in aligned:
         if not a["kind"].startswith(("kl", "both kl")):
-            continue  # two logarithms a pair: arithmetic is the limit, and nothing is promised yet
+            budget = FAMILY_BUDGET[a["kernel"], a["kind"].split(",")[0]]
+            budget *= 1.35 if a["dtype"] == "fp32" else 1
+            budget *= 1.7 if a["kind"].endswith("to both") else 1
+            assert a["instructions_per_element"] <= budget, a
+            assert 1 <= a["ex2_per_element"] <= 9, a
+            continue
         budget = BUDGET[a["kernel"]] * (2 if a["dtype"] == "fp32" else 1)
         if a["kernel"] == "token_stats" and a["dtype"] != "fp32":
             budget = 50 if a["dtype"] == "bf16" else 55

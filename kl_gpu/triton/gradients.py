@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .plain import plain_flows, plain_ratio, shares
 from .sums import formula_tile
 from .tiles import (
     expm1_near,
@@ -13,6 +14,7 @@ from .tiles import (
     load_tile,
     log_probability_ratio,
     narrow,
+    probability,
     tile_offsets,
     tile_pointers,
     unpacked,
@@ -59,14 +61,32 @@ def _kl_tile(
 @triton.jit
 def _gradient_tile(
     a, b, side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
-    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr,
-    TO_A: tl.constexpr, TO_B: tl.constexpr,
+    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, PLAIN: tl.constexpr,
+    LOG2: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
 ):  # fmt: skip
     if FAMILY == "kl":
         return _kl_tile(
             a, b, side_a, near_a, side_b, c, lam, mean_a, up_a, up_b, scale, a_scale, b_scale,
             SAME_SCALE, EXACT, TO_A, TO_B,
         )  # fmt: skip
+    elif PLAIN:
+        k_a, n_a, gain_a, drift_a = side_a
+        k_b, n_b, gain_b, drift_b = side_b
+        share_a, share_b = shares(beta, rest, FAMILY)
+        mean_a = mean_a / share_a
+        mean_b = mean_b / share_b
+        r = plain_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE, EXACT)
+        if SAME_SCALE:
+            # Means are finite here, and the same factor fits both sides.
+            share_a *= up_b
+            share_b *= up_b
+        p_a = probability(a, k_a, n_a, gain_a * share_a, drift_a * share_a)
+        p_b = probability(b, k_b, n_b, gain_b * share_b, drift_b * share_b)
+        to_a, to_b = plain_flows(p_a, p_b, r, mean_a, mean_b, beta, rest, FAMILY, LOG2)
+        if not SAME_SCALE:
+            to_a *= up_a
+            to_b *= up_b
+        return to_a, to_b
     else:
         p_a, p_b, _, flow_a, flow_b = formula_tile(
             a, b, side_a, side_b, c, lam, beta, rest, scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY
@@ -78,8 +98,9 @@ def _gradient_tile(
 def write_gradient(
     a_row, b_row, grad_a, grad_b, first, last,
     side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
-    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, CT: tl.constexpr,
-    TO_A: tl.constexpr, TO_B: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, PLAIN: tl.constexpr,
+    LOG2: tl.constexpr, CT: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Columns [first, last) of the gradients asked for."""
     BLOCK: tl.constexpr = R * VEC
@@ -90,7 +111,7 @@ def write_gradient(
         b = unpacked(load_tile(b_row + start, True, R, VEC, WIDE), b_row.dtype.element_ty, CT)
         to_a, to_b = _gradient_tile(
             a, b, side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
-            scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, TO_A, TO_B,
+            scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, PLAIN, LOG2, TO_A, TO_B,
         )  # fmt: skip
         if TO_A:
             tl.store(tile_pointers(grad_a + start, R, VEC, WIDE), narrow(to_a, grad_a.dtype.element_ty))
@@ -102,7 +123,7 @@ def write_gradient(
         b = tl.load(b_row + full + offsets, mask=inside, other=0.0).to(CT)
         to_a, to_b = _gradient_tile(
             a, b, side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
-            scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, TO_A, TO_B,
+            scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, PLAIN, LOG2, TO_A, TO_B,
         )  # fmt: skip
         if TO_A:
             tl.store(grad_a + full + offsets, narrow(to_a, grad_a.dtype.element_ty), mask=inside)

@@ -110,7 +110,8 @@ def finish(z, a1, a2):
     # The same number twice; the second form does not subtract two large ones where y is large.
     value = tl.where(near, a2 + rest, lam - a1)
     size = tl.where(near, a2, tl.abs(a1) + tl.abs(lam))
-    return value, lam, (size <= 4.0 * value) & (size < float("inf"))
+    # Where a logit was masked by its dtype's lowest number, sums of 1e36 leave nothing of y.
+    return value, lam, (size <= 4.0 * value) & (size < 1e30)
 
 
 @triton.jit
@@ -310,3 +311,4 @@ def store_row(
     tl.store(stats + 4, c)
     tl.store(stats + 5, ((shift - c.to(tl.float64)) * c_scale).to(CT))
     tl.store(stats + 6, value.to(CT))
+    return good

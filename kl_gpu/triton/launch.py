@@ -69,7 +69,7 @@ def configuration(p: Problem, shapes: dict[int, ProgramShape], lanes: int = LANE
     return {
         **({"maxnreg": shape.registers} if limit else {}),
         "SAME_SCALE": p.a_scale == p.b_scale,
-        "EXACT": a.dtype == b.dtype == torch.bfloat16,
+        "EXACT": a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16),
         "CT": _TRITON_DTYPE[p.dtype],
         "R": block // vec,
         "VEC": vec,

@@ -19,7 +19,8 @@ from ..problem import Problem
 from .gradients import write_gradient, write_zeros
 from .kl import merged, store_row, sweep
 from .launch import ProgramShape, configuration, geometry, high_low, parts_of, resident_programs, step_of
-from .sums import formula_sums
+from .plain import is_plain, logarithm, near_coefficients
+from .sums import formula_sums, plain_sums
 from .tiles import LOG2E, NO_REFERENCE, normalised, row_start, wide
 
 # Row statistics: n_a, 1/Z_a, n_b, 1/Z_b (so that a_i = 2^(k_a·logit − n_a)/Z_a), then c and lam with
@@ -28,6 +29,8 @@ from .tiles import LOG2E, NO_REFERENCE, normalised, row_start, wide
 _STATS = tl.constexpr(STATS)
 _ARRIVED = tl.constexpr(9)
 _COMPLETE = tl.constexpr(11)
+# Once the first sweep is complete: whether the row needed no careful path.
+_PLAIN = _ARRIVED
 # A part's state, while it waits for the others: n, c, n_b, z, a1, a2; then the formula's three sums.
 STATE = 9
 _STATE = tl.constexpr(STATE)
@@ -97,29 +100,45 @@ def _first_sweep(
                 _published(states, 4, parts, PARTS, 0.0), _published(states, 5, parts, PARTS, 0.0),
                 c_scale, CT,
             )  # fmt: skip
-        store_row(
+        good = store_row(
             value_out, stats, a_row, b_row, V, n, c, n_b, z_row, a1_row, a2_row, furthest,
             k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE, EXACT, CT, R, VEC, WIDE,
         )  # fmt: skip
+        tl.store(stats + _PLAIN, good.to(CT))
         _complete(stats)
 
 
 @triton.jit
+def _is_plain(stats, beta, rest, FAMILY: tl.constexpr, LOG2: tl.constexpr):
+    if LOG2 == "":
+        return False
+    else:
+        return (_statistic(stats, _PLAIN) != 0) & is_plain(beta, rest, FAMILY)
+
+
+@triton.jit
 def _second_sweep(
-    value_out, stats, states, a_row, b_row, part, parts, first, last, beta, rest,
+    value_out, stats, states, a_row, b_row, part, parts, first, last, beta, rest, near,
     k_a, k_b, scale, a_scale, b_scale,
-    SAME_SCALE: tl.constexpr, FAMILY: tl.constexpr, CT: tl.constexpr,
+    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, LOG2: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     _wait(stats, 1)
     kl = _statistic(stats, 6)
-    value, mean_a, mean_b = formula_sums(
-        a_row, b_row, first, last,
-        normalised(_statistic(stats, 0), _statistic(stats, 1), k_a, a_scale, 15, CT),
-        normalised(_statistic(stats, 2), _statistic(stats, 3), k_b, b_scale, 15, CT),
-        _statistic(stats, 4), _statistic(stats, 5), beta, rest,
-        scale, a_scale, b_scale, SAME_SCALE, FAMILY, CT, R, VEC, WIDE,
-    )  # fmt: skip
+    side_a = normalised(_statistic(stats, 0), _statistic(stats, 1), k_a, a_scale, 15, CT)
+    side_b = normalised(_statistic(stats, 2), _statistic(stats, 3), k_b, b_scale, 15, CT)
+    c = _statistic(stats, 4)
+    lam = _statistic(stats, 5)
+    if _is_plain(stats, beta, rest, FAMILY, LOG2):
+        value, mean_a, mean_b = plain_sums(
+            a_row, b_row, first, last, side_a, side_b, c, lam, beta, rest, near,
+            scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, LOG2, CT, R, VEC, WIDE,
+        )  # fmt: skip
+    else:
+        value, mean_a, mean_b = formula_sums(
+            a_row, b_row, first, last, side_a, side_b, c, lam, beta, rest,
+            scale, a_scale, b_scale, SAME_SCALE, FAMILY, CT, R, VEC, WIDE,
+        )  # fmt: skip
     complete = True
     if PARTS > 1:
         mine = states + 6 * PARTS + part
@@ -145,8 +164,9 @@ def _second_sweep(
 def _gradient(
     stats, upstream, a_row, b_row, grad_a, grad_b, first, last, beta, rest,
     k_a, k_b, scale, a_scale, b_scale,
-    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, CT: tl.constexpr,
-    TO_A: tl.constexpr, TO_B: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, LOG2: tl.constexpr,
+    CT: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     value = _statistic(stats, 6)
     # What a·∂D/∂a and b·∂D/∂b sum to over the row: for KL(a‖b), −a·r gives the KL and b − a gives 0.
@@ -168,24 +188,35 @@ def _gradient(
     FAR: tl.constexpr = 31 if FAMILY == "kl" or FAMILY == "tv" else 15
     n_a = _statistic(stats, 0)
     inv_a = _statistic(stats, 1)
-    write_gradient(
-        a_row, b_row, grad_a, grad_b, first, last,
-        normalised(n_a, inv_a, k_a, a_scale, FAR, CT), normalised(n_a, inv_a, k_a, a_scale, 15, CT),
-        normalised(_statistic(stats, 2), _statistic(stats, 3), k_b, b_scale, FAR, CT),
-        _statistic(stats, 4), _statistic(stats, 5), mean_a, mean_b, up_a, up_b, beta, rest,
-        scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, CT, TO_A, TO_B, R, VEC, WIDE,
-    )  # fmt: skip
+    side_a = normalised(n_a, inv_a, k_a, a_scale, FAR, CT)
+    near_a = normalised(n_a, inv_a, k_a, a_scale, 15, CT)
+    side_b = normalised(_statistic(stats, 2), _statistic(stats, 3), k_b, b_scale, FAR, CT)
+    c = _statistic(stats, 4)
+    lam = _statistic(stats, 5)
+    if _is_plain(stats, beta, rest, FAMILY, LOG2):
+        write_gradient(
+            a_row, b_row, grad_a, grad_b, first, last,
+            side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
+            SAME_SCALE, EXACT, FAMILY, True, LOG2, CT, TO_A, TO_B, R, VEC, WIDE,
+        )  # fmt: skip
+    else:
+        write_gradient(
+            a_row, b_row, grad_a, grad_b, first, last,
+            side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
+            SAME_SCALE, EXACT, FAMILY, False, LOG2, CT, TO_A, TO_B, R, VEC, WIDE,
+        )  # fmt: skip
 
 
 @triton.jit
 def _item(
     item, incoming, a_ptr, b_ptr, rows_ptr, value_ptr, stats_ptr, states_ptr, row_scale_ptr,
     grad_a_ptr, grad_b_ptr, n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
-    a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low,
+    a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low, near,
     ga_outer, ga_inner, gb_outer, gb_inner, parts, part_columns, lag,
     HAS_ROWS: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr,
     SWEEPS: tl.constexpr, STAGES: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
-    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+    LOG2: tl.constexpr, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """One part of one row in one stage: a sweep, or behind the sweeps the gradient."""
     slot = item // (parts * STAGES)
@@ -233,8 +264,9 @@ def _item(
                     )  # fmt: skip
                 elif SWEEPS > 1:
                     _second_sweep(
-                        value_out, stats, states, a_row, b_row, part, parts, first, last, beta, rest,
-                        k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, FAMILY, CT, R, VEC, WIDE, PARTS,
+                        value_out, stats, states, a_row, b_row, part, parts, first, last, beta, rest, near,
+                        k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, LOG2, CT,
+                        R, VEC, WIDE, PARTS,
                     )  # fmt: skip
         elif TO_A or TO_B:
             if SWEEPS > 0:
@@ -243,7 +275,7 @@ def _item(
             _gradient(
                 stats, upstream, a_row, b_row, grad_a, grad_b, first, last, beta, rest,
                 k_a, k_b, scale, a_scale, b_scale,
-                SAME_SCALE, EXACT, FAMILY, CT, TO_A, TO_B, R, VEC, WIDE,
+                SAME_SCALE, EXACT, FAMILY, LOG2, CT, TO_A, TO_B, R, VEC, WIDE,
             )  # fmt: skip
 
 
@@ -253,14 +285,16 @@ def rows_kernel(
     row_scale_ptr, incoming_ptr, grad_a_ptr, grad_b_ptr,
     n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
     a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low,
+    near_0, near_1, near_2, near_3, near_4, near_5, near_6, near_7,
     ga_outer, ga_inner, gb_outer, gb_inner, parts, part_columns, lag,
     HAS_ROWS: tl.constexpr, HAS_INCOMING: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
-    FAMILY: tl.constexpr, VALUE: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
+    FAMILY: tl.constexpr, VALUE: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr, LOG2: tl.constexpr,
     CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """VALUE: sweep for the value (families other than KL twice). TO_A, TO_B: write gradients."""
     SWEEPS: tl.constexpr = (1 if FAMILY == "kl" else 2) if VALUE else 0
     STAGES: tl.constexpr = SWEEPS + (1 if TO_A or TO_B else 0)
+    near = (near_0, near_1, near_2, near_3, near_4, near_5, near_6, near_7)
     begin = tl.program_id(0)
     incoming = tl.full([], 1.0, CT)
     if STAGES > 1:
@@ -274,17 +308,18 @@ def rows_kernel(
             _item(
                 item, incoming, a_ptr, b_ptr, rows_ptr, value_ptr, stats_ptr, states_ptr, row_scale_ptr,
                 grad_a_ptr, grad_b_ptr, n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
-                a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low,
+                a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low, near,
                 ga_outer, ga_inner, gb_outer, gb_inner, parts, part_columns, lag,
-                HAS_ROWS, SAME_SCALE, EXACT, FAMILY, SWEEPS, STAGES, TO_A, TO_B, CT, R, VEC, WIDE, PARTS,
+                HAS_ROWS, SAME_SCALE, EXACT, FAMILY, SWEEPS, STAGES, TO_A, TO_B, LOG2, CT,
+                R, VEC, WIDE, PARTS,
             )  # fmt: skip
     else:
         _item(
             begin, incoming, a_ptr, b_ptr, rows_ptr, value_ptr, stats_ptr, states_ptr, row_scale_ptr,
             grad_a_ptr, grad_b_ptr, n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
-            a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low,
+            a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low, near,
             ga_outer, ga_inner, gb_outer, gb_inner, parts, part_columns, lag,
-            HAS_ROWS, SAME_SCALE, EXACT, FAMILY, SWEEPS, STAGES, TO_A, TO_B, CT, R, VEC, WIDE, PARTS,
+            HAS_ROWS, SAME_SCALE, EXACT, FAMILY, SWEEPS, STAGES, TO_A, TO_B, LOG2, CT, R, VEC, WIDE, PARTS,
         )  # fmt: skip
 
 
@@ -324,10 +359,11 @@ def _launch(
     rows_kernel[(programs,)](
         p.a, p.b, p.rows, stats if value is None else value, stats, states, queue,
         stats if row_scale is None else row_scale, stats if incoming is None else incoming, out_a, out_b,
-        p.n_rows, *geometry(p), *high_low(p.beta),
+        p.n_rows, *geometry(p), *high_low(p.beta), *near_coefficients(p.family, p.beta),
         out_a.stride(0), out_a.stride(1), out_b.stride(0), out_b.stride(1), parts.number, parts.columns, lag,
         HAS_ROWS=p.rows is not None, HAS_INCOMING=incoming is not None, FAMILY=p.family,
-        VALUE=value is not None, TO_A=grad_a is not None, TO_B=grad_b is not None, PARTS=width, **config,
+        VALUE=value is not None, TO_A=grad_a is not None, TO_B=grad_b is not None, PARTS=width,
+        LOG2=logarithm(p.family, p.dtype, p.a.device.type == "cuda" and not torch.version.hip), **config,
     )  # fmt: skip
 
 

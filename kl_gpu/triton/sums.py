@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from .formulas import formula
-from .tiles import load_tile, log_probability_ratio, probability, tile_offsets, unpacked
+from .plain import plain_ratio, plain_terms, shares
+from .tiles import load_tile, log_probability_ratio, probability, tile_offsets, unpacked, weights
 
 
 @triton.jit
@@ -65,3 +66,60 @@ def formula_sums(
             SAME_SCALE, EXACT, FAMILY,
         )  # fmt: skip
     return tl.sum(value), tl.sum(mean_a), tl.sum(mean_b)
+
+
+@triton.jit
+def _add_plain_tile(
+    a, b, value, mean_b, side_a, side_b, c, lam, beta, rest, near, scale, a_scale, b_scale, valid,
+    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, LOG2: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    k_a, n_a = side_a
+    k_b, n_b, ratio = side_b
+    r = plain_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE, EXACT)
+    terms, flow_b = plain_terms(
+        weights(a, k_a, n_a), weights(b, k_b, n_b) * ratio, r, beta, rest, near, FAMILY, LOG2
+    )
+    if MASKED:
+        terms = tl.where(valid, terms, 0.0)
+        flow_b = tl.where(valid, flow_b, 0.0)
+    return value + tl.sum(terms, axis=1), mean_b + tl.sum(flow_b, axis=1)
+
+
+@triton.jit
+def plain_sums(
+    a_row, b_row, first, last, side_a, side_b, c, lam, beta, rest, near, scale, a_scale, b_scale,
+    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, LOG2: tl.constexpr,
+    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """`formula_sums` of a plain row. All sums are linear in (a, b), so a's normaliser comes last."""
+    BLOCK: tl.constexpr = R * VEC
+    offsets = tile_offsets(R, VEC, WIDE)
+    k_a, n_a, gain, drift_a = side_a
+    k_b, n_b, gain_b, drift_b = side_b
+    # A sum feels the rounding of k, which `drift` makes up for in gradients, on the whole as nothing.
+    share_a, share_b = shares(beta, rest, FAMILY)
+    gain = (gain + 15.0 * drift_a) * share_a
+    side_a = (k_a, n_a)
+    side_b = (k_b, n_b, (gain_b + 15.0 * drift_b) * share_b / gain)
+    value = tl.zeros([R], CT)
+    mean_b = tl.zeros([R], CT)
+    full = last - (last - first) % BLOCK
+    for start in range(first, full, BLOCK):
+        a = unpacked(load_tile(a_row + start, True, R, VEC, WIDE), a_row.dtype.element_ty, CT)
+        b = unpacked(load_tile(b_row + start, True, R, VEC, WIDE), b_row.dtype.element_ty, CT)
+        value, mean_b = _add_plain_tile(
+            a, b, value, mean_b, side_a, side_b, c, lam, beta, rest, near, scale, a_scale, b_scale, True,
+            SAME_SCALE, EXACT, FAMILY, LOG2, False,
+        )  # fmt: skip
+    if full < last:
+        inside = full + offsets < last
+        a = tl.load(a_row + full + offsets, mask=inside, other=0.0).to(CT)
+        b = tl.load(b_row + full + offsets, mask=inside, other=0.0).to(CT)
+        value, mean_b = _add_plain_tile(
+            a, b, value, mean_b, side_a, side_b, c, lam, beta, rest, near, scale, a_scale, b_scale, inside,
+            SAME_SCALE, EXACT, FAMILY, LOG2, True,
+        )  # fmt: skip
+    value = tl.sum(value) * gain
+    mean_b = tl.sum(mean_b) * gain
+    return value, value - mean_b, mean_b

@@ -272,9 +272,9 @@ def difference(a, b, a_scale, b_scale, SAME_SCALE: tl.constexpr):
 def log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr):
     """x = (scaled b − scaled a) − c in nats, with relative precision even where both are far larger.
 
-    EXACT says that b − a may be taken as representable (both bfloat16; the value kernel checks afterwards).
-    Otherwise the rounding error of b − a is recovered (Knuth's TwoSum): at a = 0.3, b = 1.00001 it is as
-    large as a thousandth of x.
+    EXACT says that b − a may be taken as representable (both bfloat16 or both float16; the value kernel
+    checks afterwards). Otherwise the rounding error of b − a is recovered (Knuth's TwoSum): at a = 0.3,
+    b = 1.00001 it is as large as a thousandth of x.
     """
     if not SAME_SCALE:
         x = (b.to(tl.float64) * b_scale - a.to(tl.float64) * a_scale) - c.to(tl.float64)
