@@ -110,8 +110,8 @@ def finish(z, a1, a2):
     # The same number twice; the second form does not subtract two large ones where y is large.
     value = tl.where(near, a2 + rest, lam - a1)
     size = tl.where(near, a2, tl.abs(a1) + tl.abs(lam))
-    # Where a logit was masked by its dtype's lowest number, sums of 1e36 leave nothing of y.
-    return value, lam, (size <= 4.0 * value) & (size < 1e30)
+    # Where a logit was masked with a number as low as -1e9, what is left of y is the sums' rounding.
+    return value, lam, (size <= 4.0 * value) & (size < 1e4)
 
 
 @triton.jit
@@ -151,11 +151,14 @@ def careful_row(
         d = difference(a, b, a_scale, b_scale, SAME_SCALE)
         z_a += w
         z_b += weights(b, k_b, n_b)
-        shift += tl.where((a == -INF) | (b == -INF), 0.0, w * (d - c_start))
+        # Not from where one side is masked with a number: c would lie as far out, and round every x.
+        away = d - c_start
+        shift += tl.where(tl.abs(away) < 1e4, w * away, 0.0)
         holes |= ((a > -INF) & (b == -INF)).to(tl.int32)
     z_a = tl.sum(z_a)
     z_b = tl.sum(z_b)
     c = c_start + tl.sum(shift) / z_a
+    inv_a = 1.0 / z_a  # in the terms, not behind the sums: x may be the lowest number, and w larger than 1
 
     a1 = tl.zeros([R, VEC], CT)
     a2 = tl.zeros([R, VEC], CT)
@@ -169,20 +172,23 @@ def careful_row(
         x = tl.where((a == -INF) | (b == -INF), 0.0, x)  # a NaN stays
         far = (x > 2.0) | (a == -INF)
         mass_b += tl.where(far, weights(b, k_b, n_b), 0.0)
-        a1 += w * x
-        a2 += tl.where(far, -w - w * x, w * g(x))
+        p = w * inv_a
+        a1 += p * x
+        a2 += tl.where(far, -p - p * x, p * g(x))
 
     # Everything below is one number a row, in float64.
     z_a = z_a.to(tl.float64)
     z_b = z_b.to(tl.float64)
-    a1 = tl.sum(a1).to(tl.float64) / z_a
+    a1 = tl.sum(a1).to(tl.float64)
     # b's sums are in units of e^gap of a's.
     gap = (n_b.to(tl.float64) - other_level(n_a, c, k_a, k_b, a_scale, b_scale, c_scale)) / LOG2E
-    a2 = (tl.sum(a2).to(tl.float64) + tl.exp(tl.minimum(gap, 60.0)) * tl.sum(mass_b).to(tl.float64)) / z_a
+    far_b = tl.exp(tl.minimum(gap, 60.0)) * tl.sum(mass_b).to(tl.float64) / z_a
+    a2 = tl.sum(a2).to(tl.float64) + far_b
     y = a1 + a2
     rest = log1p_minus(y)
     hole = tl.max(tl.max(holes, axis=1)) > 0
-    near = (tl.abs(y) < 0.5) & (gap < 60.0) & (not hole)
+    # a2 < 1: what is left of two large sums is their rounding, and may be 0.
+    near = (tl.abs(y) < 0.5) & (a2 < 1.0) & (gap < 60.0) & (not hole)
     lam = tl.where(near, rest + y, gap + tl.log(z_b / z_a))
     value = tl.where(near, a2 + rest, lam - a1)
     # NaN sums (a NaN, a +inf, a row of −inf) must stay NaN where there is a hole too.
