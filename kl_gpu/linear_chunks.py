@@ -114,5 +114,6 @@ def chosen_rows(n: int, call: Call, device: torch.device) -> int:
     free = _free_bytes(device)
     while rows > _STEP and rows * a_row > free / 2:
         rows //= 2
+    rows = max(_STEP, rows // _STEP * _STEP)
     equal = math.ceil(n / max(1, math.ceil(n / rows)))
     return max(1, min(n, _STEP * math.ceil(equal / _STEP)))
