@@ -63,6 +63,10 @@ def test_reductions(world: World, kind: str, backend: str) -> None:
     same_on_all_ranks(world.run("reductions", kind=kind, backend=backend))
 
 
+def test_where_nothing_counts(world: World, kind: str, backend: str) -> None:
+    world.run("nothing_counts", kind=kind, backend=backend)
+
+
 def test_options(world: World, backend: str) -> None:
     if is_slow(backend):
         pytest.skip("half a minute in Triton's interpreter")
