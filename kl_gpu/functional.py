@@ -145,7 +145,7 @@ def settle(
     student_logits: Tensor,
     teacher_logits: Tensor,
     kind: str,
-    per_row: Rows = RowDivergence.apply,
+    per_row: Rows | None = None,
     *,
     beta: float | None = None,
     temperature: float = 1.0,
@@ -162,7 +162,7 @@ def settle(
     inplace: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """`divergence`, whatever `per_row` takes a row's value from."""
+    """`divergence`, with the rows' values from `per_row` where it is given."""
     checks.name("kind", kind, KINDS)
     checks.name("reduction", reduction, ("none", "sum", "mean", "batchmean"))
     checks.beta(beta, kind)
@@ -197,13 +197,17 @@ def settle(
     # float64 with a narrower side: computed in float64, returned in float32.
     mixed = student.dtype != teacher.dtype
 
-    at_once = per_row is RowDivergence.apply and reduction != "none"
-    if at_once and _gradient_at_once(student, teacher, weight, normalizer, call):
+    if (
+        per_row is None
+        and reduction != "none"
+        and _gradient_at_once(student, teacher, weight, normalizer, call)
+    ):
         row_scale = _row_scale(lead, student, teacher, weight) * factor / denominator
         total = WeightedSum.apply(student, teacher, counts, row_scale, call)
         return total.float() if mixed else total
 
-    value = per_row(student, teacher, counts, call)
+    rows_of = RowDivergence.apply if per_row is None else per_row
+    value: Tensor = rows_of(student, teacher, counts, call)
     if mixed:
         value = value.float()
     if t_squared:

@@ -21,9 +21,6 @@ except ImportError:  # installed where no compiler was at hand
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # As kernels/contract.h numbers them.
 _FAMILIES = {"kl": 0, "jeffreys": 1, "js": 2, "skew": 3, "tv": 4}
-_VERDICT, _TOP_R = 5, 6
-_PLAIN, _HOLES, _INFINITE, _NAN = 0.0, 1.0, 2.0, 3.0
-_VAST = 2.0**20
 _NOWHERE = (0, 0, 0, 0)
 _ALL_ROWS = (0, 0, 0)
 
@@ -80,6 +77,12 @@ def value(p: Problem) -> tuple[Tensor, Tensor]:
     value, stats = _outputs(p)
     _native.value(*_arguments(p), value.data_ptr(), stats.data_ptr())
     return value, stats
+
+
+# Of the row statistics, as kernels/contract.h has them, and where rows become vast to kernels/rows.cpp.
+_VERDICT, _TOP_R = 5, 6
+_PLAIN, _HOLES, _INFINITE, _NAN = 0.0, 1.0, 2.0, 3.0
+_VAST = 2.0**20
 
 
 def _unit(dtype: torch.dtype, a_scale: float, b_scale: float) -> float:
