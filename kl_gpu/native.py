@@ -126,8 +126,8 @@ def _high_low(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def holds(log_a: Tensor, ratio: Tensor) -> bool:
     """Whether statistics can say where normalisers lie; past that the kernels look at a row again."""
-    largest = torch.stack((log_a, log_a + ratio)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs()
-    return bool((largest < _VAST * math.log(2)).all())
+    # A NaN row is none of those: its comparison is false.
+    return not bool((torch.stack((log_a, log_a + ratio)).abs() >= _VAST * math.log(2)).any())
 
 
 def formula_sums(p: Problem, stats: Tensor) -> Tensor:
