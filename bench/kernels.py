@@ -14,7 +14,7 @@ import triton
 
 from kl_gpu.kinds import KINDS
 from kl_gpu.problem import Problem
-from kl_gpu.triton import launch, plain, remainder, rows, stats
+from kl_gpu.triton import launch, plain, remainder, rows, shards, stats
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What the compiler may know of V and the row strides: that 16 divides them, or nothing.
@@ -167,6 +167,27 @@ class RemainderEntry(Entry):
     @property
     def _shapes(self) -> dict[int, launch.ProgramShape]:
         return remainder.SHAPES
+
+
+@dataclass(frozen=True)
+class ShardEntry(Entry):
+    """The formula's sums over a shard, given the whole row's statistics: no work of its own."""
+
+    types: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("n_rows", "n_inner", "parts", "part_columns"), "i32"),
+        "out_ptr": "*fp64",
+    }
+    function: ClassVar[Any] = shards.formula_sums_kernel
+
+    def configuration(self, dtype: str, V: int, lanes: int) -> dict[str, Any]:
+        _, config = self._launch(dtype, V, lanes)
+        return {**config, "HAS_ROWS": True, "FAMILY": self.family}
+
+
+def shard_entries() -> Iterator[Entry]:
+    """Compiled by tests/test_shards_code.py, and no part of the table."""
+    for family in ("js", "skew", "tv"):
+        yield ShardEntry("formula_sums", family, family, True, "", loops=(0,))
 
 
 def _student(kind: str) -> str:

@@ -1,5 +1,8 @@
 """Token-level divergences straight from logits, for LLM-sized vocabularies."""
 
+from importlib import import_module
+from types import ModuleType
+
 from .functional import divergence, js_div, kl_div
 from .kinds import KINDS
 from .linear import linear_div
@@ -26,3 +29,10 @@ __all__ = [
     "topk_div",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> ModuleType:
+    # A third of the package's import time, for those who have more than one process.
+    if name == "distributed":
+        return import_module("kl_gpu.distributed")
+    raise AttributeError(f"module 'kl_gpu' has no attribute {name!r}")

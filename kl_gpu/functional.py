@@ -162,7 +162,7 @@ def settle(
     inplace: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """`divergence`; `per_row` is for rows of which there is more than these logits."""
+    """`divergence`, with the rows' values from `per_row` where it is given."""
     checks.name("kind", kind, KINDS)
     checks.name("reduction", reduction, ("none", "sum", "mean", "batchmean"))
     checks.beta(beta, kind)
@@ -189,15 +189,18 @@ def settle(
     # float64 with a narrower side: computed in float64, returned in float32.
     mixed = student.dtype != teacher.dtype
 
-    at_once = per_row is None and reduction != "none"
-    if at_once and _gradient_at_once(student, teacher, weight, normalizer, call):
-        row_scale = (
-            rows.scale(lead, arithmetic(student, teacher), student.device, weight) * factor / denominator
-        )
+    if (
+        per_row is None
+        and reduction != "none"
+        and _gradient_at_once(student, teacher, weight, normalizer, call)
+    ):
+        dtype = arithmetic(student, teacher)
+        row_scale = rows.scale(lead, dtype, student.device, weight) * factor / denominator
         total = WeightedSum.apply(student, teacher, counts, row_scale, call)
         return total.float() if mixed else total
 
-    value = (per_row or RowDivergence.apply)(student, teacher, counts, call)
+    rows_of = RowDivergence.apply if per_row is None else per_row
+    value: Tensor = rows_of(student, teacher, counts, call)
     return rows.reduced(value.float() if mixed else value, factor, weight, reduction, denominator)
 
 

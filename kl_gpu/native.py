@@ -21,9 +21,6 @@ except ImportError:  # installed where no compiler was at hand
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # As kernels/contract.h numbers them.
 _FAMILIES = {"kl": 0, "jeffreys": 1, "js": 2, "skew": 3, "tv": 4}
-_VERDICT, _TOP_R = 5, 6
-_PLAIN, _HOLES, _INFINITE, _NAN = 0.0, 1.0, 2.0, 3.0
-_VAST = 2.0**20
 _NOWHERE = (0, 0, 0, 0)
 _ALL_ROWS = (0, 0, 0)
 
@@ -82,6 +79,12 @@ def value(p: Problem) -> tuple[Tensor, Tensor]:
     return value, stats
 
 
+# Of the row statistics, as kernels/contract.h has them, and where rows become vast to kernels/rows.cpp.
+_VERDICT, _TOP_R = 5, 6
+_PLAIN, _HOLES, _INFINITE, _NAN = 0.0, 1.0, 2.0, 3.0
+_VAST = 2.0**20
+
+
 def _unit(dtype: torch.dtype, a_scale: float, b_scale: float) -> float:
     """The nats in a unit of the statistics' exponents: ln 2, but for how the kernels round log2(e)/T."""
     k = a_scale * math.log2(math.e)
@@ -123,8 +126,8 @@ def _high_low(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def holds(log_a: Tensor, ratio: Tensor) -> bool:
     """Whether statistics can say where normalisers lie; past that the kernels look at a row again."""
-    largest = torch.stack((log_a, log_a + ratio)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs()
-    return bool((largest < _VAST * math.log(2)).all())
+    # A NaN row is none of those: its comparison is false.
+    return not bool((torch.stack((log_a, log_a + ratio)).abs() >= _VAST * math.log(2)).any())
 
 
 def formula_sums(p: Problem, stats: Tensor) -> Tensor:

@@ -184,6 +184,39 @@ def options(rank: int, ranks: int, backend: str) -> None:
     assert torch.equal(leaf.grad, plain.grad)
 
 
+def nothing_counts(rank: int, ranks: int, kind: str, backend: str) -> None:
+    """No rows, rows that do not count and hold anything, a vocabulary of one column, and one rank alone."""
+    none = [x.requires_grad_() for x in pair(0, 7)]
+    for reduction in ("none", "mean"):
+        value = vocab_parallel_div(*none, kind, reduction=reduction, backend=backend)
+        assert value.shape == ((0,) if reduction == "none" else ())
+        assert not value.sum().item()
+        value.sum().backward()
+
+    student, teacher = pair(3, 9)
+    student[1], teacher[2] = math.nan, -INF
+    shards = leaves(rank, ranks, student, teacher)
+    mask = torch.tensor([True, False, False], device=DEVICE)
+    value = vocab_parallel_div(*shards, kind, mask=mask, reduction="none", backend=backend)
+    value.sum().backward()
+    np.testing.assert_allclose(to_numpy(value[:1]), expected(student[:1], teacher[:1], kind), rtol=5e-6)
+    assert value[1:].tolist() == [0, 0]
+    assert all(not shard.grad[1:].any() for shard in shards)
+
+    student, teacher = pair(3, 1)
+    one = slice(0, 1) if rank == 0 else slice(1, 1)
+    shards = [x[:, one].clone().requires_grad_() for x in (student, teacher)]
+    value = vocab_parallel_div(*shards, kind, reduction="none", backend=backend)
+    value.sum().backward()
+    assert value.tolist() == [0, 0, 0]
+    assert all(shard.grad.abs().sum() < 1e-12 for shard in shards)
+
+    alone = [dist.new_group([other]) for other in range(ranks)][rank]
+    student, teacher = pair(3, 40)
+    value = vocab_parallel_div(student, teacher, kind, group=alone, reduction="none", backend=backend)
+    np.testing.assert_allclose(to_numpy(value), expected(student, teacher, kind), rtol=5e-6)
+
+
 def repeats(rank: int, ranks: int, kind: str) -> bytes:
     student, teacher = pair(6, 3000)
     seen = set()

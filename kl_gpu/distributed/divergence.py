@@ -23,7 +23,7 @@ class _Shards(RowDivergence):
         ctx: Any, student: Tensor, teacher: Tensor, rows: Tensor | None, call: Call, group: Any
     ) -> Tensor:
         sides = call.window.of(student), call.window.of(teacher)
-        value, stats, backend = _whole_rows(*sides, rows, call, group)
+        value, stats, backend = _whole_rows(*sides, rows, call, group, any(ctx.needs_input_grad[:2]))
         ctx.save_for_backward(student, teacher, rows, stats)
         ctx.call = call._replace(backend=backend)
         return value
@@ -39,9 +39,12 @@ def _per_row(student: Tensor, teacher: Tensor, rows: Tensor | None, call: Call, 
 
 
 def _whole_rows(
-    student: Tensor, teacher: Tensor, rows: Tensor | None, call: Call, group: Any
+    student: Tensor, teacher: Tensor, rows: Tensor | None, call: Call, group: Any, needs_stats: bool
 ) -> tuple[Tensor, Tensor, str]:
-    """Value `[N]` and statistics `[N, STATS]` of whole rows, and the backend whose statistics these are."""
+    """Value `[N]` and statistics `[N, STATS]` of whole rows, and the backend whose statistics these are.
+
+    The statistics are those of the shard where nobody needs others.
+    """
     of, backend = KINDS[call.kind], call.backend
     order, scales = of.order, of.order(call.student_scale, call.teacher_scale)
     numbers = (0.0, call.student_scale, call.teacher_scale, backend)
@@ -60,7 +63,7 @@ def _whole_rows(
 
     if backend == "native" and not ops.implementation(backend).holds(masses.log_a, masses.ratio):
         # The kernels would look at such a row again, and see no more of it than this shard.
-        return _whole_rows(student, teacher, rows, call._replace(backend="eager"), group)
+        return _whole_rows(student, teacher, rows, call._replace(backend="eager"), group, needs_stats)
 
     def of_whole_rows(of_shard: Tensor, sums: Tensor) -> Tensor:
         whole = of_shard, *scales, of.family, masses.log_a, masses.ratio, sums
@@ -84,7 +87,7 @@ def _whole_rows(
         sums[..., 0].clamp_min_(0.0)
         sums = torch.where((masses.ratio + masses.log_a).isnan()[..., None], torch.nan, sums)
         value = sums[..., 0]
-    stats = of_whole_rows(local, sums)
+    stats = of_whole_rows(local, sums) if needs_stats else local
     if rows is not None:
         value = torch.where(rows, value, 0.0)
     return value.to(inside.dtype), stats, backend

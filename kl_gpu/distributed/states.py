@@ -53,20 +53,20 @@ def normalisers(
     log Σ e^b itself then, −inf where b has none. A NaN that remains stands for one among the logits.
     """
     log_a, ratio = ops.implementation(backend).normalisers(stats, *scales)
-    odd = ~(torch.isfinite(log_a) & torch.isfinite(ratio))
+    log_b = log_a + ratio
+    odd = ~torch.isfinite(log_b)
     if rows is not None:
         odd = odd & rows
     # Elsewhere asking would wait for the device; a kernel that finds no such row returns at once.
     if odd.device.type == "cpu" and not bool(odd.any()):
-        return log_a, ratio, log_a + ratio
+        return log_a, ratio, log_b
     none = torch.full((*a.shape[:-1], 1), -1, dtype=torch.int64, device=a.device)
     own_a, own_b = (
         remainder.remainder(x, none, odd, scale, False, backend)[0]
         for x, scale in zip((a, b), scales, strict=True)
     )
     own_ratio = torch.where(own_a.isneginf(), own_b, own_b - own_a)
-    log_b = torch.where(odd, own_b, log_a + ratio)
-    return torch.where(odd, own_a, log_a), torch.where(odd, own_ratio, ratio), log_b
+    return torch.where(odd, own_a, log_a), torch.where(odd, own_ratio, ratio), torch.where(odd, own_b, log_b)
 
 
 def shared(log_a: Tensor, second: Tensor) -> Masses:
