@@ -11,7 +11,7 @@ import torch
 import kl_gpu
 from kl_gpu import reference
 from kl_gpu.kinds import KINDS
-from support import DEVICE, check_gradients, check_value, normalisers, pair, to_numpy
+from support import DEVICE, check_gradients, check_value, expected, normalisers, pair, to_numpy
 
 INF = math.inf
 # Widths that are one masked tile, and whole tiles with a tail.
@@ -216,3 +216,26 @@ def test_a_uniform_teacher_as_an_expanded_scalar(backend: str, kind: str) -> Non
     teacher = torch.zeros((), device=DEVICE).expand(6, 3000)
     got = kl_gpu.divergence(student, teacher, kind, reduction="none", backend=backend)
     check_value(got, student, teacher, kind, backend, "uniform teacher")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("low", [None, -1e30, -1e9])
+@pytest.mark.parametrize("masked", ["student", "teacher", "both", "each its own"])
+def test_columns_masked_with_a_number(backend: str, kind: str, dtype, low: float | None, masked: str) -> None:
+    """None is the dtype's lowest. A divergence that needs the missing mass is vast then, and never NaN."""
+    student, teacher = (x.to(dtype) for x in pair(3, 2055))
+    low = torch.finfo(dtype).min if low is None else low
+    if masked != "teacher":
+        student[:, 3] = student[:, 2000:] = low
+    if masked not in ("student", "each its own"):
+        teacher[:, 3] = teacher[:, 2000:] = low
+    if masked == "each its own":
+        teacher[:, 5] = low
+    value, *grads = evaluate(student, teacher, kind, backend)
+    want = expected(student, teacher, kind)
+    check_value(value, student, teacher, kind, backend, f"masked {masked} {low}")
+    vast = want > 1e2
+    got = to_numpy(value)[vast]
+    assert (np.isinf(got) | (np.abs(got / want[vast] - 1) < 1e-3)).all()
+    if not vast.any():
+        check_gradients(student, teacher, tuple(grads), kind, backend, f"masked {masked} {low}")

@@ -28,10 +28,11 @@ from .tiles import (
 def _tile_reference(a, b, n, k, valid, a_scale, b_scale, SAME_SCALE: tl.constexpr):
     """The mean of the difference over one tile, weights 2^(k·a − n): the c that fits this tile."""
     d = difference(a, b, a_scale, b_scale, SAME_SCALE)
-    valid = valid & (tl.abs(d) < 1e30)
+    # Not where one side is masked with a number as low as -1e9: about that, the mean would have no digits.
+    valid = valid & (tl.abs(d) < 1e6)
     w = tl.where(valid, weights(a, k, n), 0.0)
     # Sum about the largest difference, not about 0, so that a common shift of 1000 costs no digits.
-    top = tl.max(tl.where(valid, d, -1e30))
+    top = tl.max(tl.where(valid, d, -1e6))
     total = tl.sum(w)
     mean = top + tl.sum(tl.where(valid, w * (d - top), 0.0)) / total
     return tl.where(total > 0, mean, 0.0)
@@ -111,7 +112,7 @@ def finish(z, a1, a2):
     value = tl.where(near, a2 + rest, lam - a1)
     size = tl.where(near, a2, tl.abs(a1) + tl.abs(lam))
     # Where a logit was masked with a number as low as -1e9, what is left of y is the sums' rounding.
-    return value, lam, (size <= 4.0 * value) & (size < 1e4)
+    return value, lam, (size <= 4.0 * value) & (size < 64.0)
 
 
 @triton.jit
