@@ -50,11 +50,11 @@ class Settings:
     sequence: int
     rate: float
     temperature: float
-    fused_linear: bool
     seed: int
     device: str
     backend: str | None
     out: Path
+    fused_linear: bool = False
 
     @classmethod
     def choose(cls, **options: Any) -> Settings:

@@ -1,17 +1,19 @@
 """Token-level divergences straight from logits, for LLM-sized vocabularies."""
 
 from importlib import import_module
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from .functional import divergence, js_div, kl_div
 from .kinds import KINDS
-from .linear import linear_div
 from .logprobs import token_logprobs
 from .nn import DivergenceLoss
 from .ops import BACKENDS
 from .rl import kl_penalty
 from .stats import TokenStats, token_stats
 from .topk import TAILS, topk_div
+
+if TYPE_CHECKING:
+    from .linear import linear_div
 
 __all__ = [
     "BACKENDS",
@@ -31,8 +33,12 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> ModuleType:
-    # A third of the package's import time, for those who have more than one process.
+def __getattr__(name: str) -> Any:
+    # Half of the package's import time, for those who ask for it.
     if name == "distributed":
         return import_module("kl_gpu.distributed")
+    if name == "linear_div":
+        # Kept, so that torch.compile finds it like any other function.
+        globals()[name] = import_module("kl_gpu.linear").linear_div
+        return globals()[name]
     raise AttributeError(f"module 'kl_gpu' has no attribute {name!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,14 +9,9 @@ from torch import Tensor, nn
 from . import checks
 from .functional import divergence
 from .kinds import KINDS
-from .linear import linear_div
 
 _PER_CALL = ("mask", "labels", "weight", "normalizer")
-_OPTIONS = tuple(
-    name
-    for name, parameter in inspect.signature(divergence).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and name not in _PER_CALL
-)
+_OPTIONS = tuple(name for name in checks.options_of(divergence) if name not in _PER_CALL)
 
 
 class DivergenceLoss(nn.Module):
@@ -76,6 +70,8 @@ class DivergenceLoss(nn.Module):
         counterparts of the teacher, and chunk_rows. The option `inplace` has no meaning here and is ignored:
         the logits are nobody's.
         """
+        from .linear import linear_div  # later: a fifth of the package's import time
+
         options = {name: value for name, value in self.options.items() if name != "inplace"}
         return linear_div(
             student_hidden, student_weight, teacher_hidden, teacher_weight, self.kind, mask=mask,

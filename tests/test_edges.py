@@ -218,8 +218,9 @@ def test_a_uniform_teacher_as_an_expanded_scalar(backend: str, kind: str) -> Non
     check_value(got, student, teacher, kind, backend, "uniform teacher")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("low", [None, -1e30, -1e9])
+@pytest.mark.parametrize(
+    ("dtype", "low"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, -1e9)]
+)
 @pytest.mark.parametrize("masked", ["student", "teacher", "both", "each its own"])
 def test_columns_masked_with_a_number(backend: str, kind: str, dtype, low: float | None, masked: str) -> None:
     """None is the dtype's lowest. A divergence that needs the missing mass is vast then, and never NaN."""

@@ -68,7 +68,8 @@ def test_t_squared_scales_value_and_gradient(backend: str, kind: str) -> None:
     assert squared.item() == pytest.approx(6.25 * plain.item(), rel=1e-6)
     (g_plain,) = torch.autograd.grad(plain, student)
     (g_squared,) = torch.autograd.grad(squared, student)
-    torch.testing.assert_close(g_squared, 6.25 * g_plain, rtol=1e-6, atol=1e-9)
+    # Factors of a row may be folded into its probabilities, so what cancels there rounds anew.
+    torch.testing.assert_close(g_squared, 6.25 * g_plain, rtol=1e-6, atol=5e-8)
     assert g_squared.abs().max() > 1e-3
 
 
