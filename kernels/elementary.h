@@ -143,6 +143,16 @@ KL_INLINE V within_one(V x) {
 }
 #endif
 
+// c 2^n for any finite c, and a 2^n that the format holds.
+template <class V>
+KL_INLINE V scaled(V c, Reduced<V> x) {
+#if KL_WIDTH == 64
+    return scale(c, x);
+#else
+    return scale(splat<V>(1), x) * c;
+#endif
+}
+
 // 2^r for |r| <= 1/2.  fp32: 2.5 ulp.
 template <class V>
 KL_INLINE V exp2_fraction(V r) {
@@ -150,10 +160,9 @@ KL_INLINE V exp2_fraction(V r) {
 }
 
 // 2^x.  fp32: 2.5 ulp on [-125, 126]; below it under 2^-124 and in the end 0, above it over 2^125;
-// NaN gives NaN with AVX-512 and anything elsewhere.
+// NaN gives NaN with AVX-512 and anything elsewhere. e is the reduction of what clamp_exponent leaves of x.
 template <class V>
-KL_INLINE V exp2(V x) {
-    const Reduced<V> e = reduce(clamp_exponent(x));
+KL_INLINE V exp2_from([[maybe_unused]] V x, Reduced<V> e) {
     const V y = scale(exp2_fraction(e.r), e);
 #if KL_WIDTH == 64
     return y;
@@ -161,6 +170,10 @@ KL_INLINE V exp2(V x) {
     // What the clamp leaves of a weight that is nothing must not count where it meets an x of 1e38.
     return bits<V>(bits<Mask<V> >(y) & Mask<V>(x >= splat<V>(-Traits<V>::bias + 2)));
 #endif
+}
+template <class V>
+KL_INLINE V exp2(V x) {
+    return exp2_from(x, reduce(clamp_exponent(x)));
 }
 
 // x = n + r again, with 2^n beside it.
@@ -175,19 +188,28 @@ KL_INLINE Split<V> split(V x, V one) {
 }
 
 // (2^x - 1 - x ln 2) / ln 2, which is never negative.  fp32: 8 ulp for finite x up to 126, and over
-// 2^125 for larger ones. Where x rounds to n = 0 the terms beside the polynomial vanish exactly, so no
-// blend is needed.
+// 2^125 for larger ones; x is what g2_domain leaves of it, and e its reduction.
 template <class V>
-KL_INLINE V g2(V x) {
-    using S = typename Traits<V>::Scalar;
-    const V log2e = splat<V>(static_cast<S>(kLog2e));
+KL_INLINE V g2_domain(V x) {
 #if KL_WIDTH < 64
+    using S = typename Traits<V>::Scalar;
     x = min(splat<V>(static_cast<S>(Traits<V>::bias - 1)), x);
 #endif
-    const Split<V> e = split(clamp_exponent(x), splat<V>(1));
-    // In this order the large terms meet first and leave without a rounding.
-    const V rest = mad(e.two_n, e.r, mad(e.two_n, log2e, -log2e)) - x;
-    return mad(e.two_n * e.r, e.r * horner(Poly<V>::g, e.r), rest);
+    return x;
+}
+template <class V>
+KL_INLINE V g2_from(V x, Reduced<V> e) {
+    using S = typename Traits<V>::Scalar;
+    const V log2e = splat<V>(static_cast<S>(kLog2e)), two_n = scale(splat<V>(1), e);
+    // In this order the large terms meet first and leave without a rounding. Where x rounds to n = 0 the
+    // terms beside the polynomial vanish exactly, so no blend is needed.
+    const V linear = two_n * e.r, rest = linear + mad(two_n, log2e, -log2e) - x;
+    return mad(linear, e.r * horner(Poly<V>::g, e.r), rest);
+}
+template <class V>
+KL_INLINE V g2(V x) {
+    x = g2_domain(x);
+    return g2_from(x, reduce(clamp_exponent(x)));
 }
 
 // 2^x; g2(x); and 2^x g2(-x) = (1 - 2^x + x ln 2 2^x) / ln 2, never negative either.  fp32, on [-126, 126]:

@@ -39,11 +39,10 @@ struct FamilyRow {
         }
         // So that an r past the format's range meets a probability of 0 as a number.
         const V limit = splat<V>(static_cast<S>(sizeof(S) == 4 ? 0x1p60 : 0x1p500));
-        const V d = b - a, r = fma(difference_error(b, a, d), row.k,
-                                   product_less<Form::precise>(d, row, row.shift, zero));
+        const V d = b - a, r = fma(difference_error(b, a, d), row.k, product_less(d, row, row.shift, zero));
         c.r2 = min(limit, max(-limit, r));
-        c.a = power<Form::precise>(a, row, row.lse_a);
-        c.b = power<Form::precise>(b, row, row.lse_b);
+        c.a = power(a, row, row.lse_a);
+        c.b = power(b, row, row.lse_b);
         if constexpr (Holes) {
             c.a = no_a ? zero : c.a;
             c.b = no_b ? zero : c.b;

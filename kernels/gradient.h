@@ -12,27 +12,31 @@
 #include "elementary.h"
 #include "formats.h"
 #include "row.h"
+#include "stages.h"
 
 namespace kl::KL_ISA {
 
+// Where 2^r is nothing beside 1.
+constexpr float kFarBelow = 100;
+
 // How much care a row needs.
 enum class Form {
-    quick,    // the error of fl(b - a) and of k in fp32 stay below the bound
-    precise,  // they would not: both are made up for
-    general,  // -inf, an r past every exponent, or a row scale so odd that it cannot hide in an exponent
+    quick,    // the errors of fl(b - a), of r and of k in fp32 stay below the bound
+    precise,  // they would not: all are made up for
+    general,  // -inf, an r past every exponent, or a row scale so odd that its products might be too
 };
 
 inline Form form_for(double exact_scale, const RowScalars& row, bool is_fp32) {
     const auto odd = [](double coefficient) {
-        return !(std::fabs(coefficient) > 0x1p-60 && std::fabs(coefficient) < 0x1p60);
+        return !(std::fabs(coefficient) > 0x1p-60 && std::fabs(coefficient) < 0x1p20);
     };
-    if (row.verdict != Verdict::plain || !(row.top_r < 100) || odd(row.coefficient_a) ||
-        odd(row.coefficient_b))
+    if (row.verdict != Verdict::plain || !(row.top_r < 100) || !(std::fabs(row.lse_a) < 0x1p20) ||
+        odd(row.coefficient_a) || odd(row.coefficient_b))
         return Form::general;
     const double rounded = static_cast<double>(static_cast<float>(exact_scale));
     const bool good_k = std::fabs(rounded - exact_scale) < 1.5e-8 * exact_scale;
     // fp32 waits for memory anyway.
-    return !is_fp32 && good_k && row.top_r < 32 && std::fabs(row.shift) < 8 ? Form::quick : Form::precise;
+    return !is_fp32 && good_k && row.top_r < 16 && std::fabs(row.shift) < 8 ? Form::quick : Form::precise;
 }
 
 // A number to subtract from a product: its high part lies on a grid so coarse that adding an integer
@@ -59,9 +63,11 @@ struct RowConstants {
 
     V k, k_lo;
     Offset<V> lse_a, lse_b, shift;
-    Offset<V> weight_a, weight_b;  // lse_a less the logarithm of what multiplies each side's gradient
-    V divergence, sign_a, sign_b;
+    V near_shift;          // in one number
+    V divergence;          // in units of ln 2
+    V lowest_a, lowest_b;  // logits whose p and q are nothing in any format
     V coefficient_a, coefficient_b;
+    V factor_a, factor_b;  // the coefficients, with what lse_a.hi leaves of lse_a
 
     RowConstants(double exact_scale, const RowScalars& row)
         : k(splat<V>(static_cast<S>(exact_scale))),
@@ -69,33 +75,37 @@ struct RowConstants {
           lse_a(row.lse_a, row.lse_a * share(exact_scale)),
           lse_b(row.lse_b, row.lse_b * share(exact_scale)),
           shift(row.shift, row.shift * share(exact_scale)),
-          weight_a(row.lse_a - std::log2(std::fabs(row.coefficient_a * kLn2)),
-                   row.lse_a * share(exact_scale)),
-          weight_b(row.lse_a - std::log2(std::fabs(row.coefficient_b)), row.lse_a * share(exact_scale)),
+          near_shift(splat<V>(static_cast<S>(row.shift + row.shift * share(exact_scale)))),
           divergence(splat<V>(static_cast<S>(row.divergence * kLog2e))),
-          sign_a(splat<V>(row.coefficient_a < 0 ? 1 : -1)),
-          sign_b(splat<V>(row.coefficient_b < 0 ? -1 : 1)),
+          lowest_a(splat<V>(static_cast<S>((row.lse_a - kNothing) / exact_scale))),
+          lowest_b(splat<V>(static_cast<S>((row.lse_b - kNothing) / exact_scale))),
           coefficient_a(splat<V>(static_cast<S>(-row.coefficient_a * kLn2))),
-          coefficient_b(splat<V>(static_cast<S>(row.coefficient_b))) {}
+          coefficient_b(splat<V>(static_cast<S>(row.coefficient_b))) {
+        const double rest = std::exp2(-static_cast<double>(lse_a.lo[0]));
+        factor_a = splat<V>(static_cast<S>(-row.coefficient_a * kLn2 * rest));
+        factor_b = splat<V>(static_cast<S>(row.coefficient_b * rest));
+    }
 
 private:
+    // Below every format's smallest number, and well within what clamp_for_product lets through.
+    static constexpr double kNothing = 240;
+
     static double low(double x) { return x - static_cast<double>(static_cast<S>(x)); }
     static double share(double x) { return low(x) / x; }
 };
 
 // z k - offset - n: one rounding, of a result that is small where it counts.
-template <Form form, class V>
+template <class V>
 KL_INLINE V product_less(V z, const RowConstants<V>& row, const Offset<V>& offset, V n) {
-    const V rest = fma(z, row.k, -(offset.hi + n));
-    return form == Form::quick ? rest - offset.lo : rest + fma(z, row.k_lo, -offset.lo);
+    return fma(z, row.k, -(offset.hi + n)) + fma(z, row.k_lo, -offset.lo);
 }
 
 // 2^(z k - offset). Where z is so far down that its product has lost its fraction, r is held to one:
 // the result is 0 through n then, and must not become inf * 0.
-template <Form form, class V>
+template <class V>
 KL_INLINE V power(V z, const RowConstants<V>& row, const Offset<V>& offset, V factor = splat<V>(1)) {
     const Reduced<V> e = reduce(clamp_for_product(fma(z, row.k, -offset.hi)));
-    const V r = within_one(product_less<form>(z, row, offset, integer(e)));
+    const V r = within_one(product_less(z, row, offset, integer(e)));
     return scale_product(exp2_fraction(r), factor, e);
 }
 
@@ -104,23 +114,52 @@ struct Gradients {
     V a, b;
 };
 
+// What a column's logits come to before the polynomials: log2 p + lse_a.lo and, for the gradient of b, r in
+// a whole number and a fraction.
+template <class V>
+struct Begun {
+    Reduced<V> log_p, ratio;
+    V r;
+};
+
 template <Form form, bool ToA, bool ToB, class V>
-KL_INLINE Gradients<V> gradient_of(V a, V b, const RowConstants<V>& row) {
+KL_INLINE Begun<V> begin_gradient(V a, V b, const RowConstants<V>& row) {
+    // Held, so that nothing below overflows or loses its fraction: -1e9 is a usual mask. The gradient of a
+    // has r itself for a factor, which only an inf would spoil.
+    a = max(a, row.lowest_a);
+    b = max(b, ToA ? splat<V>(-0x1p100f) : row.lowest_b);
+
+    Begun<V> out;
+    out.log_p = reduce(fma(a, row.k, -row.lse_a.hi));
+    out.log_p.r = fma(a, row.k, -(row.lse_a.hi + integer(out.log_p)));
+    if constexpr (form == Form::precise) out.log_p.r = fma(a, row.k_lo, out.log_p.r);
+
     const V d = b - a;
+    if constexpr (form == Form::quick) {
+        out.r = fma(d, row.k, -row.near_shift);
+        if constexpr (ToB) out.ratio = reduce(clamp_exponent(ToA ? max(splat<V>(-kFarBelow), out.r) : out.r));
+    } else {
+        const V rest = fma(difference_error(b, a, d), row.k, fma(d, row.k_lo, -row.shift.lo));
+        const V near = fma(d, row.k, -row.shift.hi);
+        out.r = near + rest;
+        if constexpr (ToB) {
+            out.ratio = reduce(clamp_exponent(ToA ? max(splat<V>(-kFarBelow), near) : near));
+            out.ratio.r = fma(d, row.k, -(row.shift.hi + integer(out.ratio))) + rest;
+            if constexpr (ToA || kWidth < 64) out.ratio.r = within_one(out.ratio.r);
+        }
+    }
+    return out;
+}
+
+template <Form form, bool ToA, bool ToB, class V>
+KL_INLINE Gradients<V> end_gradient(const Begun<V>& x, const RowConstants<V>& row) {
+    const V fraction = exp2_fraction(x.log_p.r);
     Gradients<V> out{};
-    if constexpr (ToA) {
-        V r = product_less<form>(d, row, row.shift, V{});
-        if constexpr (form == Form::precise) r = fma(difference_error(b, a, d), row.k, r);
-        // -3e38 on one side would overflow here, and inf times a p of 0 is not 0.
-        r = max(r, splat<V>(-0x1p100f));
-        out.a = power<form>(a, row, row.weight_a, mad(r, row.sign_a, row.divergence * row.sign_a));
-    }
-    if constexpr (ToB) {
-        Split<V> r = split(max(splat<V>(-100), fma(d, row.k, -row.shift.hi)), row.sign_b);
-        r.r = product_less<form>(d, row, row.shift, r.n);
-        if constexpr (form == Form::precise) r.r = fma(difference_error(b, a, d), row.k, r.r);
-        out.b = power<form>(a, row, row.weight_b, exp2m1_split(within_one(r.r), r.two_n, row.sign_b));
-    }
+    if constexpr (ToA)
+        out.a = scale_product(fraction, mad(x.r, row.factor_a, row.divergence * row.factor_a), x.log_p);
+    if constexpr (ToB)
+        out.b = scale_product(fraction, exp2m1_split(x.ratio.r, scaled(row.factor_b, x.ratio), row.factor_b),
+                              x.log_p);
     return out;
 }
 
@@ -134,12 +173,12 @@ KL_INLINE Gradients<V> gradient_in_general(V a, V b, const RowConstants<V>& row)
     a = no_a ? zero : a;
     b = no_b ? zero : b;
     const V d = b - a;
-    const V r_ = fma(difference_error(b, a, d), row.k, product_less<Form::general>(d, row, row.shift, zero));
+    const V r_ = fma(difference_error(b, a, d), row.k, product_less(d, row, row.shift, zero));
     // So that an r past the format's range meets a p of 0, or of 2^-125, as a number. Where such an r
     // counts the row is vast, and fp64 works on it.
     const V limit = splat<V>(static_cast<S>(sizeof(S) == 4 ? 0x1p60 : 0x1p500));
     const V r = min(max(r_, -limit), limit);
-    const V p = power<Form::general>(a, row, row.lse_a), q = power<Form::general>(b, row, row.lse_b);
+    const V p = power(a, row, row.lse_a), q = power(b, row, row.lse_b);
 
     Gradients<V> out{};
     if constexpr (ToA) out.a = no_a ? zero : p * (r + row.divergence) * row.coefficient_a;
@@ -151,31 +190,57 @@ KL_INLINE Gradients<V> gradient_in_general(V a, V b, const RowConstants<V>& row)
     return out;
 }
 
-// What a sweep over columns asks for their gradients.
+// What a sweep over columns asks for their gradients, at once or in two stages.
 template <Form form, class V>
 struct KlGradient {
     RowConstants<V> row;
 
     template <bool ToA, bool ToB>
+    KL_INLINE Begun<V> begin(V a, V b) const
+        requires(form != Form::general)
+    {
+        return begin_gradient<form, ToA, ToB>(a, b, row);
+    }
+    template <bool ToA, bool ToB>
+    KL_INLINE Gradients<V> end(const Begun<V>& x) const {
+        return end_gradient<form, ToA, ToB>(x, row);
+    }
+    template <bool ToA, bool ToB>
     KL_INLINE Gradients<V> at(V a, V b) const {
-        if constexpr (form == Form::general)
-            return gradient_in_general<ToA, ToB>(a, b, row);
-        else
-            return gradient_of<form, ToA, ToB>(a, b, row);
+        return gradient_in_general<ToA, ToB>(a, b, row);
     }
 };
+
+template <bool ToA, bool ToB, class Gradient, class V>
+KL_INLINE auto begin_of(const Gradient& gradient, Pair<V> a, Pair<V> b) {
+    if constexpr (requires { gradient.template begin<ToA, ToB>(a.x, b.x); })
+        return Pair<Begun<V>>{gradient.template begin<ToA, ToB>(a.x, b.x),
+                              gradient.template begin<ToA, ToB>(a.y, b.y)};
+    else
+        return Pair<Pair<V>>{{a.x, b.x}, {a.y, b.y}};
+}
+template <bool ToA, bool ToB, class Gradient, class V>
+KL_INLINE Gradients<V> end_of(const Gradient& gradient, const Begun<V>& x) {
+    return gradient.template end<ToA, ToB>(x);
+}
+template <bool ToA, bool ToB, class Gradient, class V>
+KL_INLINE Gradients<V> end_of(const Gradient& gradient, const Pair<V>& logits) {
+    return gradient.template at<ToA, ToB>(logits.x, logits.y);
+}
 
 // A stretch whose logits and gradients share one format. `n` is a multiple of kStep<T>.
 template <bool ToA, bool ToB, bool Stream, class T, class Gradient>
 inline void gradient_steps(const T* a, const T* b, std::int64_t n, const Gradient& of, T* to_a, T* to_b) {
     const Gradient gradient = of;
-    for (std::int64_t i = 0; i < n; i += kStep<T>) {
-        const auto va = load_pair(a + i), vb = load_pair(b + i);
-        const auto x = gradient.template at<ToA, ToB>(va.x, vb.x);
-        const auto y = gradient.template at<ToA, ToB>(va.y, vb.y);
-        if constexpr (ToA) store_pair<Stream>(to_a + i, {x.a, y.a});
-        if constexpr (ToB) store_pair<Stream>(to_b + i, {x.b, y.b});
-    }
+    in_two_stages(
+        n, kStep<T>,
+        [&](std::int64_t i)
+            KL_INLINE_LAMBDA { return begin_of<ToA, ToB>(gradient, load_pair(a + i), load_pair(b + i)); },
+        [&](std::int64_t i, const auto& begun) KL_INLINE_LAMBDA {
+            const auto x = end_of<ToA, ToB>(gradient, begun.x), y = end_of<ToA, ToB>(gradient, begun.y);
+            if constexpr (ToA) store_pair<Stream>(to_a + i, {x.a, y.a});
+            if constexpr (ToB) store_pair<Stream>(to_b + i, {x.b, y.b});
+        });
 }
 
 // Any n, any alignment. What does not fill a step, or lies before the first aligned store, goes

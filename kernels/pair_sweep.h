@@ -57,10 +57,8 @@ inline PairSums sweep_pair(const Stretch<T>& in, float scale, Frame frame) {
     PairAccumulators s;
     VF top_a = splat<VF>(-__builtin_inff()), top_b = top_a;
     in.for_each_step([&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
-        for (std::int64_t line = 0; line < static_cast<std::int64_t>(kStep<T> * sizeof(T)); line += 64) {
-            __builtin_prefetch(reinterpret_cast<const char*>(at_a) + kAhead + line);
-            __builtin_prefetch(reinterpret_cast<const char*>(at_b) + kAhead + line);
-        }
+        prefetch_step(at_a);
+        prefetch_step(at_b);
         const auto a = load_pair(at_a), b = load_pair(at_b);
         top_a = max(a.x, max(a.y, top_a));
         top_b = max(b.x, max(b.y, top_b));

@@ -247,10 +247,10 @@ struct RestGradient {
         V factor = flow;
         if constexpr (WithEntropy) {
             // -inf times a pi of 0 must not be NaN.
-            const V log_pi = product_less<Form::precise>(x, row, row.lse_a, V{});
+            const V log_pi = product_less(x, row, row.lse_a, V{});
             factor = mad(max(log_pi, splat<V>(-static_cast<S>(0x1p60))), turn, flow);
         }
-        return {V{}, power<Form::precise>(x, row, row.lse_a, factor)};
+        return {V{}, power(x, row, row.lse_a, factor)};
     }
 };
 

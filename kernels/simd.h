@@ -201,9 +201,11 @@ KL_INLINE double sum(V v) {
 
 template <class V>
 KL_INLINE auto largest(V v) {
-    auto m = v[0];
-    for (int i = 1; i < lanes<V>; ++i) m = v[i] > m ? v[i] : m;
-    return m;
+    typename Traits<V>::Scalar m[lanes<V>];
+    for (int i = 0; i < lanes<V>; ++i) m[i] = v[i];
+    for (int n = lanes<V> / 2; n >= 1; n /= 2)
+        for (int i = 0; i < n; ++i) m[i] = m[i + n] > m[i] ? m[i + n] : m[i];
+    return m[0];
 }
 
 }  // namespace kl::KL_ISA

@@ -12,6 +12,7 @@
 
 #include "elementary.h"
 #include "formats.h"
+#include "stages.h"
 #include "state.h"
 
 namespace kl::KL_ISA {
@@ -69,6 +70,13 @@ struct Stretch {
     }
 };
 
+// The lines of one step, far enough ahead to come in time.
+template <class T>
+KL_INLINE void prefetch_step(const T* at) {
+    for (std::int64_t line = 0; line < static_cast<std::int64_t>(kStep<T> * sizeof(T)); line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead + line);
+}
+
 struct Sums {
     double z, a1, a2, largest_g;
 };
@@ -77,36 +85,61 @@ struct Accumulators {
     VF z{}, a1{}, a2{}, largest_g{};
 };
 
-// What every column goes through. Exact also keeps what fl(b - a) rounds away.
+// What a column comes to before the polynomials: log2 of its weight, its distance x from the frame's c, and
+// the two reduced. Exact also keeps what fl(b - a) rounds away.
+struct Seen {
+    VF log_w, x;
+    Reduced<VF> w, two_x;
+};
+
 template <bool Exact>
-KL_INLINE void accumulate(VF a, VF b, VF k, VF m, VF c, Accumulators& s) {
-    VF d = b - a;
+KL_INLINE Seen see(VF a, VF b, VF k, VF m, VF c) {
+    const VF d = b - a;
     VF x = fma(d, k, -c);
     if constexpr (Exact) x = fma(difference_error(b, a, d), k, x);
-    VF w = exp2(fma(a, k, -m));
-    s.z += w;
-    s.a1 = mad(w, x, s.a1);
-    const VF g = g2(x);
-    s.a2 = mad(w, g, s.a2);
-    s.largest_g = max(g, s.largest_g);
+    x = g2_domain(x);
+    const VF log_w = fma(a, k, -m);
+    return {log_w, x, reduce(clamp_exponent(log_w)), reduce(clamp_exponent(x))};
+}
+
+// Two vectors at a time into one set of sums: two sets would not fit the registers, and the sums' roundings
+// are as many either way.
+KL_INLINE void accumulate(const Pair<Seen>& step, Accumulators& to) {
+    const Seen &s = step.x, &t = step.y;
+    const VF w_s = exp2_from(s.log_w, s.w), w_t = exp2_from(t.log_w, t.w);
+    const VF g_s = g2_from(s.x, s.two_x), g_t = g2_from(t.x, t.two_x);
+    to.z += w_s + w_t;
+    to.a1 += mad(w_s, s.x, w_t * t.x);
+    to.a2 += mad(w_s, g_s, w_t * g_t);
+    to.largest_g = max(g_s, max(g_t, to.largest_g));
 }
 
 // The fast sweep. A NaN or an infinity anywhere makes a sum that is not finite.
 template <bool Exact, class T>
 inline Sums sweep(const Stretch<T>& in, float scale, Frame frame) {
     const VF k = splat<VF>(scale), m = splat<VF>(frame.m), c = splat<VF>(frame.c);
-    Accumulators s, t;
-    in.for_each_step([&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
-        for (std::int64_t line = 0; line < static_cast<std::int64_t>(kStep<T> * sizeof(T)); line += 64) {
-            __builtin_prefetch(reinterpret_cast<const char*>(at_a) + kAhead + line);
-            __builtin_prefetch(reinterpret_cast<const char*>(at_b) + kAhead + line);
-        }
+    Accumulators s;
+    const auto see_step = [&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
         const auto a = load_pair(at_a), b = load_pair(at_b);
-        accumulate<Exact>(a.x, b.x, k, m, c, s);
-        accumulate<Exact>(a.y, b.y, k, m, c, t);
-    });
-    return {sum(s.z + t.z), sum(s.a1 + t.a1), sum(s.a2 + t.a2),
-            static_cast<double>(largest(max(s.largest_g, t.largest_g)))};
+        return Pair<Seen>{see<Exact>(a.x, b.x, k, m, c), see<Exact>(a.y, b.y, k, m, c)};
+    };
+    in_two_stages(
+        in.columns, kStep<T>,
+        [&](std::int64_t i) KL_INLINE_LAMBDA {
+            prefetch_step(in.a + i);
+            prefetch_step(in.b + i);
+            return see_step(in.a + i, in.b + i);
+        },
+        [&](std::int64_t, const Pair<Seen>& step) KL_INLINE_LAMBDA { accumulate(step, s); });
+    if (in.rest > 0) accumulate(see_step(in.last_a, in.last_b), s);
+    return {sum(s.z), sum(s.a1), sum(s.a2), static_cast<double>(largest(s.largest_g))};
+}
+
+// At least log2 x and less than 0.09 more, for a normal x > 0: between two powers of 2 a logarithm lies above
+// its chord.
+inline double log2_above(double x) {
+    const auto exponent_and_fraction = static_cast<double>(bits<std::int64_t>(x)) * 0x1p-52;
+    return exponent_and_fraction - (1023 - 0.0861);
 }
 
 inline bool is_usable(const Sums& s) {
@@ -288,7 +321,7 @@ private:
             const Sums s = coarse ? sweep<false>(in, scale_, frame) : sweep<true>(in, scale_, frame);
             if (is_usable(s)) {
                 // 2^x = 1 + (x + g) ln 2, and no x is past 48.
-                const double top_x = std::log2(kLn2 * s.largest_g + 35);
+                const double top_x = log2_above(kLn2 * s.largest_g + 35);
                 State out{frame, s.z, s.a1, s.a2, static_cast<double>(frame.c) + top_x, s.a2, kSawB};
                 if (coarse) out.flags |= kSawRounding;
                 if (frame.m > kHugeA) out.flags |= kSawHugeA;

@@ -1,0 +1,26 @@
+// A loop whose steps overlap.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+
+namespace kl::KL_ISA {
+
+// end(i, begin(i)) for i = 0, step, 2 step, ... below n, a multiple of step; each step begins before the one
+// ahead of it ends. A step of these kernels is one chain of some 20 dependent instructions. In program order
+// a processor's schedulers (Zen 5: 38 instructions a pair of pipes) fill up with the chain's waiting end
+// before they see the next step; with two chains side by side in the code they have work.
+template <class Begin, class End>
+KL_INLINE void in_two_stages(std::int64_t n, std::int64_t step, Begin begin, End end) {
+    if (n <= 0) return;
+    auto now = begin(std::int64_t{0});
+    for (std::int64_t i = step; i < n; i += step) {
+        const auto next = begin(i);
+        end(i - step, now);
+        now = next;
+    }
+    end(n - step, now);
+}
+
+}  // namespace kl::KL_ISA
