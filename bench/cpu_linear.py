@@ -4,10 +4,11 @@
         [--dtype fp32] [--flat]
 
 Forward KL, value and gradients of the student's hidden states and weight. Candidates take turns in every
-round; figures are medians, ratios medians of the ratios within a round. "products" are the same calls of the
-same library on the same chunks and buffers, and nothing else. Memory is the peak of a fresh process's
-resident set over its inputs, from which the gradients it returns are then taken off: what a library takes for
-scratch counts. --flat measures ours from 1024 to 16384 rows instead.
+round, each right after a call of its own that is not timed: a training loop finds the memory that its last
+step gave back, not what another candidate's gigabytes left of it. Figures are medians, ratios medians of the
+ratios within a round. "products" are the same calls of the same library on the same chunks and buffers, and
+nothing else. Memory is the peak of a fresh process's resident set over its inputs, from which the gradients
+it returns are then taken off: what a library takes for scratch counts. --flat measures ours from 1024 to 16384 rows instead.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 import kl_gpu
-from kl_gpu import linear_chunks, linear_sums
+from kl_gpu import linear_chunks, linear_sums, native
 
 from .cpu_roofline import interleaved, ratio
 from .gpu_linear import Loss, plain
@@ -74,8 +75,11 @@ def products(heads: Heads) -> Callable[[], object]:
         hidden.dtype, hidden.dtype, 1.0, 1.0, 0.0, 0.0, v, 0, "forward_kl", 0.0, 1.0, 1.0, "native"
     )
     rows = linear_chunks.chosen_rows(n, call, hidden.device)
-    student, teacher = (torch.zeros(rows, v, dtype=hidden.dtype) for _ in range(2))
-    to_hidden, to_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+    empty = (torch.empty(rows, v, dtype=hidden.dtype) for _ in range(2))
+    student, teacher, to_weight = (
+        native.on_large_pages(x).zero_() for x in (*empty, torch.empty_like(weight))
+    )
+    to_hidden = torch.zeros_like(hidden)
 
     def run() -> None:
         for start in range(0, n, rows):
@@ -87,7 +91,7 @@ def products(heads: Heads) -> Callable[[], object]:
             if hidden.dtype == torch.float32:
                 torch.addmm(to_weight, s.t(), hidden[part], beta=float(start > 0), out=to_weight)
             else:
-                for block in linear_sums.product_blocks(v, weight.shape[1]):
+                for block in linear_sums.product_blocks(v, weight.shape[1], "cpu"):
                     torch.mm(s.t()[block], hidden[part], out=to_weight[block])
 
     return run
@@ -137,7 +141,7 @@ def against_peers(args: argparse.Namespace) -> None:
         heads = problem(args, DTYPES[dtype])
         candidates = {"products": products(heads)}
         candidates |= {name: partial(both_ways, loss, heads) for name, loss in LOSSES.items()}
-        times = interleaved(candidates, args.repeats)
+        times = interleaved(candidates, args.repeats, before=candidates)
         for name, seconds in times.items():
             line = f"{dtype + ' ' + name:30}{statistics.median(seconds):7.2f}"
             line += f"{ratio(seconds, times['products']):11.2f} ×"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Bytes of logits, both sides, that are held at once, and the rows between which they may come to lie. Fewer
 # make the products slow and a GPU wait for launches, and each chunk reads and writes the weight's gradient.
-_LOGITS = {"cpu": 320 << 20}
+_LOGITS = {"cpu": 512 << 20}
 _LOGITS_ON_A_GPU = 768 << 20
 _FEWEST = {"cpu": 64}
 _FEWEST_ON_A_GPU = 512

@@ -8,8 +8,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Elements of a temporary where 16-bit numbers are summed in float32.
-_SUMMED = 1 << 23
+from .native import on_large_pages
+
+# Elements of a temporary where 16-bit numbers are summed in float32; on the CPU they and their sum stay in a
+# last cache.
+_SUMMED = {"cpu": 1 << 20}
+_SUMMED_ON_A_GPU = 1 << 23
 
 
 @cache
@@ -27,62 +31,107 @@ def _multiplies_into_float32(device_type: str) -> bool:
     return True
 
 
-def product_blocks(rows: int, columns: int) -> Iterator[slice]:
+def product_blocks(rows: int, columns: int, device_type: str) -> Iterator[slice]:
     """Rows of a `[V, H]` product that are computed at once where it is rounded before it is added."""
-    step = max(1, _SUMMED // columns)
+    step = max(1, _SUMMED.get(device_type, _SUMMED_ON_A_GPU) // columns)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
 class WeightGradient:
-    """Σ over chunks of gradientᵀ·states, in float32 where the weight has 16 bits; `[V, H]`."""
+    """Σ over chunks of gradientᵀ·states, in float32 where the weight has 16 bits; `[V, H]`.
+
+    `chunks` says how many will be added.
+    """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, columns: int, chunks: int) -> None:
-        self.grad = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        self.grad = on_large_pages(torch.empty_like(weight, memory_format=torch.contiguous_format))
         self.grad[columns:].zero_()
         counted = self.grad[:columns]
         # One chunk needs no sum: the product itself rounds once.
         wide = torch.promote_types(dtype, torch.float32 if chunks > 1 else weight.dtype)
-        self.total = counted if counted.dtype == wide else torch.empty_like(counted, dtype=wide)
-        self.dtype, self.empty = dtype, True
-        self.parts: list[Tensor] = []
+        self.sum: _Sum | _RoundedSum
+        if wide == dtype or _multiplies_into_float32(weight.device.type):
+            self.sum = _Sum(counted, dtype, wide)
+        else:
+            self.sum = _RoundedSum(counted, dtype, wide, chunks)
 
     def add(self, gradient: Tensor, states: Tensor) -> None:
-        left, total, held = gradient.t(), self.total, 0.0 if self.empty else 1.0
-        # With a factor of 0 what the memory held before is not looked at.
-        if total.dtype == self.dtype:
-            torch.addmm(total, left, states, beta=held, out=total)
-        elif _multiplies_into_float32(total.device.type):
-            torch.ops.aten.addmm.dtype_out(total, left, states, total.dtype, beta=held, out=total)
-        else:
-            self._add_rounded(left, states)
-        self.empty = False
-
-    def _add_rounded(self, left: Tensor, states: Tensor) -> None:
-        """Rounded to 16 bits once per chunk, added up in float32."""
-        blocks = list(product_blocks(*self.total.shape))
-        if not self.parts:
-            # Made once: a new block's pages cost as much as its product.
-            self.parts = [self.total.new_empty(self.total[blocks[0]].shape, dtype=d) for d in self._dtypes]
-        for block in blocks:
-            total = self.total[block]
-            product, wide = (part[: len(total)] for part in self.parts)
-            torch.mm(left[block], states, out=product)
-            if self.empty:
-                total.copy_(product)
-            else:
-                total.add_(wide.copy_(product))
-
-    @property
-    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        return self.dtype, self.total.dtype
+        self.sum.add(gradient.t(), states)
 
     def result(self) -> Tensor:
+        self.sum.finish()
+        return self.grad
+
+
+class _Sum:
+    """Σ of products that the library adds to a matrix of the sum's own dtype; put into `into` by `finish`."""
+
+    def __init__(self, into: Tensor, dtype: torch.dtype, wide: torch.dtype) -> None:
+        self.into, self.dtype, self.empty = into, dtype, True
+        self.total = into if into.dtype == wide else on_large_pages(torch.empty_like(into, dtype=wide))
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        # With a factor of 0 what the memory held before is not looked at.
+        total, held = self.total, 0.0 if self.empty else 1.0
+        if total.dtype == self.dtype:
+            torch.addmm(total, left, right, beta=held, out=total)
+        else:
+            torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, beta=held, out=total)
+        self.empty = False
+
+    def finish(self) -> None:
         if self.empty:
             self.total.zero_()
-        if self.total.data_ptr() != self.grad.data_ptr():
-            self.grad[: len(self.total)].copy_(self.total)
-        return self.grad
+        if self.total is not self.into:
+            self.into.copy_(self.total)
+
+
+class _RoundedSum:
+    """Σ of products that the library rounds to 16 bits, added up in float32; in `into` after the last.
+
+    Where `into` has 16 bits too, it holds the first product as it is, and the last sum is rounded into it:
+    only between them, from three products on, is there a float32 matrix.
+    """
+
+    def __init__(self, into: Tensor, dtype: torch.dtype, wide: torch.dtype, chunks: int) -> None:
+        self.into, self.dtype, self.wide, self.chunks, self.added = into, dtype, wide, chunks, 0
+        self.narrow = into.dtype != wide
+        self.total: Tensor | None = None if self.narrow else into
+        self.blocks = list(product_blocks(len(into), into.shape[1], into.device.type))
+        # Made once: a new block's pages cost as much as its product.
+        self.parts: list[Tensor] = []
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        self.added += 1
+        if self.added == 1 and self.narrow:
+            torch.mm(left, right, out=self.into)
+            return
+        if not self.parts:
+            shape = self.into[self.blocks[0]].shape
+            self.parts = [self.into.new_empty(shape, dtype=dtype) for dtype in (self.dtype, self.wide)]
+        last = self.added == self.chunks
+        if self.total is None and not last:
+            self.total = on_large_pages(torch.empty_like(self.into, dtype=self.wide)).copy_(self.into)
+        for block in self.blocks:
+            product, wide = (part[: block.stop - block.start] for part in self.parts)
+            torch.mm(left[block], right, out=product)
+            # PyTorch adds two dtypes an element at a time: they are made one first, in the cache.
+            wide.copy_(product)
+            if self.total is None:
+                wide.add_(self.into[block].to(self.wide))
+            elif self.added == 1:
+                self.total[block].copy_(wide)
+            elif last and self.narrow:
+                wide.add_(self.total[block])
+            else:
+                self.total[block].add_(wide)
+            if last and self.narrow:
+                self.into[block].copy_(wide)
+
+    def finish(self) -> None:
+        if self.added == 0:
+            self.into.zero_()
 
 
 class BiasGradient:
@@ -93,7 +142,7 @@ class BiasGradient:
         self.total = bias.new_zeros(columns, dtype=torch.promote_types(dtype, torch.float32))
 
     def add(self, gradient: Tensor) -> None:
-        for part in gradient.split(max(1, _SUMMED // gradient.shape[1])):
+        for part in gradient.split(max(1, _SUMMED_ON_A_GPU // gradient.shape[1])):
             self.total += part.sum(0, dtype=self.total.dtype)
 
     def result(self) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import ops
 from .linear_chunks import Call, Chunk, arithmetic
+from .native import on_large_pages
 
 # Elements of what passes through a soft cap at once: three such buffers, in float32, stay in a last cache.
 _CAPPED = {"cpu": 1 << 20}
@@ -22,7 +23,7 @@ class Head:
         self.hidden, self.dtype = hidden, dtype
         self.weight = weight[:columns].to(dtype)
         self.bias = None if bias is None else bias[:columns].to(dtype)
-        self.buffer = hidden.new_empty((rows, columns), dtype=dtype)
+        self.buffer = on_large_pages(hidden.new_empty((rows, columns), dtype=dtype))
 
     def states(self, chunk: Chunk) -> Tensor:
         """The chunk's hidden states, those of rows that do not count replaced by 0: they may hold NaN."""

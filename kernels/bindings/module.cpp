@@ -9,6 +9,7 @@
 
 #include "../contract.h"
 #include "../dispatch.h"
+#include "../pages.h"
 #include "../probe.h"
 #include "../remainder.h"
 
@@ -118,6 +119,8 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release unlocked;
         kl::kernels().elementary(which, pointer<const float>(x), pointer<float>(y), n);
     });
+    m.def("prefer_large_pages",
+          [](Address data, std::int64_t bytes) { kl::prefer_large_pages(pointer(data), bytes); });
     // For bench/: what memory gives to code that only reads, or reads and writes.
     m.def("probe_read", [](Address a, Address b, std::int64_t bytes, int threads) {
         nb::gil_scoped_release unlocked;
