@@ -8,7 +8,8 @@ round, each right after a call of its own that is not timed: a training loop fin
 step gave back, not what another candidate's gigabytes left of it. Figures are medians, ratios medians of the
 ratios within a round. "products" are the same calls of the same library on the same chunks and buffers, and
 nothing else. Memory is the peak of a fresh process's resident set over its inputs, from which the gradients
-it returns are then taken off: what a library takes for scratch counts. --flat measures ours from 1024 to 16384 rows instead.
+it returns are then taken off: what a library takes for scratch counts. --flat measures ours from 1024 to
+16384 rows instead.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
     python -m bench.cpu_topk [--rows 256] [--columns 128256] [--k 64] [--threads 2] [--repeats 11]
 
-Everything takes its turn in every round; figures are medians, ratios medians of the ratios within a round.
+Everything takes its turn in every round, right after a call of its own that is not timed: a training loop
+finds the memory that its last step gave back, not what another candidate left of it. Figures are medians,
+ratios medians of the ratios within a round.
 The checking of ids is part of the time, and so is a new gradient buffer, whose pages the system hands out
 one by one; with inplace=True there is none. "memory" is what a forward and backward must move, one read,
 then one read and one write, by loops that do nothing else, into memory that is there or into a new buffer.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +97,12 @@ def candidates(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Runs, Runs
         "topk_div, inplace": both_ways(lambda: topk_of(Output.apply(weight, output), True)),
         "topk_div plain": both_ways(lambda: plain_bucket(leaf, logprobs, ids)),
     }
-    return timed, {name: lambda: output.copy_(student) for name in timed if name.endswith("inplace")}
+
+    def prepare(name: str) -> None:
+        timed[name]()
+        output.copy_(student)
+
+    return timed, {name: partial(prepare, name) for name in timed}
 
 
 def main() -> None:

@@ -114,6 +114,12 @@ def whole(argument: str, value: Any, low: int) -> None:
         raise ValueError(f"{argument} must be at least {low}, got {value}")
 
 
+def dimension(argument: str, value: Any, dimensions: int) -> None:
+    _integer(argument, value)
+    if not 0 <= value < dimensions:
+        raise ValueError(f"{argument} must be within [0, {dimensions}), got {value}")
+
+
 def _tensor(argument: str, value: object, dtypes: Collection[torch.dtype], what: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument} must be a tensor, got {_type_name(value)}")
@@ -195,8 +201,8 @@ def one_sided_logits(argument: str, value: Any, vocab_size: Any, shift: bool) ->
     return int(vocab_size)
 
 
-def _head(side: str, hidden: Any, weight: Any, bias: Any) -> None:
-    """Check one model's hidden states against its LM head."""
+def _head(side: str, hidden: Any, weight: Any, bias: Any, least: int) -> None:
+    """Check one model's hidden states against its LM head, of so many rows at least."""
     names = f"{side}_hidden", f"{side}_weight", f"{side}_bias"
     for argument, value, shape in zip(
         names, (hidden, weight, bias), ("[N, H]", "[V, H]", "[V]"), strict=True
@@ -205,8 +211,13 @@ def _head(side: str, hidden: Any, weight: Any, bias: Any) -> None:
             continue
         _tensor(argument, value, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
         few = value.dim() < 1 if argument == names[0] else value.dim() != shape.count(",") + 1
-        if few or value.shape[-1] < 1 or (argument == names[1] and len(value) < 1):
-            raise ValueError(f"{argument} must be {shape}, neither V nor H 0, got {tuple(value.shape)}")
+        if (
+            few
+            or value.shape[-1] < (least if value is bias else 1)
+            or (value is weight and len(value) < least)
+        ):
+            what = "neither V nor H 0" if least else "H not 0"
+            raise ValueError(f"{argument} must be {shape}, {what}, got {tuple(value.shape)}")
         if value.device != hidden.device:
             raise ValueError(f"{argument} must be on {hidden.device}, as {names[0]} is, got {value.device}")
         # What autocast casts may differ; it leaves float64 alone.
@@ -226,11 +237,11 @@ def _head(side: str, hidden: Any, weight: Any, bias: Any) -> None:
 
 def heads(
     student_hidden: Any, student_weight: Any, student_bias: Any,
-    teacher_hidden: Any, teacher_weight: Any, teacher_bias: Any, shift: bool,
+    teacher_hidden: Any, teacher_weight: Any, teacher_bias: Any, shift: bool, least: int = 1,
 ) -> None:  # fmt: skip
-    """Check both models' hidden states and LM heads."""
-    _head("student", student_hidden, student_weight, student_bias)
-    _head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    """Check both models' hidden states and LM heads, of so many rows at least."""
+    _head("student", student_hidden, student_weight, student_bias, least)
+    _head("teacher", teacher_hidden, teacher_weight, teacher_bias, least)
     _same_rows("student_hidden and teacher_hidden", student_hidden, teacher_hidden)
     shifted("hidden states [batch, time, H]", student_hidden, shift)
     for argument, value in (

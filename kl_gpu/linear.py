@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,21 +41,26 @@ def _tied(grads: list[Tensor | None], incoming: Tensor, heads: _Heads) -> tuple[
     return (*once_differentiable(tuple(grads), incoming, *sources), None, None, None)
 
 
+# The operator `linear_ops.linear`, or what takes its place.
+Linear = Callable[..., "tuple[Tensor, Tensor, Tensor, Tensor]"]
+
+
 class _Rows(torch.autograd.Function):
     """Per-row divergence `[N]`. Backward computes the logits again, chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, call, needs = arguments
+        *tensors, call, needs, linear = arguments
         ctx.save_for_backward(*tensors)
-        ctx.call, ctx.needs = call, needs
-        return linear_ops.linear(*tensors, None, _NO_GRADIENTS, *call)[0]
+        ctx.call, ctx.needs, ctx.linear = call, needs, linear
+        value: Tensor = linear(*tensors, None, _NO_GRADIENTS, *call)[0]
+        return value
 
     @staticmethod
     def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
         *heads, counts = ctx.saved_tensors
-        grads = linear_ops.linear(*heads, counts, row_gradient.contiguous(), ctx.needs, *ctx.call)[1:]
-        return (*_tied(_asked_for(grads, ctx.needs), row_gradient, _Heads(*heads)), None, None, None)
+        grads = ctx.linear(*heads, counts, row_gradient.contiguous(), ctx.needs, *ctx.call)[1:]
+        return (*_tied(_asked_for(grads, ctx.needs), row_gradient, _Heads(*heads)), *(None,) * 4)
 
 
 class _Sum(torch.autograd.Function):
@@ -62,11 +68,11 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, call, needs = arguments
-        value, *grads = linear_ops.linear(*tensors, needs, *call)
+        *tensors, call, needs, linear = arguments
+        value, *grads = linear(*tensors, needs, *call)
         # The inputs too: modifying them before backward must raise, as it does everywhere else.
         ctx.save_for_backward(*tensors)
-        ctx.call, ctx.needs, ctx.grads = call, needs, grads
+        ctx.call, ctx.needs, ctx.linear, ctx.grads = call, needs, linear, grads
         return (value * tensors[-1]).sum()
 
     @staticmethod
@@ -77,11 +83,11 @@ class _Sum(torch.autograd.Function):
         with torch.no_grad():
             if grads is None:
                 scale = incoming * row_scale
-                grads = linear_ops.linear(*heads, counts, scale, ctx.needs, *ctx.call)[1:]
+                grads = ctx.linear(*heads, counts, scale, ctx.needs, *ctx.call)[1:]
             # Elsewhere than on the CPU the question would wait for the device.
             elif incoming.device.type != "cpu" or incoming.item() != 1:
                 grads = [grad.mul_(incoming) for grad in grads]
-        return (*_tied(_asked_for(grads, ctx.needs), incoming, _Heads(*heads)), *(None,) * 4)
+        return (*_tied(_asked_for(grads, ctx.needs), incoming, _Heads(*heads)), *(None,) * 5)
 
 
 class _CompiledSum(torch.autograd.Function):
@@ -89,8 +95,8 @@ class _CompiledSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, call, needs = arguments
-        value, *grads = linear_ops.linear(*tensors, needs, *call)
+        *tensors, call, needs, linear = arguments
+        value, *grads = linear(*tensors, needs, *call)
         ctx.save_for_backward(*grads)
         ctx.needs = needs
         return (value * tensors[-1]).sum()
@@ -101,7 +107,7 @@ class _CompiledSum(torch.autograd.Function):
             (grad * incoming).to(grad.dtype) if need else None
             for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
         ]
-        return (*grads, *(None,) * 7)
+        return (*grads, *(None,) * 8)
 
 
 def linear_div(
@@ -177,6 +183,47 @@ def linear_div(
         RuntimeError: from backward, when a second derivative is asked for, or when a tensor was modified
             since the call.
     """
+    return settle(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, kind,
+        student_bias=student_bias, teacher_bias=teacher_bias, softcap=softcap,
+        teacher_softcap=teacher_softcap, logit_scale=logit_scale, teacher_logit_scale=teacher_logit_scale,
+        chunk_rows=chunk_rows, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
+        t_squared=t_squared, mask=mask, labels=labels, ignore_index=ignore_index, shift=shift, weight=weight,
+        reduction=reduction, normalizer=normalizer, vocab_size=vocab_size, backend=backend,
+    )  # fmt: skip
+
+
+def settle(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    kind: str,
+    linear: Linear = linear_ops.linear,
+    columns: int | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+    beta: float | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    t_squared: bool = False,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`linear_div`, whatever computes it, of the heads' first `columns` rows, or those `vocab_size` says."""
     checks.name("kind", kind, KINDS)
     checks.name("reduction", reduction, ("none", "sum", "mean", "batchmean"))
     checks.beta(beta, kind)
@@ -189,10 +236,14 @@ def linear_div(
     )
     checks.chunk_rows(chunk_rows)
     checks.heads(
-        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, shift
-    )
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, shift,
+        least=1 if columns is None else 0,
+    )  # fmt: skip
     device, sizes = student_hidden.device, (len(student_weight), len(teacher_weight))
-    vocab_size = checks.vocabulary("student_weight", sizes[0], "teacher_weight", sizes[1], "rows", vocab_size)
+    if columns is None:
+        columns = checks.vocabulary(
+            "student_weight", sizes[0], "teacher_weight", sizes[1], "rows", vocab_size
+        )
     checks.rows(student_hidden, mask, labels, ignore_index, weight)
     checks.normalizer(normalizer, reduction, device)
     checks.backend(backend)
@@ -212,7 +263,7 @@ def linear_div(
         teacher_inner=factors[1] if caps[1] else 1.0,
         student_cap=caps[0],
         teacher_cap=caps[1],
-        vocab_size=vocab_size,
+        vocab_size=columns,
         chunk_rows=chunk_rows or 0,
         kind=kind,
         beta=beta,
@@ -234,10 +285,10 @@ def linear_div(
         dtype = arithmetic(dtypes)
         row_scale = rows.scale(lead, dtype, device, weight) * squared / denominator
         function = _CompiledSum if torch.compiler.is_compiling() else _Sum
-        total = function.apply(*heads, flat_counts, row_scale.reshape(-1), call, needs)
+        total = function.apply(*heads, flat_counts, row_scale.reshape(-1), call, needs, linear)
         return total.float() if mixed else total
 
-    value = _Rows.apply(*heads, flat_counts, call, needs).view(lead)
+    value = _Rows.apply(*heads, flat_counts, call, needs, linear).view(lead)
     return rows.reduced(value.float() if mixed else value, squared, weight, reduction, denominator)
 
 

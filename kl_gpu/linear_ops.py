@@ -16,7 +16,7 @@ from . import ops
 from .checks import autocasts
 from .linear_chunks import Call, arithmetic, chunks_of
 from .linear_sums import BiasGradient, WeightGradient
-from .linear_sweep import Head, Sweep
+from .linear_sweep import Head, Sweep, SweepRows, sweep_rows
 
 _library = torch.library.Library("kl_gpu", "FRAGMENT")
 _library.define(
@@ -35,7 +35,7 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _linear(
+def over_chunks(
     student_hidden: Tensor,
     student_weight: Tensor,
     student_bias: Tensor | None,
@@ -46,7 +46,10 @@ def _linear(
     row_scale: Tensor | None,
     needs: list[bool],
     *numbers: Any,
+    sweep_rows: SweepRows = sweep_rows,
+    widest: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator `linear`, whatever sweeps the rows; `widest` as in `Sweep`."""
     call = Call(*numbers)
     device, n = student_hidden.device, len(student_hidden)
     with torch.no_grad(), _without_autocast(device):
@@ -59,7 +62,7 @@ def _linear(
         columns = call.vocab_size
         student = Head(student_hidden, student_weight, student_bias, call.student_dtype, columns, longest)
         teacher = Head(teacher_hidden, teacher_weight, teacher_bias, call.teacher_dtype, columns, longest)
-        sweep = Sweep(call, student.buffer, teacher.buffer)
+        sweep = Sweep(call, student.buffer, teacher.buffer, sweep_rows, widest)
         to_weight = WeightGradient(student_weight, student.dtype, columns, len(chunks)) if needs[1] else None
         to_bias = None if student_bias is None or not needs[2] else BiasGradient(
             student_bias, student.dtype, columns
@@ -97,6 +100,10 @@ def _outputs(
         for x, need in zip((student_hidden, student_weight, student_bias), needs, strict=True)
     ]
     return value, *grads  # type: ignore[return-value]
+
+
+def _linear(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return over_chunks(*arguments)
 
 
 def _linear_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -104,6 +104,8 @@ class _RoundedSum:
 
     def add(self, left: Tensor, right: Tensor) -> None:
         self.added += 1
+        if not self.blocks:
+            return
         if self.added == 1 and self.narrow:
             torch.mm(left, right, out=self.into)
             return
@@ -142,7 +144,7 @@ class BiasGradient:
         self.total = bias.new_zeros(columns, dtype=torch.promote_types(dtype, torch.float32))
 
     def add(self, gradient: Tensor) -> None:
-        for part in gradient.split(max(1, _SUMMED_ON_A_GPU // gradient.shape[1])):
+        for part in gradient.split(max(1, _SUMMED_ON_A_GPU // max(1, gradient.shape[1]))):
             self.total += part.sum(0, dtype=self.total.dtype)
 
     def result(self) -> Tensor:

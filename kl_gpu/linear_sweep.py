@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -59,14 +61,42 @@ class _Cap:
         return gradient.mul_(self.tanh[: len(gradient)].square_().neg_().add_(1)).mul_(self.inner)
 
 
-class Sweep:
-    """The divergences of a chunk's logits, and their gradient in place of the student's."""
+class SweepRows(Protocol):
+    """Divergences `[n]` of logits `[n, V]`, of which `keep` says which rows count; with factors `[n]` of the
+    rows their gradient, too, in place of the student's logits."""
 
-    def __init__(self, call: Call, student: Tensor, teacher: Tensor) -> None:
-        self.call = call
+    def __call__(
+        self, call: Call, student: Tensor, teacher: Tensor, keep: Tensor | None, row_scale: Tensor | None
+    ) -> Tensor: ...
+
+
+def sweep_rows(
+    call: Call, student: Tensor, teacher: Tensor, keep: Tensor | None, row_scale: Tensor | None
+) -> Tensor:
+    """`SweepRows` of rows that are all here."""
+    numbers = call.numbers
+    if row_scale is None:
+        return ops.value(student, teacher, keep, *numbers)[0]
+    if ops.fuses(call.backend):
+        return ops.value_and_gradient(student, teacher, keep, row_scale, *numbers, student, None)[0]
+    value, stats = ops.value(student, teacher, keep, *numbers)
+    ops.gradient(student, teacher, keep, stats, row_scale, None, *numbers, student, None)
+    return value
+
+
+class Sweep:
+    """The divergences of a chunk's logits, and their gradient in place of the student's.
+
+    `widest` is the number of columns that the rows of a soft cap are chosen by.
+    """
+
+    def __init__(
+        self, call: Call, student: Tensor, teacher: Tensor, rows: SweepRows = sweep_rows, widest: int = 0
+    ) -> None:
+        self.call, self.rows = call, rows
         dtype = arithmetic((student.dtype, teacher.dtype))
         elements = _CAPPED.get(student.device.type, _CAPPED_ON_A_GPU)
-        self.at_once = max(1, elements // student.shape[1])
+        self.at_once = max(1, elements // max(widest, student.shape[1], 1))
         at_once = min(len(student), self.at_once)
         self.caps = [
             _Cap(inner, cap, side, dtype, at_once) if cap else None
@@ -80,7 +110,7 @@ class Sweep:
         self, student: Tensor, teacher: Tensor, keep: Tensor | None, row_scale: Tensor | None
     ) -> Tensor:
         if self.caps == [None, None]:
-            return self._rows(student, teacher, keep, row_scale)
+            return self.rows(self.call, student, teacher, keep, row_scale)
         # A few rows at a time: what the caps make of them stays in a cache.
         parts = [slice(i, i + self.at_once) for i in range(0, len(student), self.at_once)]
         return torch.cat(
@@ -98,19 +128,8 @@ class Sweep:
     ) -> Tensor:
         cap, teacher_cap = self.caps
         s = student if cap is None else cap.of(student)
-        value = self._rows(s, teacher if teacher_cap is None else teacher_cap.of(teacher), keep, row_scale)
+        t = teacher if teacher_cap is None else teacher_cap.of(teacher)
+        value = self.rows(self.call, s, t, keep, row_scale)
         if cap is not None and row_scale is not None:
             student.copy_(cap.pull_back(s))
-        return value
-
-    def _rows(
-        self, student: Tensor, teacher: Tensor, keep: Tensor | None, row_scale: Tensor | None
-    ) -> Tensor:
-        numbers = self.call.numbers
-        if row_scale is None:
-            return ops.value(student, teacher, keep, *numbers)[0]
-        if ops.fuses(self.call.backend):
-            return ops.value_and_gradient(student, teacher, keep, row_scale, *numbers, student, None)[0]
-        value, stats = ops.value(student, teacher, keep, *numbers)
-        ops.gradient(student, teacher, keep, stats, row_scale, None, *numbers, student, None)
         return value

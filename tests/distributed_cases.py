@@ -43,7 +43,7 @@ def leaves(rank: int, ranks: int, *sides: Tensor) -> list[Tensor]:
 
 
 def bits(*tensors: Tensor) -> bytes:
-    return b"".join(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for x in tensors)
+    return b"".join(x.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for x in tensors)
 
 
 def dense(
@@ -229,7 +229,7 @@ def repeats(rank: int, ranks: int, kind: str) -> bytes:
     return bits(value)
 
 
-class _Wire(TorchDispatchMode):
+class Wire(TorchDispatchMode):
     """Bytes this rank puts into collectives."""
 
     def __init__(self) -> None:
@@ -250,9 +250,9 @@ class _Wire(TorchDispatchMode):
 def traffic(rank: int, ranks: int, kind: str) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     shards = leaves(rank, ranks, *pair(64, 200))
     vocab_parallel_div(*shards, kind)  # the first call also asks whether the ranks agree
-    with _Wire() as forward:
+    with Wire() as forward:
         value = vocab_parallel_div(*shards, kind)
-    with _Wire() as backward:
+    with Wire() as backward:
         value.backward()
     assert shards[0].grad is not None
     return forward.calls, backward.calls
@@ -307,9 +307,9 @@ def disagreements(rank: int, ranks: int) -> None:
     os.environ["KL_GPU_DISTRIBUTED_CHECK"] = "first"
     fresh = dist.new_group(list(range(ranks)))
     try:
-        with _Wire() as first:
+        with Wire() as first:
             vocab_parallel_div(student, teacher, group=fresh)
-        with _Wire() as second:
+        with Wire() as second:
             vocab_parallel_div(student, teacher, group=fresh)
     finally:
         del os.environ["KL_GPU_DISTRIBUTED_CHECK"]
@@ -461,7 +461,7 @@ def dtensors(rank: int, ranks: int, kind: str) -> None:
             want.sum().backward()
             shared = [distribute_tensor(x, mesh, placements).requires_grad_() for x in (student, teacher)]
             own = {k: distribute_tensor(v, mesh, rows_of) if k == "mask" else v for k, v in given.items()}
-            with _Wire() as wire:
+            with Wire() as wire:
                 got = kl_gpu.divergence(*shared, kind, **own)
             # A state of at most 40 bytes a row, or a count; never logits.
             assert all(size <= 40 * 30 for _, size in wire.calls), wire.calls

@@ -35,13 +35,19 @@ def join(rank: int, ranks: int, port: int, seconds: float = 60) -> None:
 
 def _serve(rank: int, ranks: int, port: int, orders: Any) -> None:
     join(rank, ranks, port)
+    import distributed_linear
+
     import distributed_cases
 
+    cases = {"linear": distributed_linear}
     while (order := orders.recv()) is not None:
         name, arguments = order
         torch.manual_seed(0)
         try:
-            orders.send((True, getattr(distributed_cases, name)(rank, ranks, **arguments)))
+            # "dense", or "linear.dense".
+            module, _, case = name.rpartition(".")
+            run = getattr(cases.get(module, distributed_cases), case)
+            orders.send((True, run(rank, ranks, **arguments)))
         except BaseException:
             orders.send((False, traceback.format_exc()))
     dist.destroy_process_group()

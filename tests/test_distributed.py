@@ -125,3 +125,41 @@ def test_a_mean_over_ranks_is_that_of_one_process(world: World) -> None:
 @pytest.mark.parametrize("kind", ["forward_kl", "jeffreys", "js"])
 def test_dtensors_stay_where_they_are(world: World, kind: str) -> None:
     world.run("dtensors", kind=kind)
+
+
+def test_linear_div_within_the_bounds_of_explicit_logits(world: World, kind: str, backend: str) -> None:
+    same_on_all_ranks(world.run("linear.dense", kind=kind, backend=backend, chunk_rows=3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "float64", "reduction": "sum"},
+        {"reduction": "none", "masked": True},
+        {"sequence_dim": 1, "masked": True, "chunk_rows": 5},
+        {"softcap": 4.0, "teacher_softcap": 5.0, "logit_scale": 2.0, "temperature": 1.5},
+        {"vocab_size": 41},
+    ],
+    ids=lambda options: ", ".join(map(str, options)),
+)
+def test_linear_div_options(world: World, backend: str, options: dict[str, object]) -> None:
+    if is_slow(backend) and "sequence_dim" not in options:
+        pytest.skip("Triton's interpreter is slow, and options are not its affair")
+    for kind in ("forward_kl", "js"):
+        same_on_all_ranks(world.run("linear.dense", kind=kind, backend=backend, **options))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_linear_div_repeats_and_is_that_of_one_process(world: World, dtype: str) -> None:
+    same_on_all_ranks(world.run("linear.repeats", dtype=dtype))
+
+
+def test_linear_div_on_the_wire(world: World) -> None:
+    # The chunks' sizes, two chunks of 32 rows; the gradient of 64 rows of 6 hidden states, in float32.
+    for forward, backward in world.run("linear.traffic"):
+        assert [size for _, size in forward] == [16, 32 * 24, 32 * 24], forward
+        assert [size for _, size in backward] == [64 * 6 * 4], backward
+
+
+def test_linear_div_refuses_what_the_ranks_disagree_on(world: World) -> None:
+    world.run("linear.disagreements")

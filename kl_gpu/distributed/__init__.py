@@ -2,6 +2,7 @@
 
 from .counts import GlobalCount, global_count
 from .divergence import vocab_parallel_div
+from .linear import vocab_parallel_linear_div
 from .tokens import vocab_parallel_token_logprobs, vocab_parallel_token_stats
 from .topk import vocab_parallel_topk_div
 
@@ -9,6 +10,7 @@ __all__ = [
     "GlobalCount",
     "global_count",
     "vocab_parallel_div",
+    "vocab_parallel_linear_div",
     "vocab_parallel_token_logprobs",
     "vocab_parallel_token_stats",
     "vocab_parallel_topk_div",

@@ -26,7 +26,8 @@ _FIELDS = (
     "entry", "dim", "rows", "student_dtype", "teacher_dtype", "kind", "beta", "temperature",
     "teacher_temperature", "t_squared", "mask", "labels", "ignore_index", "shift", "weight", "reduction",
     "normalizer", "vocab_size", "backend", "vocab_start", "widths", "tail", "teacher_ids", "teacher_logprobs",
-    "teacher_tail_logprob", "token_ids", "entropy", "return_mass",
+    "teacher_tail_logprob", "token_ids", "entropy", "return_mass", "hidden_sizes", "softcap",
+    "teacher_softcap", "logit_scale", "teacher_logit_scale", "chunk_rows", "sequence_dim", "gradients",
 )  # fmt: skip
 # What the message calls them.
 _NAMES = {
@@ -34,6 +35,7 @@ _NAMES = {
     "rows": "N, the logits' leading shape,", "student_dtype": "the dtype of the student's logits",
     "teacher_dtype": "the dtype of the teacher's logits", "vocab_start": "whether vocab_start is given",
     "widths": "whether the student's shard is as wide as the teacher's",
+    "hidden_sizes": "H, the sizes of the hidden states,", "gradients": "what requires a gradient",
 }  # fmt: skip
 
 _checked: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
@@ -77,6 +79,7 @@ def agree(
     check: str | None,
     logits: tuple[Any, ...],
     vocab_start: Any,
+    columns: int | None = None,
     **options: Any,
 ) -> None:
     """Raise on every rank where the ranks' arguments differ.
@@ -87,6 +90,7 @@ def agree(
             environment variable KL_GPU_DISTRIBUTED_CHECK, and is "first" without it.
         logits: the student's shard, and the teacher's where there is one.
         vocab_start: this rank's first column, or None.
+        columns: how many it holds, where that is not the logits' last size.
         **options: what must be the same on every rank.
 
     Raises:
@@ -109,6 +113,7 @@ def agree(
         raise TypeError(f"{entry} has no option {', '.join(sorted(unknown))}")
     start = vocab_start if isinstance(vocab_start, int) else -1
     width = tensors[0].shape[-1] if tensors and tensors[0].dim() else 0
+    width = width if columns is None else columns
     row = [_digest(of.get(name)) for name in _FIELDS] + [start, width]
     device = tensors[0].device if tensors else torch.device("cpu")
     local = torch.tensor(row, dtype=torch.int64, device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class _Shards(RowDivergence):
         ctx: Any, student: Tensor, teacher: Tensor, rows: Tensor | None, call: Call, group: Any
     ) -> Tensor:
         sides = call.window.of(student), call.window.of(teacher)
-        value, stats, backend = _whole_rows(*sides, rows, call, group, any(ctx.needs_input_grad[:2]))
+        value, stats, backend = whole_rows(*sides, rows, call, group, any(ctx.needs_input_grad[:2]))
         ctx.save_for_backward(student, teacher, rows, stats)
         ctx.call = call._replace(backend=backend)
         return value
@@ -38,8 +38,26 @@ def _per_row(student: Tensor, teacher: Tensor, rows: Tensor | None, call: Call, 
     return value
 
 
-def _whole_rows(
-    student: Tensor, teacher: Tensor, rows: Tensor | None, call: Call, group: Any, needs_stats: bool
+class Numbers(Protocol):
+    """What rows depend on: `autograd.Call` and `linear_chunks.Call` have it."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def beta(self) -> float: ...
+    @property
+    def student_scale(self) -> float: ...
+    @property
+    def teacher_scale(self) -> float: ...
+    @property
+    def backend(self) -> str: ...
+    @property
+    def numbers(self) -> tuple[str, float, float, float, str]: ...
+    def _replace(self, *, backend: str) -> Any: ...
+
+
+def whole_rows(
+    student: Tensor, teacher: Tensor, rows: Tensor | None, call: Numbers, group: Any, needs_stats: bool
 ) -> tuple[Tensor, Tensor, str]:
     """Value `[N]` and statistics `[N, STATS]` of whole rows, and the backend whose statistics these are.
 
@@ -63,9 +81,9 @@ def _whole_rows(
 
     if backend == "native" and not ops.implementation(backend).holds(masses.log_a, masses.ratio):
         # The kernels would look at such a row again, and see no more of it than this shard.
-        return _whole_rows(student, teacher, rows, call._replace(backend="eager"), group, needs_stats)
+        return whole_rows(student, teacher, rows, call._replace(backend="eager"), group, needs_stats)
 
-    def of_whole_rows(of_shard: Tensor, sums: Tensor) -> Tensor:
+    def ofwhole_rows(of_shard: Tensor, sums: Tensor) -> Tensor:
         whole = of_shard, *scales, of.family, masses.log_a, masses.ratio, sums
         stats: Tensor = ops.implementation(backend).statistics(*whole)
         return stats
@@ -81,13 +99,13 @@ def _whole_rows(
         # Σ −a r and Σ b r are the two KLs; Σ (b − a) is 0.
         sums = torch.stack((value, forward_kl, backward_kl), -1)
     else:
-        local = of_whole_rows(local, torch.stack([nothing] * 3, -1))
+        local = ofwhole_rows(local, torch.stack([nothing] * 3, -1))
         here = ops.formula_sums(student, teacher, rows, local, *call.numbers)
         sums = collectives.gather(here, group, f"{call.kind}'s row sums").sum(0)
         sums[..., 0].clamp_min_(0.0)
         sums = torch.where((masses.ratio + masses.log_a).isnan()[..., None], torch.nan, sums)
         value = sums[..., 0]
-    stats = of_whole_rows(local, sums) if needs_stats else local
+    stats = ofwhole_rows(local, sums) if needs_stats else local
     if rows is not None:
         value = torch.where(rows, value, 0.0)
     return value.to(inside.dtype), stats, backend
