@@ -199,7 +199,7 @@ def settle(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     kind: str,
-    linear: Linear = linear_ops.linear,
+    linear: Linear | None = None,
     columns: int | None = None,
     *,
     student_bias: Tensor | None = None,
@@ -224,6 +224,7 @@ def settle(
     backend: str | None = None,
 ) -> Tensor:
     """`linear_div`, whatever computes it, of the heads' first `columns` rows, or those `vocab_size` says."""
+    linear = linear or linear_ops.linear
     checks.name("kind", kind, KINDS)
     checks.name("reduction", reduction, ("none", "sum", "mean", "batchmean"))
     checks.beta(beta, kind)
