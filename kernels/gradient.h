@@ -122,6 +122,16 @@ struct Begun {
     V r;
 };
 
+// The first stage of 2^(a k - lse_a) and, in r, its logarithm; lse_a.lo is left for the second to make up
+// for.
+template <Form form, class V>
+KL_INLINE void begin_power(V a, const RowConstants<V>& row, Begun<V>& out) {
+    out.r = fma(a, row.k, -row.lse_a.hi);
+    out.log_p = reduce(out.r);
+    out.log_p.r = fma(a, row.k, -(row.lse_a.hi + integer(out.log_p)));
+    if constexpr (form == Form::precise) out.log_p.r = fma(a, row.k_lo, out.log_p.r);
+}
+
 template <Form form, bool ToA, bool ToB, class V>
 KL_INLINE Begun<V> begin_gradient(V a, V b, const RowConstants<V>& row) {
     // Held, so that nothing below overflows or loses its fraction: -1e9 is a usual mask. The gradient of a
@@ -130,9 +140,7 @@ KL_INLINE Begun<V> begin_gradient(V a, V b, const RowConstants<V>& row) {
     b = max(b, ToA ? splat<V>(-0x1p100f) : row.lowest_b);
 
     Begun<V> out;
-    out.log_p = reduce(fma(a, row.k, -row.lse_a.hi));
-    out.log_p.r = fma(a, row.k, -(row.lse_a.hi + integer(out.log_p)));
-    if constexpr (form == Form::precise) out.log_p.r = fma(a, row.k_lo, out.log_p.r);
+    begin_power<form>(a, row, out);
 
     const V d = b - a;
     if constexpr (form == Form::quick) {

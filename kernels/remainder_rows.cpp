@@ -6,6 +6,7 @@
 #include "formats.h"
 #include "gradient.h"
 #include "remainder.h"
+#include "stages.h"
 #include "sweep.h"
 
 namespace kl::KL_ISA {
@@ -60,27 +61,33 @@ template <bool WithEntropy, class T, class V>
 inline TileSums<V> sweep_tile(const Tile<T>& tile, V k, V m) {
     using S = typename Traits<V>::Scalar;
     const V deepest = splat<V>(static_cast<S>(kDeepest)), inf = splat<V>(static_cast<S>(__builtin_inf()));
-    V z0{}, z1{}, t0{}, t1{}, top0 = -inf, top1 = -inf;
+    V z{}, t{}, top = -inf;
     Mask<V> bad{};
-    for (std::int64_t i = 0; i < tile.steps; ++i) {
-        for (std::int64_t line = 0; line < static_cast<std::int64_t>(kStep<T> * sizeof(T)); line += 64)
-            __builtin_prefetch(reinterpret_cast<const char*>(tile.at[i]) + kAhead + line);
-        const auto x = load_pair(tile.at[i]);
-        top0 = max(x.x, top0);
-        top1 = max(x.y, top1);
-        const V y0 = max(fma(x.x, k, -m), deepest), y1 = max(fma(x.y, k, -m), deepest);
-        const V w0 = exp2(y0), w1 = exp2(y1);
-        z0 += w0;
-        z1 += w1;
-        // A NaN that max or exp2 lost on the way.
-        bad |= (x.x != x.x) | (x.y != x.y);
-        if constexpr (WithEntropy) {
-            t0 = mad(w0, y0, t0);
-            t1 = mad(w1, y1, t1);
-        }
-    }
-    const double top = static_cast<double>(largest(max(top0, top1)));
-    return {sum(z0 + z1), sum(t0 + t1), top, any<V>(bad) || top == __builtin_inf()};
+    struct Column {
+        V y;
+        Reduced<V> e;
+    };
+    const auto see = [&](V x) KL_INLINE_LAMBDA {
+        const V y = max(fma(x, k, -m), deepest);
+        return Column{y, reduce(clamp_exponent(y))};
+    };
+    in_two_stages(
+        tile.steps, 1,
+        [&](std::int64_t i) KL_INLINE_LAMBDA {
+            prefetch_step(tile.at[i]);
+            const auto x = load_pair(tile.at[i]);
+            top = max(x.x, max(x.y, top));
+            // A NaN that max or exp2 lost on the way.
+            bad |= (x.x != x.x) | (x.y != x.y);
+            return Pair<Column>{see(x.x), see(x.y)};
+        },
+        [&](std::int64_t, const Pair<Column>& c) KL_INLINE_LAMBDA {
+            const V w0 = exp2_from(c.x.y, c.x.e), w1 = exp2_from(c.y.y, c.y.e);
+            z += w0 + w1;
+            if constexpr (WithEntropy) t += mad(w0, c.x.y, w1 * c.y.y);
+        });
+    const double highest = static_cast<double>(largest(top));
+    return {sum(z), sum(t), highest, any<V>(bad) || highest == __builtin_inf()};
 }
 
 template <class T, class V>
@@ -228,7 +235,8 @@ struct RestGradient {
     using S = typename Traits<V>::Scalar;
 
     RowConstants<V> row;
-    V flow, turn;  // of log2 pi
+    V flow, turn;              // of log2 pi
+    V begun_flow, begun_turn;  // of log2 pi + lse.lo, times 2^-lse.lo
 
     static RowScalars as_row(const RemainderScalars& s) {
         RowScalars row{};
@@ -237,10 +245,17 @@ struct RestGradient {
         return row;
     }
 
-    RestGradient(double scale, const RemainderScalars& s)
-        : row(scale, as_row(s)),
-          flow(splat<V>(static_cast<S>(s.to_rest - s.to_entropy * s.entropy))),
-          turn(splat<V>(static_cast<S>(-s.to_entropy * kLn2))) {}
+    RestGradient(double scale, const RemainderScalars& s) : row(scale, as_row(s)) {
+        const double to_pi = s.to_rest - s.to_entropy * s.entropy, to_log = -s.to_entropy * kLn2;
+        const auto lo = static_cast<double>(row.lse_a.lo[0]), rest = std::exp2(-lo);
+        flow = splat<V>(static_cast<S>(to_pi));
+        turn = splat<V>(static_cast<S>(to_log));
+        begun_flow = splat<V>(static_cast<S>((to_pi - lo * to_log) * rest));
+        begun_turn = splat<V>(static_cast<S>(to_log * rest));
+    }
+
+    // Whether it may be had in two stages: what lse.hi leaves must be a factor near 1.
+    bool in_stages() const { return std::fabs(row.lse_a.lo[0]) < 1; }
 
     template <bool ToA, bool ToB>
     KL_INLINE Gradients<V> at(V, V x) const {
@@ -254,15 +269,43 @@ struct RestGradient {
     }
 };
 
+// The same in two stages, in fp32.
+template <bool WithEntropy>
+struct StagedRestGradient {
+    RestGradient<WithEntropy, VF> of;
+
+    template <bool ToA, bool ToB>
+    KL_INLINE Begun<VF> begin(VF, VF x) const {
+        Begun<VF> out;
+        begin_power<Form::precise>(max(x, of.row.lowest_a), of.row, out);
+        return out;
+    }
+    template <bool ToA, bool ToB>
+    KL_INLINE Gradients<VF> end(const Begun<VF>& x) const {
+        const VF factor = WithEntropy ? mad(x.r, of.begun_turn, of.begun_flow) : of.begun_flow;
+        return {VF{}, scale_product(exp2_fraction(x.log_p.r), factor, x.log_p)};
+    }
+};
+
+template <bool WithEntropy, class T>
+void gradient_with(const T* x, std::int64_t n, double scale, const RemainderScalars& s, T* to, bool stream) {
+    const RestGradient<WithEntropy, Wide<T>> gradient(scale, s);
+    T* const nowhere = nullptr;
+    if constexpr (!std::is_same_v<T, double>) {
+        if (gradient.in_stages()) {
+            const StagedRestGradient<WithEntropy> staged{gradient};
+            return gradient_stretch<false, true>(x, x, n, staged, nowhere, to, stream);
+        }
+    }
+    gradient_stretch<false, true>(x, x, n, gradient, nowhere, to, stream);
+}
+
 template <class T>
 void gradient_run(const T* x, std::int64_t n, double scale, const RemainderScalars& s, T* to, bool stream) {
-    using V = Wide<T>;
     if (s.to_entropy != 0)
-        gradient_stretch<false, true>(x, x, n, RestGradient<true, V>(scale, s), static_cast<T*>(nullptr), to,
-                                      stream);
+        gradient_with<true>(x, n, scale, s, to, stream);
     else
-        gradient_stretch<false, true>(x, x, n, RestGradient<false, V>(scale, s), static_cast<T*>(nullptr), to,
-                                      stream);
+        gradient_with<false>(x, n, scale, s, to, stream);
 }
 
 void gradient_in_fp64(const RemainderRow& row, const RemainderScalars& s, Destination to, std::int64_t first,
