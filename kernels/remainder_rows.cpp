@@ -277,7 +277,9 @@ struct StagedRestGradient {
     template <bool ToA, bool ToB>
     KL_INLINE Begun<VF> begin(VF, VF x) const {
         Begun<VF> out;
-        begin_power<Form::precise>(max(x, of.row.lowest_a), of.row, out);
+        x = max(x, of.row.lowest_a);
+        begin_power<Form::precise>(x, of.row, out);
+        if constexpr (WithEntropy) out.r = fma(x, of.row.k_lo, out.r);
         return out;
     }
     template <bool ToA, bool ToB>
