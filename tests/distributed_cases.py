@@ -43,7 +43,9 @@ def leaves(rank: int, ranks: int, *sides: Tensor) -> list[Tensor]:
 
 
 def bits(*tensors: Tensor) -> bytes:
-    return b"".join(x.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for x in tensors)
+    return b"".join(
+        x.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for x in tensors
+    )
 
 
 def dense(
