@@ -102,16 +102,12 @@ def _outputs(
     return value, *grads  # type: ignore[return-value]
 
 
-def _linear(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return over_chunks(*arguments)
-
-
 def _linear_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden, weight, bias = arguments[:3]
     return _outputs(hidden, weight, bias, arguments[8], Call(*arguments[9:]))
 
 
-_IMPLEMENTATIONS: ops.Implementations = {"linear": (_linear, _linear_fake)}
+_IMPLEMENTATIONS: ops.Implementations = {"linear": (over_chunks, _linear_fake)}
 ops.register(_library, _IMPLEMENTATIONS)
 
 linear = torch.ops.kl_gpu.linear.default

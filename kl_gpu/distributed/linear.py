@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, linear, linear_chunks, linear_ops, ops
@@ -63,17 +62,13 @@ def _sweep_rows(
     row_scale: Tensor | None, *, group: Any,
 ) -> Tensor:  # fmt: skip
     """`linear_sweep.SweepRows` of rows of which this rank has some columns."""
-    columns = student.shape[1]
-    if columns < 2:  # as `shards.Shard.of` has it
-        s, t = (F.pad(x, (0, 2 - columns), value=-torch.inf) for x in (student, teacher))
-    else:
-        s, t = student, teacher
+    s, t = shards.two_at_least(student), shards.two_at_least(teacher)
     value, stats, backend = whole_rows(s, t, keep, call, group, row_scale is not None)
     if row_scale is not None:
         numbers = call._replace(backend=backend).numbers
         ops.gradient(s, t, keep, stats, row_scale, None, *numbers, s, None)
-        if columns < 2:
-            student.copy_(s[:, :columns])
+        if s is not student:
+            student.copy_(s[:, : student.shape[1]])
     return value
 
 

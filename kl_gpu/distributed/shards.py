@@ -13,6 +13,15 @@ from .. import checks
 from . import collectives
 
 
+def two_at_least(logits: Tensor) -> Tensor:
+    """Fewer columns filled up with columns of −inf, which do not exist.
+
+    A backend calls a row of one column certain and gives it no gradient, and cannot take a row of none.
+    """
+    columns = logits.shape[-1]
+    return logits if columns >= 2 else F.pad(logits, (0, 2 - columns), value=-torch.inf)
+
+
 class Shard(NamedTuple):
     """Where a rank's columns lie.
 
@@ -27,13 +36,10 @@ class Shard(NamedTuple):
     total: int
 
     def of(self, logits: Tensor) -> Tensor:
-        """The columns that count; two at least, filled up with columns of −inf, which do not exist.
-
-        A backend calls a row of one column certain and gives it no gradient, and cannot take a row of none.
-        """
+        """The columns that count; two at least, as `two_at_least` has it."""
         if logits.shape[-1] != self.columns:
             logits = logits[..., : self.columns]
-        return logits if self.columns >= 2 else F.pad(logits, (0, 2 - self.columns), value=-torch.inf)
+        return two_at_least(logits)
 
     def own(self, ids: Tensor) -> Tensor:
         """Column numbers as this rank counts them; −1 where another rank holds the column, or none."""
