@@ -4,12 +4,6 @@
 #include <cmath>
 
 namespace kl {
-namespace {
-
-constexpr double kLn2 = 0.69314718055994530942;
-
-}  // namespace
-
 PairState seen_from(Frame to, const PairState& s) {
     // KL(b||a) is the same state with the sides exchanged: its frame is (m + c, -c).
     const double m = s.frame.m, c = s.frame.c, to_m = to.m, to_c = to.c, rise = m - to_m;

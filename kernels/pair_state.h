@@ -42,7 +42,6 @@ struct PairState {
     bool is_empty() const { return z == 0; }
     // (zb - z) / ln 2, by its more exact side.
     double gap() const {
-        constexpr double kLn2 = 0.69314718055994530942;
         const double sum = a1 + a2, size = sum < 0 ? -sum : sum;
         return 2 * kLn2 * size < (z < zb ? z : zb) ? sum : (zb - z) / kLn2;
     }

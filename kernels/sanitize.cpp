@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "contract.h"
+#include "ranks.h"
 #include "remainder.h"
 
 namespace {
@@ -116,6 +117,32 @@ std::vector<unsigned char> run_remainder(kl::Dtype dtype, std::int64_t rows, std
     return grad;
 }
 
+// Two shards of a row that are its two halves, from their stats to the whole rows', any bits among them.
+void merge_halves(bool wide, kl::Dtype dtype, std::int64_t rows, std::int64_t columns) {
+    const Bytes a = logits(dtype, rows, 2 * columns, 5), b = logits(dtype, rows, 2 * columns, 6);
+    const auto n = static_cast<std::size_t>(rows);
+    std::vector<double> found(2 * 4 * n), whole(4 * n), sums(3 * n, 0.5), out(n * kl::kStats);
+    std::vector<double> value(n), stats(n * kl::kStats);
+    for (std::size_t half = 0; half < 2; ++half) {
+        const std::int64_t first = static_cast<std::int64_t>(half) * columns * size_of(dtype);
+        const kl::Problem p{{a.get() + first, 2 * columns, 2 * columns, dtype, 1.0},
+                            {b.get() + first, 2 * columns, 2 * columns, dtype, 1.0},
+                            {nullptr, 0, 0},
+                            rows,
+                            1,
+                            columns,
+                            1,
+                            kl::Family::kl,
+                            0.0};
+        kl::value(p, wide, value.data(), stats.data());
+        const void* const inside[] = {value.data(), value.data()};
+        kl::shard_states(stats.data(), wide, 0.7, rows, inside, 2, found.data() + half * 4 * n);
+    }
+    kl::merge_ranks(found.data(), 2, rows, 2, whole.data());
+    kl::whole_row_stats(stats.data(), wide, 0.7, rows, kl::Family::kl, whole.data(), whole.data() + n,
+                        sums.data(), out.data());
+}
+
 }  // namespace
 
 int main() {
@@ -154,6 +181,9 @@ int main() {
         for (const std::int64_t columns : {1, 2, 15, 33, 127, 2049, 4100}) check_remainder(dtype, 7, columns);
         check_remainder(dtype, 2, 70001);
     }
+
+    merge_halves(false, kl::Dtype::f32, 9, 33);
+    merge_halves(true, kl::Dtype::f64, 9, 33);
 
     std::vector<std::thread> callers;
     for (int i = 0; i < 4; ++i)

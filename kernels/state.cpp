@@ -5,19 +5,13 @@
 #include <limits>
 
 namespace kl {
-namespace {
 
-constexpr double kLn2 = 0.69314718055994530942;
-
-// expm1(x) - x without cancellation.
 double g(double x) {
     if (std::fabs(x) > 0.25) return std::expm1(x) - x;
     double term = 0.5 * x * x, total = term;
     for (int n = 3; n <= 12; ++n) total += term *= x / n;
     return total;
 }
-
-}  // namespace
 
 State seen_from(Frame to, const State& s) {
     State out = s;

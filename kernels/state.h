@@ -13,6 +13,8 @@
 
 namespace kl {
 
+constexpr double kLn2 = 0.69314718055994530942;
+
 enum Flag : unsigned {
     kSawNan = 1,        // NaN or +inf
     kSawHole = 2,       // -inf on either side
@@ -44,6 +46,9 @@ struct State {
     bool has_mass() const { return z > 0; }
     bool is_empty() const { return z == 0 && a2 == 0; }
 };
+
+// expm1(x) - x without cancellation.
+double g(double x);
 
 // The same stretch seen from another frame.
 State seen_from(Frame, const State&);

@@ -6,7 +6,9 @@ Tensors in, tensors out; what they must look like has been checked before anythi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,55 +97,47 @@ def value(p: Problem) -> tuple[Tensor, Tensor]:
     return value, stats
 
 
-# Of the row statistics, as kernels/contract.h has them, and where rows become vast to kernels/rows.cpp.
-_VERDICT, _TOP_R = 5, 6
-_PLAIN, _HOLES, _INFINITE, _NAN = 0.0, 1.0, 2.0, 3.0
-_VAST = 2.0**20
-
-
 def _unit(dtype: torch.dtype, a_scale: float, b_scale: float) -> float:
     """The nats in a unit of the statistics' exponents: ln 2, but for how the kernels round log2(e)/T."""
     k = a_scale * math.log2(math.e)
     rounds = dtype == torch.float32 and a_scale == b_scale  # as Row::fits_fp32
-    return math.log(2) * (k / torch.tensor(k, dtype=dtype).item() if rounds else 1.0)
+    return math.log(2) * (k / float(np.float32(k)) if rounds else 1.0)
 
 
-def normalisers(stats: Tensor, a_scale: float, b_scale: float) -> tuple[Tensor, Tensor]:
-    """Of rows whose statistics these are, in float64 nats: log Σ e^a, and log Σ e^b less that."""
-    of, unit = stats.double(), _unit(stats.dtype, a_scale, b_scale)
-    return (of[..., 0] + of[..., 1]) * unit, (of[..., 2] + of[..., 3]) * unit
+def shard_states(
+    stats: Tensor, inside: Sequence[Tensor], a_scale: float, b_scale: float
+) -> tuple[Tensor, bool]:
+    """As `kl_gpu.distributed.states.packed` at its first look, and whether all normalisers are finite."""
+    # By name: copies must outlive the call.
+    inside = [value.to(stats.dtype).contiguous() for value in inside]
+    out = torch.empty((2 + len(inside), *stats.shape[:-1]), dtype=torch.float64)
+    finite = _native.shard_states(
+        stats.data_ptr(), stats.dtype == torch.float64, _unit(stats.dtype, a_scale, b_scale), out[0].numel(),
+        [value.data_ptr() for value in inside], out.data_ptr(),
+    )  # fmt: skip
+    return out, finite
+
+
+def merge_ranks(found: Tensor) -> tuple[Tensor, bool]:
+    """As `kl_gpu.distributed.states.merged`."""
+    out = torch.empty(found.shape[1:], dtype=torch.float64)
+    ranks, numbers = found.shape[:2]
+    fit = _native.merge_ranks(found.data_ptr(), ranks, out[0].numel(), numbers - 2, out.data_ptr())
+    return out, fit
 
 
 def statistics(
     local: Tensor, a_scale: float, b_scale: float, family: str, log_a: Tensor, ratio: Tensor, sums: Tensor
 ) -> Tensor:
     """As `kl_gpu.eager.statistics`, in the order of kernels/contract.h."""
-    own_shift = local[..., 2].double() + local[..., 3]
-    unit, value = _unit(local.dtype, a_scale, b_scale), sums[..., 0]
-    shift = ratio / unit
-    verdict = torch.where(local[..., _VERDICT] == _PLAIN, _PLAIN, _HOLES)
-    if family == "kl":
-        verdict = torch.where(value.isposinf(), _INFINITE, verdict)
-    verdict = torch.where((value + ratio).isnan(), _NAN, verdict)
-    # No ratio is known of a part that has mass on one side only.
-    top = local[..., _TOP_R] + own_shift - shift
-    top = torch.where(local[..., _VERDICT] == _NAN, torch.inf, top.nan_to_num(nan=torch.inf))
-    numbers = [*_high_low(log_a / unit, local.dtype), *_high_low(shift, local.dtype)]
-    divergence = value if family == "kl" else torch.zeros_like(value)
-    numbers += [divergence, verdict, top, *sums.unbind(-1)]
-    numbers += [torch.zeros_like(value)] * (STATS - len(numbers))
-    return torch.stack([x.to(local.dtype) for x in numbers], -1)
-
-
-def _high_low(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    high = x.to(dtype)
-    return high, (x - high).to(dtype)
-
-
-def holds(log_a: Tensor, ratio: Tensor) -> bool:
-    """Whether statistics can say where normalisers lie; past that the kernels look at a row again."""
-    # A NaN row is none of those: its comparison is false.
-    return not bool((torch.stack((log_a, log_a + ratio)).abs() >= _VAST * math.log(2)).any())
+    out = torch.empty_like(local)
+    # By name: copies must outlive the call.
+    log_a, ratio, sums = log_a.contiguous(), ratio.contiguous(), sums.contiguous()
+    _native.whole_row_stats(
+        local.data_ptr(), local.dtype == torch.float64, _unit(local.dtype, a_scale, b_scale), log_a.numel(),
+        _FAMILIES[family], log_a.data_ptr(), ratio.data_ptr(), sums.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
 
 
 def formula_sums(p: Problem, stats: Tensor) -> Tensor:

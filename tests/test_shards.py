@@ -10,9 +10,11 @@ import torch
 
 pytest.importorskip("torch.distributed")
 
-from kl_gpu import ops
+from kl_gpu import native, ops
 from kl_gpu.distributed import states
 from support import DEVICE, RELATIVE, expected, is_slow, pair, to_numpy
+
+compiled = pytest.mark.skipif(not native.available(), reason="installed without its kernels")
 
 
 def merged(student: torch.Tensor, teacher: torch.Tensor, cuts: list[int], backend: str) -> np.ndarray:
@@ -21,10 +23,8 @@ def merged(student: torch.Tensor, teacher: torch.Tensor, cuts: list[int], backen
     for first, last in pairwise(cuts):
         s, t = student[:, first:last].contiguous(), teacher[:, first:last].contiguous()
         value, stats = ops.value(s, t, None, "forward_kl", 0.0, 1.0, 1.0, backend)
-        log_a, ratio, _ = states.normalisers(t, s, None, stats, (1.0, 1.0), backend)
-        found.append(torch.stack((log_a, ratio, value.double())))
-    log_a, ratio, inside = torch.stack(found).unbind(1)
-    return to_numpy(states.kl(states.shared(log_a, ratio), inside))
+        found.append(states.packed(t, s, None, stats, [value], (1.0, 1.0), backend)[0])
+    return to_numpy(states.merged(torch.stack(found), backend)[0][2])
 
 
 @pytest.mark.parametrize("shift", [0.0, 1000.0])
@@ -55,3 +55,51 @@ def test_the_part_between_the_shards_counts(backend: str) -> None:
     want = expected(student, teacher, "forward_kl")
     assert want > 1e-12
     np.testing.assert_allclose(merged(student, teacher, [0, 4, 8], backend), want, rtol=RELATIVE)
+
+
+def states_of_ranks(ranks: int, kls: int) -> torch.Tensor:
+    """`[ranks, 2 + kls, N]`, shards without mass on a side or on both, infinite values and NaN among them."""
+    generator = torch.Generator().manual_seed(ranks)
+
+    def draw(scale: float) -> torch.Tensor:
+        return scale * torch.randn(ranks, 600, generator=generator, dtype=torch.float64)
+
+    log_a, ratio = 10 + draw(3.0), draw(1.0) * 10.0 ** -(torch.arange(600) % 12)
+    inside = [draw(1.0).square() for _ in range(kls)]
+    of_rank = torch.arange(ranks)[:, None] == torch.arange(600) % ranks
+    case = torch.arange(600) // 40
+    log_a = torch.where(of_rank & ((case == 1) | (case == 2)), -torch.inf, log_a)  # case 1: b has mass there
+    ratio = torch.where(of_rank & ((case == 2) | (case == 3)), -torch.inf, ratio)
+    log_a = torch.where(of_rank & (case == 4), torch.nan, log_a)
+    ratio = torch.where(of_rank & (case == 5), torch.nan, ratio)
+    log_a = torch.where(case == 6, -torch.inf, log_a)
+    ratio = torch.where(case == 7, -torch.inf, ratio)
+    log_a = log_a + 1e5 * (case == 8) - 700 * (of_rank & (case == 9))
+    inside = [
+        torch.where(of_rank & (case == 10), torch.inf, torch.where(of_rank & (case == 2), torch.nan, x))
+        for x in inside
+    ]
+    return torch.stack([log_a, ratio, *inside], 1)
+
+
+@compiled
+@pytest.mark.parametrize("kls", [0, 1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_the_compiled_merge_is_the_same(ranks: int, kls: int) -> None:
+    found = states_of_ranks(ranks, kls)
+    want, _ = states.merged(found, "eager")
+    got, fit = states.merged(found, "native")
+    assert fit
+    for k in range(2 + kls):
+        # Rows of one rank have no divergence between ranks, so 0 may be asked for; the sums are of numbers
+        # near 10.
+        np.testing.assert_allclose(got[k], want[k], rtol=1e-13, atol=1e-15 if k != 1 else 1e-14)
+    assert want[2:].numel() == 0 or want[2:, :40].min() > 1e-9
+
+
+@compiled
+@pytest.mark.parametrize("far", [0, 1])
+def test_the_merge_says_where_statistics_cannot_hold_a_row(far: int) -> None:
+    found = states_of_ranks(2, 1)
+    found[:, far, 5] += 8e5
+    assert not states.merged(found, "native")[1]

@@ -3,14 +3,17 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "../contract.h"
 #include "../dispatch.h"
 #include "../pages.h"
 #include "../probe.h"
+#include "../ranks.h"
 #include "../remainder.h"
 
 namespace nb = nanobind;
@@ -113,6 +116,25 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release unlocked;
         kl::remainder_gradient(p, pointer<const double>(stats), pointer<const double>(to_given),
                                pointer<const double>(to_rest), pointer<const double>(to_entropy), target(to));
+    });
+    m.def("shard_states", [](Address stats, bool wide, double unit, std::int64_t rows,
+                             const std::vector<Address>& inside, Address out) {
+        std::vector<const void*> values;
+        for (const Address value : inside) values.push_back(pointer<const void>(value));
+        nb::gil_scoped_release unlocked;
+        return kl::shard_states(pointer(stats), wide, unit, rows, values.data(),
+                                static_cast<int>(values.size()), pointer<double>(out));
+    });
+    m.def("merge_ranks", [](Address found, std::int64_t ranks, std::int64_t rows, int n, Address out) {
+        nb::gil_scoped_release unlocked;
+        return kl::merge_ranks(pointer<const double>(found), ranks, rows, n, pointer<double>(out));
+    });
+    m.def("whole_row_stats", [](Address local, bool wide, double unit, std::int64_t rows, int family,
+                                Address log_a, Address ratio, Address sums, Address out) {
+        nb::gil_scoped_release unlocked;
+        kl::whole_row_stats(pointer(local), wide, unit, rows, static_cast<kl::Family>(family),
+                            pointer<const double>(log_a), pointer<const double>(ratio),
+                            pointer<const double>(sums), pointer(out));
     });
     // For the test of their error bounds; rows.cpp says which is which. n is a multiple of 16.
     m.def("elementary", [](int which, Address x, Address y, std::int64_t n) {

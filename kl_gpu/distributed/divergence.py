@@ -68,44 +68,37 @@ def whole_rows(
     numbers = (0.0, call.student_scale, call.teacher_scale, backend)
     forward = states.kl_kind(call.kind)
     inside, local = ops.value(student, teacher, rows, forward, *numbers)
-    own = states.normalisers(*order(student, teacher), rows, local, scales, backend)
-    packed = [*own[:2]]
-    if of.family in ("kl", "jeffreys"):
-        packed.append(inside.double())
+    kls = [inside] if of.family in ("kl", "jeffreys") else []
     if of.family == "jeffreys":
         other = "reverse_kl" if forward == "forward_kl" else "forward_kl"
-        packed.append(ops.value(student, teacher, rows, other, *numbers)[0].double())
-    # One number after the other, so that each is a tensor of its own to merge.
-    found = collectives.gather(torch.stack(packed), group, f"{call.kind}'s row states")
-    masses = states.shared(found[:, 0], found[:, 1])
-
-    if backend == "native" and not ops.implementation(backend).holds(masses.log_a, masses.ratio):
+        kls.append(ops.value(student, teacher, rows, other, *numbers)[0])
+    own, _ = states.packed(*order(student, teacher), rows, local, kls, scales, backend)
+    found = collectives.gather(own, group, f"{call.kind}'s row states")
+    (log_a, ratio, *kls), fit = states.merged(found, backend)
+    if not fit:
         # The kernels would look at such a row again, and see no more of it than this shard.
         return whole_rows(student, teacher, rows, call._replace(backend="eager"), group, needs_stats)
 
-    def ofwhole_rows(of_shard: Tensor, sums: Tensor) -> Tensor:
-        whole = of_shard, *scales, of.family, masses.log_a, masses.ratio, sums
+    def of_whole_rows(of_shard: Tensor, *sums: Tensor) -> Tensor:
+        whole = of_shard, *scales, of.family, log_a, ratio, torch.stack(sums, -1)
         stats: Tensor = ops.implementation(backend).statistics(*whole)
         return stats
 
-    nothing = torch.zeros_like(masses.ratio)
+    nothing = torch.zeros_like(ratio)
     if of.family == "kl":
-        value = states.kl(masses, found[:, 2])
-        sums = torch.stack((value, nothing, nothing), -1)
+        value, mean_a, mean_b = kls[0], nothing, nothing
     elif of.family == "jeffreys":
-        forward_kl = states.kl(masses, found[:, 2]) * (1 - call.beta)
-        backward_kl = states.reverse_kl(masses, found[:, 3]) * call.beta
-        value = forward_kl + backward_kl
         # Σ −a r and Σ b r are the two KLs; Σ (b − a) is 0.
-        sums = torch.stack((value, forward_kl, backward_kl), -1)
+        mean_a, mean_b = kls[0] * (1 - call.beta), kls[1] * call.beta
+        value = mean_a + mean_b
     else:
-        local = ofwhole_rows(local, torch.stack([nothing] * 3, -1))
+        local = of_whole_rows(local, nothing, nothing, nothing)
         here = ops.formula_sums(student, teacher, rows, local, *call.numbers)
         sums = collectives.gather(here, group, f"{call.kind}'s row sums").sum(0)
-        sums[..., 0].clamp_min_(0.0)
-        sums = torch.where((masses.ratio + masses.log_a).isnan()[..., None], torch.nan, sums)
-        value = sums[..., 0]
-    stats = ofwhole_rows(local, sums) if needs_stats else local
+        sums = torch.where((ratio + log_a).isnan()[..., None], torch.nan, sums)
+        value, mean_a, mean_b = sums.unbind(-1)
+        value = value.clamp_min(0.0)
+    stats = of_whole_rows(local, value, mean_a, mean_b) if needs_stats else local
     if rows is not None:
         value = torch.where(rows, value, 0.0)
     return value.to(inside.dtype), stats, backend

@@ -11,6 +11,7 @@ ratios b/a themselves: a difference of two normalisers near 10 could not tell a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from ..eager import formula
 from ..kinds import KINDS
 
 
-class Masses(NamedTuple):
+class _Masses(NamedTuple):
     """How a and b share their mass among the ranks.
 
     Attributes:
@@ -44,33 +45,66 @@ def log_sum(x: Tensor) -> Tensor:
     return top + torch.log(torch.exp(x - top).sum(0))
 
 
-def normalisers(
-    a: Tensor, b: Tensor, rows: Tensor | None, stats: Tensor, scales: tuple[float, float], backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """log Σ e^a of a shard, log Σ e^b less that, and log Σ e^b, float64 `[N]`, also where there is no mass.
+def packed(
+    a: Tensor, b: Tensor, rows: Tensor | None, stats: Tensor, inside: Sequence[Tensor],
+    scales: tuple[float, float], backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A shard's state, float64 `[2 + len(inside), N]`: log Σ e^a, log Σ e^b less that, and `inside`.
 
-    There, where a backend has only NaN to report, the first is −inf where a has none, and the second is
-    log Σ e^b itself then, −inf where b has none. A NaN that remains stands for one among the logits.
+    Also where there is no mass, of which a backend has only NaN to report: the first is −inf where a has
+    none, and the second is log Σ e^b itself then, −inf where b has none. A NaN that remains stands for one
+    among the logits. The second tensor, `[N]`, is log Σ e^b, also beside a NaN in a.
     """
-    log_a, ratio = ops.implementation(backend).normalisers(stats, *scales)
-    log_b = log_a + ratio
+    of = ops.implementation(backend)
+    if backend == "native":
+        state, finite = of.shard_states(stats, inside, *scales)
+    else:
+        state = torch.stack([*of.normalisers(stats, *scales), *(x.double() for x in inside)])
+        # Elsewhere asking would wait for the device; a kernel that finds no such row returns at once.
+        finite = state.device.type == "cpu" and bool(torch.isfinite(state[:2].sum(0)).all())
+    log_b = state[0] + state[1]
+    return (state, log_b) if finite else _looked_at_again(state, log_b, a, b, rows, scales, backend)
+
+
+def _looked_at_again(
+    state: Tensor, log_b: Tensor, a: Tensor, b: Tensor, rows: Tensor | None, scales: tuple[float, float],
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     odd = ~torch.isfinite(log_b)
     if rows is not None:
         odd = odd & rows
-    # Elsewhere asking would wait for the device; a kernel that finds no such row returns at once.
-    if odd.device.type == "cpu" and not bool(odd.any()):
-        return log_a, ratio, log_b
     none = torch.full((*a.shape[:-1], 1), -1, dtype=torch.int64, device=a.device)
     own_a, own_b = (
         remainder.remainder(x, none, odd, scale, False, backend)[0]
         for x, scale in zip((a, b), scales, strict=True)
     )
     own_ratio = torch.where(own_a.isneginf(), own_b, own_b - own_a)
-    return torch.where(odd, own_a, log_a), torch.where(odd, own_ratio, ratio), torch.where(odd, own_b, log_b)
+    normalisers = torch.where(odd, torch.stack((own_a, own_ratio)), state[:2])
+    return torch.cat((normalisers, state[2:])), torch.where(odd, own_b, log_b)
 
 
-def shared(log_a: Tensor, second: Tensor) -> Masses:
-    """From every rank's `normalisers`, `[ranks, N]` each."""
+def merged(found: Tensor, backend: str) -> tuple[Tensor, bool]:
+    """The state `[2 + n, N]` of whole rows from the ranks' `packed` ones, `[ranks, 2 + n, N]`.
+
+    n = 1 has KL(a‖b) behind the normalisers, n = 2 also KL(b‖a). And whether the backend's statistics can say
+    where the normalisers lie.
+    """
+    if backend == "native":
+        whole: tuple[Tensor, bool] = ops.implementation(backend).merge_ranks(found)
+        return whole
+    of = _shared(found[:, 0], found[:, 1])
+    ways = (of.a, of.b, of.r), (of.b, of.a, -of.r)
+    # A row in which a side has no distribution is NaN, also where its terms are infinite.
+    nowhere = of.ratio.isnan() | of.log_a.isnan()
+    kls = [
+        torch.where(nowhere, torch.nan, _chain(*way, inside))
+        for way, inside in zip(ways, found[:, 2:].unbind(1), strict=False)
+    ]
+    return torch.stack([of.log_a, of.ratio, *kls]), True
+
+
+def _shared(log_a: Tensor, second: Tensor) -> _Masses:
+    """From the first two numbers of every rank's state, `[ranks, N]` each."""
     no_a = log_a.isneginf()
     log_b = torch.where(no_a, second, log_a + second)
     no_b = log_b.isneginf()
@@ -89,7 +123,7 @@ def shared(log_a: Tensor, second: Tensor) -> Masses:
     r = torch.where(both, second - ratio, 0.0)
     r = torch.where(no_a & ~no_b, torch.inf, torch.where(no_b & ~no_a, -torch.inf, r))
     b = torch.where(no_b, 0.0, torch.exp(log_b - (whole_a + ratio)))
-    return Masses(whole_a, ratio, a, b, r)
+    return _Masses(whole_a, ratio, a, b, r)
 
 
 def _chain(a: Tensor, b: Tensor, r: Tensor, inside: Tensor) -> Tensor:
@@ -110,21 +144,6 @@ def entropy(log_masses: Tensor, inside: Tensor) -> Tensor:
     log_share = log_masses - log_sum(log_masses)
     share = torch.exp(log_share)
     return torch.where(share == 0, 0.0, share * (inside - log_share)).sum(0)
-
-
-def kl(masses: Masses, forward: Tensor) -> Tensor:
-    """KL(a‖b) of the whole rows, from the KL inside each shard, `[ranks, N]`."""
-    return _settled(_chain(masses.a, masses.b, masses.r, forward), masses)
-
-
-def reverse_kl(masses: Masses, reverse: Tensor) -> Tensor:
-    """KL(b‖a), likewise."""
-    return _settled(_chain(masses.b, masses.a, -masses.r, reverse), masses)
-
-
-def _settled(value: Tensor, masses: Masses) -> Tensor:
-    """Times 0: a row in which a side has no distribution is NaN, also where its terms are infinite."""
-    return torch.where(masses.ratio.isnan() | masses.log_a.isnan(), torch.nan, value)
 
 
 def kl_kind(kind: str) -> str:

@@ -83,24 +83,24 @@ def _merged(
 ) -> Tensor:  # fmt: skip
     """The seven fields of `problem.TOKEN_STATS` of whole rows, `[7, N]` in float64."""
     own = None if labels is None else shard.own(labels)
-    inside = ops.token_stats(student, teacher, counts, own, *scales, backend).double()
+    inside = ops.token_stats(student, teacher, counts, own, *scales, backend)
     local = ops.value(student, teacher, counts, "forward_kl", 0.0, *scales, backend)[1]
-    normalisers = states.normalisers(teacher, student, counts, local, scales[::-1], backend)
-    log_p, _, log_q = normalisers
-    tokens = [_scaled_logit(*x, own) for x in ((inside[4], log_q), (inside[5], log_p))]
+    state, log_q = states.packed(teacher, student, counts, local, inside[:2], scales[::-1], backend)
+    inside = inside.double()
+    tokens = [_scaled_logit(inside[4], log_q, own), _scaled_logit(inside[5], state[0], own)]
     leaders = [x for side in (student, teacher) for x in _first_largest(side, shard.start)]
     found = collectives.gather(
-        torch.stack([*normalisers, *inside[:4], *tokens, *leaders]), group, "token statistics"
-    ).unbind(1)
-    log_p, ratio, log_q, forward, reverse, entropy_q, entropy_p, token_q, token_p = found[:9]
-    masses = states.shared(log_p, ratio)
-    whole_q, whole_p = states.log_sum(log_q), states.log_sum(log_p)
-    agree = (_leader(found[9], found[10]) == _leader(found[11], found[12])).double()
+        torch.cat((state, torch.stack([log_q, *inside[2:4], *tokens, *leaders]))), group, "token statistics"
+    )
+    (whole_p, _, forward, reverse), _ = states.merged(found[:, :4].contiguous(), backend)
+    log_q, entropy_q, entropy_p, token_q, token_p = found[:, 4:9].unbind(1)
+    whole_q = states.log_sum(log_q)
+    agree = (_leader(found[:, 9], found[:, 10]) == _leader(found[:, 11], found[:, 12])).double()
     fields = [
-        states.kl(masses, forward),
-        states.reverse_kl(masses, reverse),
+        forward,
+        reverse,
         states.entropy(log_q, entropy_q),
-        states.entropy(log_p, entropy_p),
+        states.entropy(found[:, 0], entropy_p),
         (token_q.amax(0) - whole_q).clamp_max(0.0),
         (token_p.amax(0) - whole_p).clamp_max(0.0),
         torch.where((whole_q + whole_p).isnan(), torch.nan, agree),
