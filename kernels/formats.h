@@ -179,6 +179,34 @@ inline void round_one(double x, T& out) {
 
 constexpr std::int64_t kScratchColumns = 512;  // columns widened at a time, on the stack
 
+// run<T>() with the T that holds a `t`.
+template <class Run>
+inline auto in_format(Dtype t, Run run) {
+    switch (t) {
+        case Dtype::bf16:
+            return run.template operator()<Bf16>();
+        case Dtype::f16:
+            return run.template operator()<F16>();
+        case Dtype::f64:
+            return run.template operator()<double>();
+        default:
+            return run.template operator()<float>();
+    }
+}
+
+// The same where fp64 goes another way, so that nothing is compiled for it.
+template <class Run>
+inline auto in_fp32_format(Dtype t, Run run) {
+    switch (t) {
+        case Dtype::bf16:
+            return run.template operator()<Bf16>();
+        case Dtype::f16:
+            return run.template operator()<F16>();
+        default:
+            return run.template operator()<float>();
+    }
+}
+
 // Widens n columns at `p` into `out`.
 template <class R, class T>
 inline void widen_run(const T* p, std::int64_t n, R* out) {
@@ -187,33 +215,14 @@ inline void widen_run(const T* p, std::int64_t n, R* out) {
 
 template <class R>
 inline void widen_run(const void* p, Dtype t, std::int64_t column, std::int64_t n, R* out) {
-    switch (t) {
-        case Dtype::f32:
-            return widen_run(static_cast<const float*>(p) + column, n, out);
-        case Dtype::bf16:
-            return widen_run(static_cast<const Bf16*>(p) + column, n, out);
-        case Dtype::f16:
-            return widen_run(static_cast<const F16*>(p) + column, n, out);
-        case Dtype::f64:
-            return widen_run(static_cast<const double*>(p) + column, n, out);
-    }
+    in_format(t, [&]<class T>() { widen_run(static_cast<const T*>(p) + column, n, out); });
 }
 
 template <class R>
 inline void round_run(const R* in, std::int64_t n, void* p, Dtype t, std::int64_t column) {
-    auto run = [&](auto* out) {
-        for (std::int64_t i = 0; i < n; ++i) round_one(in[i], out[column + i]);
-    };
-    switch (t) {
-        case Dtype::f32:
-            return run(static_cast<float*>(p));
-        case Dtype::bf16:
-            return run(static_cast<Bf16*>(p));
-        case Dtype::f16:
-            return run(static_cast<F16*>(p));
-        case Dtype::f64:
-            return run(static_cast<double*>(p));
-    }
+    in_format(t, [&]<class T>() {
+        for (std::int64_t i = 0; i < n; ++i) round_one(in[i], static_cast<T*>(p)[column + i]);
+    });
 }
 
 }  // namespace kl::KL_ISA

@@ -7,6 +7,7 @@
 // no r of the row is large, which the value's sweep has noted.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "elementary.h"
@@ -339,6 +340,16 @@ inline void for_each_copy(const Row& row, std::int64_t first, std::int64_t last,
         }
         take(a, b, i, n, wide ? 1.0 : row.exact_scale());
     }
+}
+
+// Columns [first, last) of a gradient that nobody may ask for, all of them x.
+inline void fill(Destination to, std::int64_t first, std::int64_t last, double x) {
+    if (to.data == nullptr) return;
+    in_format(to.dtype, [&]<class T>() {
+        T rounded;
+        round_one(x, rounded);
+        std::fill_n(static_cast<T*>(to.data) + first, last - first, rounded);
+    });
 }
 
 }  // namespace kl::KL_ISA

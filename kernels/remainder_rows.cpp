@@ -192,17 +192,9 @@ RemainderSums sum_as(const RemainderRow& row, std::int64_t first, std::int64_t l
 }
 
 RemainderSums sum(const RemainderRow& row, std::int64_t first, std::int64_t last, bool entropy) {
-    const auto run = [&]<class T>() {
+    return in_fp32_format(row.dtype, [&]<class T>() {
         return entropy ? sum_as<T, true>(row, first, last) : sum_as<T, false>(row, first, last);
-    };
-    switch (row.dtype) {
-        case Dtype::bf16:
-            return run.template operator()<Bf16>();
-        case Dtype::f16:
-            return run.template operator()<F16>();
-        default:
-            return run.template operator()<float>();
-    }
+    });
 }
 
 // Calls take(x, first, n) with copies in fp64 of scaled columns, -inf at the given ones.
@@ -327,52 +319,19 @@ void gradient(const RemainderRow& row, const RemainderScalars& s, Destination to
     };
     if (s.form == RemainderForm::fp64 || odd(s.to_rest) || odd(s.to_entropy) || std::fabs(s.lse) > 0x1p20)
         return gradient_in_fp64(row, s, to, first, last);
-    const auto run = [&]<class T>() {
+    in_fp32_format(row.dtype, [&]<class T>() {
         gradient_run(static_cast<const T*>(row.x) + first, last - first, row.exact_scale(), s,
                      static_cast<T*>(to.data) + first, stream);
-    };
-    switch (row.dtype) {
-        case Dtype::bf16:
-            run.template operator()<Bf16>();
-            break;
-        case Dtype::f16:
-            run.template operator()<F16>();
-            break;
-        default:
-            run.template operator()<float>();
-            break;
-    }
-    if (stream) stream_fence();
-}
-
-// Calls f with the destination's data as what it holds.
-template <class F>
-void as_format(Destination to, F f) {
-    switch (to.dtype) {
-        case Dtype::f32:
-            return f(static_cast<float*>(to.data));
-        case Dtype::bf16:
-            return f(static_cast<Bf16*>(to.data));
-        case Dtype::f16:
-            return f(static_cast<F16*>(to.data));
-        case Dtype::f64:
-            return f(static_cast<double*>(to.data));
-    }
-}
-
-void fill(Destination to, std::int64_t first, std::int64_t last, double value) {
-    as_format(to, [&]<class T>(T* out) {
-        T rounded;
-        round_one(value, rounded);
-        for (std::int64_t i = first; i < last; ++i) out[i] = rounded;
     });
+    if (stream) stream_fence();
 }
 
 void place(Destination to, const std::int64_t* ids, const double* values, std::int64_t n, double factor,
            std::int64_t first, std::int64_t last) {
-    as_format(to, [&](auto* out) {
+    in_format(to.dtype, [&]<class T>() {
         for (std::int64_t i = 0; i < n; ++i)
-            if (ids[i] >= first && ids[i] < last) round_one(values[i] * factor, out[ids[i]]);
+            if (ids[i] >= first && ids[i] < last)
+                round_one(values[i] * factor, static_cast<T*>(to.data)[ids[i]]);
     });
 }
 

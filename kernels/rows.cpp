@@ -50,26 +50,12 @@ double lse_b_as(const Row& row) {
 RowResult careful_row(const Row& row) { return careful(row); }
 
 double lse_b(const Row& row) {
-    switch (row.dtype_b) {
-        case Dtype::bf16:
-            return lse_b_as<Bf16>(row);
-        case Dtype::f16:
-            return lse_b_as<F16>(row);
-        default:
-            return lse_b_as<float>(row);
-    }
+    return in_fp32_format(row.dtype_b, [&]<class T>() { return lse_b_as<T>(row); });
 }
 
 State collect(const Row& row, std::int64_t first, std::int64_t last) {
     if (row.dtype_a != row.dtype_b) return collect_mixed(row, first, last);
-    switch (row.dtype_a) {
-        case Dtype::bf16:
-            return collect_as<Bf16>(row, first, last);
-        case Dtype::f16:
-            return collect_as<F16>(row, first, last);
-        default:
-            return collect_as<float>(row, first, last);
-    }
+    return in_fp32_format(row.dtype_a, [&]<class T>() { return collect_as<T>(row, first, last); });
 }
 
 template <class T>
@@ -95,14 +81,7 @@ PairState collect_pair_mixed(const Row& row, std::int64_t first, std::int64_t la
 
 PairState collect_pair(const Row& row, std::int64_t first, std::int64_t last) {
     if (row.dtype_a != row.dtype_b) return collect_pair_mixed(row, first, last);
-    switch (row.dtype_a) {
-        case Dtype::bf16:
-            return collect_pair_as<Bf16>(row, first, last);
-        case Dtype::f16:
-            return collect_pair_as<F16>(row, first, last);
-        default:
-            return collect_pair_as<float>(row, first, last);
-    }
+    return in_fp32_format(row.dtype_a, [&]<class T>() { return collect_pair_as<T>(row, first, last); });
 }
 
 double logit(const void* logits, Dtype dtype, std::int64_t column) {
@@ -163,18 +142,10 @@ FamilySums family_sums(const Row& row, const RowScalars& scalars, std::int64_t f
     if (are_vast(scalars)) return copies.template operator()<double>(looked_at_again(row, scalars));
     if (!row.fits_fp32() || need_fp64(scalars)) return copies.template operator()<double>(scalars);
     if (row.dtype_a != row.dtype_b) return copies.template operator()<float>(scalars);
-    const auto run = [&]<class T>() {
+    return in_fp32_format(row.dtype_a, [&]<class T>() {
         return family_sums_run(at<T>(row.a, first), at<T>(row.b, first), last - first, row.exact_scale(),
                                scalars);
-    };
-    switch (row.dtype_a) {
-        case Dtype::bf16:
-            return run.template operator()<Bf16>();
-        case Dtype::f16:
-            return run.template operator()<F16>();
-        default:
-            return run.template operator()<float>();
-    }
+    });
 }
 
 template <class T>
@@ -204,27 +175,6 @@ T* from(Destination to, std::int64_t column) {
     return to.data == nullptr ? nullptr : static_cast<T*>(to.data) + column;
 }
 
-template <class T>
-void fill(Destination to, std::int64_t first, std::int64_t last, double x) {
-    T value;
-    round_one(x, value);
-    for (std::int64_t i = first; i < last; ++i) static_cast<T*>(to.data)[i] = value;
-}
-
-void fill(Destination to, std::int64_t first, std::int64_t last, double x) {
-    if (to.data == nullptr) return;
-    switch (to.dtype) {
-        case Dtype::f32:
-            return fill<float>(to, first, last, x);
-        case Dtype::bf16:
-            return fill<Bf16>(to, first, last, x);
-        case Dtype::f16:
-            return fill<F16>(to, first, last, x);
-        case Dtype::f64:
-            return fill<double>(to, first, last, x);
-    }
-}
-
 void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Destination to_b,
               std::int64_t first, std::int64_t last, bool stream) {
     const auto settle = [&](Destination& to, double x) {
@@ -252,21 +202,10 @@ void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Desti
         return gradient_through_copies<double>(row, scalars, to_a, to_b, first, last);
     if (row.dtype_a != row.dtype_b)
         return gradient_through_copies<float>(row, scalars, to_a, to_b, first, last);
-    const auto run = [&]<class T>() {
+    in_fp32_format(row.dtype_a, [&]<class T>() {
         gradient_run<T>(at<T>(row.a, first), at<T>(row.b, first), last - first, row.exact_scale(), scalars,
                         from<T>(to_a, first), from<T>(to_b, first), stream);
-    };
-    switch (row.dtype_a) {
-        case Dtype::bf16:
-            run.template operator()<Bf16>();
-            break;
-        case Dtype::f16:
-            run.template operator()<F16>();
-            break;
-        default:
-            run.template operator()<float>();
-            break;
-    }
+    });
     if (stream) stream_fence();
 }
 
