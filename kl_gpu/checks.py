@@ -31,9 +31,10 @@ def name(argument: str, value: object, allowed: Collection[str]) -> None:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def boolean(argument: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{argument} must be True or False, got {_type_name(value)}")
+def booleans(**flags: object) -> None:
+    for argument, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{argument} must be True or False, got {_type_name(value)}")
 
 
 def backend(value: object) -> None:
@@ -69,9 +70,8 @@ def autocasts(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
-def temperatures(temperature_: Any, teacher_temperature: Any, t_squared: Any) -> float:
+def temperatures(temperature_: Any, teacher_temperature: Any, t_squared: bool = False) -> float:
     """Check both sides' temperatures and what T² means for them; returns the teacher's."""
-    boolean("t_squared", t_squared)
     temperature("temperature", temperature_)
     if teacher_temperature is None:
         teacher_temperature = temperature_
@@ -91,16 +91,13 @@ def _integer(argument: str, value: object) -> None:
 
 def scales(student: Any, teacher: Any) -> tuple[float, float]:
     """Check both temperatures, a teacher's None being the student's; returns what multiplies each side."""
-    temperature("temperature", student)
-    if teacher is None:
-        teacher = student
-    temperature("teacher_temperature", teacher)
+    teacher = temperatures(student, teacher)
     return 1.0 / float(student), 1.0 / float(teacher)
 
 
-def options_of(function: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of what it takes by name only; all have defaults."""
-    return tuple(function.__kwdefaults__ or ())
+def options_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """What it takes by name only, with the defaults, which all have."""
+    return dict(function.__kwdefaults__ or {})
 
 
 def known(function: str, options: Collection[str], allowed: Collection[str]) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, ops, rows
+from . import checks, ops
 from .autograd import Call, RowDivergence, WeightedSum
 from .kinds import KINDS
+from .options import Options
 from .problem import arithmetic
+from .rows import Rows, Window, last_contiguous
 
 _DIRECTIONS = {"forward": "forward_kl", "reverse": "reverse_kl"}
 
@@ -119,18 +121,16 @@ def divergence(
         RuntimeError: from backward, when a second derivative is asked for, or when logits were modified
             since the call.
     """
-    options: dict[str, Any] = {
-        "beta": beta, "temperature": temperature, "teacher_temperature": teacher_temperature,
-        "t_squared": t_squared, "mask": mask, "labels": labels, "ignore_index": ignore_index, "shift": shift,
-        "weight": weight, "reduction": reduction, "normalizer": normalizer, "vocab_size": vocab_size,
-        "inplace": inplace, "backend": backend,
-    }  # fmt: skip
+    options = Options(  # by place: by name it takes half a microsecond more
+        beta, temperature, teacher_temperature, t_squared, mask, labels, ignore_index, shift, weight,
+        reduction, normalizer, vocab_size, inplace, backend,
+    )  # fmt: skip
     if _is_shared(student_logits) or _is_shared(teacher_logits):
         # DTensor takes a second to import, so only who has one pays for it.
         from .distributed import dtensors
 
-        return dtensors.divergence(student_logits, teacher_logits, kind, **options)
-    return settle(student_logits, teacher_logits, kind, **options)
+        return dtensors.divergence(student_logits, teacher_logits, kind, **options._asdict())
+    return settle(student_logits, teacher_logits, kind, options)
 
 
 def _is_shared(logits: Any) -> bool:
@@ -138,84 +138,45 @@ def _is_shared(logits: Any) -> bool:
 
 
 # What turns logits `[N, V]`, the rows that count and the call into values `[N]`.
-Rows = Callable[[Tensor, Tensor, "Tensor | None", Call], Tensor]
+PerRow = Callable[[Tensor, Tensor, "Tensor | None", Call], Tensor]
 
 
 def settle(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    kind: str,
-    per_row: Rows | None = None,
-    *,
-    beta: float | None = None,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    t_squared: bool = False,
-    mask: Tensor | None = None,
-    labels: Tensor | None = None,
-    ignore_index: int = -100,
-    shift: bool = False,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    vocab_size: int | None = None,
-    inplace: bool = False,
-    backend: str | None = None,
+    student_logits: Tensor, teacher_logits: Tensor, kind: str, options: Options, per_row: PerRow | None = None
 ) -> Tensor:
     """`divergence`, with the rows' values from `per_row` where it is given."""
-    checks.name("kind", kind, KINDS)
-    checks.name("reduction", reduction, ("none", "sum", "mean", "batchmean"))
-    checks.beta(beta, kind)
-    for argument, flag in (("shift", shift), ("inplace", inplace)):
-        checks.boolean(argument, flag)
-    teacher_temperature = checks.temperatures(temperature, teacher_temperature, t_squared)
-    vocab_size = checks.logits(student_logits, teacher_logits, vocab_size, shift)
-    checks.rows(student_logits, mask, labels, ignore_index, weight)
-    checks.normalizer(normalizer, reduction, student_logits.device)
-    checks.backend(backend)
-    chosen = ops.resolve_backend(backend, student_logits.device)
-    # Under torch.compile the permission goes unused: what owns the memory is for the compiler to say.
-    inplace = inplace and not torch.compiler.is_compiling()
-    if inplace:
-        checks.inplace("student_logits", student_logits, "teacher_logits", teacher_logits)
+    teacher_temperature = options.check(kind)
+    vocab_size = checks.logits(student_logits, teacher_logits, options.vocab_size, options.shift)
+    rows = options.rows(student_logits)
+    chosen = ops.resolve_backend(options.backend, student_logits.device)
+    inplace = options.overwrites("student_logits", student_logits, "teacher_logits", teacher_logits)
 
-    counts, weight = rows.that_count(mask, labels, ignore_index, weight, shift)
-    student, teacher = rows.last_contiguous(student_logits), rows.last_contiguous(teacher_logits)
-    scales = 1.0 / float(temperature), 1.0 / float(teacher_temperature)
-    call = Call(*KINDS[kind].at(beta), *scales, chosen, rows.Window(vocab_size, shift), inplace)
-    factor = float(temperature) ** 2 if t_squared else 1.0
-    lead = call.window.of(student).shape[:-1]
-    denominator = rows.denominator(lead, counts, reduction, normalizer)
+    student, teacher = last_contiguous(student_logits), last_contiguous(teacher_logits)
+    scales = 1.0 / float(options.temperature), 1.0 / float(teacher_temperature)
+    window = Window(vocab_size, options.shift)
+    call = Call(*KINDS[kind].at(options.beta), *scales, chosen, window, inplace)
     # float64 with a narrower side: computed in float64, returned in float32.
     mixed = student.dtype != teacher.dtype
 
-    if (
-        per_row is None
-        and reduction != "none"
-        and _gradient_at_once(student, teacher, weight, normalizer, call)
-    ):
-        dtype = arithmetic(student, teacher)
-        row_scale = rows.scale(lead, dtype, student.device, weight) * factor / denominator
-        total = WeightedSum.apply(student, teacher, counts, row_scale, call)
+    if per_row is None and _gradient_at_once(student, teacher, rows, call):
+        row_scale = rows.scale(window.of(student).shape[:-1], arithmetic(student, teacher), student.device)
+        total = WeightedSum.apply(student, teacher, rows.counts, row_scale, call)
         return total.float() if mixed else total
 
     rows_of = RowDivergence.apply if per_row is None else per_row
-    value: Tensor = rows_of(student, teacher, counts, call)
-    return rows.reduced(value.float() if mixed else value, factor, weight, reduction, denominator)
+    value: Tensor = rows_of(student, teacher, rows.counts, call)
+    return rows.reduced(value.float() if mixed else value)
 
 
-def _gradient_at_once(
-    student: Tensor, teacher: Tensor, weight: Tensor | None, normalizer: float | Tensor | None, call: Call
-) -> bool:
-    """Whether forward can write the gradient: its row factors are constants, and it pays."""
-    constants = not any(isinstance(x, Tensor) and x.requires_grad for x in (weight, normalizer))
+def _gradient_at_once(student: Tensor, teacher: Tensor, rows: Rows, call: Call) -> bool:
+    """Whether forward can write the gradient: it knows each row's factor, and it pays."""
     return (
-        constants
-        and ops.fuses(call.backend)
+        ops.fuses(call.backend)
         and torch.is_grad_enabled()
         and (student.requires_grad or teacher.requires_grad)
         # In place the logits would be gone before an incoming gradient other than 1 needs them.
         and not call.inplace
         # A compiled backward cannot decide on the incoming gradient's value.
         and not torch.compiler.is_compiling()
+        and rows.has_scale
     )

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, linear_ops, ops, rows
+from . import checks, linear_ops, ops
 from .autograd import once_differentiable
 from .kinds import KINDS
 from .linear_chunks import Call, arithmetic
+from .options import Options
 
 _NO_GRADIENTS = [False, False, False]
 
@@ -194,42 +195,15 @@ def linear_div(
 
 
 def settle(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    kind: str,
-    linear: Linear | None = None,
-    columns: int | None = None,
-    *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
-    chunk_rows: int | None = None,
-    beta: float | None = None,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    t_squared: bool = False,
-    mask: Tensor | None = None,
-    labels: Tensor | None = None,
-    ignore_index: int = -100,
-    shift: bool = False,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    vocab_size: int | None = None,
-    backend: str | None = None,
-) -> Tensor:
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, kind: str,
+    linear: Linear | None = None, columns: int | None = None, *, student_bias: Tensor | None,
+    teacher_bias: Tensor | None, softcap: float | None, teacher_softcap: float | None, logit_scale: float,
+    teacher_logit_scale: float, chunk_rows: int | None, **shared: Any,
+) -> Tensor:  # fmt: skip
     """`linear_div`, whatever computes it, of the heads' first `columns` rows, or those `vocab_size` says."""
     linear = linear or linear_ops.linear
-    checks.name("kind", kind, KINDS)
-    checks.name("reduction", reduction, ("none", "sum", "mean", "batchmean"))
-    checks.beta(beta, kind)
-    checks.boolean("shift", shift)
-    teacher_temperature = checks.temperatures(temperature, teacher_temperature, t_squared)
+    options = Options(**shared)
+    temperature, teacher_temperature = options.temperature, options.check(kind)
     caps = checks.softcap("softcap", softcap), checks.softcap("teacher_softcap", teacher_softcap)
     factors = (
         checks.logit_scale("logit_scale", logit_scale, temperature),
@@ -237,26 +211,23 @@ def settle(
     )
     checks.chunk_rows(chunk_rows)
     checks.heads(
-        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, shift,
-        least=1 if columns is None else 0,
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
+        options.shift, least=1 if columns is None else 0,
     )  # fmt: skip
     device, sizes = student_hidden.device, (len(student_weight), len(teacher_weight))
     if columns is None:
         columns = checks.vocabulary(
-            "student_weight", sizes[0], "teacher_weight", sizes[1], "rows", vocab_size
+            "student_weight", sizes[0], "teacher_weight", sizes[1], "rows", options.vocab_size
         )
-    checks.rows(student_hidden, mask, labels, ignore_index, weight)
-    checks.normalizer(normalizer, reduction, device)
-    checks.backend(backend)
-    chosen = ops.resolve_backend(backend, device)
+    rows = options.rows(student_hidden)
+    chosen = ops.resolve_backend(options.backend, device)
 
-    counts, weight = rows.that_count(mask, labels, ignore_index, weight, shift)
-    states = [x[:, :-1] if shift else x for x in (student_hidden, teacher_hidden)]
+    states = [x[:, :-1] if options.shift else x for x in (student_hidden, teacher_hidden)]
     lead = states[0].shape[:-1]
     student, teacher = (x.reshape(-1, x.shape[-1]) for x in states)
     heads = _Heads(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias)
     dtypes = _logits_dtype(student), _logits_dtype(teacher)
-    kind, beta = KINDS[kind].at(beta)
+    kind, beta = KINDS[kind].at(options.beta)
     call = Call(
         *dtypes,
         # Without a cap the factor is part of the scale, which the sweep multiplies by anyway.
@@ -272,25 +243,21 @@ def settle(
         teacher_scale=(1.0 if caps[1] else factors[1]) / float(teacher_temperature),
         backend=chosen,
     )
-    squared = float(temperature) ** 2 if t_squared else 1.0
-    denominator = rows.denominator(lead, counts, reduction, normalizer)
-    flat_counts = None if counts is None else counts.reshape(-1)
+    counts = None if rows.counts is None else rows.counts.reshape(-1)
     needs = heads.needs
     # float64 with a narrower side: computed in float64, returned in float32.
     mixed = dtypes[0] != dtypes[1]
 
-    constants = not any(isinstance(x, Tensor) and x.requires_grad for x in (weight, normalizer))
     # In float16 a gradient divided by N vanishes unless a loss scale comes first, and that comes in backward.
     in_range = torch.float16 not in (dtypes[0], student.dtype, student_weight.dtype)
-    if reduction != "none" and constants and in_range and torch.is_grad_enabled() and any(needs):
-        dtype = arithmetic(dtypes)
-        row_scale = rows.scale(lead, dtype, device, weight) * squared / denominator
+    if rows.has_scale and in_range and torch.is_grad_enabled() and any(needs):
+        row_scale = rows.scale(lead, arithmetic(dtypes), device)
         function = _CompiledSum if torch.compiler.is_compiling() else _Sum
-        total = function.apply(*heads, flat_counts, row_scale.reshape(-1), call, needs, linear)
+        total = function.apply(*heads, counts, row_scale.reshape(-1), call, needs, linear)
         return total.float() if mixed else total
 
-    value = _Rows.apply(*heads, flat_counts, call, needs, linear).view(lead)
-    return rows.reduced(value.float() if mixed else value, squared, weight, reduction, denominator)
+    value = _Rows.apply(*heads, counts, call, needs, linear).view(lead)
+    return rows.reduced(value.float() if mixed else value)
 
 
 def _logits_dtype(hidden: Tensor) -> torch.dtype:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from . import checks, ops, tails
+from .options import Options
 from .remainder import Call, Split, SplitRows, present
-from .rows import Window, last_contiguous, that_count
+from .rows import Window, last_contiguous
 
 
 class _Token(torch.autograd.Function):
@@ -88,39 +89,24 @@ def token_logprobs(
 
 
 def settle(
-    logits: Tensor,
-    token_ids: Tensor,
-    split: SplitRows = Split.apply,
-    columns: int | None = None,
-    *,
-    temperature: float = 1.0,
-    entropy: bool = False,
-    mask: Tensor | None = None,
-    ignore_index: int = -100,
-    shift: bool = False,
-    vocab_size: int | None = None,
-    inplace: bool = False,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    logits: Tensor, token_ids: Tensor, split: SplitRows = Split.apply, columns: int | None = None, *,
+    entropy: bool, **shared: Any,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`token_logprobs`, whatever splits the rows, of a vocabulary of `columns` or just these."""
-    for argument, flag in (("entropy", entropy), ("shift", shift), ("inplace", inplace)):
-        checks.boolean(argument, flag)
-    checks.temperature("temperature", temperature)
-    vocab_size = checks.one_sided_logits("logits", logits, vocab_size, shift)
+    options = Options(**shared)
+    shift = options.shift
+    checks.booleans(entropy=entropy, shift=shift, inplace=options.inplace)
+    checks.temperature("temperature", options.temperature)
+    vocab_size = checks.one_sided_logits("logits", logits, options.vocab_size, shift)
     checks.token_ids(logits, token_ids)
-    checks.rows(logits, mask, None, ignore_index, None)
-    checks.backend(backend)
-    chosen = ops.resolve_backend(backend, logits.device)
-    # Under torch.compile the permission goes unused: what owns the memory is for the compiler to say.
-    inplace = inplace and not torch.compiler.is_compiling()
-    if inplace:
-        checks.inplace("logits", logits)
+    rows = options._replace(labels=token_ids).rows(logits).counts
+    chosen = ops.resolve_backend(options.backend, logits.device)
+    inplace = options.overwrites("logits", logits)
 
-    rows, _ = that_count(mask, token_ids, ignore_index, None, shift)
     ids = (token_ids[:, 1:] if shift else token_ids).long()
     validate = logits.device.type == "cpu"
-    window = Window(vocab_size, shift)
-    call = Call(1.0 / float(temperature), True, entropy, validate, "token_ids", chosen, window, inplace)
+    scale, window = 1.0 / float(options.temperature), Window(vocab_size, shift)
+    call = Call(scale, True, entropy, validate, "token_ids", chosen, window, inplace)
     given, rest, spread = split(last_contiguous(logits), ids[..., None], rows, call)
     logprob, spread = _Token.apply(given[..., 0], rest, spread, ids, rows, columns or vocab_size)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checks
 from .kinds import KINDS, STATS
 from .problem import TOKEN_STATS, Problem, arithmetic
 
@@ -84,6 +85,7 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
     """The backend for tensors on `device`: the one named, or the fastest that can run there.
 
     Raises:
+        TypeError: `backend` is neither a string nor None.
         ValueError: `backend` is unknown, or cannot run on this device or in this installation.
     """
     if backend is None:
@@ -92,6 +94,7 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
         if device.type == "cpu" and not torch.compiler.is_compiling():
             _say_that_native_is_missing()
         return "triton" if device.type in _TRITON_DEVICES and _has_triton() else "eager"
+    checks.backend(backend)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if backend == "native":

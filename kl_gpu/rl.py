@@ -53,7 +53,7 @@ def kl_penalty(
         ValueError: shapes or devices differ, `estimator` is unknown, or `clamp` is not a finite number > 0.
     """
     checks.name("estimator", estimator, ESTIMATORS)
-    checks.boolean("straight_through", straight_through)
+    checks.booleans(straight_through=straight_through)
     checks.log_probabilities(policy_logprobs, ref_logprobs)
     if clamp is not None:
         checks.positive("clamp", clamp)

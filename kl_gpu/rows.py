@@ -49,34 +49,51 @@ def last_contiguous(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-def denominator(
-    lead: torch.Size, counts: Tensor | None, reduction: str, normalizer: float | Tensor | None
-) -> float | Tensor:
-    if reduction in ("none", "sum"):
-        return 1
-    if normalizer is not None:
-        return normalizer
-    if reduction == "batchmean":
-        return max(lead[0], 1) if lead else 1
-    if counts is None:
-        return max(math.prod(lead), 1)
-    # clamp: where no row counts the result is 0, attached to the graph, and nothing waits for the device.
-    return counts.sum().clamp_min(1)
+class Rows(NamedTuple):
+    """What becomes of the rows' divergences.
 
+    Attributes:
+        counts: which rows count, as the result has them; None: all.
+        weight: what each is multiplied by, 0 where a row does not count; None: 1.
+        factor: what all are multiplied by.
+    """
 
-def scale(lead: torch.Size, dtype: torch.dtype, device: torch.device, weight: Tensor | None) -> Tensor:
-    """What each row's value is multiplied by, where weights are constants, `[*lead]`."""
-    if weight is None:
-        return torch.ones(lead, dtype=dtype, device=device)
-    return weight.detach().to(dtype)
+    counts: Tensor | None
+    weight: Tensor | None
+    factor: float
+    reduction: str
+    normalizer: float | Tensor | None
 
+    @property
+    def has_scale(self) -> bool:
+        """Whether the result is a sum of the rows' divergences, each times a constant."""
+        constants = not any(isinstance(x, Tensor) and x.requires_grad for x in (self.weight, self.normalizer))
+        return constants and self.reduction != "none"
 
-def reduced(
-    value: Tensor, factor: float, weight: Tensor | None, reduction: str, denominator: float | Tensor
-) -> Tensor:
-    """The result from the rows' divergences `[N]`, differentiable in all of them."""
-    if factor != 1:
-        value = value * factor
-    if weight is not None:
-        value = value * weight.to(value.dtype)
-    return value if reduction == "none" else value.sum() / denominator
+    def scale(self, lead: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """These constants, `[*lead]`."""
+        if self.weight is None:
+            weight = torch.ones(lead, dtype=dtype, device=device)
+        else:
+            weight = self.weight.detach().to(dtype)
+        return weight * self.factor / self._denominator(lead)
+
+    def reduced(self, value: Tensor) -> Tensor:
+        """The result from the rows' divergences `[N]`, differentiable in all of them."""
+        if self.factor != 1:
+            value = value * self.factor
+        if self.weight is not None:
+            value = value * self.weight.to(value.dtype)
+        return value if self.reduction == "none" else value.sum() / self._denominator(value.shape)
+
+    def _denominator(self, lead: torch.Size) -> float | Tensor:
+        if self.reduction == "sum":
+            return 1
+        if self.normalizer is not None:
+            return self.normalizer
+        if self.reduction == "batchmean":
+            return max(lead[0], 1) if lead else 1
+        if self.counts is None:
+            return max(math.prod(lead), 1)
+        # clamp: where no row counts the result is 0, attached to the graph, and nothing waits for the device.
+        return self.counts.sum().clamp_min(1)

@@ -154,11 +154,10 @@ def token_stats(
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, range, name or combination is wrong; the message names the argument.
     """
-    checks.boolean("shift", shift)
+    checks.booleans(shift=shift)
     scales = checks.scales(temperature, teacher_temperature)
     vocab_size = checks.logits(student_logits, teacher_logits, vocab_size, shift)
     checks.rows(student_logits, mask, labels, ignore_index, None)
-    checks.backend(backend)
     chosen = ops.resolve_backend(backend, student_logits.device)
 
     window = Window(vocab_size, shift)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from . import checks, ops, remainder, tails
 from .kinds import KINDS
+from .options import REDUCTIONS, Options
 from .remainder import Call, Split, SplitRows
-from .rows import Window, denominator, last_contiguous, that_count
+from .rows import Window, last_contiguous
 
 TAILS = tuple(tails.TAIL_KINDS)
 
@@ -134,64 +135,38 @@ def topk_div(
 
 
 def settle(
-    student_logits: Tensor,
-    teacher_logprobs: Tensor,
-    teacher_ids: Tensor,
-    kind: str,
-    split: SplitRows = Split.apply,
-    columns: int | None = None,
-    *,
-    tail: str = "bucket",
-    teacher_tail_logprob: Tensor | None = None,
-    beta: float | None = None,
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    mask: Tensor | None = None,
-    labels: Tensor | None = None,
-    ignore_index: int = -100,
-    shift: bool = False,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    vocab_size: int | None = None,
-    inplace: bool = False,
-    validate: bool = False,
-    return_mass: bool = False,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    student_logits: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, kind: str,
+    split: SplitRows = Split.apply, columns: int | None = None, *, tail: str,
+    teacher_tail_logprob: Tensor | None, validate: bool, return_mass: bool, **shared: Any,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`topk_div`, whatever splits the rows, of a vocabulary of `columns` or just these."""
+    options = Options(**shared)
     checks.name("tail", tail, TAILS)
     checks.name("kind", kind, KINDS)
     allowed = tails.TAIL_KINDS[tail]
     if kind not in allowed:
         names = ", ".join(map(repr, allowed))
         raise ValueError(f"kind must be one of {names} for tail={tail!r}, got {kind!r}")
-    checks.name("reduction", reduction, ("none", "sum", "mean", "batchmean"))
-    checks.beta(beta, kind)
-    for argument, flag in (
-        ("t_squared", t_squared), ("shift", shift), ("inplace", inplace), ("validate", validate),
-        ("return_mass", return_mass),
-    ):  # fmt: skip
-        checks.boolean(argument, flag)
+    checks.name("reduction", options.reduction, REDUCTIONS)
+    checks.beta(options.beta, kind)
+    temperature, shift = options.temperature, options.shift
+    checks.booleans(
+        t_squared=options.t_squared, shift=shift, inplace=options.inplace, validate=validate,
+        return_mass=return_mass,
+    )  # fmt: skip
     checks.temperature("temperature", temperature)
     if temperature != 1 and tail != "renormalize":
         raise ValueError(
             "temperature must be 1 but for tail='renormalize': p^(1/T) cannot be normalised without the rest "
             f"of p, got temperature={temperature} with tail={tail!r}"
         )
-    vocab_size = checks.one_sided_logits("student_logits", student_logits, vocab_size, shift)
+    vocab_size = checks.one_sided_logits("student_logits", student_logits, options.vocab_size, shift)
     checks.topk(student_logits, teacher_logprobs, teacher_ids, teacher_tail_logprob, tail)
-    checks.rows(student_logits, mask, labels, ignore_index, weight)
-    checks.normalizer(normalizer, reduction, student_logits.device)
-    checks.backend(backend)
-    chosen = ops.resolve_backend(backend, student_logits.device)
-    # Under torch.compile the permission goes unused: what owns the memory is for the compiler to say.
-    inplace = inplace and not torch.compiler.is_compiling()
-    if inplace:
-        checks.inplace("student_logits", student_logits, "teacher_logprobs", teacher_logprobs)
+    rows = options.rows(student_logits)
+    chosen = ops.resolve_backend(options.backend, student_logits.device)
+    inplace = options.overwrites("student_logits", student_logits, "teacher_logprobs", teacher_logprobs)
 
-    counts, weight = that_count(mask, labels, ignore_index, weight, shift)
-    logits, device = last_contiguous(student_logits), student_logits.device
+    logits, device, counts = last_contiguous(student_logits), student_logits.device, rows.counts
     if shift:
         teacher_logprobs, teacher_ids = teacher_logprobs[:, :-1], teacher_ids[:, :-1]
         teacher_tail_logprob = None if teacher_tail_logprob is None else teacher_tail_logprob[:, :-1]
@@ -211,14 +186,10 @@ def settle(
     given, rest, _ = split(logits, ids, counts, call)
     both_wide = student_logits.dtype == teacher_logprobs.dtype == torch.float64
     dtype = torch.float64 if both_wide else torch.float32
-    formula = _Formula(*KINDS[kind].at(beta), tail, scale, tails.RESOLUTION[teacher_logprobs.dtype], dtype)
-    value = _Divergence.apply(given, rest, log_p, rest_log_p, here.sum(-1) < columns, counts, formula)
-    if t_squared:
-        value = value * float(temperature) ** 2
-    if weight is not None:
-        value = value * weight.to(value.dtype)
-    if reduction != "none":
-        value = value.sum() / denominator(given.shape[:-1], counts, reduction, normalizer)
+    resolution = tails.RESOLUTION[teacher_logprobs.dtype]
+    formula = _Formula(*KINDS[kind].at(options.beta), tail, scale, resolution, dtype)
+    per_row = _Divergence.apply(given, rest, log_p, rest_log_p, here.sum(-1) < columns, counts, formula)
+    value = rows.reduced(per_row)
     if not return_mass:
         return value
     with torch.no_grad():

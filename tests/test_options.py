@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import kl_gpu
 from kl_gpu import reference
+from kl_gpu.options import Options
 from support import DEVICE, expected, pair, to_numpy
 
 
@@ -29,6 +30,11 @@ def test_forward_is_mode_covering_and_reverse_is_not() -> None:
     student, teacher = q.log().to(DEVICE), p.log().to(DEVICE)
     assert kl_gpu.kl_div(student, teacher).item() == pytest.approx(0.0871768, abs=2e-7)
     assert kl_gpu.kl_div(student, teacher, direction="reverse").item() == pytest.approx(0.0822828, abs=2e-7)
+
+
+def test_the_shared_options_are_those_of_divergence() -> None:
+    # In one order, too: it hands them on by place.
+    assert list(Options._field_defaults.items()) == list(kl_gpu.divergence.__kwdefaults__.items())
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])

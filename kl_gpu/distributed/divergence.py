@@ -12,6 +12,7 @@ from .. import checks, ops
 from ..autograd import Call, RowDivergence
 from ..functional import settle
 from ..kinds import KINDS
+from ..options import Options
 from . import agreement, collectives, shards, states
 
 
@@ -157,7 +158,7 @@ def vocab_parallel_div(
     checks.beside_each_other(sides, columns=0)
     shard = shards.locate(sides, vocab_start, options.pop("vocab_size", None), group)
     student, teacher = (shard.of(side) for side in sides.values())
-    return settle(student, teacher, kind, partial(_per_row, group=group), **options)
+    return settle(student, teacher, kind, Options(**options), partial(_per_row, group=group))
 
 
-_OPTIONS = checks.options_of(settle)
+_OPTIONS = Options._fields

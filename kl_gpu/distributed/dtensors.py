@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from .. import checks, functional, rows
+from ..options import Options
 from .divergence import vocab_parallel_div
 
 _PER_ROW = ("mask", "labels", "weight")
@@ -86,7 +87,7 @@ def divergence(student: Any, teacher: Any, kind: str, **options: Any) -> Tensor:
 
     sides = student.to_local(), teacher.to_local()
     if across is None:
-        local = functional.settle(*sides, kind, reduction="none", **options)
+        local = functional.settle(*sides, kind, Options(reduction="none", **options))
     else:
         group = student.device_mesh.get_group(across)
         # Told, so that vocab_size costs no collective; DTensor cuts as torch.chunk does.
@@ -109,8 +110,7 @@ def divergence(student: Any, teacher: Any, kind: str, **options: Any) -> Tensor:
         counts = DTensor.from_local(
             counts, student.device_mesh, rows_of, run_check=False, shape=lead, stride=_strides(lead)
         )
-    total: Tensor = value.sum() / rows.denominator(lead, counts, reduction, normalizer)
-    return total
+    return rows.Rows(counts, None, 1.0, reduction, normalizer).reduced(value)
 
 
 def _lead(shape: torch.Size, shift: bool) -> torch.Size:

@@ -160,8 +160,8 @@ def vocab_parallel_linear_div(
         teacher_hidden = _gather_rows(teacher_hidden, sequence_dim, group)
     return linear.settle(
         student_hidden, student_weight_shard, teacher_hidden, teacher_weight_shard, kind,
-        partial(_linear, group=group), shard.columns, **options,
+        partial(_linear, group=group), shard.columns, **(_OPTIONS | options),
     )  # fmt: skip
 
 
-_OPTIONS = checks.options_of(linear.settle)
+_OPTIONS = checks.options_of(linear.linear_div)

@@ -54,7 +54,7 @@ def vocab_parallel_token_logprobs(
     )
     return logprobs.settle(
         shard.of(logits_shard), token_ids, partial(splits.split, shard=shard, group=group), shard.total,
-        **options,
+        **(_LOGPROB_OPTIONS | options),
     )  # fmt: skip
 
 
@@ -156,12 +156,11 @@ def vocab_parallel_token_stats(
         temperature=temperature, teacher_temperature=teacher_temperature, mask=mask,
         ignore_index=ignore_index, shift=shift, vocab_size=vocab_size, backend=backend,
     )  # fmt: skip
-    checks.boolean("shift", shift)
+    checks.booleans(shift=shift)
     scales = checks.scales(temperature, teacher_temperature)
     checks.beside_each_other(sides, columns=0)
     checks.shifted("shards [batch, time, V]", student_shard, shift)
     checks.rows(student_shard, mask, labels, ignore_index, None)
-    checks.backend(backend)
     chosen = ops.resolve_backend(backend, student_shard.device)
     shard = shards.locate(sides, vocab_start, vocab_size, group, whole=True)
 
@@ -184,4 +183,4 @@ def vocab_parallel_token_stats(
     return TokenStats._make((*fields, counted))
 
 
-_LOGPROB_OPTIONS = checks.options_of(logprobs.settle)
+_LOGPROB_OPTIONS = checks.options_of(logprobs.token_logprobs)

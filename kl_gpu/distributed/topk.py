@@ -57,8 +57,8 @@ def vocab_parallel_topk_div(
     )
     return topk.settle(
         shard.of(student_shard), teacher_logprobs, teacher_ids, kind,
-        partial(splits.split, shard=shard, group=group), shard.total, **options,
+        partial(splits.split, shard=shard, group=group), shard.total, **(_OPTIONS | options),
     )  # fmt: skip
 
 
-_OPTIONS = checks.options_of(topk.settle)
+_OPTIONS = checks.options_of(topk.topk_div)
