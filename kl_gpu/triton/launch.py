@@ -65,9 +65,9 @@ class Layout(IntEnum):
 
     SINGLES = 0  # neighbouring threads own neighbouring columns
     RUNS = 1  # a thread owns neighbouring columns, one access of 16 bytes
-    RUNS_IN_WORDS = 2  # the same, rows starting at multiples of four bytes
-    PAIRS_IN_WORDS = 3  # neighbouring threads own neighbouring pairs, rows starting at the same
-    PAIRS = 4  # the same pairs, rows starting anywhere
+    RUNS_IN_WORDS = 2  # the same where rows start at multiples of four bytes: loads are words
+    PAIRS_IN_WORDS = 3  # neighbouring threads own neighbouring pairs, each a 32-bit word
+    PAIRS = 4  # the same where a pair may lie in two words
 
 
 def layout(a: Tensor, b: Tensor) -> Layout:
@@ -89,7 +89,7 @@ def gradient_layout(layout: int, *tensors: Tensor | None) -> int:
     """
     if layout not in (Layout.PAIRS, Layout.PAIRS_IN_WORDS):
         return layout
-    starts = {_halves(x) for x in tensors if x is not None}
+    starts = {(x.element_size(), *_halves(x)) for x in tensors if x is not None}
     return int(Layout.PAIRS_IN_WORDS if len(starts) == 1 else Layout.SINGLES)
 
 
