@@ -84,11 +84,6 @@ def _by_thread(pairs, R: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def _by_column(pairs, R: tl.constexpr, VEC: tl.constexpr):
-    return tl.reshape(tl.trans(pairs), [R * VEC // 2])
-
-
-@triton.jit
 def load_tile(row, start, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
     """The whole tile at column `start`, as it lies in memory; `unpacked` makes logits of it.
 
@@ -199,7 +194,7 @@ def load_one(logit, CT: tl.constexpr):
 
 @triton.jit
 def store_one(to, value):
-    """A tile of one column, rounded."""
+    """A tile of one column, rounded; Triton lets one thread store it, which read it before."""
     tl.store(to + tl.arange(0, 1)[:, None] + tl.arange(0, 1)[None, :], narrow(value, to.dtype.element_ty))
 
 
