@@ -20,6 +20,8 @@ from .launch import ProgramShape, configuration, geometry, parts_of
 from .tiles import (
     LOG2E,
     NO_REFERENCE,
+    RUNS,
+    RUNS_IN_WORDS,
     exponent,
     g,
     g_near,
@@ -170,16 +172,18 @@ def token_stats_parts_kernel(
         at_b = tl.full([R], 0, tl.int32) + first
         everywhere = tl.full([R, VEC], 1, tl.int1)
         full = last - (last - first) % BLOCK
+        # Runs of one tile a pass are held one by one: in words, ptxas spills on sm_100.
+        HELD: tl.constexpr = RUNS if LAYOUT == RUNS_IN_WORDS else LAYOUT
         if first < full:
             # A tile ahead: the barriers of a tile's maximum would otherwise wait for its loads as well.
-            next_a = load_tile(a_row, first, R, VEC, LAYOUT)
-            next_b = load_tile(b_row, first, R, VEC, LAYOUT)
+            next_a = load_tile(a_row, first, R, VEC, HELD)
+            next_b = load_tile(b_row, first, R, VEC, HELD)
             for start in range(first, full, BLOCK):
                 a = unpacked(next_a, a_row, CT, R, VEC)
                 b = unpacked(next_b, b_row, CT, R, VEC)
                 ahead = tile_ahead(start, full, BLOCK)
-                next_a = load_tile(a_row, ahead, R, VEC, LAYOUT)
-                next_b = load_tile(b_row, ahead, R, VEC, LAYOUT)
+                next_a = load_tile(a_row, ahead, R, VEC, HELD)
+                next_b = load_tile(b_row, ahead, R, VEC, HELD)
                 n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b = _accumulate(
                     a, b, everywhere, start, n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb,
                     top_a, at_a, top_b, at_b,

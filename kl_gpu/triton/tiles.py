@@ -98,9 +98,9 @@ def load_tile(row, start, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constex
         # registers cleared first. The second word lies in the row, whose columns no tile ends with (VEC does
         # not divide V, so there is a ragged one); half of the first may not, and is shifted out.
         odd = _is_odd(row)
-        words = (row - odd).to(tl.pointer_type(tl.int32)) + tl.arange(0, WORDS)
-        beyond = (row + odd).to(tl.pointer_type(tl.int32)) + tl.arange(0, WORDS)
-        return tl.load(words + start // 2), tl.load(beyond + start // 2)
+        words = (row - odd + start).to(tl.pointer_type(tl.int32))
+        beyond = (row + odd + start).to(tl.pointer_type(tl.int32))
+        return tl.load(words + tl.arange(0, WORDS)), tl.load(beyond + tl.arange(0, WORDS))
     else:
         words = (row + start).to(tl.pointer_type(tl.int32))
         if LAYOUT == PAIRS_IN_WORDS:
