@@ -57,9 +57,10 @@ class Entry:
 
     def configuration(self, dtype: str, V: int, lanes: int) -> dict[str, Any]:
         """Every compile-time argument and option, as the launcher would choose them."""
-        _, config = self._launch(dtype, V, lanes)
+        problem, config = self._launch(dtype, V, lanes)
         return {
             **config,
+            "OUT_LAYOUT": launch.gradient_layout(config["LAYOUT"], problem.a),
             "HAS_ROWS": True,
             "HAS_INCOMING": False,
             "FAMILY": self.family,
@@ -92,7 +93,7 @@ class Entry:
         return rows.SHAPES if self.family == "kl" else rows.FORMULA_SHAPES
 
     def _launch(self, dtype: str, V: int, lanes: int) -> tuple[Problem, dict[str, Any]]:
-        example = torch.empty(1, 1, V, dtype=DTYPES[dtype], device="meta")
+        example = torch.empty(1, 2, V, dtype=DTYPES[dtype], device="meta")
         problem = Problem(example, example, None, self.family, 0.0, 1.0, 1.0)
         return problem, launch.configuration(problem, self._shapes, lanes)
 
@@ -154,8 +155,10 @@ class RemainderEntry(Entry):
         return remainder.remainder_kernel if self.sweeps_value else remainder.remainder_gradient_kernel
 
     def configuration(self, dtype: str, V: int, lanes: int) -> dict[str, Any]:
-        logits = torch.empty(1, 1, V, dtype=DTYPES[dtype], device="meta")
+        logits = torch.empty(1, 2, V, dtype=DTYPES[dtype], device="meta")
         config = remainder.program(logits, 64, lanes)
+        if not self.sweeps_value:
+            config["LAYOUT"] = launch.gradient_layout(config["LAYOUT"], logits)
         return {**config, "HAS_ROWS": True, "ENTROPY": self.kind.endswith("entropy")}
 
     def programs(self, dtype: str, V: int, lanes: int) -> int:

@@ -19,8 +19,8 @@ def audits(shared_folder: Path) -> list[dict]:
 def test_each_was_compiled(audits: list[dict]) -> None:
     assert len(audits) == 2 * 2 * 5
     for a in audits:
-        assert a["load_bits"] >= 16, a
-        assert (a["store_bits"] >= 16) == (a["kernel"] == "gradient"), a
+        assert a["load_bits"] >= 32, a
+        assert (a["store_bits"] >= 32) == (a["kernel"] == "gradient"), a
         assert a["ex2_per_element"] >= 1, a
 
 
@@ -38,6 +38,6 @@ def test_memory_stays_the_limit(audits: list[dict]) -> None:
     # Of 132 SMs with 4 issue slots at 1.7 GHz and 3.0 TB/s: 20 slots a column in bf16 that is read, 40 where
     # one is written too, and twice that in fp32.
     for a in audits:
-        if a["V_class"] == "aligned" and a["arch"].startswith("sm_"):
+        if a["arch"].startswith("sm_"):
             budget = 20 * (a["reads"] + a["writes"]) * (2 if a["dtype"] == "fp32" else 1)
             assert 5 < a["instructions_per_element"] <= budget, a

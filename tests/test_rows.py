@@ -162,24 +162,37 @@ def test_how_a_row_is_shared_depends_on_its_columns_alone() -> None:
         assert width % 1024 == 0
     for n in (1, 4):
         logits = torch.empty(1, n, 50257)
-        assert launch.configuration(problem(logits, logits, "tv"), {4: launch.ProgramShape(8)})["WIDE"] == 0
+        assert launch.configuration(problem(logits, logits, "tv"), {4: launch.ProgramShape(8)})["LAYOUT"] == 0
     assert STATS > 11  # the counters' places
 
 
 def test_rows_at_odd_addresses_are_not_read_in_words() -> None:
     # A 32-bit load from a multiple of two bytes ends a GPU's context.
-    from kl_gpu.triton import launch
-
-    def wide(logits: Tensor, other: Tensor) -> int:
-        return launch.configuration(problem(logits, other, "tv"), {2: launch.ProgramShape(8)})["WIDE"]
+    from kl_gpu.triton.launch import Layout, gradient_layout, layout
 
     whole = torch.zeros(1, 4, 2048, dtype=torch.bfloat16)
     padded = torch.zeros(1, 4, 2049, dtype=torch.bfloat16)
-    assert wide(whole, whole) == 2
-    assert wide(whole, padded[..., :2048]) == 1
-    assert wide(padded[..., 1:], whole) == 1
-    assert wide(padded[:, :1, :2048], whole[:, :1]) == 2
-    assert wide(padded[:, 1:2, :2048], whole[:, :1]) == 1
+    assert layout(whole, whole) == Layout.RUNS_IN_WORDS
+    assert layout(whole, padded[..., :2048]) == Layout.RUNS
+    assert layout(padded[..., 1:], whole) == Layout.RUNS
+    assert layout(padded[:, :1, :2048], whole[:, :1]) == Layout.RUNS_IN_WORDS
+    assert layout(padded[:, 1:2, :2048], whole[:, :1]) == Layout.RUNS
+
+    even = whole[..., :2046]
+    assert layout(even, even) == Layout.PAIRS_IN_WORDS
+    assert layout(even, whole[..., 1:-1]) == Layout.PAIRS
+    assert layout(padded, padded) == Layout.PAIRS
+    assert layout(even.float(), even) == layout(padded.float(), padded.float()) == Layout.SINGLES
+    assert layout(even.float()[..., :-2], even[..., :-2]) == Layout.RUNS_IN_WORDS
+
+    for given in (Layout.PAIRS, Layout.PAIRS_IN_WORDS):
+        assert gradient_layout(given, padded, None, padded.clone()) == Layout.PAIRS_IN_WORDS
+        assert gradient_layout(given, whole[..., 1:-1], whole[..., 3:]) == Layout.PAIRS_IN_WORDS
+        assert gradient_layout(given, even, whole[..., 1:-1]) == Layout.SINGLES
+        assert gradient_layout(given, padded[..., :-3], whole[..., :-2]) == Layout.SINGLES
+        assert gradient_layout(given, padded[:, :1, :-3], whole[:, :1, :-2]) == Layout.PAIRS_IN_WORDS
+    for given in (Layout.SINGLES, Layout.RUNS, Layout.RUNS_IN_WORDS):
+        assert gradient_layout(given, even, whole[..., 1:-1]) == given
 
 
 @pytest.mark.usefixtures("wide_programs")
@@ -192,3 +205,61 @@ def test_how_rows_are_loaded_changes_no_bit(kind: str, dtype: torch.dtype) -> No
     odd = torch.zeros(1, 3, 3001, dtype=dtype, device=DEVICE)
     odd[..., 1:] = student
     assert same(both(problem(odd[..., 1:], teacher, kind), row_scale), found)
+
+
+def placed(logits: Tensor, at: int, between: int) -> Tensor:
+    """The same rows in a buffer of NaN, the first `at` columns from its start, `between` columns apart."""
+    _, n, vocab = logits.shape
+    step = vocab + between
+    buffer = torch.full((at + n * step,), float("nan"), dtype=logits.dtype, device=logits.device)
+    # The last row ends where the buffer does.
+    return (
+        buffer[: at + (n - 1) * step + vocab].as_strided((1, n, vocab), (n * step, step, 1), at).copy_(logits)
+    )
+
+
+@pytest.mark.usefixtures("wide_programs")
+@pytest.mark.parametrize("vocab", [1, 2, 1101, 1102, 33793])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_bit_depends_on_where_a_row_lies(dtype: torch.dtype, vocab: int) -> None:
+    # 33793: a step of two tiles of 16384, a tile, and a column; rows at odd and even starts, NaN around them.
+    student, teacher = (x.expand(1, 3, vocab) for x in pair(1, 1, vocab, dtype=dtype))
+    row_scale = torch.ones(3, device=DEVICE)
+    want = both(problem(student.contiguous(), teacher.contiguous(), "forward_kl"), row_scale)
+    assert all((x == x[..., :1, :]).all() if x.ndim > 2 else (x == x[:1]).all() for x in (want[0], *want[2:]))
+    for at, between in ((0, 1), (1, 0), (1, 1), (3, 2)):
+        p = problem(placed(student, at, between), placed(teacher, at, between), "forward_kl")
+        assert same(both(p, row_scale), want), (at, between)
+        p = problem(placed(student, at, between), teacher.contiguous(), "forward_kl")
+        assert same(both(p, row_scale), want), (at, between)
+
+
+@pytest.mark.usefixtures("wide_programs")
+@pytest.mark.parametrize("vocab", [1101, 1102])
+@pytest.mark.parametrize("at", [0, 1])
+def test_gradients_stay_within_their_rows(kind: str, vocab: int, at: int) -> None:
+    from kl_gpu import triton
+
+    student, teacher = pair(1, 3, vocab, dtype=torch.bfloat16)
+    p, row_scale = problem(student, teacher, kind), torch.ones(3, device=DEVICE)
+    want = both(p, row_scale)
+    grads = [placed(torch.zeros_like(student), at, 1) for _ in range(2)]
+    value, stats = triton.value_and_gradient(p, row_scale, *grads)
+    assert same((value, stats, *grads), want)
+    for grad in grads:
+        outside = torch.as_strided(grad, (2,), (vocab + 1,), at + vocab)
+        assert outside.isnan().all()
+        assert at == 0 or torch.as_strided(grad, (1,), (1,), 0).isnan()
+
+
+@pytest.mark.usefixtures("wide_programs")
+@pytest.mark.parametrize("kind", ["forward_kl", "js"])
+def test_odd_rows_take_their_gradient_in_place(kind: str) -> None:
+    from kl_gpu import triton
+
+    student, teacher = pair(1, 3, VOCAB, dtype=torch.bfloat16)
+    p, row_scale = problem(student, teacher, kind), torch.ones(3, device=DEVICE)
+    value, _, want = both(p, row_scale, to_a=p.a is student, to_b=p.b is student)
+    got, _ = triton.value_and_gradient(p, row_scale, *(x if x is student else None for x in (p.a, p.b)))
+    assert torch.equal(got, value)
+    assert torch.equal(student, want)

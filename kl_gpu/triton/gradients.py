@@ -11,12 +11,15 @@ from .tiles import (
     expm1_near,
     exponent,
     gain_at,
+    load_one,
+    load_ragged,
     load_tile,
     log_probability_ratio,
-    narrow,
+    own_columns,
     probability,
-    tile_offsets,
-    tile_pointers,
+    store_one,
+    store_ragged,
+    store_tile,
     unpacked,
 )
 
@@ -96,44 +99,46 @@ def _gradient_tile(
 
 @triton.jit
 def write_gradient(
-    a_row, b_row, grad_a, grad_b, first, last,
+    a_row, b_row, grad_a, grad_b, first, last, V,
     side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, PLAIN: tl.constexpr,
     LOG2: tl.constexpr, CT: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
-    R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Columns [first, last) of the gradients asked for."""
+    """Columns [first, last) of the gradients asked for, or those that `own_columns` gives instead."""
     BLOCK: tl.constexpr = R * VEC
-    offsets = tile_offsets(R, VEC, WIDE)
-    full = last - (last - first) % BLOCK
-    for start in range(first, full, BLOCK):
-        a = unpacked(load_tile(a_row + start, True, R, VEC, WIDE), a_row.dtype.element_ty, CT)
-        b = unpacked(load_tile(b_row + start, True, R, VEC, WIDE), b_row.dtype.element_ty, CT)
+    begin, start, end = own_columns(grad_b if TO_B else grad_a, first, last, V, LAYOUT)
+    if start < begin:
+        a = load_one(a_row + start, CT)
+        b = load_one(b_row + start, CT)
         to_a, to_b = _gradient_tile(
             a, b, side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
             scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, PLAIN, LOG2, TO_A, TO_B,
         )  # fmt: skip
         if TO_A:
-            tl.store(tile_pointers(grad_a + start, R, VEC, WIDE), narrow(to_a, grad_a.dtype.element_ty))
+            store_one(grad_a + start, to_a)
         if TO_B:
-            tl.store(tile_pointers(grad_b + start, R, VEC, WIDE), narrow(to_b, grad_b.dtype.element_ty))
-    if full < last:
-        inside = full + offsets < last
-        a = tl.load(a_row + full + offsets, mask=inside, other=0.0).to(CT)
-        b = tl.load(b_row + full + offsets, mask=inside, other=0.0).to(CT)
+            store_one(grad_b + start, to_b)
+    full = end - (end - begin) % BLOCK
+    for start in range(begin, full, BLOCK):
+        a = unpacked(load_tile(a_row, start, R, VEC, LAYOUT), a_row, CT, R, VEC)
+        b = unpacked(load_tile(b_row, start, R, VEC, LAYOUT), b_row, CT, R, VEC)
         to_a, to_b = _gradient_tile(
             a, b, side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
             scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, PLAIN, LOG2, TO_A, TO_B,
         )  # fmt: skip
         if TO_A:
-            tl.store(grad_a + full + offsets, narrow(to_a, grad_a.dtype.element_ty), mask=inside)
+            store_tile(grad_a, start, to_a, R, VEC, LAYOUT)
         if TO_B:
-            tl.store(grad_b + full + offsets, narrow(to_b, grad_b.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def write_zeros(grad, first, last, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr):
-    """Columns [first, last) of a row that does not count."""
-    offsets = tile_offsets(R, VEC, WIDE)
-    for start in range(first, last, R * VEC):
-        tl.store(grad + start + offsets, 0.0, mask=start + offsets < last)
+            store_tile(grad_b, start, to_b, R, VEC, LAYOUT)
+    if full < end:
+        a = load_ragged(a_row, full, end, 0.0, CT, R, VEC, LAYOUT)
+        b = load_ragged(b_row, full, end, 0.0, CT, R, VEC, LAYOUT)
+        to_a, to_b = _gradient_tile(
+            a, b, side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
+            scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, PLAIN, LOG2, TO_A, TO_B,
+        )  # fmt: skip
+        if TO_A:
+            store_ragged(grad_a, full, end, to_a, R, VEC, LAYOUT)
+        if TO_B:
+            store_ragged(grad_b, full, end, to_b, R, VEC, LAYOUT)

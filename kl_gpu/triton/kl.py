@@ -11,13 +11,14 @@ from .tiles import (
     difference,
     g,
     g_near,
-    halves,
     is_near,
     level,
+    load_ragged,
     load_tile,
     log1p_minus,
     log_ratio,
     rebase,
+    tile_ahead,
     tile_offsets,
     unpacked,
     weights,
@@ -119,20 +120,18 @@ def finish(z, a1, a2):
 def careful_row(
     a_row, b_row, V, k_a, k_b, scale, a_scale, b_scale, c_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
-    R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """A row that the one-pass sums cannot do: −inf logits, disjoint supports, overflow. Three sweeps.
 
     Sides are normalised by their own maxima, and columns where x is large add b's mass instead of w·g(x).
     """
     INF: tl.constexpr = float("inf")
-    offsets = tile_offsets(R, VEC, WIDE)
     top_a = tl.full([R, VEC], -INF, CT)
     top_b = tl.full([R, VEC], -INF, CT)
     for start in range(0, V, R * VEC):
-        inside = start + offsets < V
-        top_a = tl.maximum(top_a, tl.load(a_row + start + offsets, mask=inside, other=-INF).to(CT))
-        top_b = tl.maximum(top_b, tl.load(b_row + start + offsets, mask=inside, other=-INF).to(CT))
+        top_a = tl.maximum(top_a, load_ragged(a_row, start, V, -INF, CT, R, VEC, LAYOUT))
+        top_b = tl.maximum(top_b, load_ragged(b_row, start, V, -INF, CT, R, VEC, LAYOUT))
     m_a = tl.max(top_a)
     m_b = tl.max(top_b)
     n_a = level(m_a, k_a)
@@ -145,9 +144,8 @@ def careful_row(
     shift = tl.zeros([R, VEC], CT)
     holes = tl.zeros([R, VEC], tl.int32)
     for start in range(0, V, R * VEC):
-        inside = start + offsets < V
-        a = tl.load(a_row + start + offsets, mask=inside, other=-INF).to(CT)
-        b = tl.load(b_row + start + offsets, mask=inside, other=-INF).to(CT)
+        a = load_ragged(a_row, start, V, -INF, CT, R, VEC, LAYOUT)
+        b = load_ragged(b_row, start, V, -INF, CT, R, VEC, LAYOUT)
         w = weights(a, k_a, n_a)
         d = difference(a, b, a_scale, b_scale, SAME_SCALE)
         z_a += w
@@ -165,9 +163,8 @@ def careful_row(
     a2 = tl.zeros([R, VEC], CT)
     mass_b = tl.zeros([R, VEC], CT)
     for start in range(0, V, R * VEC):
-        inside = start + offsets < V
-        a = tl.load(a_row + start + offsets, mask=inside, other=-INF).to(CT)
-        b = tl.load(b_row + start + offsets, mask=inside, other=-INF).to(CT)
+        a = load_ragged(a_row, start, V, -INF, CT, R, VEC, LAYOUT)
+        b = load_ragged(b_row, start, V, -INF, CT, R, VEC, LAYOUT)
         w = weights(a, k_a, n_a)
         x = log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE, EXACT)
         x = tl.where((a == -INF) | (b == -INF), 0.0, x)  # a NaN stays
@@ -201,11 +198,11 @@ def careful_row(
 def sweep(
     a_row, b_row, first, last, k_a, k_b, scale, a_scale, b_scale, c_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
-    R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """The state of columns [first, last): n, c, b's level n_b, and the sums z, a1, a2."""
     BLOCK: tl.constexpr = R * VEC
-    offsets = tile_offsets(R, VEC, WIDE)
+    offsets = tile_offsets(R, VEC, LAYOUT)
     n = tl.full([], NO_REFERENCE, CT)
     c = tl.full([], 0.0, CT)
     n_b = tl.full([], 0.0, CT)
@@ -214,49 +211,52 @@ def sweep(
     a1 = tl.zeros([R], CT)
     a2 = tl.zeros([R], CT)
     everywhere = tl.full([R, VEC], 1, tl.int1)
-    # Two tiles a step where threads hold them in pairs of logits: half as often a maximum that all threads
-    # wait for. Held one by one, two tiles and the next two take more registers than there are.
+    # Two tiles a step where threads hold them in words: half as often a maximum that all threads wait for.
+    # Held one by one, two tiles and the next two take more registers than there are.
     a_bits: tl.constexpr = a_row.dtype.element_ty.primitive_bitwidth
     b_bits: tl.constexpr = b_row.dtype.element_ty.primitive_bitwidth
-    TWO: tl.constexpr = WIDE > 0 and a_bits + b_bits == 32
+    TWO: tl.constexpr = a_bits + b_bits == 32
     STEP: tl.constexpr = 2 * BLOCK if TWO else BLOCK
+    LATER: tl.constexpr = STEP - BLOCK
     full = last - (last - first) % STEP
-    # A step ahead: the barriers of a maximum would otherwise wait for its loads as well.
-    next_a = load_tile(a_row + first, first < full, STEP // VEC, VEC, WIDE)
-    next_b = load_tile(b_row + first, first < full, STEP // VEC, VEC, WIDE)
-    for start in range(first, full, STEP):
+    if first < full:
+        # A step ahead: the barriers of a maximum would otherwise wait for its loads as well.
+        next_a = load_tile(a_row, first, R, VEC, LAYOUT)
+        next_b = load_tile(b_row, first, R, VEC, LAYOUT)
         if TWO:
-            a, later_a = halves(next_a)
-            b, later_b = halves(next_b)
-            a = unpacked(a, a_row.dtype.element_ty, CT)
-            b = unpacked(b, b_row.dtype.element_ty, CT)
-            later_a = unpacked(later_a, a_row.dtype.element_ty, CT)
-            later_b = unpacked(later_b, b_row.dtype.element_ty, CT)
-        else:
-            a = unpacked(next_a, a_row.dtype.element_ty, CT)
-            b = unpacked(next_b, b_row.dtype.element_ty, CT)
+            behind_a = load_tile(a_row + LATER, first, R, VEC, LAYOUT)
+            behind_b = load_tile(b_row + LATER, first, R, VEC, LAYOUT)
+        for start in range(first, full, STEP):
+            a = unpacked(next_a, a_row, CT, R, VEC)
+            b = unpacked(next_b, b_row, CT, R, VEC)
             later_a = a
             later_b = b
-        ahead = start + STEP
-        next_a = load_tile(a_row + ahead, ahead < full, STEP // VEC, VEC, WIDE)
-        next_b = load_tile(b_row + ahead, ahead < full, STEP // VEC, VEC, WIDE)
-        n, c, n_b, to_a, z, a1, a2 = _moved(
-            a, b, later_a, later_b, everywhere, n, c, n_b, to_a, z, a1, a2,
-            k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE,
-        )  # fmt: skip
-        z, a1, a2 = _added(
-            a, b, everywhere, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale,
-            SAME_SCALE, EXACT, False,
-        )  # fmt: skip
-        if TWO:
+            if TWO:
+                later_a = unpacked(behind_a, a_row, CT, R, VEC)
+                later_b = unpacked(behind_b, b_row, CT, R, VEC)
+            ahead = tile_ahead(start, full, STEP)
+            next_a = load_tile(a_row, ahead, R, VEC, LAYOUT)
+            next_b = load_tile(b_row, ahead, R, VEC, LAYOUT)
+            if TWO:
+                behind_a = load_tile(a_row + LATER, ahead, R, VEC, LAYOUT)
+                behind_b = load_tile(b_row + LATER, ahead, R, VEC, LAYOUT)
+            n, c, n_b, to_a, z, a1, a2 = _moved(
+                a, b, later_a, later_b, everywhere, n, c, n_b, to_a, z, a1, a2,
+                k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE,
+            )  # fmt: skip
             z, a1, a2 = _added(
-                later_a, later_b, everywhere, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale,
+                a, b, everywhere, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale,
                 SAME_SCALE, EXACT, False,
             )  # fmt: skip
+            if TWO:
+                z, a1, a2 = _added(
+                    later_a, later_b, everywhere, n, c, n_b, to_a, z, a1, a2, k_a, k_b,
+                    scale, a_scale, b_scale, SAME_SCALE, EXACT, False,
+                )  # fmt: skip
     for start in range(full, last, BLOCK):
         inside = start + offsets < last
-        a = tl.load(a_row + start + offsets, mask=inside, other=-float("inf")).to(CT)
-        b = tl.load(b_row + start + offsets, mask=inside, other=-float("inf")).to(CT)
+        a = load_ragged(a_row, start, last, -float("inf"), CT, R, VEC, LAYOUT)
+        b = load_ragged(b_row, start, last, -float("inf"), CT, R, VEC, LAYOUT)
         n, c, n_b, to_a, z, a1, a2 = _moved(
             a, b, a, b, inside, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale, c_scale,
             SAME_SCALE,
@@ -290,7 +290,7 @@ def store_row(
     value_out, stats, a_row, b_row, V, n, c, n_b, z_a, a1, a2, furthest,
     k_a, k_b, scale, a_scale, b_scale, c_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
-    R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Value and statistics of a row from its state; rows that the state cannot do are swept again here."""
     value, lam, good = finish(z_a, a1, a2)
@@ -303,7 +303,7 @@ def store_row(
         good = good & (value >= 4.5e-4 * shift * shift)
     if not good:
         n, z_a, n_b, z_b, c, lam, value = careful_row(
-            a_row, b_row, V, k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE, False, CT, R, VEC, WIDE
+            a_row, b_row, V, k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE, False, CT, R, VEC, LAYOUT
         )
     # max keeps NaN out only by the comparison's direction: NaN < 0 is false, so NaN stays.
     value = tl.where(value < 0, 0.0, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -56,6 +57,48 @@ def starts_in_words(logits: Tensor) -> bool:
     return logits.data_ptr() % 4 == 0 and all(step * logits.element_size() % 4 == 0 for step in steps)
 
 
+class Layout(IntEnum):
+    """Which columns of a tile a thread owns, by V and the dtypes alone, and how 16-bit logits are loaded.
+
+    Who owns a column must not depend on where a row starts, or its bits would.
+    """
+
+    SINGLES = 0  # neighbouring threads own neighbouring columns
+    RUNS = 1  # a thread owns neighbouring columns, one access of 16 bytes
+    RUNS_IN_WORDS = 2  # the same where rows start at multiples of four bytes: loads are words
+    PAIRS_IN_WORDS = 3  # neighbouring threads own neighbouring pairs, each a 32-bit word
+    PAIRS = 4  # the same where a pair may lie in two words
+
+
+def layout(a: Tensor, b: Tensor) -> Layout:
+    """Where V is not a multiple of 16 bytes, runs would be accesses that take many cache lines each."""
+    sizes = {a.element_size(), b.element_size()}
+    runs = a.shape[-1] * max(sizes) % 16 == 0
+    if not runs and sizes != {2}:
+        return Layout.SINGLES
+    in_words = starts_in_words(a) and starts_in_words(b)
+    if runs:
+        return Layout.RUNS_IN_WORDS if in_words else Layout.RUNS
+    return Layout.PAIRS_IN_WORDS if in_words else Layout.PAIRS
+
+
+def gradient_layout(layout: int, *tensors: Tensor | None) -> int:
+    """How gradients are written: nothing is summed there, so it may depend on where rows start.
+
+    Pairs are words of the gradient, and of the logits, where all rows start at the same half of a word.
+    """
+    if layout not in (Layout.PAIRS, Layout.PAIRS_IN_WORDS):
+        return layout
+    starts = {(x.element_size(), *_halves(x)) for x in tensors if x is not None}
+    return int(Layout.PAIRS_IN_WORDS if len(starts) == 1 else Layout.SINGLES)
+
+
+def _halves(logits: Tensor) -> tuple[int, ...]:
+    """At which half of a 32-bit word the first row starts, in 16 bits, and the next in each dimension."""
+    steps = zip(logits.stride(), logits.shape[:2], strict=False)
+    return tuple(at % 2 for at in (logits.data_ptr() // 2, *(step * (size > 1) for step, size in steps)))
+
+
 def configuration(p: Problem, shapes: dict[int, ProgramShape], lanes: int = LANES) -> dict[str, Any]:
     """What the compiled kernel depends on: dtypes and the size of V, never N or any float."""
     a, b = p.a, p.b
@@ -73,7 +116,7 @@ def configuration(p: Problem, shapes: dict[int, ProgramShape], lanes: int = LANE
         "CT": _TRITON_DTYPE[p.dtype],
         "R": block // vec,
         "VEC": vec,
-        "WIDE": 0 if a.shape[-1] % vec else 2 if starts_in_words(a) and starts_in_words(b) else 1,
+        "LAYOUT": int(layout(a, b)),
         "num_warps": block // per_warp,
     }
 
@@ -81,7 +124,7 @@ def configuration(p: Problem, shapes: dict[int, ProgramShape], lanes: int = LANE
 def step_of(p: Problem, configuration: dict[str, Any]) -> int:
     """Columns that a pass of the first sweep takes: two tiles where `kl.sweep` does."""
     sizes = {p.a.element_size(), p.b.element_size()}
-    tiles = 2 if configuration["WIDE"] and sizes == {2} else 1
+    tiles = 2 if sizes == {2} else 1
     return int(tiles * configuration["R"] * configuration["VEC"])
 
 

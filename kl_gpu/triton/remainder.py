@@ -16,18 +16,28 @@ from torch import Tensor
 
 from ..problem import Problem
 from ..remainder import STATS, Part
-from .launch import LANES, ProgramShape, configuration, high_low, parts_of, resident_programs
+from .launch import LANES, ProgramShape, configuration, gradient_layout, high_low, parts_of, resident_programs
 from .tiles import (
     LOG2E,
     NO_REFERENCE,
     exponent,
     level,
+    load_one,
+    load_ragged,
+    load_tile,
     narrow,
     normalised,
+    own_columns,
+    place,
     probability,
     row_start,
-    tile_offsets,
+    store_one,
+    store_ragged,
+    store_tile,
+    tile_ahead,
+    unpacked,
     wide,
+    write_zeros,
 )
 
 # Row statistics, in float64: n and 1/Z, so that pi_j = 2^(k·logit − n)/Z, the entropy in nats, and u.
@@ -35,32 +45,30 @@ _STATS = tl.constexpr(STATS)
 
 
 @triton.jit
-def _mark(words, ids, n_ids, V, ON: tl.constexpr, IDS: tl.constexpr):
-    """Set the bits of a row's ids, or clear the words they lie in."""
+def _mark(
+    words, ids, n_ids, V, ON: tl.constexpr, IDS: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Set the bits of a row's ids, or clear the words they lie in; a thread's bits of a tile lie together."""
     for start in range(0, n_ids, IDS):
         which = start + tl.arange(0, IDS)
         column = tl.load(ids + which, mask=which < n_ids, other=-1)
         inside = (column >= 0) & (column < V)
         # An id outside must not become an address, not even a masked one.
-        column = tl.where(inside, column, 0).to(tl.int32)
+        bit = place(tl.where(inside, column, 0).to(tl.int32), R, VEC, LAYOUT)
         if ON:
-            tl.atomic_or(words + (column >> 5), tl.full([IDS], 1, tl.int32) << (column & 31), mask=inside)
+            tl.atomic_or(words + (bit >> 5), tl.full([IDS], 1, tl.int32) << (bit & 31), mask=inside)
         else:
-            tl.store(words + (column >> 5), 0, mask=inside)
+            tl.store(words + (bit >> 5), 0, mask=inside)
 
 
 @triton.jit
-def _is_given(marks, start, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr):
+def _is_given(marks, start, R: tl.constexpr, VEC: tl.constexpr):
     """Which columns of the tile at `start` are given; `marks` are the words' bytes."""
     # Past the L1, which knows nothing of the atomics.
-    if WIDE:
-        column = tl.arange(0, R) * VEC
-        eight = tl.load(marks + start // 8 + column // 8, cache_modifier=".cg").to(tl.int32)
-        return (eight[:, None] >> ((column % 8)[:, None] + tl.arange(0, VEC)[None, :])) & 1 != 0
-    else:
-        column = tile_offsets(R, VEC, WIDE)
-        eight = tl.load(marks + start // 8 + column // 8, cache_modifier=".cg").to(tl.int32)
-        return (eight >> (column % 8)) & 1 != 0
+    bit = tl.arange(0, R) * VEC
+    eight = tl.load(marks + start // 8 + bit // 8, cache_modifier=".cg").to(tl.int32)
+    return (eight[:, None] >> ((bit % 8)[:, None] + tl.arange(0, VEC)[None, :])) & 1 != 0
 
 
 @triton.jit
@@ -85,23 +93,22 @@ def _accumulate(x, gone, n, z, t, k, ENTROPY: tl.constexpr):
 @triton.jit
 def _sweep(
     row, marks, V, k, CT: tl.constexpr, ENTROPY: tl.constexpr,
-    R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     BLOCK: tl.constexpr = R * VEC
-    offsets = tile_offsets(R, VEC, WIDE)
-    everywhere = tl.full([R, VEC], True, tl.int1)
     n = tl.full([], NO_REFERENCE, CT)
     z = tl.zeros([R], CT)
     t = tl.zeros([R], CT)
     full = V - V % BLOCK
-    ahead = tl.load(row + offsets, mask=everywhere & (full > 0))
-    for start in range(0, full, BLOCK):
-        x = ahead.to(CT)
-        ahead = tl.load(row + start + BLOCK + offsets, mask=everywhere & (start + BLOCK < full))
-        n, z, t = _accumulate(x, _is_given(marks, start, R, VEC, WIDE), n, z, t, k, ENTROPY)
+    if full > 0:
+        ahead = load_tile(row, 0, R, VEC, LAYOUT)
+        for start in range(0, full, BLOCK):
+            x = unpacked(ahead, row, CT, R, VEC)
+            ahead = load_tile(row, tile_ahead(start, full, BLOCK), R, VEC, LAYOUT)
+            n, z, t = _accumulate(x, _is_given(marks, start, R, VEC), n, z, t, k, ENTROPY)
     if full < V:
-        x = tl.load(row + full + offsets, mask=full + offsets < V, other=-float("inf")).to(CT)
-        n, z, t = _accumulate(x, _is_given(marks, full, R, VEC, WIDE), n, z, t, k, ENTROPY)
+        x = load_ragged(row, full, V, -float("inf"), CT, R, VEC, LAYOUT)
+        n, z, t = _accumulate(x, _is_given(marks, full, R, VEC), n, z, t, k, ENTROPY)
     return n, tl.sum(z), tl.sum(t)
 
 
@@ -110,7 +117,7 @@ def remainder_kernel(
     x_ptr, ids_ptr, rows_ptr, stats_ptr, words_ptr, marks_ptr,
     n_rows, n_inner, x_outer, x_inner, V, n_ids, words, scale_high, scale_low,
     HAS_ROWS: tl.constexpr, ENTROPY: tl.constexpr, IDS: tl.constexpr,
-    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Statistics of every row; a program takes rows in strides of their number."""
     own = tl.program_id(0).to(tl.int64) * words
@@ -122,12 +129,12 @@ def remainder_kernel(
             counts = tl.load(rows_ptr + row) != 0
         if counts:
             ids = ids_ptr + tl.full([], row, tl.int64) * n_ids
-            _mark(words_ptr + own, ids, n_ids, V, True, IDS)
+            _mark(words_ptr + own, ids, n_ids, V, True, IDS, R, VEC, LAYOUT)
             tl.debug_barrier()
             x_row = row_start(x_ptr, tl.full([], row, tl.int64), n_inner, x_outer, x_inner)
-            n, z, t = _sweep(x_row, marks_ptr + own * 4, V, k, CT, ENTROPY, R, VEC, WIDE)
+            n, z, t = _sweep(x_row, marks_ptr + own * 4, V, k, CT, ENTROPY, R, VEC, LAYOUT)
             tl.debug_barrier()  # no thread may still read the bits
-            _mark(words_ptr + own, ids, n_ids, V, False, IDS)
+            _mark(words_ptr + own, ids, n_ids, V, False, IDS, R, VEC, LAYOUT)
             tl.debug_barrier()
             n = n.to(tl.float64)
             z = z.to(tl.float64)
@@ -160,7 +167,7 @@ def remainder_gradient_kernel(
     n_rows, n_inner, x_outer, x_inner, grad_outer, grad_inner, V, n_ids, parts, part_columns,
     scale_high, scale_low,
     HAS_ROWS: tl.constexpr, ENTROPY: tl.constexpr, IDS: tl.constexpr,
-    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Columns of one part of a row: first as if none were given, then what flows to those that are."""
     BLOCK: tl.constexpr = R * VEC
@@ -171,7 +178,6 @@ def remainder_gradient_kernel(
     grad = row_start(grad_ptr, row, n_inner, grad_outer, grad_inner)
     scale = wide(scale_high, scale_low)
     k = (scale * LOG2E).to(CT)
-    offsets = tile_offsets(R, VEC, WIDE)
     counts = True
     if HAS_ROWS:
         counts = tl.load(rows_ptr + row) != 0
@@ -188,28 +194,30 @@ def remainder_gradient_kernel(
     side = normalised(n, total.to(CT), k, scale, 15, CT)
     to_rest = flow.to(CT)
     to_log = (turn / LOG2E).to(CT)
+    begin, start, end = own_columns(grad, first, last, V, LAYOUT)
     if moves:
-        full = last - (last - first) % BLOCK
-        for start in range(first, full, BLOCK):
-            x = tl.load(x_row + start + offsets).to(CT)
+        if start < begin:
+            out = _gradient_tile(load_one(x_row + start, CT), side, n, to_rest, to_log, log_z, k, ENTROPY)
+            store_one(grad + start, out)
+        full = end - (end - begin) % BLOCK
+        for at in range(begin, full, BLOCK):
+            x = unpacked(load_tile(x_row, at, R, VEC, LAYOUT), x_row, CT, R, VEC)
             out = _gradient_tile(x, side, n, to_rest, to_log, log_z, k, ENTROPY)
-            tl.store(grad + start + offsets, narrow(out, grad.dtype.element_ty))
-        if full < last:
-            inside = full + offsets < last
-            x = tl.load(x_row + full + offsets, mask=inside, other=-float("inf")).to(CT)
+            store_tile(grad, at, out, R, VEC, LAYOUT)
+        if full < end:
+            x = load_ragged(x_row, full, end, -float("inf"), CT, R, VEC, LAYOUT)
             out = _gradient_tile(x, side, n, to_rest, to_log, log_z, k, ENTROPY)
-            tl.store(grad + full + offsets, narrow(out, grad.dtype.element_ty), mask=inside)
+            store_ragged(grad, full, end, out, R, VEC, LAYOUT)
     else:
-        for start in range(first, last, BLOCK):
-            tl.store(grad + start + offsets, 0.0, mask=start + offsets < last)
+        write_zeros(grad, start, end, R, VEC, LAYOUT)
     tl.debug_barrier()  # the given columns are written over what other threads have just stored
     if counts:
-        for start in range(0, n_ids, IDS):
-            which = start + tl.arange(0, IDS)
+        for at in range(0, n_ids, IDS):
+            which = at + tl.arange(0, IDS)
             here = which < n_ids
             column = tl.load(ids_ptr + row * n_ids + which, mask=here, other=-1)
             value = tl.load(given_ptr + row * n_ids + which, mask=here, other=0.0) * scale
-            inside = (column >= first) & (column < last)
+            inside = (column >= start) & (column < end)
             column = tl.where(inside, column, 0)
             tl.store(grad + column, narrow(value.to(CT), grad.dtype.element_ty), mask=inside)
 
@@ -217,7 +225,7 @@ def remainder_gradient_kernel(
 # By the logit's bytes: 8 columns are one access of 16 bytes in 16 bits, two in float32. Left alone, ptxas
 # holds the form for odd V to 128 registers on sm_80 and spills.
 SHAPES = {2: ProgramShape(16, 160), 4: ProgramShape(8), 8: ProgramShape(4)}
-_FROM_CONFIGURATION = ("CT", "R", "VEC", "WIDE", "num_warps", "maxnreg")
+_FROM_CONFIGURATION = ("CT", "R", "VEC", "LAYOUT", "num_warps", "maxnreg")
 
 
 def program(logits: Tensor, n_ids: int, lanes: int = LANES) -> dict[str, Any]:
@@ -251,6 +259,7 @@ def gradient(
     """Write scale · (what flows to each logit) into the `[A, B, V]` buffer."""
     x = part.logits
     config = program(x, part.ids.shape[1])
+    config["LAYOUT"] = gradient_layout(config["LAYOUT"], x, grad)
     parts = parts_of(x.shape[-1], config["R"] * config["VEC"])
     remainder_gradient_kernel[(part.n_rows * parts.number,)](
         x, part.ids, part.rows, stats, to_given, to_rest, to_rest if to_entropy is None else to_entropy, grad,

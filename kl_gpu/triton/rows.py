@@ -16,12 +16,21 @@ from torch import Tensor
 
 from ..kinds import STATS
 from ..problem import Problem
-from .gradients import write_gradient, write_zeros
+from .gradients import write_gradient
 from .kl import merged, store_row, sweep
-from .launch import ProgramShape, configuration, geometry, high_low, parts_of, resident_programs, step_of
+from .launch import (
+    ProgramShape,
+    configuration,
+    geometry,
+    gradient_layout,
+    high_low,
+    parts_of,
+    resident_programs,
+    step_of,
+)
 from .plain import is_plain, logarithm, near_coefficients
 from .sums import formula_sums, plain_sums
-from .tiles import LOG2E, NO_REFERENCE, normalised, row_start, wide
+from .tiles import LOG2E, NO_REFERENCE, normalised, row_start, wide, write_zeros
 
 # Row statistics: n_a, 1/Z_a, n_b, 1/Z_b (so that a_i = 2^(k_a·logit − n_a)/Z_a), then c and lam with
 # log(b_i/a_i) = x_i − lam, the value, and what a·∂D/∂a and b·∂D/∂b sum to. They come zeroed: behind them
@@ -72,11 +81,11 @@ def _first_sweep(
     value_out, stats, states, a_row, b_row, V, part, parts, first, last,
     k_a, k_b, scale, a_scale, b_scale, c_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
-    R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     n, c, n_b, z, a1, a2 = sweep(
         a_row, b_row, first, last, k_a, k_b, scale, a_scale, b_scale, c_scale,
-        SAME_SCALE, EXACT, CT, R, VEC, WIDE,
+        SAME_SCALE, EXACT, CT, R, VEC, LAYOUT,
     )  # fmt: skip
     complete = True
     z_row = z.to(tl.float64)
@@ -102,7 +111,7 @@ def _first_sweep(
             )  # fmt: skip
         good = store_row(
             value_out, stats, a_row, b_row, V, n, c, n_b, z_row, a1_row, a2_row, furthest,
-            k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE, EXACT, CT, R, VEC, WIDE,
+            k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT,
         )  # fmt: skip
         tl.store(stats + _PLAIN, good.to(CT))
         _complete(stats)
@@ -121,7 +130,7 @@ def _second_sweep(
     value_out, stats, states, a_row, b_row, part, parts, first, last, beta, rest, near,
     k_a, k_b, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, LOG2: tl.constexpr, CT: tl.constexpr,
-    R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     _wait(stats, 1)
     kl = _statistic(stats, 6)
@@ -132,12 +141,12 @@ def _second_sweep(
     if _is_plain(stats, beta, rest, FAMILY, LOG2):
         value, mean_a, mean_b = plain_sums(
             a_row, b_row, first, last, side_a, side_b, c, lam, beta, rest, near,
-            scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, LOG2, CT, R, VEC, WIDE,
+            scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, LOG2, CT, R, VEC, LAYOUT,
         )  # fmt: skip
     else:
         value, mean_a, mean_b = formula_sums(
             a_row, b_row, first, last, side_a, side_b, c, lam, beta, rest,
-            scale, a_scale, b_scale, SAME_SCALE, FAMILY, CT, R, VEC, WIDE,
+            scale, a_scale, b_scale, SAME_SCALE, FAMILY, CT, R, VEC, LAYOUT,
         )  # fmt: skip
     complete = True
     if PARTS > 1:
@@ -162,11 +171,11 @@ def _second_sweep(
 
 @triton.jit
 def _gradient(
-    stats, upstream, a_row, b_row, grad_a, grad_b, first, last, beta, rest,
+    stats, upstream, a_row, b_row, grad_a, grad_b, first, last, V, beta, rest,
     k_a, k_b, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, LOG2: tl.constexpr,
     CT: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
-    R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     value = _statistic(stats, 6)
     # What a·∂D/∂a and b·∂D/∂b sum to over the row: for KL(a‖b), −a·r gives the KL and b − a gives 0.
@@ -195,15 +204,15 @@ def _gradient(
     lam = _statistic(stats, 5)
     if _is_plain(stats, beta, rest, FAMILY, LOG2):
         write_gradient(
-            a_row, b_row, grad_a, grad_b, first, last,
+            a_row, b_row, grad_a, grad_b, first, last, V,
             side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
-            SAME_SCALE, EXACT, FAMILY, True, LOG2, CT, TO_A, TO_B, R, VEC, WIDE,
+            SAME_SCALE, EXACT, FAMILY, True, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
         )  # fmt: skip
     else:
         write_gradient(
-            a_row, b_row, grad_a, grad_b, first, last,
+            a_row, b_row, grad_a, grad_b, first, last, V,
             side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
-            SAME_SCALE, EXACT, FAMILY, False, LOG2, CT, TO_A, TO_B, R, VEC, WIDE,
+            SAME_SCALE, EXACT, FAMILY, False, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
         )  # fmt: skip
 
 
@@ -215,8 +224,8 @@ def _item(
     ga_outer, ga_inner, gb_outer, gb_inner, parts, part_columns, lag,
     HAS_ROWS: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr,
     SWEEPS: tl.constexpr, STAGES: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
-    LOG2: tl.constexpr, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
-    PARTS: tl.constexpr,
+    LOG2: tl.constexpr, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+    OUT_LAYOUT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One part of one row in one stage: a sweep, or behind the sweeps the gradient."""
     slot = item // (parts * STAGES)
@@ -251,31 +260,31 @@ def _item(
                     tl.store(value_out, 0.0)
             if stage == STAGES - 1:
                 if TO_A:
-                    write_zeros(grad_a, first, last, R, VEC, WIDE)
+                    write_zeros(grad_a, first, last, R, VEC, OUT_LAYOUT)
                 if TO_B:
-                    write_zeros(grad_b, first, last, R, VEC, WIDE)
+                    write_zeros(grad_b, first, last, R, VEC, OUT_LAYOUT)
         elif stage < SWEEPS:
             if SWEEPS > 0:
                 if stage == 0:
                     _first_sweep(
                         value_out, stats, states, a_row, b_row, V, part, parts, first, last,
                         k_a, k_b, scale, a_scale, b_scale, c_scale,
-                        SAME_SCALE, EXACT, CT, R, VEC, WIDE, PARTS,
+                        SAME_SCALE, EXACT, CT, R, VEC, LAYOUT, PARTS,
                     )  # fmt: skip
                 elif SWEEPS > 1:
                     _second_sweep(
                         value_out, stats, states, a_row, b_row, part, parts, first, last, beta, rest, near,
                         k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, LOG2, CT,
-                        R, VEC, WIDE, PARTS,
+                        R, VEC, LAYOUT, PARTS,
                     )  # fmt: skip
         elif TO_A or TO_B:
             if SWEEPS > 0:
                 _wait(stats, SWEEPS)
             upstream = tl.load(row_scale_ptr + row).to(CT) * incoming
             _gradient(
-                stats, upstream, a_row, b_row, grad_a, grad_b, first, last, beta, rest,
+                stats, upstream, a_row, b_row, grad_a, grad_b, first, last, V, beta, rest,
                 k_a, k_b, scale, a_scale, b_scale,
-                SAME_SCALE, EXACT, FAMILY, LOG2, CT, TO_A, TO_B, R, VEC, WIDE,
+                SAME_SCALE, EXACT, FAMILY, LOG2, CT, TO_A, TO_B, R, VEC, OUT_LAYOUT,
             )  # fmt: skip
 
 
@@ -289,7 +298,8 @@ def rows_kernel(
     ga_outer, ga_inner, gb_outer, gb_inner, parts, part_columns, lag,
     HAS_ROWS: tl.constexpr, HAS_INCOMING: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
     FAMILY: tl.constexpr, VALUE: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr, LOG2: tl.constexpr,
-    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+    OUT_LAYOUT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """VALUE: sweep for the value (families other than KL twice). TO_A, TO_B: write gradients."""
     SWEEPS: tl.constexpr = (1 if FAMILY == "kl" else 2) if VALUE else 0
@@ -311,7 +321,7 @@ def rows_kernel(
                 a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low, near,
                 ga_outer, ga_inner, gb_outer, gb_inner, parts, part_columns, lag,
                 HAS_ROWS, SAME_SCALE, EXACT, FAMILY, SWEEPS, STAGES, TO_A, TO_B, LOG2, CT,
-                R, VEC, WIDE, PARTS,
+                R, VEC, LAYOUT, OUT_LAYOUT, PARTS,
             )  # fmt: skip
     else:
         _item(
@@ -319,7 +329,8 @@ def rows_kernel(
             grad_a_ptr, grad_b_ptr, n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
             a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low, near,
             ga_outer, ga_inner, gb_outer, gb_inner, parts, part_columns, lag,
-            HAS_ROWS, SAME_SCALE, EXACT, FAMILY, SWEEPS, STAGES, TO_A, TO_B, LOG2, CT, R, VEC, WIDE, PARTS,
+            HAS_ROWS, SAME_SCALE, EXACT, FAMILY, SWEEPS, STAGES, TO_A, TO_B, LOG2, CT,
+            R, VEC, LAYOUT, OUT_LAYOUT, PARTS,
         )  # fmt: skip
 
 
@@ -363,6 +374,7 @@ def _launch(
         out_a.stride(0), out_a.stride(1), out_b.stride(0), out_b.stride(1), parts.number, parts.columns, lag,
         HAS_ROWS=p.rows is not None, HAS_INCOMING=incoming is not None, FAMILY=p.family,
         VALUE=value is not None, TO_A=grad_a is not None, TO_B=grad_b is not None, PARTS=width,
+        OUT_LAYOUT=gradient_layout(config["LAYOUT"], p.a, p.b, grad_a, grad_b),
         LOG2=logarithm(p.family, p.dtype, p.a.device.type == "cuda" and not torch.version.hip), **config,
     )  # fmt: skip
 

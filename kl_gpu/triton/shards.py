@@ -27,7 +27,7 @@ def formula_sums_kernel(
     n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
     a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low, parts, part_columns,
     HAS_ROWS: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr,
-    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """One part of one row: its three sums to `[part, 3, row]`."""
     row = tl.program_id(0) // parts
@@ -48,7 +48,7 @@ def formula_sums_kernel(
             normalised(tl.load(stats), tl.load(stats + 1), (a_scale * LOG2E).to(CT), a_scale, 15, CT),
             normalised(tl.load(stats + 2), tl.load(stats + 3), (b_scale * LOG2E).to(CT), b_scale, 15, CT),
             tl.load(stats + 4), tl.load(stats + 5), beta.to(CT), (1.0 - beta).to(CT),
-            a_scale.to(CT), a_scale, b_scale, SAME_SCALE, FAMILY, CT, R, VEC, WIDE,
+            a_scale.to(CT), a_scale, b_scale, SAME_SCALE, FAMILY, CT, R, VEC, LAYOUT,
         )  # fmt: skip
         tl.store(out, value.to(tl.float64))
         tl.store(out + n_rows, mean_a.to(tl.float64))

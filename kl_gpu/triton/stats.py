@@ -20,14 +20,20 @@ from .launch import ProgramShape, configuration, geometry, parts_of
 from .tiles import (
     LOG2E,
     NO_REFERENCE,
+    RUNS,
+    RUNS_IN_WORDS,
     exponent,
     g,
     g_near,
     is_near,
     level,
+    load_ragged,
+    load_tile,
     log_ratio,
     row_start,
+    tile_ahead,
     tile_offsets,
+    unpacked,
     weights,
     wide,
 )
@@ -128,7 +134,7 @@ def token_stats_parts_kernel(
     a_ptr, b_ptr, rows_ptr, states_ptr, n_inner, a_outer, a_inner, b_outer, b_inner, V,
     a_scale_high, a_scale_low, b_scale_high, b_scale_low, parts, part_columns,
     HAS_ROWS: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
-    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The state of one part of one row."""
     BLOCK: tl.constexpr = R * VEC
@@ -148,7 +154,7 @@ def token_stats_parts_kernel(
         k_a = (a_scale * LOG2E).to(CT)
         k_b = (b_scale * LOG2E).to(CT)
         scale = a_scale.to(CT)
-        offsets = tile_offsets(R, VEC, WIDE)
+        offsets = tile_offsets(R, VEC, LAYOUT)
         n = tl.full([], NO_REFERENCE, CT)
         c = tl.full([], 0.0, CT)
         n_b = tl.full([], 0.0, CT)
@@ -166,23 +172,27 @@ def token_stats_parts_kernel(
         at_b = tl.full([R], 0, tl.int32) + first
         everywhere = tl.full([R, VEC], 1, tl.int1)
         full = last - (last - first) % BLOCK
-        # A tile ahead: the barriers of a tile's maximum would otherwise wait for its loads as well.
-        next_a = tl.load(a_row + first + offsets, mask=everywhere & (first < full))
-        next_b = tl.load(b_row + first + offsets, mask=everywhere & (first < full))
-        for start in range(first, full, BLOCK):
-            a = next_a.to(CT)
-            b = next_b.to(CT)
-            ahead = start + BLOCK
-            next_a = tl.load(a_row + ahead + offsets, mask=everywhere & (ahead < full))
-            next_b = tl.load(b_row + ahead + offsets, mask=everywhere & (ahead < full))
-            n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b = _accumulate(
-                a, b, everywhere, start, n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b,
-                k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE, EXACT, False,
-            )  # fmt: skip
+        # Runs of one tile a pass are held one by one: in words, ptxas spills on sm_100.
+        HELD: tl.constexpr = RUNS if LAYOUT == RUNS_IN_WORDS else LAYOUT
+        if first < full:
+            # A tile ahead: the barriers of a tile's maximum would otherwise wait for its loads as well.
+            next_a = load_tile(a_row, first, R, VEC, HELD)
+            next_b = load_tile(b_row, first, R, VEC, HELD)
+            for start in range(first, full, BLOCK):
+                a = unpacked(next_a, a_row, CT, R, VEC)
+                b = unpacked(next_b, b_row, CT, R, VEC)
+                ahead = tile_ahead(start, full, BLOCK)
+                next_a = load_tile(a_row, ahead, R, VEC, HELD)
+                next_b = load_tile(b_row, ahead, R, VEC, HELD)
+                n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b = _accumulate(
+                    a, b, everywhere, start, n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb,
+                    top_a, at_a, top_b, at_b,
+                    k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE, EXACT, False,
+                )  # fmt: skip
         if full < last:
             inside = full + offsets < last
-            a = tl.load(a_row + full + offsets, mask=inside, other=-float("inf")).to(CT)
-            b = tl.load(b_row + full + offsets, mask=inside, other=-float("inf")).to(CT)
+            a = load_ragged(a_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
+            b = load_ragged(b_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
             n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b = _accumulate(
                 a, b, inside, full, n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b,
                 k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE, EXACT, True,
@@ -246,21 +256,20 @@ def _folded(states, parts, c_scale, PARTS: tl.constexpr):
 
 @triton.jit
 def _weighted_exponents(
-    row, n, k, V, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr
+    row, n, k, V, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr
 ):
     """Σ 2^e e over a row's columns, e = k·logit − n."""
-    offsets = tile_offsets(R, VEC, WIDE)
     total = tl.zeros([R, VEC], CT)
     for start in range(0, V, R * VEC):
-        logit = tl.load(row + start + offsets, mask=start + offsets < V, other=-float("inf")).to(CT)
+        logit = load_ragged(row, start, V, -float("inf"), CT, R, VEC, LAYOUT)
         e = exponent(logit, k, n)
         total += tl.where(logit == -float("inf"), 0.0, tl.exp2(e) * e)
     return tl.sum(total).to(tl.float64)
 
 
 @triton.jit
-def _first_column(row, tile, most, V, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr):
-    columns = tile * (R * VEC) + tile_offsets(R, VEC, WIDE)
+def _first_column(row, tile, most, V, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+    columns = tile * (R * VEC) + tile_offsets(R, VEC, LAYOUT)
     logits = tl.load(row + columns, mask=columns < V, other=-float("inf")).to(tl.float64)
     return tl.min(tl.where((logits == most) & (columns < V), columns, 2147483647))
 
@@ -280,7 +289,7 @@ def token_stats_rows_kernel(
     n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
     a_scale_high, a_scale_low, b_scale_high, b_scale_low, parts,
     HAS_ROWS: tl.constexpr, HAS_TOKENS: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
-    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """A row's statistics from the states of its parts; a row that they cannot do is swept again here."""
     row = tl.program_id(0)
@@ -321,18 +330,18 @@ def token_stats_rows_kernel(
         if not good:
             n_f, z_f, _, _, _, _, forward = careful_row(
                 a_row, b_row, V, k_a, k_b, scale, a_scale, b_scale, c_scale,
-                SAME_SCALE, False, CT, R, VEC, WIDE,
+                SAME_SCALE, False, CT, R, VEC, LAYOUT,
             )  # fmt: skip
             n_r, z_r, _, _, _, _, reverse = careful_row(
                 b_row, a_row, V, k_b, k_a, scale, b_scale, a_scale, c_scale,
-                SAME_SCALE, False, CT, R, VEC, WIDE,
+                SAME_SCALE, False, CT, R, VEC, LAYOUT,
             )  # fmt: skip
             n = n_f.to(tl.float64)
             n_b = n_r.to(tl.float64)
             log_a = tl.log2(z_f)
             log_b = tl.log2(z_r)
-            entropy_a = log_a - _weighted_exponents(a_row, n_f, k_a, V, CT, R, VEC, WIDE) / z_f
-            entropy_b = log_b - _weighted_exponents(b_row, n_r, k_b, V, CT, R, VEC, WIDE) / z_r
+            entropy_a = log_a - _weighted_exponents(a_row, n_f, k_a, V, CT, R, VEC, LAYOUT) / z_f
+            entropy_b = log_b - _weighted_exponents(b_row, n_r, k_b, V, CT, R, VEC, LAYOUT) / z_r
         # max keeps NaN out only by the comparison's direction: NaN < 0 is false, so NaN stays.
         forward = tl.where(forward < 0, 0.0, forward)
         reverse = tl.where(reverse < 0, 0.0, reverse)
@@ -363,8 +372,8 @@ def token_stats_rows_kernel(
         most_b, tile_b = _first_part(states, 12, parts, PARTS)
         agree = tl.full([], 0.0, tl.float64)
         if tile_a == tile_b:
-            column_a = _first_column(a_row, tile_a, most_a, V, R, VEC, WIDE)
-            column_b = _first_column(b_row, tile_b, most_b, V, R, VEC, WIDE)
+            column_a = _first_column(a_row, tile_a, most_a, V, R, VEC, LAYOUT)
+            column_b = _first_column(b_row, tile_b, most_b, V, R, VEC, LAYOUT)
             agree = (column_a == column_b).to(tl.float64)
         # NaN where a side has no distribution.
         agree += (entropy_a + entropy_b) * 0.0

@@ -7,7 +7,15 @@ import triton.language as tl
 
 from .formulas import formula
 from .plain import plain_ratio, plain_terms, shares
-from .tiles import load_tile, log_probability_ratio, probability, tile_offsets, unpacked, weights
+from .tiles import (
+    load_ragged,
+    load_tile,
+    log_probability_ratio,
+    probability,
+    tile_offsets,
+    unpacked,
+    weights,
+)
 
 
 @triton.jit
@@ -39,28 +47,26 @@ def _add_tile(
 def formula_sums(
     a_row, b_row, first, last, side_a, side_b, c, lam, beta, rest, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, FAMILY: tl.constexpr, CT: tl.constexpr,
-    R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """The formula's terms, and what its flows to a and to b sum to, over columns [first, last)."""
     # Never EXACT: a common shift makes r small beside b − a in rows that the first sweep looked at twice.
     EXACT: tl.constexpr = False
     BLOCK: tl.constexpr = R * VEC
-    offsets = tile_offsets(R, VEC, WIDE)
     value = tl.zeros([R], CT)
     mean_a = tl.zeros([R], CT)
     mean_b = tl.zeros([R], CT)
     full = last - (last - first) % BLOCK
     for start in range(first, full, BLOCK):
-        a = unpacked(load_tile(a_row + start, True, R, VEC, WIDE), a_row.dtype.element_ty, CT)
-        b = unpacked(load_tile(b_row + start, True, R, VEC, WIDE), b_row.dtype.element_ty, CT)
+        a = unpacked(load_tile(a_row, start, R, VEC, LAYOUT), a_row, CT, R, VEC)
+        b = unpacked(load_tile(b_row, start, R, VEC, LAYOUT), b_row, CT, R, VEC)
         value, mean_a, mean_b = _add_tile(
             a, b, value, mean_a, mean_b, side_a, side_b, c, lam, beta, rest, scale, a_scale, b_scale,
             SAME_SCALE, EXACT, FAMILY,
         )  # fmt: skip
     if full < last:
-        inside = full + offsets < last
-        a = tl.load(a_row + full + offsets, mask=inside, other=-float("inf")).to(CT)
-        b = tl.load(b_row + full + offsets, mask=inside, other=-float("inf")).to(CT)
+        a = load_ragged(a_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
+        b = load_ragged(b_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
         value, mean_a, mean_b = _add_tile(
             a, b, value, mean_a, mean_b, side_a, side_b, c, lam, beta, rest, scale, a_scale, b_scale,
             SAME_SCALE, EXACT, FAMILY,
@@ -90,11 +96,11 @@ def _add_plain_tile(
 def plain_sums(
     a_row, b_row, first, last, side_a, side_b, c, lam, beta, rest, near, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, LOG2: tl.constexpr,
-    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """`formula_sums` of a plain row. All sums are linear in (a, b), so a's normaliser comes last."""
     BLOCK: tl.constexpr = R * VEC
-    offsets = tile_offsets(R, VEC, WIDE)
+    offsets = tile_offsets(R, VEC, LAYOUT)
     k_a, n_a, gain, drift_a = side_a
     k_b, n_b, gain_b, drift_b = side_b
     # A sum feels the rounding of k, which `drift` makes up for in gradients, on the whole as nothing.
@@ -106,16 +112,16 @@ def plain_sums(
     mean_b = tl.zeros([R], CT)
     full = last - (last - first) % BLOCK
     for start in range(first, full, BLOCK):
-        a = unpacked(load_tile(a_row + start, True, R, VEC, WIDE), a_row.dtype.element_ty, CT)
-        b = unpacked(load_tile(b_row + start, True, R, VEC, WIDE), b_row.dtype.element_ty, CT)
+        a = unpacked(load_tile(a_row, start, R, VEC, LAYOUT), a_row, CT, R, VEC)
+        b = unpacked(load_tile(b_row, start, R, VEC, LAYOUT), b_row, CT, R, VEC)
         value, mean_b = _add_plain_tile(
             a, b, value, mean_b, side_a, side_b, c, lam, beta, rest, near, scale, a_scale, b_scale, True,
             SAME_SCALE, EXACT, FAMILY, LOG2, False,
         )  # fmt: skip
     if full < last:
         inside = full + offsets < last
-        a = tl.load(a_row + full + offsets, mask=inside, other=0.0).to(CT)
-        b = tl.load(b_row + full + offsets, mask=inside, other=0.0).to(CT)
+        a = load_ragged(a_row, full, last, 0.0, CT, R, VEC, LAYOUT)
+        b = load_ragged(b_row, full, last, 0.0, CT, R, VEC, LAYOUT)
         value, mean_b = _add_plain_tile(
             a, b, value, mean_b, side_a, side_b, c, lam, beta, rest, near, scale, a_scale, b_scale, inside,
             SAME_SCALE, EXACT, FAMILY, LOG2, True,

@@ -12,11 +12,19 @@ import os
 import triton
 import triton.language as tl
 
+from .launch import Layout
+
 # The interpreter multiplies and adds in two roundings where the hardware's fma rounds once.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 # m before any column was seen: finite, so that −inf logits weigh 0 rather than NaN.
 NO_REFERENCE = tl.constexpr(-1e30)
+
+SINGLES = tl.constexpr(int(Layout.SINGLES))
+RUNS = tl.constexpr(int(Layout.RUNS))
+RUNS_IN_WORDS = tl.constexpr(int(Layout.RUNS_IN_WORDS))
+PAIRS_IN_WORDS = tl.constexpr(int(Layout.PAIRS_IN_WORDS))
+PAIRS = tl.constexpr(int(Layout.PAIRS))
 
 
 @triton.jit
@@ -28,63 +36,187 @@ def row_start(base, row, n_inner, outer_stride, inner_stride):
 
 
 @triton.jit
-def tile_offsets(R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr):
-    """Columns of a `[R, VEC]` tile; axis 1 lies inside a thread, so sums over it stay there.
-
-    WIDE: a thread owns VEC neighbouring columns, one access of 16 bytes. Otherwise neighbouring threads own
-    neighbouring columns: where rows start at odd addresses, scattered accesses would take VEC times as many
-    cache lines each. Which of the two depends on V alone, lest a row's bits depend on where it lies. WIDE
-    is 2 where rows also start at multiples of four bytes, which changes how tiles are loaded, not their bits.
-    """
-    if WIDE:
-        return tl.arange(0, R)[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    else:
-        return tl.arange(0, R)[:, None] + tl.arange(0, VEC)[None, :] * R
-
-
-@triton.jit
-def tile_pointers(start, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr):
+def tile_pointers(start, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
     """start + tile_offsets, in two sums: the second is of constants, which cost no instruction."""
-    if WIDE:
-        return start + tl.arange(0, R)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    RUN: tl.constexpr = 2 if LAYOUT >= PAIRS_IN_WORDS else VEC if LAYOUT >= RUNS else 1
+    which = tl.arange(0, VEC)[None, :]
+    if RUN == VEC:
+        return start + tl.arange(0, R)[:, None] * VEC + which
+    elif RUN == 1:
+        return start + tl.arange(0, R)[:, None] + which * R
     else:
-        return start + tl.arange(0, R)[:, None] + tl.arange(0, VEC)[None, :] * R
+        return start + tl.arange(0, R)[:, None] * RUN + (which % RUN + which // RUN * (R * RUN))
 
 
 @triton.jit
-def load_tile(start, inside, R: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr):
-    """A whole tile from `start` where `inside`, as it lies in memory; `unpacked` makes logits of it.
+def tile_offsets(R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+    """Columns of a `[R, VEC]` tile; axis 1 lies inside a thread, so sums over it stay there."""
+    return tile_pointers(0, R, VEC, LAYOUT)
 
-    16-bit logits stay in pairs: a loop that carried them to its next pass one by one would pay an
-    instruction and a register for each.
+
+@triton.jit
+def place(column, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+    """Where a column of a row would lie if each tile lay in memory as `[R, VEC]`: tile_offsets undone."""
+    RUN: tl.constexpr = 2 if LAYOUT >= PAIRS_IN_WORDS else VEC if LAYOUT >= RUNS else 1
+    within = column % (R * VEC)
+    return column - within + within % (R * RUN) // RUN * VEC + within // (R * RUN) * RUN + within % RUN
+
+
+@triton.jit
+def _is_odd(row):
+    """1 for a row of 16-bit numbers that starts in the middle of a 32-bit word, else 0."""
+    return ((row.to(tl.int64) >> 1) & 1).to(tl.int32)
+
+
+@triton.jit
+def _is_paired(row, LAYOUT: tl.constexpr):
+    return row.dtype.element_ty.primitive_bitwidth == 16 and LAYOUT >= PAIRS_IN_WORDS
+
+
+@triton.jit
+def _by_thread(pairs, R: tl.constexpr, VEC: tl.constexpr):
+    """A tile's pairs `[R, VEC // 2]` from the order of their columns.
+
+    Pairs lie in memory in one dimension because Triton orders threads by what is contiguous: in two, those of
+    single 16-bit accesses would go to other threads than those of words, through shared memory.
     """
-    everywhere = tl.full([R, 1], 1, tl.int1) & inside
-    if WIDE == 2 and start.dtype.element_ty.primitive_bitwidth == 16:
-        words = start.to(tl.pointer_type(tl.int32))
-        return tl.load(tile_pointers(words, R, VEC // 2, WIDE), mask=everywhere)
+    return tl.trans(tl.reshape(pairs, [VEC // 2, R]))
+
+
+@triton.jit
+def load_tile(row, start, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+    """The whole tile at column `start`, as it lies in memory; `unpacked` makes logits of it.
+
+    16-bit logits stay in words: a loop that carried them to its next pass one by one would pay an instruction
+    and a register for each.
+    """
+    WORDS: tl.constexpr = R * VEC // 2
+    if row.dtype.element_ty.primitive_bitwidth != 16 or LAYOUT <= RUNS:
+        return (tl.load(tile_pointers(row + start, R, VEC, LAYOUT)),)
+    elif LAYOUT == PAIRS:
+        # An odd row's pair lies in two words. Even rows load theirs twice, from the L1: a mask would have
+        # registers cleared first. The second word lies in the row, whose columns no tile ends with (VEC does
+        # not divide V, so there is a ragged one); half of the first may not, and is shifted out.
+        odd = _is_odd(row)
+        words = (row - odd + start).to(tl.pointer_type(tl.int32))
+        beyond = (row + odd + start).to(tl.pointer_type(tl.int32))
+        return tl.load(words + tl.arange(0, WORDS)), tl.load(beyond + tl.arange(0, WORDS))
     else:
-        return tl.load(tile_pointers(start, R, VEC, WIDE), mask=everywhere)
-
-
-@triton.jit
-def unpacked(tile, dtype: tl.constexpr, CT: tl.constexpr):
-    """The logits `[R, VEC]` of a tile that `load_tile` read."""
-    if tile.dtype == tl.int32:
-        if dtype == tl.bfloat16:
-            first = (tile << 16).to(tl.float32, bitcast=True)
-            second = (tile & -65536).to(tl.float32, bitcast=True)
+        words = (row + start).to(tl.pointer_type(tl.int32))
+        if LAYOUT == PAIRS_IN_WORDS:
+            return (tl.load(words + tl.arange(0, WORDS)),)
         else:
-            first = tile.to(tl.int16).to(dtype, bitcast=True)
-            second = (tile >> 16).to(tl.int16).to(dtype, bitcast=True)
-        tile = tl.reshape(tl.join(first, second), [tile.shape[0], 2 * tile.shape[1]])
-    return tile.to(CT)
+            return (tl.load(tile_pointers(words, R, VEC // 2, RUNS)),)
 
 
 @triton.jit
-def halves(tile):
-    """The first and the second half of a tile's rows."""
-    rows: tl.constexpr = tile.shape[0] // 2
-    return tl.split(tl.permute(tl.reshape(tile, [2, rows, tile.shape[1]]), (1, 2, 0)))
+def tile_ahead(start, full, STEP: tl.constexpr):
+    """Where the next pass starts; behind the last one its own start: a mask would clear registers first."""
+    return tl.multiple_of(tl.minimum(start + STEP, full - STEP), 16)
+
+
+@triton.jit
+def unpacked(tile, row, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr):
+    """The logits `[R, VEC]` of a tile that `load_tile` read from `row`."""
+    dtype: tl.constexpr = row.dtype.element_ty
+    logits = tile[0]
+    if logits.dtype == tl.int32:
+        if len(tile) == 2:
+            low = logits.to(tl.uint32, bitcast=True).to(tl.uint64)
+            both = tile[1].to(tl.uint32, bitcast=True).to(tl.uint64) << 32 | low
+            logits = (both >> (_is_odd(row) * 16).to(tl.uint64)).to(tl.uint32).to(tl.int32, bitcast=True)
+        if len(logits.shape) == 1:
+            logits = _by_thread(logits, R, VEC)
+        if dtype == tl.bfloat16:
+            first = (logits << 16).to(tl.float32, bitcast=True)
+            second = (logits & -65536).to(tl.float32, bitcast=True)
+        else:
+            first = logits.to(tl.int16).to(dtype, bitcast=True)
+            second = (logits >> 16).to(tl.int16).to(dtype, bitcast=True)
+        logits = tl.reshape(tl.join(first, second), [R, VEC])
+    return logits.to(CT)
+
+
+@triton.jit
+def load_ragged(
+    row, start, last, other, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """The logits `[R, VEC]` of the tile at `start`, `other` from column `last` on."""
+    if _is_paired(row, LAYOUT):
+        first = start + tl.arange(0, R * VEC // 2) * 2
+        second = tl.load(row + first + 1, mask=first + 1 < last, other=other)
+        first = tl.load(row + first, mask=first < last, other=other)
+        pairs = tl.join(_by_thread(first, R, VEC), _by_thread(second, R, VEC))
+        return tl.reshape(pairs, [R, VEC]).to(CT)
+    else:
+        offsets = tile_offsets(R, VEC, LAYOUT)
+        return tl.load(row + start + offsets, mask=start + offsets < last, other=other).to(CT)
+
+
+@triton.jit
+def _pairs(values, R: tl.constexpr, VEC: tl.constexpr):
+    """A tile `[R, VEC]` as pairs `[R * VEC // 2, 2]` in the order of their columns."""
+    pairs = tl.permute(tl.reshape(values, [R, VEC // 2, 2]), (1, 0, 2))
+    return tl.reshape(pairs, [R * VEC // 2, 2])
+
+
+@triton.jit
+def store_tile(row, start, values, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+    """A whole tile of gradients, rounded, to the columns from `start` on; pairs in words."""
+    values = narrow(values, row.dtype.element_ty)
+    if _is_paired(row, LAYOUT):
+        words = tl.multiple_of(row + start, 4)
+        words = words + tl.arange(0, R * VEC // 2)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        tl.store(words, _pairs(values, R, VEC))
+    else:
+        tl.store(tile_pointers(row + start, R, VEC, LAYOUT), values)
+
+
+@triton.jit
+def store_ragged(row, start, last, values, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+    """A tile of gradients, rounded, to the columns from `start` to `last`."""
+    values = narrow(values, row.dtype.element_ty)
+    if _is_paired(row, LAYOUT):
+        first, second = tl.split(_pairs(values, R, VEC))
+        column = start + tl.arange(0, R * VEC // 2) * 2
+        tl.store(row + column, first, mask=column < last)
+        tl.store(row + column + 1, second, mask=column + 1 < last)
+    else:
+        offsets = tile_offsets(R, VEC, LAYOUT)
+        tl.store(row + start + offsets, values, mask=start + offsets < last)
+
+
+@triton.jit
+def load_one(logit, CT: tl.constexpr):
+    """A tile of one column."""
+    return tl.load(logit + tl.arange(0, 1)[:, None] + tl.arange(0, 1)[None, :]).to(CT)
+
+
+@triton.jit
+def store_one(to, value):
+    """A tile of one column, rounded; Triton lets one thread store it, which read it before."""
+    tl.store(to + tl.arange(0, 1)[:, None] + tl.arange(0, 1)[None, :], narrow(value, to.dtype.element_ty))
+
+
+@triton.jit
+def own_columns(grad, first, last, V, LAYOUT: tl.constexpr):
+    """Where the tiles of a part of a gradient's row begin, and the columns [from, to) that the part writes.
+
+    Pairs begin where the row's words do, a column later in odd rows: no column feels which thread has it.
+    """
+    if _is_paired(grad, LAYOUT):
+        odd = _is_odd(grad)
+        return first + odd, tl.where(first == 0, 0, first + odd), tl.minimum(last + odd, V)
+    else:
+        return first, first, last
+
+
+@triton.jit
+def write_zeros(grad, first, last, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+    """Columns [first, last) of a row that does not count."""
+    offsets = tile_offsets(R, VEC, LAYOUT)
+    for start in range(first, last, R * VEC):
+        tl.store(grad + start + offsets, 0.0, mask=start + offsets < last)
 
 
 @triton.jit
