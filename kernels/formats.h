@@ -179,22 +179,7 @@ inline void round_one(double x, T& out) {
 
 constexpr std::int64_t kScratchColumns = 512;  // columns widened at a time, on the stack
 
-// run<T>() with the T that holds a `t`.
-template <class Run>
-inline auto in_format(Dtype t, Run run) {
-    switch (t) {
-        case Dtype::bf16:
-            return run.template operator()<Bf16>();
-        case Dtype::f16:
-            return run.template operator()<F16>();
-        case Dtype::f64:
-            return run.template operator()<double>();
-        default:
-            return run.template operator()<float>();
-    }
-}
-
-// The same where fp64 goes another way, so that nothing is compiled for it.
+// run<T>() with the T that holds a `t` other than fp64, for which nothing is compiled.
 template <class Run>
 inline auto in_fp32_format(Dtype t, Run run) {
     switch (t) {
@@ -205,6 +190,12 @@ inline auto in_fp32_format(Dtype t, Run run) {
         default:
             return run.template operator()<float>();
     }
+}
+
+// The same for any `t`.
+template <class Run>
+inline auto in_format(Dtype t, Run run) {
+    return t == Dtype::f64 ? run.template operator()<double>() : in_fp32_format(t, run);
 }
 
 // Widens n columns at `p` into `out`.
