@@ -1,22 +1,21 @@
 """The CPU kernels against the machine's own memory, torch.compile and eager PyTorch.
 
-    python -m bench.cpu_roofline [--rows 256] [--columns 128256] [--threads 2] [--repeats 15] [--sizes]
+    python -m bench.cpu_roofline [--rows 256] [--columns 128256] [--threads 2] [--repeats 15]
 
 Every candidate takes its turn in every round, so that a busy moment hits all alike; figures are
 medians, and shares are medians of the shares within a round. Counted bytes: value reads both tensors (2 U);
 value and gradient also writes one (3 U). "memory" is a loop over the same buffers that does nothing
 but read them, or read them and write the third past the cache. "kl_div" is the public call, autograd and a
-new gradient buffer included, as the peers have it. --sizes times our kernels alone over V and N instead.
+new gradient buffer included, as the peers have it.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +30,6 @@ FLOORS = {  # share of memory, times torch.compile, times eager
     ("bfloat16", "value"): (0.48, 3.7, 32),
     ("bfloat16", "value + gradient"): (0.38, 6.5, 29),
 }
-OUT_OF_CACHE = 2**27  # bytes of one of several tensors that no cache holds
-Turns = Iterator[tuple[Problem, torch.Tensor]]
 
 
 def interleaved(
@@ -104,41 +101,6 @@ def candidates(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Callab
     }
 
 
-def sizes(repeats: int) -> None:
-    """Time per byte over V at 2²⁵ logits, and over N at V = 128256: no size should fall out of line."""
-    grid = [(max(1, 2**25 // v), v) for v in (8192, 32000, 50257, 128256, 151936, 262144)]
-    grid += [(n, 128256) for n in (1, 2, 4, 16, 64, 256, 4096)]
-    print(
-        f"{'N':>6}{'V':>8}" + "".join(f"{name:>26}" for name in ("fp32 value, ps/byte", "value + gradient"))
-    )
-    for n, v in grid:
-        teacher = 3 * torch.randn(1, n, v)
-        student = teacher + 0.5 * torch.randn(1, n, v)
-        row_scale = torch.full((n,), 1 / n)
-        bytes_ = student.numel() * student.element_size()
-        # Small sizes take their turn on copies, or they would be read from the cache and large ones not.
-        copies = max(1, OUT_OF_CACHE // bytes_)
-        turns = itertools.cycle(
-            [
-                (Problem.of(student.clone(), teacher.clone(), None, "forward_kl", 0.0, 1.0, 1.0), g)
-                for g in torch.zeros(copies, *student.shape)
-            ]
-        )
-
-        def value(turns: Turns = turns) -> object:
-            return native.value(next(turns)[0])
-
-        def both(turns: Turns = turns, row_scale: torch.Tensor = row_scale) -> object:
-            problem, grad = next(turns)
-            return native.value_and_gradient(problem, row_scale, None, grad)
-
-        times = interleaved({"value": value, "both": both}, max(repeats, min(4 * copies, 400)))
-        per_byte = (
-            statistics.median(times[work]) / (k * bytes_) * 1e12 for work, k in (("value", 2), ("both", 3))
-        )
-        print(f"{n:6}{v:8}" + "".join(f"{x:26.1f}" for x in per_byte))
-
-
 def ratio(over: list[float], under: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
@@ -150,18 +112,10 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=128256)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--sizes", action="store_true")
     parser.add_argument("--json", help="also write the figures here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    if args.sizes:
-        sizes(args.repeats)
-    else:
-        against_peers(args)
-
-
-def against_peers(args: argparse.Namespace) -> None:
     print(f"{native.isa()}, {args.threads} threads, {args.rows} × {args.columns}, {args.repeats} rounds")
     print(f"{'':27}{'ms':>8}{'GB/s':>7}{'of memory':>15}{'of torch.compile':>20}{'of eager':>16}")
     report = []

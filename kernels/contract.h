@@ -10,6 +10,8 @@ namespace kl {
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
 
+constexpr std::int64_t size_of(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
+
 // A logits tensor [A, B, V] whose last stride is 1; the leading strides count elements and may be 0.
 struct Logits {
     const void* data;

@@ -13,8 +13,6 @@
 namespace kl {
 namespace {
 
-constexpr std::int64_t kStreamBytes = 4 * 1024 * 1024;  // smaller gradients stay in cache for their reader
-
 template <class R>
 void write(const RowResult& result, R* value, R* stats) {
     const auto split = [](double x, R* parts) {
@@ -143,20 +141,9 @@ void value_of(const Problem& p, R* value, R* stats) {
     for_each_row(layout, [&](std::int64_t r) { value_of_row(layout, r, value + r, stats + r * kStats); });
 }
 
-// Whether a gradient is stored past the cache; then it is also large enough to care for its pages.
-bool streams(const Layout& layout, const Gradient& g, const Logits& logits) {
-    const Problem& p = layout.p;
-    // Over the logits' own memory the lines are in cache already.
-    if (g.data == nullptr || g.data == logits.data ||
-        layout.rows() * p.columns * size_of(g.dtype) < kStreamBytes)
-        return false;
-    const std::int64_t last_row = (p.size_a - 1) * g.stride_a + (p.size_b - 1) * g.stride_b;
-    prefer_large_pages(g.data, (last_row + p.columns) * size_of(g.dtype));
-    return true;
-}
-
-bool any_streams(const Layout& layout, const Gradient& to_a, const Gradient& to_b) {
-    const bool a = streams(layout, to_a, layout.p.a), b = streams(layout, to_b, layout.p.b);
+bool any_past_cache(const Problem& p, const Gradient& to_a, const Gradient& to_b) {
+    const bool a = stores_past_cache(to_a, p.a, p.size_a, p.size_b, p.columns);
+    const bool b = stores_past_cache(to_b, p.b, p.size_a, p.size_b, p.columns);
     return a || b;
 }
 
@@ -175,7 +162,7 @@ template <class R>
 void gradient_of(const Problem& p, const R* stats, const R* row_scale, const Gradient& to_a,
                  const Gradient& to_b) {
     const Layout layout{p, kernels()};
-    const bool stream = any_streams(layout, to_a, to_b);
+    const bool stream = any_past_cache(p, to_a, to_b);
     if (layout.splits_rows()) {
         for_each_block(layout, [&](std::int64_t r, std::int64_t n) {
             gradient_of_row(layout, r, stats + r * kStats, row_scale[r], to_a, to_b, stream,
@@ -197,7 +184,7 @@ void both_of(const Problem& p, const R* row_scale, R* value, R* stats, const Gra
         gradient_of(p, stats, row_scale, to_a, to_b);
         return;
     }
-    const bool stream = any_streams(layout, to_a, to_b);
+    const bool stream = any_past_cache(p, to_a, to_b);
     for_each_row(layout, [&](std::int64_t r) {
         R* const row_stats = stats + r * kStats;
         value_of_row(layout, r, value + r, row_stats);

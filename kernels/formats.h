@@ -24,8 +24,6 @@ constexpr Dtype dtype_of<Bf16> = Dtype::bf16;
 template <>
 constexpr Dtype dtype_of<F16> = Dtype::f16;
 
-inline std::int64_t size_of(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
-
 // The vector that arithmetic on a T uses.
 template <class T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, VD, VF>;

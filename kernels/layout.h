@@ -13,8 +13,6 @@ namespace kl {
 
 constexpr std::int64_t kGrain = 32768;  // columns worth handing to another thread
 
-inline std::int64_t size_of(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
-
 template <class T, class Side>
 T* row_of(T* data, const Side& side, std::int64_t i, std::int64_t j) {
     const std::int64_t offset = (i * side.stride_a + j * side.stride_b) * size_of(side.dtype);

@@ -6,6 +6,15 @@
 #endif
 
 namespace kl {
+namespace {
+
+// Smaller gradients stay in a core's own cache. Its reader would gain from larger ones there too, but less
+// than their stores lose: at 1 to 2 MiB 5 % of store and read together, against 15 % where lines are not in
+// cache beforehand.
+constexpr std::int64_t kPastCacheBytes = 256 * 1024;
+constexpr std::int64_t kLargePageBytes = 4 * 1024 * 1024;  // two large pages at least, wherever it starts
+
+}  // namespace
 
 void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] std::int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -16,6 +25,17 @@ void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] std::int64
     // A hint: where the system has none to give, nothing changes.
     if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
+}
+
+bool stores_past_cache(const Gradient& to, const Logits& logits, std::int64_t size_a, std::int64_t size_b,
+                       std::int64_t columns) {
+    // Over the logits' own memory the lines are in cache already.
+    if (to.data == nullptr || to.data == logits.data) return false;
+    const std::int64_t size = size_of(to.dtype), bytes = size_a * size_b * columns * size;
+    if (bytes >= kLargePageBytes)
+        prefer_large_pages(to.data,
+                           ((size_a - 1) * to.stride_a + (size_b - 1) * to.stride_b + columns) * size);
+    return bytes >= kPastCacheBytes;
 }
 
 }  // namespace kl

@@ -29,11 +29,8 @@ void RemainderSums::operator+=(const RemainderSums& other) {
 
 namespace {
 
-constexpr std::int64_t kGrain = 32768;                  // columns worth handing to another thread
-constexpr std::int64_t kStreamBytes = 4 * 1024 * 1024;  // smaller gradients stay in cache for their reader
+constexpr std::int64_t kGrain = 32768;  // columns worth handing to another thread
 constexpr double kLn2 = 0.69314718055994530942;
-
-std::int64_t size_of(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
 
 struct Layout {
     const RemainderProblem& p;
@@ -162,12 +159,7 @@ void remainder(const RemainderProblem& p, bool entropy, double* u, double* sprea
 void remainder_gradient(const RemainderProblem& p, const double* stats, const double* to_given,
                         const double* to_rest, const double* to_entropy, const Gradient& to) {
     const Layout layout{p, kernels()};
-    // Over the logits' own memory the lines are in cache already.
-    const bool stream = to.data != p.x.data && layout.rows() * p.columns * size_of(to.dtype) >= kStreamBytes;
-    if (stream) {
-        const std::int64_t last_row = (p.size_a - 1) * to.stride_a + (p.size_b - 1) * to.stride_b;
-        prefer_large_pages(to.data, (last_row + p.columns) * size_of(to.dtype));
-    }
+    const bool stream = stores_past_cache(to, p.x, p.size_a, p.size_b, p.columns);
     for_each_piece(layout, [&](std::int64_t r, std::int64_t first_block, std::int64_t last_block) {
         const RemainderRow row = layout.row(r);
         const Destination out{static_cast<char*>(to.data) + layout.offset(to, r), to.dtype};

@@ -17,8 +17,6 @@ namespace {
 
 using Bytes = std::unique_ptr<unsigned char[]>;
 
-std::int64_t size_of(kl::Dtype t) { return t == kl::Dtype::f64 ? 8 : t == kl::Dtype::f32 ? 4 : 2; }
-
 // Any bits at all in every other row, small numbers in the rest.
 Bytes logits(kl::Dtype dtype, std::int64_t rows, std::int64_t columns, unsigned seed) {
     std::mt19937 random(seed);
