@@ -100,7 +100,7 @@ class Entry:
 
 def _entry(family: str, sweeps_value: bool, side: str) -> Entry:
     sweeps = (1 if family == "kl" else 2) if sweeps_value else 0
-    each = 2 if plain.logarithm(family, torch.float32, True) else 1
+    each = 2  # forms of each later stage: of plain rows, and of others
     last = (-each,) if side else ()
     stages = sweeps + bool(side)
     return Entry(
