@@ -27,8 +27,8 @@ from .tiles import (
 # The reference moves where some thread's weights of a step sum to as much. That tells a new maximum from sums
 # that are there anyway: a maximum itself would take an instruction per column.
 _ROOM = tl.constexpr(256.0)
-# A reference leaves the largest of those sums below this power of 2, so that one twice as large moves nothing:
-# a move costs about as much as its step. Eight times as large a mass would cancel about the c of the former.
+# A reference leaves the largest of those sums below this power of 2, so that one twice as large moves nothing.
+# A move costs about as much as its step. One eight times as large would cancel about the c of what it dwarfs.
 _FILLED = tl.constexpr(7.0)
 
 
@@ -76,7 +76,7 @@ def _moved(
     a, b, later_a, later_b, valid, n, c, z, a1, a2, k_a, k_b, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """The reference moved to a step, the sums brought to it, and the step's weights about it.
+    """The reference moved to a step of one or two tiles, and the sums brought to it.
 
     A reference fixed by the first tile would do for Gaussian logits. A trained teacher puts most of its mass
     on a token of some later tile, and sums about a distant c cancel: the row would have to be swept again.
@@ -92,14 +92,13 @@ def _moved(
     c_step = _tile_reference(a, b, w_top, valid, scale, a_scale, b_scale, SAME_SCALE)
     rise = tl.floor(tl.log2(tl.max(mass))) - (_FILLED - 1.0)
     n_step += rise
-    lower = tl.exp2(-rise)
     h = tl.where(n == NO_REFERENCE, 0.0, c_step - c)
     z, a1, a2 = rebase(z, a1, a2, h, tl.exp2(n - n_step))
     # b is measured from its own maximum, where exponents are small, and brought to a's by one factor: an
     # exponent of 64 or more would be rounded by 2.6e-6.
     n_b = level(tl.max(b), k_b)
     to_a = tl.exp2(n_b.to(tl.float64) - other_level(n_step, c_step, k_a, k_b, a_scale, b_scale)).to(n.dtype)
-    return n_step, c_step, n_b, to_a, z, a1, a2, w * lower, later_w * lower, mass * lower
+    return n_step, c_step, n_b, to_a, z, a1, a2
 
 
 @triton.jit
@@ -126,13 +125,12 @@ def _added(
     """The state with a step of one or two tiles added."""
     w, later_w, mass = _weighed(a, later_a, k_a, n, TWO)
     if tl.max(mass) >= _ROOM:
-        n, c, n_b, to_a, z, a1, a2, w, later_w, mass = _moved(
+        n, c, n_b, to_a, z, a1, a2 = _moved(
             a, b, later_a, later_b, valid, n, c, z, a1, a2, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, TWO
         )
+        w, later_w, mass = _weighed(a, later_a, k_a, n, TWO)
     z += mass
-    s1, s2 = _tile_sums(
-        a, b, w, valid, c, n_b, to_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, MASKED
-    )
+    s1, s2 = _tile_sums(a, b, w, valid, c, n_b, to_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, MASKED)
     a1 += s1
     a2 += s2
     if TWO:

@@ -254,10 +254,10 @@ def weights(logit, k, n):
 def normalised(n, inv, k, scale, TOP: tl.constexpr, CT: tl.constexpr):
     """(k, n, gain, drift) of a side whose weights about n sum to 1/inv: see `probability`.
 
-    n is lowered once more, from about 7 below the row's largest exponent to TOP. At 15, exponents are rounded by
-    no more than 3.3e-7 down to probabilities of 2^-31 and 6.6e-7 down to 2^-47, at 31 by 6.6e-7 all the way
-    from 1 to 2^-63 (e^-44). drift makes up for the rounding of k, which moves tokens 30 nats below the top
-    by up to 9e-7.
+    n is lowered once more, from about 7 below the row's largest exponent to TOP. At 15, exponents are rounded
+    by no more than 3.3e-7 down to probabilities of 2^-31 and 6.6e-7 down to 2^-47, at 31 by 6.6e-7 all the
+    way from 1 to 2^-63 (e^-44). drift makes up for the rounding of k, which moves tokens 30 nats below the
+    top by up to 9e-7.
     """
     low = n - (TOP - 7.0)
     gain = inv * tl.exp2(low - n)  # of 7 − TOP, unless n is too large to have units
