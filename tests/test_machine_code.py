@@ -138,6 +138,6 @@ def test_memory_stays_the_limit(aligned: list[dict]) -> None:
         if a["kind"].endswith("to both"):
             budget *= 4 / 3  # a fourth tensor's bytes
         assert a["instructions_per_element"] <= budget, a
-        # 16 exponentials a clock and SM allow 3.3 a pair in bf16 where two tensors are read at that bandwidth,
+        # 16 exponentials a clock and SM allow 3.3 a pair in bf16 where two tensors are read at that speed,
         # 5 where three are moved.
         assert 1 <= a["ex2_per_element"] <= 5, a

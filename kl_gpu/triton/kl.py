@@ -27,8 +27,8 @@ from .tiles import (
 # The reference moves where some thread's weights of a step sum to as much. That tells a new maximum from sums
 # that are there anyway: a maximum itself would take an instruction per column.
 _ROOM = tl.constexpr(256.0)
-# A reference leaves the largest of those sums below this power of 2, so that one twice as large moves nothing.
-# A move costs about as much as its step. One eight times as large would cancel about the c of what it dwarfs.
+# A reference leaves the largest of those sums below this power of 2, so that one twice as large moves
+# nothing: a move costs about as much as its step. One eight times as large would cancel about the old c.
 _FILLED = tl.constexpr(7.0)
 
 
