@@ -29,8 +29,8 @@ class Entry:
         kernel, kind: its names in the table.
         family, sweeps_value, side: what it is compiled for; side is "a", "b", "both" or "".
         loops: which of its main loops do the work, counted among those that load and exponentiate: the first
-            sweep's is the first, the gradient's the last, and between them lie the careful path's. Families
-            with plain rows have two of each later sweep: theirs, which counts, comes first.
+            sweep's is the first, the gradient's the last, and between them lie the careful path's. Later
+            sweeps and gradients are there twice: for plain rows, which counts, comes first.
         gcn_loops: the same in AMD's code, where the last stage comes first and plain rows behind the others.
         reads, writes: tensors of logits read from and written to memory.
         l2_reads: tensors read once more while the L2 still holds them.
@@ -100,7 +100,7 @@ class Entry:
 
 def _entry(family: str, sweeps_value: bool, side: str) -> Entry:
     sweeps = (1 if family == "kl" else 2) if sweeps_value else 0
-    each = 2 if plain.logarithm(family, torch.float32, True) else 1
+    each = 2  # forms of each later stage: of plain rows, and of others
     last = (-each,) if side else ()
     stages = sweeps + bool(side)
     return Entry(

@@ -17,17 +17,19 @@ from filelock import FileLock
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
-# H100 has 132 SMs with 4 issue slots at about 1.7 GHz, and 3.0 TB/s: 2 × 2 bytes a pair leave 40 slots in
-# bf16 for the value, 2 × 3 bytes 59 for the gradient and for both in one launch, and twice that in fp32.
-# Statistics read what the value reads; in bf16 they pass its slots, and arithmetic is their limit.
-BUDGET = {"value": 40, "gradient": 59, "value_grad": 59, "token_stats": 40}
+# H200 has 132 SMs with 4 issue slots at about 1.7 GHz, and 4.3 TB/s: 2 × 2 bytes a pair leave 26.7 slots in
+# bf16 for the value, 2 × 3 bytes 40 for the gradient and for both in one launch, and twice that in fp32.
+# Value with gradient to b, and statistics, which read what the value reads, pass that in 16 bits, where
+# arithmetic is their limit there: TIGHT holds what they take.
+BUDGET = {"value": 26.7, "gradient": 40, "value_grad": 40, "token_stats": 26.7}
+TIGHT = {("value_grad", "kl, to b"): 50, ("token_stats", "both kl"): 45}
 # The other families pass the slots of value and value_grad: these hold what plain rows gained (js took 206
 # and 286). float32 adds the rounding errors of b − a, sm_80 and sm_100 differ by a few.
 FAMILY_BUDGET = {
-    ("value", "jeffreys"): 64, ("gradient", "jeffreys"): 22, ("value_grad", "jeffreys"): 86,
-    ("value", "js"): 70, ("gradient", "js"): 24, ("value_grad", "js"): 92,
-    ("value", "skew"): 70, ("gradient", "skew"): 27, ("value_grad", "skew"): 96,
-    ("value", "tv"): 58, ("gradient", "tv"): 19, ("value_grad", "tv"): 75,
+    ("value", "jeffreys"): 61, ("gradient", "jeffreys"): 22, ("value_grad", "jeffreys"): 83,
+    ("value", "js"): 67, ("gradient", "js"): 24, ("value_grad", "js"): 89,
+    ("value", "skew"): 67, ("gradient", "skew"): 27, ("value_grad", "skew"): 93,
+    ("value", "tv"): 55, ("gradient", "tv"): 19, ("value_grad", "tv"): 72,
 }  # fmt: skip
 
 
@@ -131,12 +133,11 @@ def test_memory_stays_the_limit(aligned: list[dict]) -> None:
             assert 1 <= a["ex2_per_element"] <= 9, a
             continue
         budget = BUDGET[a["kernel"]] * (2 if a["dtype"] == "fp32" else 1)
-        if a["kernel"] == "token_stats" and a["dtype"] != "fp32":
-            budget = 50 if a["dtype"] == "bf16" else 55
+        if a["dtype"] != "fp32":
+            budget = TIGHT.get((a["kernel"], a["kind"]), budget)
         if a["kind"].endswith("to both"):
             budget *= 4 / 3  # a fourth tensor's bytes
-        if a["dtype"] == "fp16" and a["kernel"] == "value_grad":
-            budget *= 1.2  # recovering the rounding of b − a, in both sweeps, takes it past
         assert a["instructions_per_element"] <= budget, a
-        # 16 exponentials a clock and SM allow about 2.5 an element in bf16 at that bandwidth: 5 a pair.
+        # 16 exponentials a clock and SM allow 3.3 a pair in bf16 where two tensors are read at that speed,
+        # 5 where three are moved.
         assert 1 <= a["ex2_per_element"] <= 5, a

@@ -8,19 +8,23 @@ import triton.language as tl
 from .plain import plain_flows, plain_ratio, shares
 from .sums import formula_tile
 from .tiles import (
+    by_logit,
     expm1_near,
     exponent,
+    fma,
     gain_at,
     load_one,
     load_ragged,
     load_tile,
     log_probability_ratio,
+    log_ratio,
     own_columns,
     probability,
     store_one,
     store_ragged,
     store_tile,
     unpacked,
+    weights,
 )
 
 
@@ -62,12 +66,42 @@ def _kl_tile(
 
 
 @triton.jit
+def _plain_kl_tile(
+    a, b, side_a, near_a, side_b, c, lam, kl, up_a, up_b, scale, a_scale, b_scale,
+    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
+):  # fmt: skip
+    """`_kl_tile` of a row whose logits are finite, as are their differences: no column needs a case."""
+    x = log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE, EXACT)
+    to_a = x
+    to_b = x
+    if TO_B:
+        r = x - lam
+        k_a, n_a, gain_a, drift_a = side_a
+        k_b, n_b, gain_b, drift_b = side_b
+        gain_a, drift_a = by_logit(k_a, n_a, gain_a * up_b, drift_a * up_b)
+        gain_b, drift_b = by_logit(k_b, n_b, gain_b * up_b, drift_b * up_b)
+        mass_a = weights(a, k_a, n_a) * fma(a, drift_a, gain_a)
+        mass_b = weights(b, k_b, n_b) * fma(b, drift_b, gain_b)
+        to_b = tl.where(tl.abs(r) < 0.5, mass_a * expm1_near(r), mass_b - mass_a)
+    if TO_A:
+        k_a, n_a, gain_a, drift_a = near_a
+        gain, drift = by_logit(k_a, n_a, -gain_a * up_a, -drift_a * up_a)
+        to_a = weights(a, k_a, n_a) * (x + (kl - lam)) * fma(a, drift, gain)
+    return to_a, to_b
+
+
+@triton.jit
 def _gradient_tile(
     a, b, side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, PLAIN: tl.constexpr,
     LOG2: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
 ):  # fmt: skip
-    if FAMILY == "kl":
+    if FAMILY == "kl" and PLAIN:
+        return _plain_kl_tile(
+            a, b, side_a, near_a, side_b, c, lam, mean_a, up_a, up_b, scale, a_scale, b_scale,
+            SAME_SCALE, EXACT, TO_A, TO_B,
+        )  # fmt: skip
+    elif FAMILY == "kl":
         return _kl_tile(
             a, b, side_a, near_a, side_b, c, lam, mean_a, up_a, up_b, scale, a_scale, b_scale,
             SAME_SCALE, EXACT, TO_A, TO_B,

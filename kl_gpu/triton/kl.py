@@ -24,79 +24,123 @@ from .tiles import (
     weights,
 )
 
+# The reference moves where some thread's weights of a step sum to as much. That tells a new maximum from sums
+# that are there anyway: a maximum itself would take an instruction per column.
+_ROOM = tl.constexpr(256.0)
+# A reference leaves the largest of those sums below this power of 2, so that one twice as large moves
+# nothing: a move costs about as much as its step. One eight times as large would cancel about the old c.
+_FILLED = tl.constexpr(7.0)
+
 
 @triton.jit
-def _tile_reference(a, b, n, k, valid, a_scale, b_scale, SAME_SCALE: tl.constexpr):
-    """The mean of the difference over one tile, weights 2^(k·a − n): the c that fits this tile."""
+def _tile_reference(a, b, w, valid, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr):
+    """The mean of the difference over one tile with weights w: the c that fits this tile."""
     d = difference(a, b, a_scale, b_scale, SAME_SCALE)
     # Not where one side is masked with a number as low as -1e9: about that, the mean would have no digits.
     valid = valid & (tl.abs(d) < 1e6)
-    w = tl.where(valid, weights(a, k, n), 0.0)
+    w = tl.where(valid, w, 0.0)
     # Sum about the largest difference, not about 0, so that a common shift of 1000 costs no digits.
     top = tl.max(tl.where(valid, d, -1e6))
     total = tl.sum(w)
     mean = top + tl.sum(tl.where(valid, w * (d - top), 0.0)) / total
+    if SAME_SCALE:
+        mean = mean * scale
     return tl.where(total > 0, mean, 0.0)
 
 
 @triton.jit
-def other_level(n, c, k_a, k_b, a_scale, b_scale, c_scale):
+def other_level(n, c, k_a, k_b, a_scale, b_scale):
     """The n_b with 2^(k_b·b − n_b) = w·eˣ, in float64: side b's exponent as side a's weights see it.
 
     Corrected for the rounding of k_a and k_b to float32, which would show at logits of a thousand.
     """
     n, c, k_a, k_b = n.to(tl.float64), c.to(tl.float64), k_a.to(tl.float64), k_b.to(tl.float64)
-    n_b = n + c * c_scale * LOG2E - (k_a - a_scale * LOG2E) * (n / k_a)
+    n_b = n + c * LOG2E - (k_a - a_scale * LOG2E) * (n / k_a)
     return n_b + (k_b - b_scale * LOG2E) * (n_b / k_b)
 
 
 @triton.jit
+def _weighed(a, later_a, k, n, TWO: tl.constexpr):
+    """The weights of a step of one or two `[R, VEC]` tiles, and their sums `[R]`."""
+    w = weights(a, k, n)
+    mass = tl.sum(w, axis=1)
+    later_w = w
+    if TWO:
+        later_w = weights(later_a, k, n)
+        mass += tl.sum(later_w, axis=1)
+    return w, later_w, mass
+
+
+@triton.jit
 def _moved(
-    a, b, later_a, later_b, valid, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale, c_scale,
-    SAME_SCALE: tl.constexpr,
+    a, b, later_a, later_b, valid, n, c, z, a1, a2, k_a, k_b, scale, a_scale, b_scale,
+    SAME_SCALE: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """The reference moved to one of two `[R, VEC]` tiles, where it holds a new maximum.
+    """The reference moved to a step of one or two tiles, and the sums brought to it.
 
     A reference fixed by the first tile would do for Gaussian logits. A trained teacher puts most of its mass
     on a token of some later tile, and sums about a distant c cancel: the row would have to be swept again.
     """
-    n_tile = level(tl.max(tl.maximum(a, later_a)), k_a)
-    if n_tile > n:
+    n_step = level(tl.max(tl.maximum(a, later_a) if TWO else a), k_a)
+    w, later_w, mass = _weighed(a, later_a, k_a, n_step, TWO)
+    w_top = w
+    if TWO:
         is_later = tl.max(later_a) > tl.max(a)
         a = tl.where(is_later, later_a, a)
         b = tl.where(is_later, later_b, b)
-        c_tile = _tile_reference(a, b, n_tile, k_a, valid, a_scale, b_scale, SAME_SCALE)
-        h = (c_tile - c) * scale if SAME_SCALE else c_tile - c
-        h = tl.where(n == NO_REFERENCE, 0.0, h)
-        z, a1, a2 = rebase(z, a1, a2, h, tl.exp2(n - n_tile))
-        n = n_tile
-        c = c_tile
-        # b is measured from its own maximum, where exponents are small, and brought to a's by one factor:
-        # an exponent of 64 or more would be rounded by 2.6e-6.
-        n_b = level(tl.max(b), k_b)
-        n_b_as_a = other_level(n, c, k_a, k_b, a_scale, b_scale, c_scale)
-        to_a = tl.exp2(n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
-    return n, c, n_b, to_a, z, a1, a2
+        w_top = tl.where(is_later, later_w, w)
+    c_step = _tile_reference(a, b, w_top, valid, scale, a_scale, b_scale, SAME_SCALE)
+    rise = tl.floor(tl.log2(tl.max(mass))) - (_FILLED - 1.0)
+    n_step += rise
+    h = tl.where(n == NO_REFERENCE, 0.0, c_step - c)
+    z, a1, a2 = rebase(z, a1, a2, h, tl.exp2(n - n_step))
+    # b is measured from its own maximum, where exponents are small, and brought to a's by one factor: an
+    # exponent of 64 or more would be rounded by 2.6e-6.
+    n_b = level(tl.max(b), k_b)
+    to_a = tl.exp2(n_b.to(tl.float64) - other_level(n_step, c_step, k_a, k_b, a_scale, b_scale)).to(n.dtype)
+    return n_step, c_step, n_b, to_a, z, a1, a2
+
+
+@triton.jit
+def _tile_sums(
+    a, b, w, valid, c, n_b, to_a, k_b, scale, a_scale, b_scale,
+    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """What a `[R, VEC]` tile of weights w adds to a1 and a2."""
+    v = weights(b, k_b, n_b)
+    x = log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE, EXACT)
+    if MASKED:  # w is 0 there
+        v = tl.where(valid, v, 0.0)
+        x = tl.where(valid, x, 0.0)
+    wx = w * x
+    terms = tl.where(is_near(x), wx * g_near(x), (v * to_a - w) - wx)
+    return tl.sum(wx, axis=1), tl.sum(terms, axis=1)
 
 
 @triton.jit
 def _added(
-    a, b, valid, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale,
-    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
+    a, b, later_a, later_b, valid, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale,
+    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """The sums `[R]` with a `[R, VEC]` tile added."""
-    w = weights(a, k_a, n)
-    v = weights(b, k_b, n_b)
-    x = log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE, EXACT)
-    if MASKED:
-        w = tl.where(valid, w, 0.0)
-        v = tl.where(valid, v, 0.0)
-        x = tl.where(valid, x, 0.0)
-    wx = w * x
-    z += tl.sum(w, axis=1)
-    a1 += tl.sum(wx, axis=1)
-    a2 += tl.sum(tl.where(is_near(x), wx * g_near(x), (v * to_a - w) - wx), axis=1)
-    return z, a1, a2
+    """The state with a step of one or two tiles added."""
+    w, later_w, mass = _weighed(a, later_a, k_a, n, TWO)
+    if tl.max(mass) >= _ROOM:
+        n, c, n_b, to_a, z, a1, a2 = _moved(
+            a, b, later_a, later_b, valid, n, c, z, a1, a2, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, TWO
+        )
+        w, later_w, mass = _weighed(a, later_a, k_a, n, TWO)
+    z += mass
+    s1, s2 = _tile_sums(a, b, w, valid, c, n_b, to_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, MASKED)
+    a1 += s1
+    a2 += s2
+    if TWO:
+        s1, s2 = _tile_sums(
+            later_a, later_b, later_w, valid, c, n_b, to_a, k_b, scale, a_scale, b_scale,
+            SAME_SCALE, EXACT, MASKED,
+        )  # fmt: skip
+        a1 += s1
+        a2 += s2
+    return n, c, n_b, to_a, z, a1, a2
 
 
 @triton.jit
@@ -118,7 +162,7 @@ def finish(z, a1, a2):
 
 @triton.jit
 def careful_row(
-    a_row, b_row, V, k_a, k_b, scale, a_scale, b_scale, c_scale,
+    a_row, b_row, V, k_a, k_b, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
@@ -157,6 +201,8 @@ def careful_row(
     z_a = tl.sum(z_a)
     z_b = tl.sum(z_b)
     c = c_start + tl.sum(shift) / z_a
+    if SAME_SCALE:
+        c = c * scale
     inv_a = 1.0 / z_a  # in the terms, not behind the sums: x may be the lowest number, and w larger than 1
 
     a1 = tl.zeros([R, VEC], CT)
@@ -179,7 +225,7 @@ def careful_row(
     z_b = z_b.to(tl.float64)
     a1 = tl.sum(a1).to(tl.float64)
     # b's sums are in units of e^gap of a's.
-    gap = (n_b.to(tl.float64) - other_level(n_a, c, k_a, k_b, a_scale, b_scale, c_scale)) / LOG2E
+    gap = (n_b.to(tl.float64) - other_level(n_a, c, k_a, k_b, a_scale, b_scale)) / LOG2E
     far_b = tl.exp(tl.minimum(gap, 60.0)) * tl.sum(mass_b).to(tl.float64) / z_a
     a2 = tl.sum(a2).to(tl.float64) + far_b
     y = a1 + a2
@@ -196,7 +242,7 @@ def careful_row(
 
 @triton.jit
 def sweep(
-    a_row, b_row, first, last, k_a, k_b, scale, a_scale, b_scale, c_scale,
+    a_row, b_row, first, last, k_a, k_b, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
@@ -240,36 +286,23 @@ def sweep(
             if TWO:
                 behind_a = load_tile(a_row + LATER, ahead, R, VEC, LAYOUT)
                 behind_b = load_tile(b_row + LATER, ahead, R, VEC, LAYOUT)
-            n, c, n_b, to_a, z, a1, a2 = _moved(
+            n, c, n_b, to_a, z, a1, a2 = _added(
                 a, b, later_a, later_b, everywhere, n, c, n_b, to_a, z, a1, a2,
-                k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE,
+                k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, False, TWO,
             )  # fmt: skip
-            z, a1, a2 = _added(
-                a, b, everywhere, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale,
-                SAME_SCALE, EXACT, False,
-            )  # fmt: skip
-            if TWO:
-                z, a1, a2 = _added(
-                    later_a, later_b, everywhere, n, c, n_b, to_a, z, a1, a2, k_a, k_b,
-                    scale, a_scale, b_scale, SAME_SCALE, EXACT, False,
-                )  # fmt: skip
     for start in range(full, last, BLOCK):
         inside = start + offsets < last
         a = load_ragged(a_row, start, last, -float("inf"), CT, R, VEC, LAYOUT)
         b = load_ragged(b_row, start, last, -float("inf"), CT, R, VEC, LAYOUT)
-        n, c, n_b, to_a, z, a1, a2 = _moved(
-            a, b, a, b, inside, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale, c_scale,
-            SAME_SCALE,
-        )  # fmt: skip
-        z, a1, a2 = _added(
-            a, b, inside, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale,
-            SAME_SCALE, EXACT, True,
+        n, c, n_b, to_a, z, a1, a2 = _added(
+            a, b, a, b, inside, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale,
+            SAME_SCALE, EXACT, True, False,
         )  # fmt: skip
     return n, c, n_b, tl.sum(z), tl.sum(a1), tl.sum(a2)
 
 
 @triton.jit
-def merged(n, c, n_b, z, a1, a2, c_scale, CT: tl.constexpr):
+def merged(n, c, n_b, z, a1, a2, CT: tl.constexpr):
     """One state from a vector of them, the sums in float64; and the largest |c| that columns were seen from.
 
     A part without mass (z = 0) has no reference to bring, but a NaN of it must reach the sums.
@@ -278,7 +311,7 @@ def merged(n, c, n_b, z, a1, a2, c_scale, CT: tl.constexpr):
     weight = tl.exp2((n - top).to(tl.float64))
     mass = z.to(tl.float64) * weight
     shared = (tl.sum(mass * c.to(tl.float64)) / tl.sum(mass)).to(CT)
-    h = (shared.to(tl.float64) - c.to(tl.float64)) * c_scale
+    h = shared.to(tl.float64) - c.to(tl.float64)
     z, a1, a2 = rebase(z.to(tl.float64), a1.to(tl.float64), a2.to(tl.float64), h, weight)
     furthest = tl.max(tl.where(mass > 0, tl.abs(c), 0.0))
     level_b = tl.max(tl.where(mass > 0, n_b, NO_REFERENCE))
@@ -288,22 +321,22 @@ def merged(n, c, n_b, z, a1, a2, c_scale, CT: tl.constexpr):
 @triton.jit
 def store_row(
     value_out, stats, a_row, b_row, V, n, c, n_b, z_a, a1, a2, furthest,
-    k_a, k_b, scale, a_scale, b_scale, c_scale,
+    k_a, k_b, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Value and statistics of a row from its state; rows that the state cannot do are swept again here."""
     value, lam, good = finish(z_a, a1, a2)
-    n_b_as_a = other_level(n, c, k_a, k_b, a_scale, b_scale, c_scale)
+    n_b_as_a = other_level(n, c, k_a, k_b, a_scale, b_scale)
     z_b = z_a * tl.exp(lam) * tl.exp2(n_b_as_a - n_b.to(tl.float64))
     if EXACT:
         # 0.75 − 1e-6 needs 26 bits: fl(b − a) is off by up to 2^-25·|c|, which shows in D where c is far
         # larger than the usual x.
-        shift = furthest.to(tl.float64) * c_scale
+        shift = furthest.to(tl.float64)
         good = good & (value >= 4.5e-4 * shift * shift)
     if not good:
         n, z_a, n_b, z_b, c, lam, value = careful_row(
-            a_row, b_row, V, k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE, False, CT, R, VEC, LAYOUT
+            a_row, b_row, V, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, False, CT, R, VEC, LAYOUT
         )
     # max keeps NaN out only by the comparison's direction: NaN < 0 is false, so NaN stays.
     value = tl.where(value < 0, 0.0, value)
@@ -313,9 +346,9 @@ def store_row(
     tl.store(stats + 2, n_b)
     tl.store(stats + 3, (1.0 / z_b).to(CT))
     # The gradient measures from where log b = log a: a large lam of its own would round r there.
-    shift = c.to(tl.float64) + lam / c_scale
+    shift = c.to(tl.float64) + lam
     c = shift.to(CT)
     tl.store(stats + 4, c)
-    tl.store(stats + 5, ((shift - c.to(tl.float64)) * c_scale).to(CT))
+    tl.store(stats + 5, (shift - c.to(tl.float64)).to(CT))
     tl.store(stats + 6, value.to(CT))
     return good

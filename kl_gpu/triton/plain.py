@@ -81,9 +81,9 @@ def shares(beta, rest, FAMILY: tl.constexpr):
 def plain_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr):
     """log(b_i/a_i) of logits a and b, finite in a plain row."""
     if SAME_SCALE and EXACT:
-        # c·scale + lam is rounded, by the same for all columns: in D that is of fourth order where D is small
+        # c + lam is rounded, by the same for all columns: in D that is of fourth order where D is small
         # beside c², and such rows are not plain.
-        return fma(b - a, scale, -(c * scale + lam))
+        return fma(b - a, scale, -(c + lam))
     else:
         return log_probability_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE, EXACT)
 

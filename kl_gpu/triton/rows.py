@@ -79,12 +79,12 @@ def _published(states, which: tl.constexpr, parts, PARTS: tl.constexpr, other: t
 @triton.jit
 def _first_sweep(
     value_out, stats, states, a_row, b_row, V, part, parts, first, last,
-    k_a, k_b, scale, a_scale, b_scale, c_scale,
+    k_a, k_b, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     n, c, n_b, z, a1, a2 = sweep(
-        a_row, b_row, first, last, k_a, k_b, scale, a_scale, b_scale, c_scale,
+        a_row, b_row, first, last, k_a, k_b, scale, a_scale, b_scale,
         SAME_SCALE, EXACT, CT, R, VEC, LAYOUT,
     )  # fmt: skip
     complete = True
@@ -107,19 +107,23 @@ def _first_sweep(
                 _published(states, 0, parts, PARTS, NO_REFERENCE), _published(states, 1, parts, PARTS, 0.0),
                 _published(states, 2, parts, PARTS, 0.0), _published(states, 3, parts, PARTS, 0.0),
                 _published(states, 4, parts, PARTS, 0.0), _published(states, 5, parts, PARTS, 0.0),
-                c_scale, CT,
+                CT,
             )  # fmt: skip
         good = store_row(
             value_out, stats, a_row, b_row, V, n, c, n_b, z_row, a1_row, a2_row, furthest,
-            k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT,
+            k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT,
         )  # fmt: skip
         tl.store(stats + _PLAIN, good.to(CT))
         _complete(stats)
 
 
 @triton.jit
-def _is_plain(stats, beta, rest, FAMILY: tl.constexpr, LOG2: tl.constexpr):
-    if LOG2 == "":
+def _is_plain(stats, upstream, beta, rest, FAMILY: tl.constexpr, LOG2: tl.constexpr):
+    if FAMILY == "kl":
+        # Beyond these `by_logit` would cancel, or overflow at the lowest number.
+        small = (tl.abs(_statistic(stats, 0)) < 1e6) & (tl.abs(_statistic(stats, 2)) < 1e6)
+        return (_statistic(stats, _PLAIN) != 0) & small & (tl.abs(upstream) < 1e9)
+    elif LOG2 == "":
         return False
     else:
         return (_statistic(stats, _PLAIN) != 0) & is_plain(beta, rest, FAMILY)
@@ -138,7 +142,7 @@ def _second_sweep(
     side_b = normalised(_statistic(stats, 2), _statistic(stats, 3), k_b, b_scale, 15, CT)
     c = _statistic(stats, 4)
     lam = _statistic(stats, 5)
-    if _is_plain(stats, beta, rest, FAMILY, LOG2):
+    if _is_plain(stats, 1.0, beta, rest, FAMILY, LOG2):
         value, mean_a, mean_b = plain_sums(
             a_row, b_row, first, last, side_a, side_b, c, lam, beta, rest, near,
             scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, LOG2, CT, R, VEC, LAYOUT,
@@ -202,7 +206,7 @@ def _gradient(
     side_b = normalised(_statistic(stats, 2), _statistic(stats, 3), k_b, b_scale, FAR, CT)
     c = _statistic(stats, 4)
     lam = _statistic(stats, 5)
-    if _is_plain(stats, beta, rest, FAMILY, LOG2):
+    if _is_plain(stats, upstream, beta, rest, FAMILY, LOG2):
         write_gradient(
             a_row, b_row, grad_a, grad_b, first, last, V,
             side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
@@ -247,7 +251,6 @@ def _item(
         states = states_ptr + row.to(tl.int64) * (_STATE * PARTS)
         a_scale = wide(a_scale_high, a_scale_low)
         b_scale = wide(b_scale_high, b_scale_low)
-        c_scale = a_scale if SAME_SCALE else tl.full([], 1.0, tl.float64)
         k_a = (a_scale * LOG2E).to(CT)
         k_b = (b_scale * LOG2E).to(CT)
         scale = a_scale.to(CT)
@@ -268,7 +271,7 @@ def _item(
                 if stage == 0:
                     _first_sweep(
                         value_out, stats, states, a_row, b_row, V, part, parts, first, last,
-                        k_a, k_b, scale, a_scale, b_scale, c_scale,
+                        k_a, k_b, scale, a_scale, b_scale,
                         SAME_SCALE, EXACT, CT, R, VEC, LAYOUT, PARTS,
                     )  # fmt: skip
                 elif SWEEPS > 1:

@@ -67,10 +67,6 @@ def formula_sums(p: Problem, stats: Tensor) -> Tensor:
     return out.sum(0).T.contiguous()
 
 
-def _c_scale(a_scale: float, b_scale: float) -> float:
-    return a_scale if a_scale == b_scale else 1.0
-
-
 def _stretch(scale: float, dtype: torch.dtype) -> float:
     """What a normaliser summed with log2(e)/T rounded to `dtype` is to be multiplied by.
 
@@ -84,7 +80,7 @@ def normalisers(stats: Tensor, a_scale: float, b_scale: float) -> tuple[Tensor, 
     """Of rows whose statistics these are, in float64 nats: log Σ e^a, and log Σ e^b less that."""
     n_a, inv_a, _, _, c, lam = stats[..., :6].double().unbind(-1)
     log_a = (n_a - inv_a.log2()) * (_LN2 * _stretch(a_scale, stats.dtype))
-    return log_a, c * _c_scale(a_scale, b_scale) + lam
+    return log_a, c + lam
 
 
 def _level(own: Tensor, inv: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,10 +102,8 @@ def statistics(
     lse_a, lse_b = (
         x / (_LN2 * _stretch(scale, local.dtype)) for x, scale in ((log_a, a_scale), (log_a + ratio, b_scale))
     )
-    c_scale = _c_scale(a_scale, b_scale)
-    shift = ratio / c_scale
-    c = shift.to(local.dtype).double()
-    numbers = [*_level(n_a, inv_a, lse_a), *_level(n_b, inv_b, lse_b), c, (shift - c) * c_scale]
+    c = ratio.to(local.dtype).double()
+    numbers = [*_level(n_a, inv_a, lse_a), *_level(n_b, inv_b, lse_b), c, ratio - c]
     numbers += sums.unbind(-1)
     numbers += [torch.zeros_like(ratio)] * (STATS - len(numbers))
     return torch.stack([x.to(local.dtype) for x in numbers], -1)

@@ -69,7 +69,7 @@ def _rebase_both(n_b, z, a1, a2, zb, b2, ea, eb, h, s, fall, to_n_b):
 @triton.jit
 def _accumulate(
     a, b, valid, start, n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b,
-    k_a, k_b, scale, a_scale, b_scale, c_scale,
+    k_a, k_b, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add a `[R, VEC]` tile to the sums `[R]`, moving the reference first at a new maximum."""
@@ -85,17 +85,15 @@ def _accumulate(
         mass_a = tl.sum(weights(a, k_a, n_tile)).to(tl.float64)
         mass_b = tl.sum(weights(b, k_b, n_b_tile)).to(tl.float64)
         gap = tl.log(mass_b / mass_a) + (n_b_tile - n_tile).to(tl.float64) * _LN2
-        c_tile = (gap / c_scale).to(c.dtype)
-        c_tile = tl.where(tl.abs(c_tile) < 1e30, c_tile, 0.0)
-        h = (c_tile - c) * scale if SAME_SCALE else c_tile - c
-        h = tl.where(n == NO_REFERENCE, 0.0, h)
+        c_tile = tl.where(tl.abs(gap) < 1e30, gap, 0.0).to(c.dtype)
+        h = tl.where(n == NO_REFERENCE, 0.0, c_tile - c)
         z, a1, a2, zb, b2, ea, eb = _rebase_both(
             n_b, z, a1, a2, zb, b2, ea, eb, h, tl.exp2(n - n_tile), n - n_tile, n_b_tile
         )
         n = n_tile
         c = c_tile
         n_b = n_b_tile
-        n_b_as_a = other_level(n, c, k_a, k_b, a_scale, b_scale, c_scale)
+        n_b_as_a = other_level(n, c, k_a, k_b, a_scale, b_scale)
         to_a = tl.exp2(n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
     e_a = exponent(a, k_a, n)
     e_b = exponent(b, k_b, n_b)
@@ -115,7 +113,7 @@ def _accumulate(
     a1 += tl.sum(wx, axis=1)
     a2 += tl.sum(tl.where(near, wx * g_x, (u - w) - wx), axis=1)
     zb += tl.sum(u, axis=1)
-    # u g(−x) = w (x² + (x − 1) g(x)): at least a fifth of the parts is left, at x = −1.5.
+    # u g(−x) = w (x² + (x − 1) g(x)): at least a quarter of the parts is left, at x = −1.125.
     b2 += tl.sum(tl.where(near, wx * (x + (x - 1.0) * g_x), (w - u) + u * x), axis=1)
     ea += tl.sum(w * e_a, axis=1)
     eb += tl.sum(u * e_b, axis=1)
@@ -150,7 +148,6 @@ def token_stats_parts_kernel(
         b_row = row_start(b_ptr, row, n_inner, b_outer, b_inner)
         a_scale = wide(a_scale_high, a_scale_low)
         b_scale = wide(b_scale_high, b_scale_low)
-        c_scale = a_scale if SAME_SCALE else tl.full([], 1.0, tl.float64)
         k_a = (a_scale * LOG2E).to(CT)
         k_b = (b_scale * LOG2E).to(CT)
         scale = a_scale.to(CT)
@@ -187,7 +184,7 @@ def token_stats_parts_kernel(
                 n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b = _accumulate(
                     a, b, everywhere, start, n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb,
                     top_a, at_a, top_b, at_b,
-                    k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE, EXACT, False,
+                    k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, False,
                 )  # fmt: skip
         if full < last:
             inside = full + offsets < last
@@ -195,7 +192,7 @@ def token_stats_parts_kernel(
             b = load_ragged(b_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
             n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b = _accumulate(
                 a, b, inside, full, n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b,
-                k_a, k_b, scale, a_scale, b_scale, c_scale, SAME_SCALE, EXACT, True,
+                k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, True,
             )  # fmt: skip
         most_a, tile_a = _first_tile(top_a, at_a, BLOCK)
         most_b, tile_b = _first_tile(top_b, at_b, BLOCK)
@@ -223,7 +220,7 @@ def _published(states, which: tl.constexpr, parts, PARTS: tl.constexpr, other: t
 
 
 @triton.jit
-def _folded(states, parts, c_scale, PARTS: tl.constexpr):
+def _folded(states, parts, PARTS: tl.constexpr):
     """A row's state in float64 from those of its parts, and the largest |c| that columns were seen from."""
     n = _published(states, 0, parts, PARTS, NO_REFERENCE)
     c = _published(states, 1, parts, PARTS, 0.0)
@@ -242,9 +239,9 @@ def _folded(states, parts, c_scale, PARTS: tl.constexpr):
     furthest = tl.max(tl.where(has_mass, tl.abs(c), 0.0))
     s = tl.exp2(n - top)
     c_top = tl.max(tl.where(has_mass, c, NO_REFERENCE))
-    mass_b = tl.sum(tl.where(has_mass, zb * s * tl.exp((c - c_top) * c_scale), 0.0))
-    shared = c_top + tl.log(mass_b / tl.sum(z * s)) / c_scale
-    h = tl.where(has_mass, (shared - c) * c_scale, 0.0)
+    mass_b = tl.sum(tl.where(has_mass, zb * s * tl.exp(c - c_top), 0.0))
+    shared = c_top + tl.log(mass_b / tl.sum(z * s))
+    h = tl.where(has_mass, shared - c, 0.0)
     fall = tl.where(has_mass, n - top, 0.0)
     n_b = tl.where(has_mass, n_b, level_b)
     z, a1, a2, zb, b2, ea, eb = _rebase_both(n_b, z, a1, a2, zb, b2, ea, eb, h, s, fall, level_b)
@@ -307,17 +304,16 @@ def token_stats_rows_kernel(
         states = states_ptr + row.to(tl.int64) * (_STATE * PARTS)
         a_scale = wide(a_scale_high, a_scale_low)
         b_scale = wide(b_scale_high, b_scale_low)
-        c_scale = a_scale if SAME_SCALE else tl.full([], 1.0, tl.float64)
         k_a = (a_scale * LOG2E).to(CT)
         k_b = (b_scale * LOG2E).to(CT)
         scale = a_scale.to(CT)
 
-        n, c, n_b, z, a1, a2, zb, b2, ea, eb, furthest = _folded(states, parts, c_scale, PARTS)
+        n, c, n_b, z, a1, a2, zb, b2, ea, eb, furthest = _folded(states, parts, PARTS)
         gap = _gap(z, a1, a2, zb)
         forward, _, good = finish(z, a1, gap - a1)
         reverse, _, good_b = finish(zb, -(gap + b2), b2)
         # Exponents of 2: a sums to 2^log_a, b to 2^log_b.
-        n_b_as_a = other_level(n, c, k_a, k_b, a_scale, b_scale, c_scale)
+        n_b_as_a = other_level(n, c, k_a, k_b, a_scale, b_scale)
         log_a = tl.log2(z)
         log_b = tl.log2(zb) + (n_b_as_a - n_b)
         entropy_a = log_a - ea / z
@@ -325,15 +321,14 @@ def token_stats_rows_kernel(
         good = good & good_b & (entropy_a + entropy_b < float("inf"))
         if EXACT:
             # As in kl.py: fl(b − a) may be off by up to 2^-25·|c|.
-            shift = furthest * c_scale
-            good = good & (tl.minimum(forward, reverse) >= 4.5e-4 * shift * shift)
+            good = good & (tl.minimum(forward, reverse) >= 4.5e-4 * furthest * furthest)
         if not good:
             n_f, z_f, _, _, _, _, forward = careful_row(
-                a_row, b_row, V, k_a, k_b, scale, a_scale, b_scale, c_scale,
+                a_row, b_row, V, k_a, k_b, scale, a_scale, b_scale,
                 SAME_SCALE, False, CT, R, VEC, LAYOUT,
             )  # fmt: skip
             n_r, z_r, _, _, _, _, reverse = careful_row(
-                b_row, a_row, V, k_b, k_a, scale, b_scale, a_scale, c_scale,
+                b_row, a_row, V, k_b, k_a, scale, b_scale, a_scale,
                 SAME_SCALE, False, CT, R, VEC, LAYOUT,
             )  # fmt: skip
             n = n_f.to(tl.float64)

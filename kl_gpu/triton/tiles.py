@@ -2,7 +2,7 @@
 
 A state (m, c, Z, A1, A2) stands for part of a row of KL(a‖b): with w = exp(a − m) and x = (b − a) − c,
 Z = Σ w, A1 = Σ w x, A2 = Σ w g(x). m is kept as n ≈ m·k, a `level`: in units of log2, and whole. c is in
-raw logits where both temperatures are equal (SAME_SCALE), else in scaled ones; c_scale turns it into nats.
+nats, so that one fma takes it off the scaled difference. SAME_SCALE says that both temperatures are equal.
 """
 
 from __future__ import annotations
@@ -254,10 +254,10 @@ def weights(logit, k, n):
 def normalised(n, inv, k, scale, TOP: tl.constexpr, CT: tl.constexpr):
     """(k, n, gain, drift) of a side whose weights about n sum to 1/inv: see `probability`.
 
-    n is lowered once more, from 7 below the row's largest exponent to TOP. At 15, exponents are rounded by
-    no more than 3.3e-7 down to probabilities of 2^-31 and 6.6e-7 down to 2^-47, at 31 by 6.6e-7 all the way
-    from 1 to 2^-63 (e^-44). drift makes up for the rounding of k, which moves tokens 30 nats below the top
-    by up to 9e-7.
+    n is lowered once more, from about 7 below the row's largest exponent to TOP. At 15, exponents are rounded
+    by no more than 3.3e-7 down to probabilities of 2^-31 and 6.6e-7 down to 2^-47, at 31 by 6.6e-7 all the
+    way from 1 to 2^-63 (e^-44). drift makes up for the rounding of k, which moves tokens 30 nats below the
+    top by up to 9e-7.
     """
     low = n - (TOP - 7.0)
     gain = inv * tl.exp2(low - n)  # of 7 − TOP, unless n is too large to have units
@@ -269,6 +269,12 @@ def normalised(n, inv, k, scale, TOP: tl.constexpr, CT: tl.constexpr):
 def gain_at(e, gain, drift):
     """What a weight 2^e is to be multiplied by for a probability."""
     return fma(tl.maximum(e, -1000.0), drift, gain)  # −inf would come out of it as NaN
+
+
+@triton.jit
+def by_logit(k, n, gain, drift):
+    """(gain, drift) with which fma(logit, drift, gain) is `gain_at`, for finite logits: it cannot be NaN."""
+    return gain - n * drift, k * drift
 
 
 @triton.jit
@@ -292,15 +298,15 @@ def narrow(x, dtype: tl.constexpr):
 def is_near(x):
     """Where g(x) comes from its polynomial, and beyond which eˣ may be taken from b's own logit.
 
-    In float32 that second exponential has an error of its own; past 1.5 at most 2.3 times it is left of what
-    cancels against 1 + x.
+    In float32 that second exponential has an error of its own; past 1.125 at most 3.2 times it is left of
+    what cancels against 1 + x.
     """
-    return tl.abs(x) < (0.5 if x.dtype == tl.float64 else 1.5)
+    return tl.abs(x) < (0.5 if x.dtype == tl.float64 else 1.125)
 
 
 @triton.jit
 def g_near(x):
-    """g(x)/x for near x, minimax: relative error 1.1e-7 in float32, 2.7e-18 in float64."""
+    """g(x)/x for near x, minimax: relative error 2.1e-7 in float32 and 0 where x is, 2.7e-18 in float64."""
     if x.dtype == tl.float64:
         r = 1.60781323987752627e-10 * x + 2.09628524967962601e-9
         r = r * x + 2.50522102680160090e-8
@@ -314,13 +320,12 @@ def g_near(x):
         r = r * x + 1.66666666666666671e-1
         r = r * x + 0.5
     else:
-        r = 2.792558007e-6 * x + 2.605212831e-5
-        r = r * x + 1.985545678e-4
-        r = r * x + 1.387154451e-3
-        r = r * x + 8.333069272e-3
-        r = r * x + 4.166742414e-2
-        r = r * x + 1.666667610e-1
-        r = r * x + 0.4999999404
+        r = 2.502492134e-5 * x + 2.044598659e-4
+        r = r * x + 1.389198354e-3
+        r = r * x + 8.329651318e-3
+        r = r * x + 4.166644812e-2
+        r = r * x + 1.666671932e-1
+        r = r * x + 0.5
     return r * x
 
 
@@ -394,7 +399,7 @@ def wide(high, low):
 
 @triton.jit
 def difference(a, b, a_scale, b_scale, SAME_SCALE: tl.constexpr):
-    """b − a in the units of c: good enough to find a reference, not to measure from it."""
+    """b − a, less a scale that both have: good enough to find a reference, not to measure from it."""
     if SAME_SCALE:
         return b - a
     return (b.to(tl.float64) * b_scale - a.to(tl.float64) * a_scale).to(a.dtype)
@@ -402,7 +407,7 @@ def difference(a, b, a_scale, b_scale, SAME_SCALE: tl.constexpr):
 
 @triton.jit
 def log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr):
-    """x = (scaled b − scaled a) − c in nats, with relative precision even where both are far larger.
+    """x = (scaled b − scaled a) − c, with relative precision even where both are far larger.
 
     EXACT says that b − a may be taken as representable (both bfloat16 or both float16; the value kernel
     checks afterwards). Otherwise the rounding error of b − a is recovered (Knuth's TwoSum): at a = 0.3,
@@ -412,11 +417,12 @@ def log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr, EXACT:
         x = (b.to(tl.float64) * b_scale - a.to(tl.float64) * a_scale) - c.to(tl.float64)
         return x.to(a.dtype)
     d = b - a
+    x = fma(d, scale, -c)
     if EXACT:
-        return (d - c) * scale
+        return x
     back = d - b
     error = (b - (d - back)) - (a + back)
-    return ((d - c) + error) * scale
+    return fma(error, scale, x)
 
 
 @triton.jit
@@ -433,6 +439,6 @@ def log_probability_ratio(
 
 @triton.jit
 def rebase(z, a1, a2, h, s):
-    """Bring sums taken about c to c + h/c_scale and from weights e^{a−m} to s·e^{a−m}."""
+    """Bring sums taken about c to c + h and from weights e^{a−m} to s·e^{a−m}."""
     g_h = g(-h)
     return z * s, (a1 - h * z) * s, (tl.exp2(-h * LOG2E) * a2 + (g_h - h) * a1 + z * g_h) * s
