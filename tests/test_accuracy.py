@@ -89,10 +89,11 @@ def test_bfloat16_differences_that_float32_cannot_hold(backend: str, kind: str) 
 @pytest.mark.parametrize("temperatures", [(0.5, 0.5), (3.0, 3.0), (1.7, 1.7), (2.0, 1.0), (0.8, 1.3)])
 def test_temperatures(backend: str, kind: str, temperatures: tuple[float, float]) -> None:
     options = {"temperature": temperatures[0], "teacher_temperature": temperatures[1]}
-    for spread in (1e-5, 1e-2, 1.0):
-        student, teacher = pair(4, 1003, spread=spread, shift=0.7)
+    # 1/T is rounded to a 2^25th or so: of sides 300 apart that is 1e-5.
+    for spread, shift in ((1e-5, 0.7), (1e-2, 0.7), (1.0, 0.7), (0.3, -300.0)):
+        student, teacher = pair(4, 1003, spread=spread, shift=shift)
         got = rows(student, teacher, kind, backend, **options)
-        where = f"T={temperatures} ε={spread:g}"
+        where = f"T={temperatures} ε={spread:g} shift={shift}"
         check_value(got, student, teacher, kind, backend, where, **options)
         grads = gradients(student, teacher, kind, backend, scale=-2.5, **options)
         check_gradients(student, teacher, grads, kind, backend, where, scale=-2.5, **options)

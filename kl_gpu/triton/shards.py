@@ -76,11 +76,19 @@ def _stretch(scale: float, dtype: torch.dtype) -> float:
     return k / torch.tensor(k, dtype=dtype).item()
 
 
+def _unit(a_scale: float, b_scale: float, dtype: torch.dtype) -> float:
+    """Nats in a unit of c and lam, which the sweeps take with a common 1/T rounded to `dtype`.
+
+    1.3e-5 between sides 300 apart.
+    """
+    return a_scale / torch.tensor(a_scale, dtype=dtype).item() if a_scale == b_scale else 1.0
+
+
 def normalisers(stats: Tensor, a_scale: float, b_scale: float) -> tuple[Tensor, Tensor]:
     """Of rows whose statistics these are, in float64 nats: log Σ e^a, and log Σ e^b less that."""
     n_a, inv_a, _, _, c, lam = stats[..., :6].double().unbind(-1)
     log_a = (n_a - inv_a.log2()) * (_LN2 * _stretch(a_scale, stats.dtype))
-    return log_a, c + lam
+    return log_a, (c + lam) * _unit(a_scale, b_scale, stats.dtype)
 
 
 def _level(own: Tensor, inv: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,8 +110,9 @@ def statistics(
     lse_a, lse_b = (
         x / (_LN2 * _stretch(scale, local.dtype)) for x, scale in ((log_a, a_scale), (log_a + ratio, b_scale))
     )
-    c = ratio.to(local.dtype).double()
-    numbers = [*_level(n_a, inv_a, lse_a), *_level(n_b, inv_b, lse_b), c, ratio - c]
+    shift = ratio / _unit(a_scale, b_scale, local.dtype)
+    c = shift.to(local.dtype).double()
+    numbers = [*_level(n_a, inv_a, lse_a), *_level(n_b, inv_b, lse_b), c, shift - c]
     numbers += sums.unbind(-1)
     numbers += [torch.zeros_like(ratio)] * (STATS - len(numbers))
     return torch.stack([x.to(local.dtype) for x in numbers], -1)

@@ -93,7 +93,7 @@ def _accumulate(
         n = n_tile
         c = c_tile
         n_b = n_b_tile
-        n_b_as_a = other_level(n, c, k_a, k_b, a_scale, b_scale)
+        n_b_as_a = other_level(n, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
         to_a = tl.exp2(n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
     e_a = exponent(a, k_a, n)
     e_b = exponent(b, k_b, n_b)
@@ -313,7 +313,7 @@ def token_stats_rows_kernel(
         forward, _, good = finish(z, a1, gap - a1)
         reverse, _, good_b = finish(zb, -(gap + b2), b2)
         # Exponents of 2: a sums to 2^log_a, b to 2^log_b.
-        n_b_as_a = other_level(n, c, k_a, k_b, a_scale, b_scale)
+        n_b_as_a = other_level(n, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
         log_a = tl.log2(z)
         log_b = tl.log2(zb) + (n_b_as_a - n_b)
         entropy_a = log_a - ea / z
