@@ -67,13 +67,17 @@ def formula_sums(p: Problem, stats: Tensor) -> Tensor:
     return out.sum(0).T.contiguous()
 
 
+def _over_rounded(x: float, dtype: torch.dtype) -> float:
+    """x over what `dtype` holds of it."""
+    return x / torch.tensor(x, dtype=dtype).item()
+
+
 def _stretch(scale: float, dtype: torch.dtype) -> float:
     """What a normaliser summed with log2(e)/T rounded to `dtype` is to be multiplied by.
 
     2e-5 at a normaliser of −2000, which a shard of masked columns may have.
     """
-    k = scale * math.log2(math.e)
-    return k / torch.tensor(k, dtype=dtype).item()
+    return _over_rounded(scale * math.log2(math.e), dtype)
 
 
 def _unit(a_scale: float, b_scale: float, dtype: torch.dtype) -> float:
@@ -81,7 +85,7 @@ def _unit(a_scale: float, b_scale: float, dtype: torch.dtype) -> float:
 
     1.3e-5 between sides 300 apart.
     """
-    return a_scale / torch.tensor(a_scale, dtype=dtype).item() if a_scale == b_scale else 1.0
+    return _over_rounded(a_scale, dtype) if a_scale == b_scale else 1.0
 
 
 def normalisers(stats: Tensor, a_scale: float, b_scale: float) -> tuple[Tensor, Tensor]:

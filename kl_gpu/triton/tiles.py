@@ -2,7 +2,8 @@
 
 A state (m, c, Z, A1, A2) stands for part of a row of KL(a‖b): with w = exp(a − m) and x = (b − a) − c,
 Z = Σ w, A1 = Σ w x, A2 = Σ w g(x). m is kept as n ≈ m·k, a `level`: in units of log2, and whole. c is in
-nats, so that one fma takes it off the scaled difference. SAME_SCALE says that both temperatures are equal.
+nats, so that one fma takes it off the scaled difference. SAME_SCALE says that both temperatures are equal:
+then it is in nats of their 1/T rounded to the kernels' dtype, as x is.
 """
 
 from __future__ import annotations
