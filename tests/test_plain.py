@@ -1,4 +1,4 @@
-"""The short formulas that plain rows take: their polynomials, and logarithms as bad as NVIDIA's may be."""
+"""The short formulas that plain rows take, with logarithms and exponentials as bad as NVIDIA's may be."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kl_gpu import reference
 from kl_gpu.kinds import KINDS
 from kl_gpu.triton.plain import NEAR, near_coefficients
 from kl_gpu.triton.tiles import INTERPRETED
-from support import check_value, pair
+from support import DEVICE, ROUNDING, check_gradients, check_value, normalisers, pair, to_numpy
 
 BETAS = {
     "js": (0.0101, 0.05, 0.15, 0.34, 0.5, 0.66, 0.85, 0.95, 0.9899),
@@ -75,3 +75,53 @@ def test_logarithms_off_by_the_most_there_may_be(
         where = f"log2 off by {sign} · 2^-22, β={beta} ε={spread:g}"
         check_value(got, student, teacher, kind, "triton", where, beta=beta)
     assert asked
+
+
+def _kl_gradients(student: torch.Tensor, teacher: torch.Tensor, scale: float) -> tuple[torch.Tensor, ...]:
+    leaves = student.requires_grad_(), teacher.requires_grad_()
+    value = kl_gpu.divergence(*leaves, "forward_kl", reduction="none", backend="triton")
+    return torch.autograd.grad(value.sum() * scale, leaves)
+
+
+@pytest.mark.skipif(not INTERPRETED.value, reason="the compiled kernel has the exponential that it has")
+def test_b_minus_a_of_exponentials_off_by_the_most_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nearly all columns have b = a, down to e^-44, where the gradient's own rounding hides nothing.
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    random = np.random.default_rng(0)
+    asked = []
+
+    def exp2(_: object, x: TensorHandle) -> TensorHandle:
+        with np.errstate(over="ignore"):
+            y = np.exp2(x.data)
+        if y.dtype == np.float32:
+            # With what its rounding adds, 2^-22. Powers of whole numbers are exact, also on the hardware.
+            error = 3 * 2.0**-24 * random.choice((-1.0, 1.0), y.shape) * (x.data != np.floor(x.data))
+            y = (y * (1 + error)).astype(np.float32)
+            asked.append(y.size)
+        return TensorHandle(y, x.dtype.scalar)
+
+    # Quarters up to 64 are exact in bfloat16. What is exchanged leaves both normalisers as they are.
+    logits = torch.linspace(-103, 56, 3000)[torch.randperm(3000)].round() / 4
+    low, high = torch.full((36,), 10.0), torch.full((36,), 13.0)
+    teacher = torch.cat((logits, low, high)).expand(4, -1).bfloat16()
+    shifts = torch.tensor([[0.0], [4.0], [-8.0], [16.0]])
+    student = (torch.cat((logits, high, low)) + shifts).bfloat16()
+    monkeypatch.setattr(InterpreterBuilder, "create_exp2", exp2)
+    grads = _kl_gradients(student, teacher, 1.0)
+    check_gradients(student, teacher, grads, "forward_kl", "triton", "exp2 off by 2^-22")
+    assert asked
+
+
+def test_gradients_of_nearly_equal_rows_are_good_to_their_own_dtype() -> None:
+    # Two exponentials' difference would be off by a hundred times as much.
+    teacher = torch.randn(4, 1003, device=DEVICE).half()
+    away = 2.0**-10 * torch.randint(-3, 4, teacher.shape, device=DEVICE)
+    student = (teacher.float() * (1 + away)).half()
+    scale = 2.0**20  # out of float16's subnormals
+    grad, _ = _kl_gradients(student, teacher, scale)
+    q, p = (np.exp(log) for log in normalisers(student, teacher))
+    want = (q - p) * scale
+    assert np.median(np.abs(want)) > 0.1
+    bound = ROUNDING[grad.dtype] * np.abs(want) + 1e-8 * p * scale
+    assert (np.abs(to_numpy(grad) - want) <= bound).all()

@@ -68,13 +68,25 @@ def _kl_tile(
 @triton.jit
 def _plain_kl_tile(
     a, b, side_a, near_a, side_b, c, lam, kl, up_a, up_b, scale, a_scale, b_scale,
-    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
+    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, DIRECT: tl.constexpr, TO_A: tl.constexpr,
+    TO_B: tl.constexpr,
 ):  # fmt: skip
-    """`_kl_tile` of a row whose logits are finite, as are their differences: no column needs a case."""
+    """`_kl_tile` of a row whose logits are finite, as are their differences: no column needs a case.
+
+    DIRECT takes b − a as two exponentials' difference: good to 1e-6 of the larger, not of itself.
+    """
     x = log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE, EXACT)
     to_a = x
     to_b = x
-    if TO_B:
+    if TO_B and DIRECT:
+        k_a, n_a, gain_a, drift_a = side_a
+        k_b, n_b, gain_b, _ = side_b
+        e_a = exponent(a, k_a, n_a)
+        e_b = exponent(b, k_b, n_b)
+        # Where b is nearly a, only what is not common to both may be rounded.
+        difference = tl.exp2(e_b) * (gain_b / gain_a) - tl.exp2(e_a)
+        to_b = difference * gain_at(tl.maximum(e_a, e_b), gain_a * up_b, drift_a * up_b)
+    elif TO_B:
         r = x - lam
         k_a, n_a, gain_a, drift_a = side_a
         k_b, n_b, gain_b, drift_b = side_b
@@ -94,12 +106,12 @@ def _plain_kl_tile(
 def _gradient_tile(
     a, b, side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, PLAIN: tl.constexpr,
-    LOG2: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
+    DIRECT: tl.constexpr, LOG2: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
 ):  # fmt: skip
     if FAMILY == "kl" and PLAIN:
         return _plain_kl_tile(
             a, b, side_a, near_a, side_b, c, lam, mean_a, up_a, up_b, scale, a_scale, b_scale,
-            SAME_SCALE, EXACT, TO_A, TO_B,
+            SAME_SCALE, EXACT, DIRECT, TO_A, TO_B,
         )  # fmt: skip
     elif FAMILY == "kl":
         return _kl_tile(
@@ -136,7 +148,7 @@ def write_gradient(
     a_row, b_row, grad_a, grad_b, first, last, V,
     side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, PLAIN: tl.constexpr,
-    LOG2: tl.constexpr, CT: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
+    DIRECT: tl.constexpr, LOG2: tl.constexpr, CT: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Columns [first, last) of the gradients asked for, or those that `own_columns` gives instead."""
@@ -147,7 +159,7 @@ def write_gradient(
         b = load_one(b_row + start, CT)
         to_a, to_b = _gradient_tile(
             a, b, side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
-            scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, PLAIN, LOG2, TO_A, TO_B,
+            scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, PLAIN, DIRECT, LOG2, TO_A, TO_B,
         )  # fmt: skip
         if TO_A:
             store_one(grad_a + start, to_a)
@@ -159,7 +171,7 @@ def write_gradient(
         b = unpacked(load_tile(b_row, start, R, VEC, LAYOUT), b_row, CT, R, VEC)
         to_a, to_b = _gradient_tile(
             a, b, side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
-            scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, PLAIN, LOG2, TO_A, TO_B,
+            scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, PLAIN, DIRECT, LOG2, TO_A, TO_B,
         )  # fmt: skip
         if TO_A:
             store_tile(grad_a, start, to_a, R, VEC, LAYOUT)
@@ -170,7 +182,7 @@ def write_gradient(
         b = load_ragged(b_row, full, end, 0.0, CT, R, VEC, LAYOUT)
         to_a, to_b = _gradient_tile(
             a, b, side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
-            scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, PLAIN, LOG2, TO_A, TO_B,
+            scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, PLAIN, DIRECT, LOG2, TO_A, TO_B,
         )  # fmt: skip
         if TO_A:
             store_ragged(grad_a, full, end, to_a, R, VEC, LAYOUT)

@@ -40,6 +40,8 @@ _ARRIVED = tl.constexpr(9)
 _COMPLETE = tl.constexpr(11)
 # Once the first sweep is complete: whether the row needed no careful path.
 _PLAIN = _ARRIVED
+# The least KL of a row whose gradient to b, stored in 16 bits, is a difference of two exponentials.
+_DIRECT = tl.constexpr(1e-3)
 # A part's state, while it waits for the others: n, c, n_b, z, a1, a2; then the formula's three sums.
 STATE = 9
 _STATE = tl.constexpr(STATE)
@@ -118,11 +120,16 @@ def _first_sweep(
 
 
 @triton.jit
-def _is_plain(stats, upstream, beta, rest, FAMILY: tl.constexpr, LOG2: tl.constexpr):
+def _is_plain(stats, upstream, beta, rest, FAMILY: tl.constexpr, DIRECT: tl.constexpr, LOG2: tl.constexpr):
     if FAMILY == "kl":
         # Beyond these `by_logit` would cancel, or overflow at the lowest number.
         small = (tl.abs(_statistic(stats, 0)) < 1e6) & (tl.abs(_statistic(stats, 2)) < 1e6)
-        return (_statistic(stats, _PLAIN) != 0) & small & (tl.abs(upstream) < 1e9)
+        small &= tl.abs(upstream) < 1e9
+        if DIRECT:
+            # Its error is 1e-6 of a. Where D is less, b − a may be no more than 1e-4 of a in all columns that
+            # matter, and would have fewer digits than it is stored with.
+            small &= _statistic(stats, 6) >= _DIRECT
+        return (_statistic(stats, _PLAIN) != 0) & small
     elif LOG2 == "":
         return False
     else:
@@ -142,7 +149,7 @@ def _second_sweep(
     side_b = normalised(_statistic(stats, 2), _statistic(stats, 3), k_b, b_scale, 15, CT)
     c = _statistic(stats, 4)
     lam = _statistic(stats, 5)
-    if _is_plain(stats, 1.0, beta, rest, FAMILY, LOG2):
+    if _is_plain(stats, 1.0, beta, rest, FAMILY, False, LOG2):
         value, mean_a, mean_b = plain_sums(
             a_row, b_row, first, last, side_a, side_b, c, lam, beta, rest, near,
             scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, LOG2, CT, R, VEC, LAYOUT,
@@ -206,17 +213,18 @@ def _gradient(
     side_b = normalised(_statistic(stats, 2), _statistic(stats, 3), k_b, b_scale, FAR, CT)
     c = _statistic(stats, 4)
     lam = _statistic(stats, 5)
-    if _is_plain(stats, upstream, beta, rest, FAMILY, LOG2):
+    DIRECT: tl.constexpr = TO_B and SAME_SCALE and grad_b.dtype.element_ty.primitive_bitwidth == 16
+    if _is_plain(stats, upstream, beta, rest, FAMILY, DIRECT, LOG2):
         write_gradient(
             a_row, b_row, grad_a, grad_b, first, last, V,
             side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
-            SAME_SCALE, EXACT, FAMILY, True, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
+            SAME_SCALE, EXACT, FAMILY, True, DIRECT, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
         )  # fmt: skip
     else:
         write_gradient(
             a_row, b_row, grad_a, grad_b, first, last, V,
             side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
-            SAME_SCALE, EXACT, FAMILY, False, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
+            SAME_SCALE, EXACT, FAMILY, False, DIRECT, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
         )  # fmt: skip
 
 
