@@ -77,14 +77,19 @@ def test_logarithms_off_by_the_most_there_may_be(
     assert asked
 
 
-def _kl_gradients(student: torch.Tensor, teacher: torch.Tensor, scale: float) -> tuple[torch.Tensor, ...]:
+def _kl_gradients(
+    student: torch.Tensor, teacher: torch.Tensor, scale: float, **options: float
+) -> tuple[torch.Tensor, ...]:
     leaves = student.requires_grad_(), teacher.requires_grad_()
-    value = kl_gpu.divergence(*leaves, "forward_kl", reduction="none", backend="triton")
+    value = kl_gpu.divergence(*leaves, "forward_kl", reduction="none", backend="triton", **options)
     return torch.autograd.grad(value.sum() * scale, leaves)
 
 
 @pytest.mark.skipif(not INTERPRETED.value, reason="the compiled kernel has the exponential that it has")
-def test_b_minus_a_of_exponentials_off_by_the_most_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_b_minus_a_of_exponentials_off_by_the_most_there_may_be(
+    monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
     # Nearly all columns have b = a, down to e^-44, where the gradient's own rounding hides nothing.
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -102,14 +107,16 @@ def test_b_minus_a_of_exponentials_off_by_the_most_there_may_be(monkeypatch: pyt
         return TensorHandle(y, x.dtype.scalar)
 
     # Quarters up to 64 are exact in bfloat16. What is exchanged leaves both normalisers as they are.
-    logits = torch.linspace(-103, 56, 3000)[torch.randperm(3000)].round() / 4
+    logits = (temperature * torch.linspace(-100, 56, 3000)[torch.randperm(3000)]).round() / 4
     low, high = torch.full((36,), 10.0), torch.full((36,), 13.0)
     teacher = torch.cat((logits, low, high)).expand(4, -1).bfloat16()
     shifts = torch.tensor([[0.0], [4.0], [-8.0], [16.0]])
     student = (torch.cat((logits, high, low)) + shifts).bfloat16()
     monkeypatch.setattr(InterpreterBuilder, "create_exp2", exp2)
-    grads = _kl_gradients(student, teacher, 1.0)
-    check_gradients(student, teacher, grads, "forward_kl", "triton", "exp2 off by 2^-22")
+    options = {"temperature": temperature, "teacher_temperature": temperature}
+    grads = _kl_gradients(student, teacher, 1.0, **options)
+    where = f"exp2 off by 2^-22, T={temperature}"
+    check_gradients(student, teacher, grads, "forward_kl", "triton", where, **options)
     assert asked
 
 

@@ -29,6 +29,20 @@ from .tiles import (
 
 
 @triton.jit
+def _over_factor(a, b, side_a, side_b, up):
+    """Probabilities of both sides, of one temperature, over a factor they share; and that factor.
+
+    Its rounding is common to both, so that a difference of the two does not feel it.
+    """
+    k_a, n_a, gain_a, drift_a = side_a
+    k_b, n_b, gain_b, _ = side_b
+    e_a = exponent(a, k_a, n_a)
+    e_b = exponent(b, k_b, n_b)
+    factor = gain_at(tl.maximum(e_a, e_b), gain_a * up, drift_a * up)
+    return tl.exp2(e_a), tl.exp2(e_b) * (gain_b / gain_a), factor
+
+
+@triton.jit
 def _kl_tile(
     a, b, side_a, near_a, side_b, c, lam, kl, up_a, up_b, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
@@ -43,17 +57,13 @@ def _kl_tile(
     to_b = r
     # Factors come last, so that a row without a gradient is NaN also where weights are 0.
     if TO_B:
-        k_a, n_a, gain_a, drift_a = side_a
-        k_b, n_b, gain_b, drift_b = side_b
-        e_a = exponent(a, k_a, n_a)
-        e_b = exponent(b, k_b, n_b)
         if SAME_SCALE:
-            mass_a = tl.exp2(e_a)
-            mass_b = tl.exp2(e_b) * (gain_b / gain_a)
-            factor = gain_at(tl.maximum(e_a, e_b), gain_a * up_b, drift_a * up_b)
+            mass_a, mass_b, factor = _over_factor(a, b, side_a, side_b, up_b)
         else:
-            mass_a = tl.exp2(e_a) * gain_at(e_a, gain_a, drift_a)
-            mass_b = tl.exp2(e_b) * gain_at(e_b, gain_b, drift_b)
+            k_a, n_a, gain_a, drift_a = side_a
+            k_b, n_b, gain_b, drift_b = side_b
+            mass_a = probability(a, k_a, n_a, gain_a, drift_a)
+            mass_b = probability(b, k_b, n_b, gain_b, drift_b)
             factor = up_b
         # −inf on both sides gives a NaN r, which is not near: 0 − 0.
         to_b = tl.where(tl.abs(r) < 0.5, mass_a * expm1_near(r), mass_b - mass_a) * factor
@@ -79,13 +89,8 @@ def _plain_kl_tile(
     to_a = x
     to_b = x
     if TO_B and DIRECT:
-        k_a, n_a, gain_a, drift_a = side_a
-        k_b, n_b, gain_b, _ = side_b
-        e_a = exponent(a, k_a, n_a)
-        e_b = exponent(b, k_b, n_b)
-        # Where b is nearly a, only what is not common to both may be rounded.
-        difference = tl.exp2(e_b) * (gain_b / gain_a) - tl.exp2(e_a)
-        to_b = difference * gain_at(tl.maximum(e_a, e_b), gain_a * up_b, drift_a * up_b)
+        mass_a, mass_b, factor = _over_factor(a, b, side_a, side_b, up_b)
+        to_b = (mass_b - mass_a) * factor
     elif TO_B:
         r = x - lam
         k_a, n_a, gain_a, drift_a = side_a
