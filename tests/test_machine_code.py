@@ -16,6 +16,9 @@ from filelock import FileLock
 
 pytest.importorskip("triton")
 
+# All in one process: another would wait for its compilations, five minutes, with other tests left to run.
+pytestmark = pytest.mark.xdist_group("machine code")
+
 ROOT = Path(__file__).parent.parent
 # H200 has 132 SMs with 4 issue slots at about 1.7 GHz, and 4.3 TB/s: 2 × 2 bytes a pair leave 26.7 slots in
 # bf16 for the value, 2 × 3 bytes 40 for the gradient and for both in one launch, and twice that in fp32.
