@@ -83,7 +83,7 @@ def _plain_kl_tile(
 ):  # fmt: skip
     """`_kl_tile` of a row whose logits are finite, as are their differences: no column needs a case.
 
-    DIRECT takes b − a as two exponentials' difference: good to 1e-6 of the larger, not of itself.
+    DIRECT takes b − a as two exponentials' difference: good to 2e-6 of the larger, not of itself.
     """
     x = log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE, EXACT)
     to_a = x

@@ -126,8 +126,8 @@ def _is_plain(stats, upstream, beta, rest, FAMILY: tl.constexpr, DIRECT: tl.cons
         small = (tl.abs(_statistic(stats, 0)) < 1e6) & (tl.abs(_statistic(stats, 2)) < 1e6)
         small &= tl.abs(upstream) < 1e9
         if DIRECT:
-            # Its error is 1e-6 of a. Where D is less, b − a may be no more than 1e-4 of a in all columns that
-            # matter, and would have fewer digits than it is stored with.
+            # Its error is up to 2e-6 of a. Where D is less, b − a may be at most 1e-4 of a in all columns
+            # that matter, and would have fewer digits than it is stored with.
             small &= _statistic(stats, 6) >= _DIRECT
         return (_statistic(stats, _PLAIN) != 0) & small
     elif LOG2 == "":
