@@ -13,7 +13,7 @@ import torch
 import triton
 
 from kl_gpu.kinds import KINDS
-from kl_gpu.problem import Problem
+from kl_gpu.problem import Problem, arithmetic
 from kl_gpu.triton import launch, plain, remainder, rows, shards, stats
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -94,7 +94,7 @@ class Entry:
 
     def _launch(self, dtype: str, V: int, lanes: int) -> tuple[Problem, dict[str, Any]]:
         example = torch.empty(1, 2, V, dtype=DTYPES[dtype], device="meta")
-        problem = Problem(example, example, None, self.family, 0.0, 1.0, 1.0)
+        problem = Problem(example, example, None, self.family, 0.0, 1.0, 1.0, arithmetic(example, example))
         return problem, launch.configuration(problem, self._shapes, lanes)
 
 

@@ -76,7 +76,8 @@ enum class Verdict : int {
     zero = 4,      // one column: nothing can diverge
 };
 
-// Value and stats hold fp64 where `wide`, else fp32; [A*B] and [A*B, kStats], contiguous.
+// Value and stats hold fp64 where `wide`, else fp32; [A*B] and [A*B, kStats], contiguous. Callers who want
+// no gradient give nullptr for the stats.
 void value(const Problem&, bool wide, void* value, void* stats);
 
 // row_scale [A*B] in the stats' dtype. A gradient may be written over the logits it belongs to.

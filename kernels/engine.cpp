@@ -3,6 +3,7 @@
 // way, so its bits depend on nothing but the row.
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "contract.h"
@@ -20,6 +21,8 @@ void write(const RowResult& result, R* value, R* stats) {
         parts[1] = static_cast<R>(x - static_cast<double>(parts[0]));
     };
     *value = static_cast<R>(result.divergence);
+    // What a family leaves unused must be the same on every run too.
+    std::fill_n(stats, static_cast<int>(kStats), R{0});
     split(result.lse_a, stats + kLseHi);
     split(result.shift, stats + kShiftHi);
     stats[kDivergence] = static_cast<R>(result.divergence);
@@ -230,11 +233,23 @@ void formula_sums(const Problem& p, bool wide, const void* stats, double* out) {
         formula_sums_of(p, static_cast<const float*>(stats), out);
 }
 
+namespace {
+
+template <class R>
+void value_or_both(const Problem& p, R* value, R* stats) {
+    if (stats != nullptr) return value_of(p, value, stats);
+    // The families' second sweep reads what the first one wrote there.
+    const std::unique_ptr<R[]> own(new R[static_cast<std::size_t>(p.size_a * p.size_b * kStats)]);
+    value_of(p, value, own.get());
+}
+
+}  // namespace
+
 void value(const Problem& p, bool wide, void* value, void* stats) {
     if (wide)
-        value_of(p, static_cast<double*>(value), static_cast<double*>(stats));
+        value_or_both(p, static_cast<double*>(value), static_cast<double*>(stats));
     else
-        value_of(p, static_cast<float*>(value), static_cast<float*>(stats));
+        value_or_both(p, static_cast<float*>(value), static_cast<float*>(stats));
 }
 
 void gradient(const Problem& p, bool wide, const void* stats, const void* row_scale, const Gradient& to_a,

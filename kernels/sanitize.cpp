@@ -40,7 +40,7 @@ Bytes logits(kl::Dtype dtype, std::int64_t rows, std::int64_t columns, unsigned 
 }
 
 struct Result {
-    std::vector<double> value, stats, token_stats;
+    std::vector<double> value, alone, stats, token_stats;  // alone: the value asked for without the stats
     Bytes to_a, to_b;
 };
 
@@ -63,6 +63,7 @@ Result run(kl::Dtype a, kl::Dtype b, std::int64_t rows, std::int64_t columns, in
     Result out;
     const auto n = static_cast<std::size_t>(rows);
     out.value.resize(n);
+    out.alone.resize(n);
     out.stats.resize(n * kl::kStats);
     const std::vector<double> wide_scale(n, 0.5);
     const std::vector<float> scale(n, 0.5f);
@@ -75,6 +76,7 @@ Result run(kl::Dtype a, kl::Dtype b, std::int64_t rows, std::int64_t columns, in
     for (std::int64_t i = 0; i < rows; ++i)
         tokens[static_cast<std::size_t>(i)] = i % 2 == 0 ? columns - 1 : -1;
     if (family == kl::Family::kl) kl::token_stats(p, wide, tokens.get(), out.token_stats.data());
+    kl::value(p, wide, out.alone.data(), nullptr);
     if (fused) {
         kl::value_and_gradient(p, wide, row_scale, out.value.data(), out.stats.data(), to_a, to_b);
     } else {
@@ -86,6 +88,7 @@ Result run(kl::Dtype a, kl::Dtype b, std::int64_t rows, std::int64_t columns, in
 
 bool same(const Result& x, const Result& y, std::size_t bytes_a, std::size_t bytes_b) {
     return std::memcmp(x.value.data(), y.value.data(), x.value.size() * sizeof(double)) == 0 &&
+           std::memcmp(x.value.data(), y.alone.data(), x.value.size() * sizeof(double)) == 0 &&
            std::memcmp(x.token_stats.data(), y.token_stats.data(), x.token_stats.size() * sizeof(double)) ==
                0 &&
            std::memcmp(x.to_a.get(), y.to_a.get(), bytes_a) == 0 &&

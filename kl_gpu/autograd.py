@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from . import ops
@@ -81,6 +82,32 @@ def once_differentiable(grads: tuple[Tensor | None, ...], *sources: Tensor) -> t
     if not torch.is_grad_enabled():
         return grads
     return tuple(None if grad is None else _FirstDerivative.apply(grad, *sources) for grad in grads)
+
+
+# Function.apply itself asks this. Should PyTorch no longer answer it, every call takes the Function.
+_are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def _may_be_differentiated(student: Tensor, teacher: Tensor) -> bool:
+    """Whether only the Function will do: it records, and refuses what it cannot differentiate.
+
+    Forward mode and torch.func need no requires_grad to differentiate. Called past the Function, the operator
+    would answer them with a derivative of 0.
+    """
+    return (
+        (torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad))
+        or _are_transforms_active()
+        or fwAD.unpack_dual(student).tangent is not None
+        or fwAD.unpack_dual(teacher).tangent is not None
+    )
+
+
+def per_row(student: Tensor, teacher: Tensor, rows: Tensor | None, call: Call) -> Tensor:
+    """`RowDivergence`, or its value alone where nobody will ask for a derivative: a Function costs 10 µs."""
+    if _may_be_differentiated(student, teacher):
+        value: Tensor = RowDivergence.apply(student, teacher, rows, call)
+        return value
+    return ops.divergence(call.window.of(student), call.window.of(teacher), rows, *call.numbers)
 
 
 class RowDivergence(torch.autograd.Function):

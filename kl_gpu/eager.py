@@ -237,6 +237,11 @@ def value(p: Problem) -> tuple[Tensor, Tensor]:
     return result.to(p.a.device), torch.cat(stats, -1).to(p.a.device)
 
 
+def divergence(p: Problem) -> Tensor:
+    """`value` without the statistics."""
+    return value(p)[0]
+
+
 def normalisers(stats: Tensor, a_scale: float, b_scale: float) -> tuple[Tensor, Tensor]:
     """Of rows whose statistics these are, in float64 nats: log Σ e^a, and log Σ e^b less that."""
     log_a, log_b = (part.double().sum(-1) for part in stats.split(_STATS, -1)[:2])

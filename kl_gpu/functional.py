@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
-from .autograd import Call, RowDivergence, WeightedSum
+from .autograd import Call, WeightedSum, per_row
 from .kinds import KINDS
 from .options import Options
 from .problem import arithmetic
@@ -142,9 +142,9 @@ PerRow = Callable[[Tensor, Tensor, "Tensor | None", Call], Tensor]
 
 
 def settle(
-    student_logits: Tensor, teacher_logits: Tensor, kind: str, options: Options, per_row: PerRow | None = None
+    student_logits: Tensor, teacher_logits: Tensor, kind: str, options: Options, rows_of: PerRow | None = None
 ) -> Tensor:
-    """`divergence`, with the rows' values from `per_row` where it is given."""
+    """`divergence`, with the rows' values from `rows_of` where it is given."""
     teacher_temperature = options.check(kind)
     vocab_size = checks.logits(student_logits, teacher_logits, options.vocab_size, options.shift)
     rows = options.rows(student_logits)
@@ -158,22 +158,21 @@ def settle(
     # float64 with a narrower side: computed in float64, returned in float32.
     mixed = student.dtype != teacher.dtype
 
-    if per_row is None and _gradient_at_once(student, teacher, rows, call):
+    if rows_of is None and _gradient_at_once(student, teacher, rows, call):
         row_scale = rows.scale(window.of(student).shape[:-1], arithmetic(student, teacher), student.device)
         total = WeightedSum.apply(student, teacher, rows.counts, row_scale, call)
         return total.float() if mixed else total
 
-    rows_of = RowDivergence.apply if per_row is None else per_row
-    value: Tensor = rows_of(student, teacher, rows.counts, call)
+    value = (rows_of or per_row)(student, teacher, rows.counts, call)
     return rows.reduced(value.float() if mixed else value)
 
 
 def _gradient_at_once(student: Tensor, teacher: Tensor, rows: Rows, call: Call) -> bool:
     """Whether forward can write the gradient: it knows each row's factor, and it pays."""
     return (
-        ops.fuses(call.backend)
-        and torch.is_grad_enabled()
+        torch.is_grad_enabled()
         and (student.requires_grad or teacher.requires_grad)
+        and ops.fuses(call.backend)
         # In place the logits would be gone before an incoming gradient other than 1 needs them.
         and not call.inplace
         # A compiled backward cannot decide on the incoming gradient's value.

@@ -76,7 +76,7 @@ def sweep_rows(
     """`SweepRows` of rows that are all here."""
     numbers = call.numbers
     if row_scale is None:
-        return ops.value(student, teacher, keep, *numbers)[0]
+        return ops.divergence(student, teacher, keep, *numbers)
     if ops.fuses(call.backend):
         return ops.value_and_gradient(student, teacher, keep, row_scale, *numbers, student, None)[0]
     value, stats = ops.value(student, teacher, keep, *numbers)

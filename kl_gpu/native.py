@@ -58,16 +58,19 @@ def on_large_pages(new: Tensor) -> Tensor:
     return new
 
 
+def _leading(strides: tuple[int, ...]) -> tuple[int, int]:
+    """The first two of `[A, B, V]`; of `[B, V]`, whose A is 1, one that nothing steps by."""
+    return (strides[0], strides[1]) if len(strides) == 3 else (0, strides[0])
+
+
 def _side(logits: Tensor, scale: float) -> tuple[int, int, int, int, float]:
-    stride_a, stride_b, _ = logits.stride()
-    return logits.data_ptr(), stride_a, stride_b, _DTYPES[logits.dtype], scale
+    return logits.data_ptr(), *_leading(logits.stride()), _DTYPES[logits.dtype], scale
 
 
 def _target(grad: Tensor | None) -> tuple[int, int, int, int]:
     if grad is None:
         return _NOWHERE
-    stride_a, stride_b, _ = grad.stride()
-    return grad.data_ptr(), stride_a, stride_b, _DTYPES[grad.dtype]
+    return grad.data_ptr(), *_leading(grad.stride()), _DTYPES[grad.dtype]
 
 
 _Side = tuple[int, int, int, int, float]
@@ -77,17 +80,16 @@ _Sizes = tuple[int, int, int, int]
 
 def _arguments(p: Problem) -> tuple[_Side, _Side, _Rows, _Sizes, int, float, bool]:
     """What every entry of the extension begins with."""
-    rows = _ALL_ROWS if p.rows is None else (p.rows.data_ptr(), p.rows.stride(0), p.rows.stride(1))
-    size_a, size_b, columns = p.a.shape
-    sizes = (size_a, size_b, columns, torch.get_num_threads())
-    sides = _side(p.a, p.a_scale), _side(p.b, p.b_scale)
-    a, b = sides
+    rows = _ALL_ROWS if p.rows is None else (p.rows.data_ptr(), *_leading((*p.rows.stride(), 1)))
+    *size_a, size_b, columns = p.a.shape
+    sizes = (*(size_a or (1,)), size_b, columns, torch.get_num_threads())
+    a, b = _side(p.a, p.a_scale), _side(p.b, p.b_scale)
     return a, b, rows, sizes, _FAMILIES[p.family], p.beta, p.dtype == torch.float64
 
 
 def _outputs(p: Problem) -> tuple[Tensor, Tensor]:
-    # zeros: what the kernels leave unused must be the same on every run too.
-    return torch.empty(p.n_rows, dtype=p.dtype), torch.zeros(p.n_rows, STATS, dtype=p.dtype)
+    n_rows, dtype = p.n_rows, p.dtype
+    return torch.empty(n_rows, dtype=dtype), torch.empty(n_rows, STATS, dtype=dtype)
 
 
 def value(p: Problem) -> tuple[Tensor, Tensor]:
@@ -95,6 +97,13 @@ def value(p: Problem) -> tuple[Tensor, Tensor]:
     value, stats = _outputs(p)
     _native.value(*_arguments(p), value.data_ptr(), stats.data_ptr())
     return value, stats
+
+
+def divergence(p: Problem) -> Tensor:
+    """`value` without the statistics."""
+    value = torch.empty(p.n_rows, dtype=p.dtype)
+    _native.value(*_arguments(p), value.data_ptr(), 0)
+    return value
 
 
 def _unit(dtype: torch.dtype, a_scale: float, b_scale: float) -> float:

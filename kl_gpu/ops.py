@@ -10,7 +10,7 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -26,7 +26,11 @@ from .problem import TOKEN_STATS, Problem, arithmetic
 _MODULES = {"triton": "kl_gpu.triton", "native": "kl_gpu.native", "eager": "kl_gpu.eager"}
 BACKENDS = tuple(_MODULES)
 _TRITON_DEVICES = frozenset({"cuda", "xpu"})
+_CPU = torch.device("cpu")  # comparing with it is quicker than asking a device for its type
 _OLDEST_TRITON = (3, 4)  # older compilers refuse the kernels
+
+# Backends that take `[N, V]` and `[A, B, V]` as given: on a small problem a view takes as long as the kernel.
+_VIEWLESS = frozenset({"native"})
 
 # Backends that compute value and gradient in one visit of the row where the row factors are known.
 _FUSED = frozenset({"native", "triton"})
@@ -36,6 +40,7 @@ _INPUTS = "Tensor student, Tensor teacher, Tensor? rows"
 _NUMBERS = "str kind, float beta, float student_scale, float teacher_scale, str backend"
 _GRADS = "Tensor(a!)? grad_student, Tensor(b!)? grad_teacher"
 _library.define(f"value({_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor)")
+_library.define(f"divergence({_INPUTS}, {_NUMBERS}) -> Tensor")
 _library.define(
     f"gradient({_INPUTS}, Tensor stats, Tensor row_scale, Tensor? incoming, {_NUMBERS}, {_GRADS}) -> ()"
 )
@@ -89,7 +94,7 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
         ValueError: `backend` is unknown, or cannot run on this device or in this installation.
     """
     if backend is None:
-        if device.type == "cpu" and _has_native():
+        if device == _CPU and _has_native():
             return "native"
         if device.type == "cpu" and not torch.compiler.is_compiling():
             _say_that_native_is_missing()
@@ -151,11 +156,17 @@ def views(lead: torch.Size, tensors: list[Tensor | None]) -> Iterator[list[Any]]
         yield from views(lead[1:], [None if t is None else t[i] for t in tensors])
 
 
+def _parts(lead: torch.Size, tensors: list[Tensor | None], backend: str) -> Iterable[list[Any]]:
+    """`views`, or the tensors themselves where the backend takes them as given."""
+    return (tensors,) if backend in _VIEWLESS and 1 <= len(lead) <= 2 else views(lead, tensors)
+
+
 def _problems(
     student: Tensor,
     teacher: Tensor,
     rows: Tensor | None,
     numbers: tuple[str, float, float, float],
+    backend: str,
     grad_student: Tensor | None = None,
     grad_teacher: Tensor | None = None,
 ) -> Iterator[tuple[slice, Problem, Tensor | None, Tensor | None]]:
@@ -163,15 +174,27 @@ def _problems(
     rows = None if rows is None else rows.contiguous()
     order, start = KINDS[numbers[0]].order, 0
     tensors = [student, teacher, rows, grad_student, grad_teacher]
-    for s, t, keep, grad_s, grad_t in views(student.shape[:-1], tensors):
+    for s, t, keep, grad_s, grad_t in _parts(student.shape[:-1], tensors, backend):
         problem = Problem.of(s, t, keep, *numbers)
         part = slice(start, start + problem.n_rows)
         start = part.stop
         yield part, problem, *order(grad_s, grad_t)
 
 
+def _flat(per_row: Tensor, lead: torch.Size) -> Tensor:
+    """`[*lead, ...]` as `[rows, ...]`, for kernels that step through it without strides."""
+    per_row = per_row.contiguous()
+    return per_row if len(lead) == 1 else per_row.view(-1, *per_row.shape[len(lead) :])
+
+
+def _cut(flat: Tensor, part: slice) -> Tensor:
+    return flat if part.stop - part.start == len(flat) else flat[part]
+
+
 def _joined(parts: list[tuple[Tensor, Tensor]], lead: torch.Size) -> tuple[Tensor, Tensor]:
     value, stats = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    if len(lead) == 1:  # as they are
+        return value, stats
     return value.view(lead), stats.view(*lead, STATS)
 
 
@@ -195,8 +218,35 @@ def _value(
         return _outputs(student, teacher)
     run = _module(backend).value
     numbers = (kind, beta, student_scale, teacher_scale)
-    parts = [run(problem) for _, problem, *_ in _problems(student, teacher, rows, numbers)]
+    parts = [run(problem) for _, problem, *_ in _problems(student, teacher, rows, numbers, backend)]
     return _joined(parts, student.shape[:-1])
+
+
+def _divergence_output(student: Tensor, teacher: Tensor, *_: object) -> Tensor:
+    return student.new_empty(student.shape[:-1], dtype=arithmetic(student, teacher))
+
+
+def _divergence(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor | None,
+    kind: str,
+    beta: float,
+    student_scale: float,
+    teacher_scale: float,
+    backend: str,
+) -> Tensor:
+    """`value` for callers who will ask for no gradient."""
+    if student.numel() == 0:
+        return _divergence_output(student, teacher)
+    run, lead = _module(backend).divergence, student.shape[:-1]
+    rows = None if rows is None else rows.contiguous()
+    parts = [
+        run(Problem.of(s, t, keep, kind, beta, student_scale, teacher_scale))
+        for s, t, keep in _parts(lead, [student, teacher, rows], backend)
+    ]
+    value: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return value if len(lead) == 1 else value.view(lead)
 
 
 def _gradient(
@@ -218,10 +268,11 @@ def _gradient(
         return
     run = _module(backend).gradient
     numbers = (kind, beta, student_scale, teacher_scale)
-    # contiguous: the gradient of a sum comes as one number with stride 0, which a kernel would read past.
-    flat_stats, flat_scale = stats.reshape(-1, STATS), row_scale.contiguous().view(-1)
-    for part, problem, *grads in _problems(student, teacher, rows, numbers, grad_student, grad_teacher):
-        run(problem, flat_stats[part], flat_scale[part], *grads, incoming)
+    lead = student.shape[:-1]
+    flat_stats, flat_scale = _flat(stats, lead), _flat(row_scale, lead)
+    asked = _problems(student, teacher, rows, numbers, backend, grad_student, grad_teacher)
+    for part, problem, *grads in asked:
+        run(problem, _cut(flat_stats, part), _cut(flat_scale, part), *grads, incoming)
 
 
 def _value_and_gradient(
@@ -241,12 +292,11 @@ def _value_and_gradient(
         return _outputs(student, teacher)
     run = _module(backend).value_and_gradient
     numbers = (kind, beta, student_scale, teacher_scale)
-    scale = row_scale.contiguous().view(-1)
-    parts = [
-        run(problem, scale[part], *grads)
-        for part, problem, *grads in _problems(student, teacher, rows, numbers, grad_student, grad_teacher)
-    ]
-    return _joined(parts, student.shape[:-1])
+    lead = student.shape[:-1]
+    scale = _flat(row_scale, lead)
+    asked = _problems(student, teacher, rows, numbers, backend, grad_student, grad_teacher)
+    parts = [run(problem, _cut(scale, part), *grads) for part, problem, *grads in asked]
+    return _joined(parts, lead)
 
 
 def _gradient_fake(*_: object) -> None:
@@ -273,9 +323,11 @@ def _formula_sums(
         return _formula_sums_output(student)
     run = _module(backend).formula_sums
     numbers = (kind, beta, student_scale, teacher_scale)
-    flat = stats.reshape(-1, STATS)
-    parts = [run(problem, flat[part]) for part, problem, *_ in _problems(student, teacher, rows, numbers)]
-    return torch.cat(parts).view(*student.shape[:-1], 3)
+    lead = student.shape[:-1]
+    flat = _flat(stats, lead)
+    asked = _problems(student, teacher, rows, numbers, backend)
+    parts = [run(problem, _cut(flat, part)) for part, problem, *_ in asked]
+    return torch.cat(parts).view(*lead, 3)
 
 
 def _token_stats_output(student: Tensor, teacher: Tensor, *_: object) -> Tensor:
@@ -298,7 +350,7 @@ def _token_stats(
     tensors = [student, teacher, *(None if x is None else x.contiguous() for x in (rows, labels))]
     parts = [
         run(Problem.of(s, t, keep, "forward_kl", 0.0, student_scale, teacher_scale), tokens)
-        for s, t, keep, tokens in views(lead, tensors)
+        for s, t, keep, tokens in _parts(lead, tensors, backend)
     ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(TOKEN_STATS, *lead)
 
@@ -317,6 +369,7 @@ def register(library: torch.library.Library, implementations: Implementations) -
 # One Python function serves every device: the backend argument, resolved by the caller, picks the kernels.
 _IMPLEMENTATIONS: Implementations = {
     "value": (_value, _outputs),
+    "divergence": (_divergence, _divergence_output),
     "gradient": (_gradient, _gradient_fake),
     "value_and_gradient": (_value_and_gradient, _outputs),
     "formula_sums": (_formula_sums, _formula_sums_output),
@@ -325,6 +378,7 @@ _IMPLEMENTATIONS: Implementations = {
 register(_library, _IMPLEMENTATIONS)
 
 value = torch.ops.kl_gpu.value.default
+divergence = torch.ops.kl_gpu.divergence.default
 gradient = torch.ops.kl_gpu.gradient.default
 value_and_gradient = torch.ops.kl_gpu.value_and_gradient.default
 formula_sums = torch.ops.kl_gpu.formula_sums.default

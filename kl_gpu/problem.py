@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -24,11 +25,13 @@ class Problem(NamedTuple):
     """One family of divergences between a and b, row by row.
 
     Attributes:
-        a, b: logits `[A, B, V]`, last stride 1, the other two anything.
-        rows: bool `[A, B]`, or None where every row counts. A row that is False has value and gradient 0.
+        a, b: logits `[A, B, V]`, last stride 1, the other two anything; for native also `[B, V]`.
+        rows: bool `[A, B]` or `[B]`, or None where every row counts. A row that is False has value and
+            gradient 0.
         family: the formula, as `kl_gpu.kinds` names it.
         beta: its parameter, strictly between 0 and 1; 0 where it has none.
         a_scale, b_scale: 1/temperature of each side.
+        dtype: what its rows are computed in, as `arithmetic` has it.
     """
 
     a: Tensor
@@ -38,6 +41,7 @@ class Problem(NamedTuple):
     beta: float
     a_scale: float
     b_scale: float
+    dtype: torch.dtype
 
     @classmethod
     def of(
@@ -51,14 +55,11 @@ class Problem(NamedTuple):
         teacher_scale: float,
     ) -> Problem:
         """From the caller's two sides; `kind` is a name in `KINDS`."""
-        order = KINDS[kind].order
-        sides = order(student, teacher)
-        return cls(*sides, rows, KINDS[kind].family, beta, *order(student_scale, teacher_scale))
+        of, dtype = KINDS[kind], arithmetic(student, teacher)
+        if of.weights == "teacher":
+            return cls(teacher, student, rows, of.family, beta, teacher_scale, student_scale, dtype)
+        return cls(student, teacher, rows, of.family, beta, student_scale, teacher_scale, dtype)
 
     @property
     def n_rows(self) -> int:
-        return self.a.shape[0] * self.a.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return arithmetic(self.a, self.b)
+        return math.prod(self.a.shape[:-1])

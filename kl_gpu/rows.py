@@ -72,11 +72,14 @@ class Rows(NamedTuple):
 
     def scale(self, lead: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """These constants, `[*lead]`."""
+        denominator = self._denominator(lead)
+        if self.weight is None and not isinstance(denominator, Tensor):
+            return torch.full(lead, self.factor / denominator, dtype=dtype, device=device)
         if self.weight is None:
             weight = torch.ones(lead, dtype=dtype, device=device)
         else:
             weight = self.weight.detach().to(dtype)
-        return weight * self.factor / self._denominator(lead)
+        return weight * self.factor / denominator
 
     def reduced(self, value: Tensor) -> Tensor:
         """The result from the rows' divergences `[N]`, differentiable in all of them."""
@@ -84,7 +87,12 @@ class Rows(NamedTuple):
             value = value * self.factor
         if self.weight is not None:
             value = value * self.weight.to(value.dtype)
-        return value if self.reduction == "none" else value.sum() / self._denominator(value.shape)
+        if self.reduction == "none":
+            return value
+        total, denominator = value.sum(), self._denominator(value.shape)
+        if not isinstance(denominator, Tensor) and denominator == 1:
+            return total  # dividing takes longer than the sum of a small problem
+        return total / denominator
 
     def _denominator(self, lead: torch.Size) -> float | Tensor:
         if self.reduction == "sum":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 
 import kl_gpu
 from kl_gpu import ops
@@ -94,6 +95,31 @@ def test_second_derivative_raises_as_part_of_a_larger_loss(backend: str) -> None
     (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         (student.square().sum() + gradient.square().sum()).backward()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_derivatives_without_requires_grad_raise(backend: str, which: int, reduction: str) -> None:
+    # Forward mode and torch.func differentiate inputs that require no gradient: an operator called past the
+    # autograd.Function would answer them with zeros.
+    sides = pair(3, 40)
+    ones = torch.ones_like(sides[which])
+
+    def call(x):
+        replaced = [x if i == which else side for i, side in enumerate(sides)]
+        return kl_gpu.kl_div(*replaced, reduction=reduction, backend=backend).sum()
+
+    def call_of_each_row(x):
+        rows = torch.func.vmap(lambda s, t: kl_gpu.kl_div(s, t, reduction=reduction, backend=backend))
+        return rows(*(x if i == which else side for i, side in enumerate(sides))).sum()
+
+    for function in (call, call_of_each_row):
+        with pytest.raises(RuntimeError, match="setup_context"):
+            torch.func.grad(function)(sides[which])
+        with pytest.raises(RuntimeError, match="setup_context"):
+            torch.func.jvp(function, (sides[which],), (ones,))
+    with fwAD.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        call(fwAD.make_dual(sides[which], ones))
 
 
 @pytest.mark.parametrize("which", [0, 1])

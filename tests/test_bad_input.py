@@ -112,7 +112,8 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a kernel was started")
 
-    monkeypatch.setattr(ops, "value", refuse)
+    for name in ("value", "divergence", "value_and_gradient"):
+        monkeypatch.setattr(ops, name, refuse)
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
@@ -122,9 +123,11 @@ def test_refused(no_kernel: None, arguments: dict[str, Any], error: type[Excepti
         kl_gpu.divergence(**call)
 
 
-def test_the_good_call_does_reach_a_kernel(no_kernel: None) -> None:
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_the_good_call_does_reach_a_kernel(no_kernel: None, options: dict, requires_grad: bool) -> None:
     with pytest.raises(AssertionError, match="started"):
-        kl_gpu.divergence(S, T)
+        kl_gpu.divergence(S.clone().requires_grad_(requires_grad), T, **options)
 
 
 @pytest.mark.parametrize(

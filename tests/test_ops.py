@@ -22,8 +22,11 @@ def test_opcheck(backend: str, kind: str, with_rows: bool) -> None:
     student, teacher = pair(2, 3, 40)
     rows = torch.rand(2, 3, device=DEVICE) > 0.5 if with_rows else None
     _, beta = kl_gpu.KINDS[kind].at(None)
-    torch.library.opcheck(ops.value, (student, teacher, rows, kind, beta, 1.0, 0.5, backend))
-    _, stats = ops.value(student, teacher, rows, kind, beta, 1.0, 0.5, backend)
+    arguments = (student, teacher, rows, kind, beta, 1.0, 0.5, backend)
+    torch.library.opcheck(ops.value, arguments)
+    torch.library.opcheck(ops.divergence, arguments)
+    value, stats = ops.value(*arguments)
+    assert torch.equal(ops.divergence(*arguments), value)
     row_scale = torch.rand(2, 3, device=DEVICE)
     for grads in (
         (torch.empty_like(student), None),

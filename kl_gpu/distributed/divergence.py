@@ -72,7 +72,7 @@ def whole_rows(
     kls = [inside] if of.family in ("kl", "jeffreys") else []
     if of.family == "jeffreys":
         other = "reverse_kl" if forward == "forward_kl" else "forward_kl"
-        kls.append(ops.value(student, teacher, rows, other, *numbers)[0])
+        kls.append(ops.divergence(student, teacher, rows, other, *numbers))
     own, _ = states.packed(*order(student, teacher), rows, local, kls, scales, backend)
     found = collectives.gather(own, group, f"{call.kind}'s row states")
     (log_a, ratio, *kls), fit = states.merged(found, backend)

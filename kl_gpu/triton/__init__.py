@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from .rows import gradient, value, value_and_gradient
+from .rows import divergence, gradient, value, value_and_gradient
 from .shards import formula_sums, normalisers, statistics
 from .stats import token_stats
 
 __all__ = [
+    "divergence",
     "formula_sums",
     "gradient",
     "normalisers",

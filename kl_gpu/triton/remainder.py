@@ -230,7 +230,7 @@ _FROM_CONFIGURATION = ("CT", "R", "VEC", "LAYOUT", "num_warps", "maxnreg")
 
 def program(logits: Tensor, n_ids: int, lanes: int = LANES) -> dict[str, Any]:
     """What both kernels are compiled for: dtype and V, never the number of rows, and ids by powers of two."""
-    config = configuration(Problem(logits, logits, None, "kl", 0.0, 1.0, 1.0), SHAPES, lanes)
+    config = configuration(Problem.of(logits, logits, None, "forward_kl", 0.0, 1.0, 1.0), SHAPES, lanes)
     # Fewer than a warp of ids is more programs to compile for nothing.
     ids = min(max(triton.next_power_of_2(n_ids), 32), 1024)
     return {name: config[name] for name in _FROM_CONFIGURATION if name in config} | {"IDS": ids}

@@ -405,6 +405,11 @@ def value(p: Problem) -> tuple[Tensor, Tensor]:
     return value, stats
 
 
+def divergence(p: Problem) -> Tensor:
+    """`value` without the statistics, which the kernel passes from stage to stage all the same."""
+    return value(p)[0]
+
+
 def gradient(
     p: Problem,
     stats: Tensor,
