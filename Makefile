@@ -35,9 +35,11 @@ audit: $(READY)  ## the Triton kernels compiled for every GPU architecture, with
 	$(BIN)/python -m bench.audit $(ARGS)
 
 # The C++ kernels under AddressSanitizer with UBSan, then under ThreadSanitizer; needs cmake and a compiler.
+# One instruction set: the source is the same for all, and each takes minutes to compile.
+ISAS ?= $(if $(shell grep -m1 avx512vl /proc/cpuinfo),v4,v3)
 sanitize:
 	for kind in address thread; do \
-		cmake -S . -B build/sanitize-$$kind -DKL_GPU_SANITIZE=$$kind && \
+		cmake -S . -B build/sanitize-$$kind -DKL_GPU_SANITIZE=$$kind "-DKL_GPU_ISAS=$(ISAS)" && \
 		cmake --build build/sanitize-$$kind --parallel 2 && \
 		build/sanitize-$$kind/kl_sanitize || exit 1; \
 	done

@@ -6,21 +6,13 @@
 
 namespace kl {
 
-#if defined(KL_X86)
-namespace v4 {
-extern const Kernels kernels;
-}
-namespace v3 {
-extern const Kernels kernels;
-}
-namespace v2 {
-extern const Kernels kernels;
-}
-#else
-namespace baseline {
-extern const Kernels kernels;
-}
-#endif
+// KL_ISAS is X(set) for every set that the kernels were compiled for, best first.
+#define X(set)                    \
+    namespace set {               \
+    extern const Kernels kernels; \
+    }
+KL_ISAS
+#undef X
 
 namespace {
 
@@ -28,19 +20,21 @@ std::vector<const Kernels*> detect() {
     std::vector<const Kernels*> found;
 #if defined(KL_X86)
     __builtin_cpu_init();
-    const bool v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
-    const bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
-                    __builtin_cpu_supports("bmi2");
-    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                    __builtin_cpu_supports("avx512vl");
-    if (v4) found.push_back(&v4::kernels);
-    if (v3) found.push_back(&v3::kernels);
-    if (v2) found.push_back(&v2::kernels);
+    [[maybe_unused]] const bool v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
+    [[maybe_unused]] const bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                                     __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
+                                     __builtin_cpu_supports("bmi2");
+    [[maybe_unused]] const bool v4 = v3 && __builtin_cpu_supports("avx512f") &&
+                                     __builtin_cpu_supports("avx512bw") &&
+                                     __builtin_cpu_supports("avx512cd") &&
+                                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #else
-    found.push_back(&baseline::kernels);
+    const bool baseline = true;
 #endif
+#define X(set) \
+    if (set) found.push_back(&set::kernels);
+    KL_ISAS
+#undef X
     return found;
 }
 
@@ -63,7 +57,8 @@ const std::vector<const Kernels*>& supported_kernels() {
 const Kernels& kernels() {
     static const Kernels* const chosen = choose();
     if (chosen == nullptr)
-        throw std::runtime_error("this processor lacks x86-64-v2, which the kernels need at least");
+        throw std::runtime_error(
+            "this processor lacks every instruction set that the kernels were compiled for");
     return *chosen;
 }
 
