@@ -40,12 +40,19 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def wide_programs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def wide_triton_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16384 columns under the interpreter, which takes as long for a small one."""
-    if backend == "triton" and DEVICE.type == "cpu":
+    if DEVICE.type == "cpu":
         from kl_gpu.triton import launch
 
         monkeypatch.setattr(launch, "WARPS", 64)
+
+
+@pytest.fixture
+def wide_programs(backend: str, request: pytest.FixtureRequest) -> None:
+    """The same in tests of every backend: one that is Triton's alone would run once for each of them."""
+    if backend == "triton":
+        request.getfixturevalue("wide_triton_programs")
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ def same(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(x, y) for x, y in pairs)
 
 
-@pytest.mark.usefixtures("wide_programs")
+@pytest.mark.usefixtures("wide_triton_programs")
 @pytest.mark.parametrize("vocab", [1100, VOCAB])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_one_launch_has_the_bits_of_two(kind: str, dtype: torch.dtype, vocab: int) -> None:
@@ -61,9 +61,9 @@ def test_one_launch_has_the_bits_of_two(kind: str, dtype: torch.dtype, vocab: in
     assert all((grad[0, ::2] != 7).all() for grad in found[2:])
 
 
-@pytest.mark.usefixtures("wide_programs")
 def test_shared_rows_keep_the_promises(kind: str) -> None:
-    # The mass in one part, the other parts far below; nearly equal sides; a hole; a NaN.
+    # Parts of several tiles, as on a GPU. The mass in one part, the other parts far below; nearly equal
+    # sides; a hole; a NaN.
     student, teacher = pair(1, 5, VOCAB, spread=1e-3)
     student[0, 0, 20000] += 30
     teacher[0, 0, 20001] += 30
@@ -90,7 +90,7 @@ def test_shared_rows_keep_the_promises(kind: str) -> None:
 
 
 @on_interpreter
-@pytest.mark.usefixtures("wide_programs")
+@pytest.mark.usefixtures("wide_triton_programs")
 def test_parts_are_folded_in_their_order_whoever_comes_last(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -115,7 +115,7 @@ def test_parts_are_folded_in_their_order_whoever_comes_last(
 
 
 @on_interpreter
-@pytest.mark.usefixtures("wide_programs")
+@pytest.mark.usefixtures("wide_triton_programs")
 @pytest.mark.parametrize("resident", [1, 5, 1000])
 def test_bits_do_not_depend_on_how_far_sweeps_lie_apart(
     kind: str, resident: int, monkeypatch: pytest.MonkeyPatch
@@ -129,7 +129,7 @@ def test_bits_do_not_depend_on_how_far_sweeps_lie_apart(
     assert same(both(p, row_scale), want)
 
 
-@pytest.mark.usefixtures("wide_programs")
+@pytest.mark.usefixtures("wide_triton_programs")
 @pytest.mark.parametrize("incoming", [1.0, 0.25, -3.0, 0.0])
 def test_an_incoming_gradient_of_one_leaves_the_buffers_alone(
     incoming: float, monkeypatch: pytest.MonkeyPatch
@@ -195,7 +195,7 @@ def test_rows_at_odd_addresses_are_not_read_in_words() -> None:
         assert gradient_layout(given, even, whole[..., 1:-1]) == given
 
 
-@pytest.mark.usefixtures("wide_programs")
+@pytest.mark.usefixtures("wide_triton_programs")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_how_rows_are_loaded_changes_no_bit(kind: str, dtype: torch.dtype) -> None:
     # 3000: a step of two tiles and a tail.
@@ -218,7 +218,7 @@ def placed(logits: Tensor, at: int, between: int) -> Tensor:
     )
 
 
-@pytest.mark.usefixtures("wide_programs")
+@pytest.mark.usefixtures("wide_triton_programs")
 @pytest.mark.parametrize("vocab", [1, 2, 1101, 1102, 33793])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_no_bit_depends_on_where_a_row_lies(dtype: torch.dtype, vocab: int) -> None:
@@ -234,7 +234,7 @@ def test_no_bit_depends_on_where_a_row_lies(dtype: torch.dtype, vocab: int) -> N
         assert same(both(p, row_scale), want), (at, between)
 
 
-@pytest.mark.usefixtures("wide_programs")
+@pytest.mark.usefixtures("wide_triton_programs")
 @pytest.mark.parametrize("vocab", [1101, 1102])
 @pytest.mark.parametrize("at", [0, 1])
 def test_gradients_stay_within_their_rows(kind: str, vocab: int, at: int) -> None:
@@ -252,7 +252,7 @@ def test_gradients_stay_within_their_rows(kind: str, vocab: int, at: int) -> Non
         assert at == 0 or torch.as_strided(grad, (1,), (1,), 0).isnan()
 
 
-@pytest.mark.usefixtures("wide_programs")
+@pytest.mark.usefixtures("wide_triton_programs")
 @pytest.mark.parametrize("kind", ["forward_kl", "js"])
 def test_odd_rows_take_their_gradient_in_place(kind: str) -> None:
     from kl_gpu import triton
