@@ -18,6 +18,13 @@ KL_INLINE V horner(const double (&c)[N], V x) {
     return p;
 }
 
+template <class V, int N>
+KL_INLINE V horner(const V (&c)[N], V x) {
+    V p = c[N - 1];
+    for (int i = N - 2; i >= 0; --i) p = mad(p, x, c[i]);
+    return p;
+}
+
 // Minimax on [-1/2, 1/2].
 template <class V>
 struct Poly;
@@ -57,6 +64,17 @@ struct Poly<VD> {
 template <class V>
 struct Reduced {
     V r, n;
+
+    Reduced() = default;
+    KL_INLINE Reduced(V r_, V n_) : r(r_), n(n_) {}
+    // Written out: GCC copies a struct of vectors as bytes, by way of the stack, each time round a loop that
+    // carries one.
+    KL_INLINE Reduced(const Reduced& x) : r(x.r), n(x.n) {}
+    KL_INLINE Reduced& operator=(const Reduced& x) {
+        r = x.r;
+        n = x.n;
+        return *this;
+    }
 };
 
 #if KL_WIDTH == 64
@@ -175,6 +193,33 @@ template <class V>
 KL_INLINE V exp2(V x) {
     return exp2_from(x, reduce(clamp_exponent(x)));
 }
+
+// factor * 2^x for any finite factor and product, the factor known long before x.  fp32: 3.5 ulp where the
+// product is normal; x is what clamp_for_product leaves of it.
+template <class V>
+class Multiple {
+    using S = typename Traits<V>::Scalar;
+
+public:
+#if KL_WIDTH == 64
+    explicit Multiple(double factor) {
+        coefficients_[0] = splat<V>(static_cast<S>(factor));
+        for (int i = 1; i < kTerms; ++i)
+            coefficients_[i] = splat<V>(static_cast<S>(factor * Poly<V>::exp2[i - 1]));
+    }
+    KL_INLINE V of_exp2(Reduced<V> x) const { return scale(horner(coefficients_, x.r), x); }
+
+private:
+    static constexpr int kTerms = 1 + sizeof(Poly<V>::exp2) / sizeof(double);
+    V coefficients_[kTerms];
+#else
+    explicit Multiple(double factor) : factor_(splat<V>(static_cast<S>(factor))) {}
+    KL_INLINE V of_exp2(Reduced<V> x) const { return scale_product(exp2_fraction(x.r), factor_, x); }
+
+private:
+    V factor_;
+#endif
+};
 
 // x = n + r again, with 2^n beside it.
 template <class V>

@@ -10,9 +10,11 @@
 #include <algorithm>
 #include <cmath>
 
+#include "difference.h"
 #include "elementary.h"
 #include "formats.h"
 #include "row.h"
+#include "row_constants.h"
 #include "stages.h"
 
 namespace kl::KL_ISA {
@@ -28,77 +30,12 @@ enum class Form {
 };
 
 inline Form form_for(double exact_scale, const RowScalars& row, bool is_fp32) {
-    const auto odd = [](double coefficient) {
-        return !(std::fabs(coefficient) > 0x1p-60 && std::fabs(coefficient) < 0x1p20);
-    };
     if (row.verdict != Verdict::plain || !(row.top_r < 100) || !(std::fabs(row.lse_a) < 0x1p20) ||
-        odd(row.coefficient_a) || odd(row.coefficient_b))
+        is_odd(row.coefficient_a) || is_odd(row.coefficient_b))
         return Form::general;
-    const double rounded = static_cast<double>(static_cast<float>(exact_scale));
-    const bool good_k = std::fabs(rounded - exact_scale) < 1.5e-8 * exact_scale;
     // fp32 waits for memory anyway.
-    return !is_fp32 && good_k && row.top_r < 16 && std::fabs(row.shift) < 8 ? Form::quick : Form::precise;
-}
-
-// A number to subtract from a product: its high part lies on a grid so coarse that adding an integer
-// to it is exact.
-template <class V>
-struct Offset {
-    V hi, lo;
-
-    // The sums behind an lse were taken with k rounded to V's scalar. What that leaves out is a factor
-    // 2^((z - lse/k) k_lo), which a token far below the top feels: `correction` is lse k_lo/k.
-    Offset(double x, double correction) {
-        using S = typename Traits<V>::Scalar;
-        const bool small = x > -2048 && x < 2048;
-        const double top = small ? static_cast<double>(static_cast<int>(x * 4096)) / 4096
-                                 : static_cast<double>(static_cast<S>(x));
-        hi = splat<V>(static_cast<S>(top));
-        lo = splat<V>(static_cast<S>(x - top + correction));
-    }
-};
-
-template <class V>
-struct RowConstants {
-    using S = typename Traits<V>::Scalar;
-
-    V k, k_lo;
-    Offset<V> lse_a, lse_b, shift;
-    V near_shift;          // in one number
-    V divergence;          // in units of ln 2
-    V lowest_a, lowest_b;  // logits whose p and q are nothing in any format
-    V coefficient_a, coefficient_b;
-    V factor_a, factor_b;  // the coefficients, with what lse_a.hi leaves of lse_a
-
-    RowConstants(double exact_scale, const RowScalars& row)
-        : k(splat<V>(static_cast<S>(exact_scale))),
-          k_lo(splat<V>(static_cast<S>(low(exact_scale)))),
-          lse_a(row.lse_a, row.lse_a * share(exact_scale)),
-          lse_b(row.lse_b, row.lse_b * share(exact_scale)),
-          shift(row.shift, row.shift * share(exact_scale)),
-          near_shift(splat<V>(static_cast<S>(row.shift + row.shift * share(exact_scale)))),
-          divergence(splat<V>(static_cast<S>(row.divergence * kLog2e))),
-          lowest_a(splat<V>(static_cast<S>((row.lse_a - kNothing) / exact_scale))),
-          lowest_b(splat<V>(static_cast<S>((row.lse_b - kNothing) / exact_scale))),
-          coefficient_a(splat<V>(static_cast<S>(-row.coefficient_a * kLn2))),
-          coefficient_b(splat<V>(static_cast<S>(row.coefficient_b))) {
-        const double rest = std::exp2(-static_cast<double>(lse_a.lo[0]));
-        factor_a = splat<V>(static_cast<S>(-row.coefficient_a * kLn2 * rest));
-        factor_b = splat<V>(static_cast<S>(row.coefficient_b * rest));
-    }
-
-private:
-    // Below every format's smallest number, and well within what clamp_for_product lets through.
-    static constexpr double kNothing = 240;
-
-    static double low(double x) { return x - static_cast<double>(static_cast<S>(x)); }
-    static double share(double x) { return low(x) / x; }
-};
-
-// z k - offset - n: one rounding, of a result that is small where it counts.
-template <class V>
-KL_INLINE V product_less(V z, const RowConstants<V>& row, const Offset<V>& offset, V n) {
-    return fma(z, row.k, -(offset.hi + n)) + fma(z, row.k_lo, -offset.lo);
+    return !is_fp32 && is_good(exact_scale) && row.top_r < 16 && std::fabs(row.shift) < 8 ? Form::quick
+                                                                                          : Form::precise;
 }
 
 // 2^(z k - offset). Where z is so far down that its product has lost its fraction, r is held to one:
@@ -110,11 +47,6 @@ KL_INLINE V power(V z, const RowConstants<V>& row, const Offset<V>& offset, V fa
     return scale_product(exp2_fraction(r), factor, e);
 }
 
-template <class V>
-struct Gradients {
-    V a, b;
-};
-
 // What a column's logits come to before the polynomials: log2 p + lse_a.lo and, for the gradient of b, r in
 // a whole number and a fraction.
 template <class V>
@@ -123,14 +55,11 @@ struct Begun {
     V r;
 };
 
-// The first stage of 2^(a k - lse_a) and, in r, its logarithm; lse_a.lo is left for the second to make up
-// for.
+// The first stage of 2^(a k - lse_a) and, in r, its logarithm.
 template <Form form, class V>
 KL_INLINE void begin_power(V a, const RowConstants<V>& row, Begun<V>& out) {
     out.r = fma(a, row.k, -row.lse_a.hi);
-    out.log_p = reduce(out.r);
-    out.log_p.r = fma(a, row.k, -(row.lse_a.hi + integer(out.log_p)));
-    if constexpr (form == Form::precise) out.log_p.r = fma(a, row.k_lo, out.log_p.r);
+    out.log_p = reduced_product<form == Form::precise>(a, row, row.lse_a);
 }
 
 template <Form form, bool ToA, bool ToB, class V>
@@ -220,21 +149,50 @@ struct KlGradient {
     }
 };
 
+// The gradients of both sides, each as it comes alone: a side's bits must not depend on who else asks.
+template <class OfA, class OfB>
+struct Beside {
+    struct Steps {
+        Begun<VF> a;
+        typename OfB::Begun b;
+    };
+
+    OfA of_a;
+    OfB of_b;
+
+    template <bool ToA, bool ToB>
+    KL_INLINE Steps begin(VF a, VF b) const
+        requires requires { of_a.template begin<true, false>(a, b); }
+    {
+        return {of_a.template begin<true, false>(a, b), of_b.template begin<false, true>(a, b)};
+    }
+    template <bool ToA, bool ToB>
+    KL_INLINE Gradients<VF> end(const Steps& x) const {
+        return {of_a.template end<true, false>(x.a).a, of_b.template end<false, true>(x.b).b};
+    }
+    template <bool ToA, bool ToB>
+    KL_INLINE Gradients<VF> at(VF a, VF b) const {
+        return {of_a.template at<true, false>(a, b).a,
+                of_b.template end<false, true>(of_b.template begin<false, true>(a, b)).b};
+    }
+};
+
 template <bool ToA, bool ToB, class Gradient, class V>
 KL_INLINE auto begin_of(const Gradient& gradient, Pair<V> a, Pair<V> b) {
-    if constexpr (requires { gradient.template begin<ToA, ToB>(a.x, b.x); })
-        return Pair<Begun<V>>{gradient.template begin<ToA, ToB>(a.x, b.x),
-                              gradient.template begin<ToA, ToB>(a.y, b.y)};
-    else
+    if constexpr (requires { gradient.template begin<ToA, ToB>(a.x, b.x); }) {
+        const auto x = gradient.template begin<ToA, ToB>(a.x, b.x);
+        return Pair<std::remove_const_t<decltype(x)>>{x, gradient.template begin<ToA, ToB>(a.y, b.y)};
+    } else {
         return Pair<Pair<V>>{{a.x, b.x}, {a.y, b.y}};
-}
-template <bool ToA, bool ToB, class Gradient, class V>
-KL_INLINE Gradients<V> end_of(const Gradient& gradient, const Begun<V>& x) {
-    return gradient.template end<ToA, ToB>(x);
+    }
 }
 template <bool ToA, bool ToB, class Gradient, class V>
 KL_INLINE Gradients<V> end_of(const Gradient& gradient, const Pair<V>& logits) {
     return gradient.template at<ToA, ToB>(logits.x, logits.y);
+}
+template <bool ToA, bool ToB, class Gradient, class Begun>
+KL_INLINE auto end_of(const Gradient& gradient, const Begun& x) {
+    return gradient.template end<ToA, ToB>(x);
 }
 
 // A stretch whose logits and gradients share one format. `n` is a multiple of kStep<T>.
@@ -307,9 +265,23 @@ inline void gradient_to(const T* a, const T* b, std::int64_t n, const Gradient& 
 template <class T>
 inline void kl_gradient_run(const T* a, const T* b, std::int64_t n, double scale, const RowScalars& scalars,
                             T* to_a, T* to_b, bool stream) {
-    const RowConstants<Wide<T>> row(scale, scalars);
+    using V = Wide<T>;
     const auto with = [&]<Form form>() {
-        gradient_to(a, b, n, KlGradient<form, Wide<T>>{row}, to_a, to_b, stream);
+        const KlGradient<form, V> gradient{RowConstants<V>(scale, scalars, form != Form::quick)};
+        if constexpr (form != Form::quick && std::is_same_v<V, VF>) {
+            const auto and_difference = [&]<bool with_low>() {
+                const Difference<with_low, V> of_b(scale, scalars);
+                const Beside<KlGradient<form, V>, Difference<with_low, V>> of_both{gradient, of_b};
+                if (to_a == nullptr)
+                    gradient_stretch<false, true>(a, b, n, of_b, to_a, to_b, stream);
+                else
+                    gradient_stretch<true, true>(a, b, n, of_both, to_a, to_b, stream);
+            };
+            if (to_b != nullptr && may_take_difference(scalars))
+                return is_good(scale) ? and_difference.template operator()<false>()
+                                      : and_difference.template operator()<true>();
+        }
+        gradient_to(a, b, n, gradient, to_a, to_b, stream);
     };
     if constexpr (std::is_same_v<T, double>) return with.template operator()<Form::general>();
     switch (form_for(scale, scalars, std::is_same_v<T, float>)) {

@@ -232,6 +232,8 @@ VF elementary_function(int which, VF x) {
             return both_ways(x).g;
         case 10:
             return both_ways(x).h;
+        case 11:
+            return Multiple<VF>(1.0 / 3).of_exp2(reduce(clamp_for_product(x)));
         default:
             return log_one_plus(x - one, x).log;
     }

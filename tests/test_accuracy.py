@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -161,6 +163,17 @@ def test_logits_far_from_zero(backend: str, kind: str, offset: float) -> None:
     check_value(rows(student, teacher, kind, backend), student, teacher, kind, backend, "offset")
     grads = gradients(student, teacher, kind, backend)
     check_gradients(student, teacher, grads, kind, backend, f"offset {offset}")
+
+
+@pytest.mark.parametrize("log2_z", [-4095.9, -8191.9, 16383.9, -524287.9])
+def test_normalisers_just_short_of_a_power_of_two(backend: str, kind: str, log2_z: float) -> None:
+    # An lse with all of float32's digits has none to spare for the token's own exponent: past the power of
+    # two their sum loses its last one, which is 7e-4 of the gradient at 2^13 and 2 % at 2^19.
+    _, teacher = pair(3, 777)
+    teacher = teacher - teacher.logsumexp(-1, keepdim=True) + log2_z * math.log(2)
+    student = teacher + torch.randn_like(teacher)
+    grads = gradients(student, teacher, kind, backend)
+    check_gradients(student, teacher, grads, kind, backend, f"log2 Z = {log2_z}")
 
 
 def test_identical_logits_give_exactly_zero(backend: str, kind: str) -> None:
