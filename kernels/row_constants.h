@@ -38,8 +38,8 @@ struct Offset {
 
 private:
     // An integer that counts is at most RowConstants::kNothing and a little. Up to 2048 a multiple of 2^-12
-    // leaves fp32 room for it, and up to 2^20, where fp64 takes over, a number of 22 bits does: one of 24 would
-    // lose its last bit in a sum that reaches the next power of 2.
+    // leaves fp32 room for it, and up to 2^20, where fp64 takes over, a number of 22 bits does: one of 24
+    // would lose its last bit in a sum that reaches the next power of 2.
     static double on_grid(double x) {
         if (std::fabs(x) < 2048) return static_cast<double>(static_cast<int>(x * 4096)) / 4096;
         if (std::is_same_v<V, VD> || !(std::fabs(x) < 0x1p21)) return x;

@@ -271,6 +271,11 @@ inline float first_shift(const Stretch<T>& in, float scale, float m) {
 // was rounded by 2e-6, and it hides the move itself, since a2 is as large.
 constexpr double kFarMove = 4;
 
+// A tile that weighs this much holds a column some 2^16 times as likely as any before it. The top's exponent
+// is rounded by up to a 2^24th of itself, and the normaliser passes that on to every column's gradient: the
+// tile is weighed again from a reference near its top.
+constexpr double kHeavy = 0x1p16;
+
 // Collects the state of a block of columns.
 class Collector {
 public:
@@ -283,6 +288,8 @@ public:
             frame_.c = first_shift(in, scale_, frame_.m);
         }
         State piece = look(in, frame_);
+        if (piece.z > kHeavy)
+            piece = look(in, {frame_.m + static_cast<float>(std::ilogb(piece.z)), frame_.c});
         State both = add(piece);
         if (moves_the_mean_far(both)) {
             const double left = both.a2 - kLn2 * both.a1 * both.a1 / (2 * both.z);

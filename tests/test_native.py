@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -459,6 +460,17 @@ def test_row_scale_reaches_the_gradient(of):
     assert (scaled[0, 1] == 0).all()
     assert torch.equal(scaled[0, 2], -0.5 * one[0, 2])
     assert evaluate(s, t, of, row_scale=torch.tensor([1.0, NAN, 1.0]))[1][0, 1].isnan().all()
+
+
+@pytest.mark.parametrize("height", [20.0, 45.0, 80.0])
+def test_a_late_top_leaves_its_row_an_exact_normaliser(height):
+    # A weight of 2^17, seen from the first tile's top, errs by 1e-6, and every p of the row with it.
+    s, t = pair(16, 20011, 1.0)
+    t[0, :, 12345] = height + torch.rand(16)
+    _, stats = native.value(problem(s, t))
+    k = float(np.float32(np.log2(np.e)))  # the kernels' own factor
+    exact = (t.double() * (k * math.log(2))).logsumexp(-1) / math.log(2)
+    assert (stats[:, 0].double() + stats[:, 1].double() - exact).abs().max() < 7e-7
 
 
 @every_kind()
