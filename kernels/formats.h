@@ -103,9 +103,18 @@ KL_INLINE void store_pair(double* p, Pair<VD> v) {
 template <bool Stream>
 KL_INLINE void store_pair(Bf16* p, Pair<VF> v) {
     VU even = bits<VU>(v.x), odd = bits<VU>(v.y);
+#if KL_WIDTH == 64
+    // Cut off first and rounded in 16-bit lanes, all columns at once: up where what was cut off is more than
+    // half a unit, or half of one and the number is odd.
+    const auto cut = bits<__m512i>((even >> 16) | (odd & 0xffff0000u));
+    const auto rest = bits<__m512i>((even & 0xffffu) | (odd << 16) | (bits<VU>(cut) & 0x10001u));
+    const __mmask32 up = _mm512_cmpgt_epu16_mask(rest, _mm512_set1_epi16(INT16_MIN));
+    put<Stream>(p, bits<VU>(_mm512_mask_add_epi16(cut, up, cut, _mm512_set1_epi16(1))));
+#else
     even += 0x7fffu + ((even >> 16) & 1u);
     odd += 0x7fffu + ((odd >> 16) & 1u);
     put<Stream>(p, (even >> 16) | (odd & 0xffff0000u));
+#endif
 }
 
 inline std::uint16_t round_to_f16(float x) {

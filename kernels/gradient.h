@@ -22,6 +22,10 @@ namespace kl::KL_ISA {
 // Where 2^r is nothing beside 1.
 constexpr float kFarBelow = 100;
 
+// A quick row's exponents of p are taken from this far below the top: |x| stays below 32, and its rounding
+// below 6.6e-7 of p, down to 2^-63.
+constexpr double kRaised = 31;
+
 // How much care a row needs.
 enum class Form {
     quick,    // the errors of fl(b - a), of r and of k in fp32 stay below the bound
@@ -56,21 +60,27 @@ struct Begun {
 };
 
 // The first stage of 2^(a k - lse_a) and, in r, its logarithm.
-template <Form form, class V>
+template <class V>
 KL_INLINE void begin_power(V a, const RowConstants<V>& row, Begun<V>& out) {
     out.r = fma(a, row.k, -row.lse_a.hi);
-    out.log_p = reduced_product<form == Form::precise>(a, row, row.lse_a);
+    out.log_p = reduced_product<true>(a, row, row.lse_a);
 }
 
 template <Form form, bool ToA, bool ToB, class V>
 KL_INLINE Begun<V> begin_gradient(V a, V b, const RowConstants<V>& row) {
     // Held, so that nothing below overflows or loses its fraction: -1e9 is a usual mask. The gradient of a
-    // has r itself for a factor, which only an inf would spoil.
-    a = max(a, row.lowest_a);
-    b = max(b, ToA ? splat<V>(-0x1p100f) : row.lowest_b);
+    // has r itself for a factor, which only an inf would spoil. A quick row takes its fractions as AVX-512
+    // reduces any finite exponent.
+    if constexpr (form != Form::quick || kWidth < 64) {
+        a = max(a, row.lowest_a);
+        b = max(b, ToA ? splat<V>(-0x1p100f) : row.lowest_b);
+    }
 
     Begun<V> out;
-    begin_power<form>(a, row, out);
+    if constexpr (form == Form::quick)
+        out.log_p = reduce(fma(a, row.k, -row.lse_a.hi));
+    else
+        begin_power(a, row, out);
 
     const V d = b - a;
     if constexpr (form == Form::quick) {
@@ -267,8 +277,9 @@ inline void kl_gradient_run(const T* a, const T* b, std::int64_t n, double scale
                             T* to_a, T* to_b, bool stream) {
     using V = Wide<T>;
     const auto with = [&]<Form form>() {
-        const KlGradient<form, V> gradient{RowConstants<V>(scale, scalars, form != Form::quick)};
-        if constexpr (form != Form::quick && std::is_same_v<V, VF>) {
+        constexpr bool quick = form == Form::quick;
+        const KlGradient<form, V> gradient{RowConstants<V>(scale, scalars, !quick, quick ? kRaised : 0)};
+        if constexpr (!quick && std::is_same_v<V, VF>) {
             const auto and_difference = [&]<bool with_low>() {
                 const Difference<with_low, V> of_b(scale, scalars);
                 const Beside<KlGradient<form, V>, Difference<with_low, V>> of_both{gradient, of_b};

@@ -270,7 +270,7 @@ struct StagedRestGradient {
     KL_INLINE Begun<VF> begin(VF, VF x) const {
         Begun<VF> out;
         x = max(x, of.row.lowest_a);
-        begin_power<Form::precise>(x, of.row, out);
+        begin_power(x, of.row, out);
         if constexpr (WithEntropy) out.r = fma(x, of.row.k_lo, out.r);
         return out;
     }

@@ -9,7 +9,7 @@
 
 namespace kl::KL_ISA {
 
-// Whether its products with fp32 gradients may underflow or overflow.
+// Whether what fp32 multiplies by it may underflow or overflow.
 inline bool is_odd(double coefficient) {
     return !(std::fabs(coefficient) > 0x1p-60 && std::fabs(coefficient) < 0x1p20);
 }
@@ -61,11 +61,12 @@ struct RowConstants {
     V coefficient_a, coefficient_b;
     V factor_a, factor_b;  // the coefficients, with what lse_a.hi leaves of lse_a
 
-    // with_low: whoever multiplies by k adds what k_lo makes of it.
-    RowConstants(double exact_scale, const RowScalars& row, bool with_low = true)
+    // with_low: whoever multiplies by k adds what k_lo makes of it. raised: how far above log2 p what is left
+    // of lse_a.hi lies, which the factors make up for.
+    RowConstants(double exact_scale, const RowScalars& row, bool with_low = true, double raised = 0)
         : k(splat<V>(static_cast<S>(exact_scale))),
           k_lo(splat<V>(static_cast<S>(low(exact_scale)))),
-          lse_a(row.lse_a, with_low ? row.lse_a * share(exact_scale) : 0),
+          lse_a(row.lse_a - raised, with_low ? row.lse_a * share(exact_scale) : 0),
           lse_b(row.lse_b, with_low ? row.lse_b * share(exact_scale) : 0),
           shift(row.shift, with_low ? row.shift * share(exact_scale) : 0),
           near_shift(splat<V>(static_cast<S>(row.shift))),
@@ -74,7 +75,7 @@ struct RowConstants {
           lowest_b(splat<V>(static_cast<S>((row.lse_b - kNothing) / exact_scale))),
           coefficient_a(splat<V>(static_cast<S>(-row.coefficient_a * kLn2))),
           coefficient_b(splat<V>(static_cast<S>(row.coefficient_b))) {
-        const double rest = std::exp2(-static_cast<double>(lse_a.lo[0]));
+        const double rest = std::exp2(-static_cast<double>(lse_a.lo[0]) - raised);
         factor_a = splat<V>(static_cast<S>(-row.coefficient_a * kLn2 * rest));
         factor_b = splat<V>(static_cast<S>(row.coefficient_b * rest));
     }
@@ -98,8 +99,7 @@ struct Gradients {
     V a, b;
 };
 
-// z k - offset.hi, reduced; offset.lo is the caller's to make up for. z is at least the
-// lowest that counts.
+// z k - offset.hi, reduced; offset.lo is the caller's to make up for. z is not below the row's lowest.
 template <bool WithLow, class V>
 KL_INLINE Reduced<V> reduced_product(V z, const RowConstants<V>& row, const Offset<V>& offset) {
     Reduced<V> e = reduce(fma(z, row.k, -offset.hi));

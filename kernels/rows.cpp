@@ -209,6 +209,15 @@ void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Desti
     if (stream) stream_fence();
 }
 
+// To memory as a T, and back.
+template <class T>
+VF stored(VF x) {
+    T kept[kStep<T>];
+    store_pair<false>(kept, Pair<VF>{x, x});
+    const auto back = load_pair(kept);
+    return back.x == back.y ? back.y : splat<VF>(__builtin_nanf(""));
+}
+
 VF elementary_function(int which, VF x) {
     const VF one = splat<VF>(1);
     switch (which) {
@@ -234,6 +243,10 @@ VF elementary_function(int which, VF x) {
             return both_ways(x).h;
         case 11:
             return Multiple<VF>(1.0 / 3).of_exp2(reduce(clamp_for_product(x)));
+        case 12:
+            return stored<Bf16>(x);
+        case 13:
+            return stored<F16>(x);
         default:
             return log_one_plus(x - one, x).log;
     }

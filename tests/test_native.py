@@ -624,8 +624,33 @@ def test_elementary_functions_keep_their_documented_error(isa):
     found = map(float, run_with_isa(isa, ULP).split())
     names = ["exp2", "g2", "exp2m1", "whole", "less_one", "log of 1 + z", "gap", "log of y"]
     names += ["power", "g, both ways", "h", "a third of exp2"]
-    for name, ulps, allowed in zip(names, found, [2.5, 8, 3, 1.5, 3, 2.5, 10, 2.5, 2.5, 8, 20, 3.5], strict=True):
+    for name, ulps, allowed in zip(
+        names, found, [2.5, 8, 3, 1.5, 3, 2.5, 10, 2.5, 2.5, 8, 20, 3.5], strict=True
+    ):
         assert ulps <= allowed, name
+
+
+ROUNDING = """
+    import numpy as np, torch
+    from kl_gpu import _native
+    generator = np.random.default_rng(0)
+    bits = generator.integers(0, 2**32, 2**22, dtype=np.uint32)
+    ties = generator.integers(0, 2**16, 2**16, dtype=np.uint32) << 16 | 0x8000
+    ties16 = (generator.integers(0, 2**19, 2**16, dtype=np.uint32) << 13) | 0x1000
+    x = np.concatenate([bits, ties, ties - 1, ties + 1, ties16, ties16 - 1, ties16 + 1]).view(np.float32)
+    x = np.where(np.isnan(x), np.float32(0), x)
+    for which, dtype in [(12, torch.bfloat16), (13, torch.float16)]:
+        y = np.empty_like(x)
+        _native.elementary(which, x.ctypes.data, y.ctypes.data, len(x))
+        want = torch.from_numpy(x).to(dtype).float().numpy()
+        assert np.array_equal(y.view(np.uint32), want.view(np.uint32)), dtype
+        print((x != want).sum() > len(x) // 2)
+"""
+
+
+@pytest.mark.parametrize("isa", native.supported_isas() if native.available() else [])
+def test_stores_round_to_nearest_even(isa):
+    assert run_with_isa(isa, ROUNDING).split() == ["True", "True"]
 
 
 def test_forcing_an_instruction_set():
