@@ -271,9 +271,9 @@ inline float first_shift(const Stretch<T>& in, float scale, float m) {
 // was rounded by 2e-6, and it hides the move itself, since a2 is as large.
 constexpr double kFarMove = 4;
 
-// A tile that weighs this much holds a column some 2^16 times as likely as any before it. The top's exponent
-// is rounded by up to a 2^24th of itself, and the normaliser passes that on to every column's gradient: the
-// tile is weighed again from a reference near its top.
+// A tile that weighs more has its top well above the frame's m, or very many columns above it. The top's
+// exponent is rounded by up to a 2^24th of itself, and the normaliser passes that on to every column's
+// gradient: the tile is weighed again from a reference near its top.
 constexpr double kHeavy = 0x1p16;
 
 // Collects the state of a block of columns.
