@@ -137,7 +137,7 @@ def _plain_kl(
     log_p = F.log_softmax(teacher[:, :-1, :vocab_size] / temperature, -1, dtype=torch.float32)
     rows = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     counts = labels[:, 1:] != IGNORED
-    return (rows * counts).sum() / counts.sum() * temperature**2
+    return (rows * counts).sum() / counts.sum().clamp_min(1) * temperature**2
 
 
 def train(
