@@ -22,7 +22,7 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def join(rank: int, ranks: int, port: int, seconds: float = 60) -> None:
+def join(rank: int, ranks: int, port: int, seconds: float = 180) -> None:
     torch.set_num_threads(1)
     on_gpus = torch.cuda.is_available()
     if on_gpus:
@@ -79,7 +79,7 @@ class World:
             pipe.send((case, arguments))
         answers = []
         for rank, pipe in enumerate(self._pipes):
-            assert pipe.poll(120), f"rank {rank} of {self.ranks} did not answer {case}"
+            assert pipe.poll(300), f"rank {rank} of {self.ranks} did not answer {case}"
             answers.append(pipe.recv())
         wrong = [f"rank {rank}: {said}" for rank, (good, said) in enumerate(answers) if not good]
         assert not wrong, "\n".join(wrong)
