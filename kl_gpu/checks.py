@@ -118,6 +118,12 @@ def whole(argument: str, value: Any, low: int) -> None:
         raise ValueError(f"{argument} must be at least {low}, got {value}")
 
 
+def count(argument: str, value: Any, most: int) -> None:
+    _integer(argument, value)
+    if not 1 <= value <= most:
+        raise ValueError(f"{argument} must be within [1, {most}], got {value}")
+
+
 def dimension(argument: str, value: Any, dimensions: int) -> None:
     _integer(argument, value)
     if not 0 <= value < dimensions:

@@ -393,6 +393,7 @@ def topk(rank: int, ranks: int, tail: str, kind: str, backend: str) -> bytes:
     student, teacher = pair(6, columns)
     log_p, ids = teacher.log_softmax(-1).topk(8)
     ids[0, 5:] = -1
+    ids[1, 4:], log_p[1, 4:] = 0, -torch.inf  # padding, as other programs write it
     mine = span(rank, ranks, columns)
     mask = torch.arange(6, device=DEVICE) != 3
     whole, shard = student.clone().requires_grad_(), student[:, mine].clone().requires_grad_()
