@@ -47,7 +47,8 @@ def topk_logprobs(
         logits: `[N, V]`, N any leading shape; float16, bfloat16, float32 or float64. Any view whose last
             dimension is contiguous is read without a copy.
         k: how many, within [1, V].
-        temperature: divides the logits; a float > 0. `topk_div` wants log-probabilities at temperature 1.
+        temperature: divides the logits, as in :func:`kl_gpu.token_logprobs`. `topk_div` wants
+            log-probabilities at temperature 1.
         mask: bool `[N]`, True counts. A row that does not count is a teacher of whom nothing is known:
             logprobs 0, ids −1 (absent), tail_logprob 0, whatever its logits hold.
         vocab_size: columns at and past it are ignored.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import mpmath
@@ -117,6 +118,21 @@ def test_what_topk_div_makes_of_it(backend: str, gap: float) -> None:
         np.testing.assert_allclose(to_numpy(value), want, rtol=RELATIVE + 1e-6 * gap, atol=1e-15)
         (grad,) = torch.autograd.grad(value.sum(), leaf)
         np.testing.assert_allclose(to_numpy(grad), gradient, rtol=1e-4, atol=1e-12)
+
+
+def test_the_recipe_of_the_page() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "offline-distillation.md").read_text()
+    (code,) = re.findall(r"## Making the data\n\n```python\n(.*?)```", page, re.DOTALL)
+    for gap in (25.0, 30.0, 40.0):
+        teacher = peaked(256, 300, gap).view(4, 64, 300)
+        student = (teacher + 0.1 * torch.randn_like(teacher)).requires_grad_()
+        labels = torch.zeros(4, 64, dtype=torch.long, device=DEVICE)
+        given = {"teacher_logits": teacher, "student_logits": student, "labels": labels}
+        exec(code, given)  # a page of this repository
+        dense = kl_gpu.kl_div(student, teacher, shift=True)
+        assert given["logprobs"].shape == (4, 64, 64)
+        assert 0 < given["loss"] <= dense * (1 + 1e-5 * gap)
+        assert torch.isfinite(torch.autograd.grad(given["loss"], student)[0]).all()
 
 
 def test_minus_infinity(backend: str) -> None:
