@@ -14,8 +14,9 @@ from .kinds import KINDS
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# 1/T and its product with a logit must stay finite and non-zero in float32.
-TEMPERATURE_RANGE = (1e-30, 1e30)
+# Below, the float32 kernels' exponents of logits that models have overflow; above, T² times a divergence that
+# shrinks with 1/T² loses its digits. Within, every backend keeps the promises.
+TEMPERATURE_RANGE = (1e-6, 1e9)
 # So must β and its products with a probability that counts.
 SMALLEST_BETA = 1e-30
 
@@ -269,10 +270,10 @@ def softcap(argument: str, value: Any) -> float:
 def logit_scale(argument: str, value: Any, temperature: float) -> float:
     positive(argument, value)
     low, high = TEMPERATURE_RANGE
-    if not low <= float(value) / float(temperature) <= high:
+    if not low <= float(temperature) / float(value) <= high:
         raise ValueError(
-            f"{argument} over the temperature must be within [{low:g}, {high:g}], "
-            f"got {value} over {temperature}"
+            f"the temperature over {argument} must be within [{low:g}, {high:g}], "
+            f"got {temperature} over {value}"
         )
     return float(value)
 

@@ -96,7 +96,7 @@ def divergence(
         beta: the parameter of the kinds that have one: `jeffreys` and `js` take [0, 1], 0.5 by default, the
             skew divergences [0, 1), 0.1 by default; 0 or at least 1e-30. A number at run time: a new value
             compiles nothing.
-        temperature: divides both logits; a float > 0.
+        temperature: divides both logits; a float within [1e-6, 1e9].
         teacher_temperature: overrides `temperature` on the teacher's side.
         t_squared: multiply value and gradient by T² (Hinton et al. 2015, section 2.1).
         mask: bool `[N]`, True counts. A row that does not count has value 0 and gradient 0, whatever it

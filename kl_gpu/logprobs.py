@@ -63,7 +63,7 @@ def token_logprobs(
             dimension is contiguous is read without a copy.
         token_ids: int `[N]`, within [0, V). On the CPU another id raises, on a GPU, where asking would wait
             for the device, its row is NaN.
-        temperature: divides the logits; a float > 0.
+        temperature: divides the logits; a float within [1e-6, 1e9].
         entropy: also return the entropy of each row.
         mask: bool `[N]`, True counts. A row that does not count is 0, with gradient 0, whatever it holds.
         ignore_index: rows with this id do not count either.

@@ -137,7 +137,7 @@ def token_stats(
         teacher_logits: `[N, V]`, on the same device; the dtype may differ.
         labels: int `[N]`, tokens; a row counts where labels != ignore_index. On the CPU other labels outside
             [0, V) raise; elsewhere, and under torch.compile, their log-probabilities are NaN.
-        temperature: divides both logits; a float > 0.
+        temperature: divides both logits; a float within [1e-6, 1e9].
         teacher_temperature: overrides `temperature` on the teacher's side.
         mask: bool `[N]`, True counts; combines with `labels` by and. The logits of a row that does not count
             do not matter.

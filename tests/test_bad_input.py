@@ -46,6 +46,9 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("temperature negative", {"temperature": -1.0}, ValueError, "temperature.*-1.0"),
     ("temperature NaN", {"temperature": NAN}, ValueError, "temperature.*nan"),
     ("temperature inf", {"temperature": INF}, ValueError, "temperature.*inf"),
+    ("temperature below the floor", {"temperature": 9.9e-7}, ValueError, "temperature.*1e-06.*9.9e-07"),
+    ("temperature past all use", {"temperature": 1.1e9}, ValueError, r"temperature.*1e\+09.*1100000000"),
+    ("teacher_temperature below it", {"teacher_temperature": 1e-16}, ValueError, "teacher_temp.*1e-06.*1e-16"),
     ("temperature a string", {"temperature": "1"}, TypeError, "temperature.*float.*str"),
     ("temperature a tensor", {"temperature": torch.tensor(2.0)}, TypeError, "temperature.*float.*tensor"),
     ("temperature bool", {"temperature": True}, TypeError, "temperature.*bool"),
@@ -121,6 +124,30 @@ def test_refused(no_kernel: None, arguments: dict[str, Any], error: type[Excepti
     call = {"student_logits": S, "teacher_logits": T} | arguments
     with pytest.raises(error, match=re.compile(message, re.DOTALL)):
         kl_gpu.divergence(**call)
+
+
+IDS = ROWS.long()
+ONE_SIDE: dict[str, Callable[..., Any]] = {
+    "token_logprobs": lambda **options: kl_gpu.token_logprobs(S, IDS, **options),
+    "topk_div": lambda **options: kl_gpu.topk_div(
+        S, torch.zeros(2, 3, 2), torch.tensor([0, 1]).expand(2, 3, 2), tail="renormalize", **options
+    ),
+}
+TWO_SIDES: dict[str, Callable[..., Any]] = {
+    "token_stats": lambda **options: kl_gpu.token_stats(S, T, **options),
+    "linear_div": lambda **options: kl_gpu.linear_div(S, torch.ones(5, 8), T, torch.ones(5, 8), **options),
+}
+ENTRIES = ONE_SIDE | TWO_SIDES
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("value", [0.0, 9.9e-7, 1.1e9, NAN])
+def test_temperatures_outside_the_range_are_refused_by_every_entry(entry: str, value: float) -> None:
+    for argument in ("temperature", "teacher_temperature")[: 2 if entry in TWO_SIDES else 1]:
+        with pytest.raises(ValueError, match=rf"^{argument} must be a number > 0, within \[1e-06, 1e\+09\]"):
+            ENTRIES[entry](**{argument: value})
+    ENTRIES[entry](temperature=1e-6)
+    ENTRIES[entry](temperature=1e9)
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import kl_gpu
 from kl_gpu import reference
 from kl_gpu.options import Options
-from support import DEVICE, expected, pair, to_numpy
+from support import DEVICE, check_gradients, check_value, expected, pair, to_numpy
 
 
 def test_kl_div_names_the_two_directions(backend: str) -> None:
@@ -63,6 +63,41 @@ def test_normalizer(backend: str, kind: str, as_tensor: bool) -> None:
     normalizer = torch.tensor(17, device=DEVICE) if as_tensor else 17.0
     got = kl_gpu.divergence(student, teacher, kind, normalizer=normalizer, backend=backend)
     np.testing.assert_allclose(to_numpy(got), expected(student, teacher, kind).sum() / 17, rtol=5e-6)
+
+
+# 1e-6 and 1e9 are the ends of the range.
+TEMPERATURES = [(1e-6, 1e-6), (1e-6, 1.0), (1.0, 1e-6), (1e-6, 1e9), (1e9, 1e-6), (1e9, 1e9), (1.0, 1e9)]
+
+
+@pytest.mark.parametrize(("temperature", "teacher_temperature"), TEMPERATURES)
+def test_the_ends_of_the_range_of_temperatures(
+    backend: str, kind: str, temperature: float, teacher_temperature: float
+) -> None:
+    student, teacher = pair(5, 70)
+    options = {"temperature": temperature, "teacher_temperature": teacher_temperature}
+    leaves = student.requires_grad_(), teacher.requires_grad_()
+    value = kl_gpu.divergence(*leaves, kind, reduction="none", backend=backend, **options)
+    grads = torch.autograd.grad(value.sum(), leaves)
+    where = f"T = {temperature:g} and {teacher_temperature:g}"
+    check_value(value, student, teacher, kind, backend, where, **options)
+    check_gradients(student, teacher, grads, kind, backend, where, **options)
+    want = expected(student, teacher, kind, **options)
+    large = want > 1e2  # past the promise, and still no other number
+    np.testing.assert_allclose(to_numpy(value)[large], want[large], rtol=5e-6)
+    assert max(float(grad.abs().max()) for grad in grads) > 0 or temperature == teacher_temperature
+
+
+def test_t_squared_at_the_highest_temperature(backend: str) -> None:
+    # The limit of T² KL: half the variance of s − t under the uniform distribution.
+    student, teacher = pair(5, 70)
+    student.requires_grad_()
+    value = kl_gpu.kl_div(
+        student, teacher, temperature=1e9, t_squared=True, reduction="none", backend=backend
+    )
+    (grad,) = torch.autograd.grad(value.sum(), student)
+    d = to_numpy(student) - to_numpy(teacher)
+    np.testing.assert_allclose(to_numpy(value), d.var(-1) / 2, rtol=5e-6)
+    np.testing.assert_allclose(to_numpy(grad), (d - d.mean(-1, keepdims=True)) / 70, rtol=1e-4, atol=1e-7)
 
 
 def test_t_squared_scales_value_and_gradient(backend: str, kind: str) -> None:
