@@ -185,6 +185,7 @@ def linear_div(
         RuntimeError: from backward, when a second derivative is asked for, or when a tensor was modified
             since the call.
     """
+    checks.of_one_rank("linear_div", student_hidden, student_weight, teacher_hidden, teacher_weight)
     return settle(
         student_hidden, student_weight, teacher_hidden, teacher_weight, kind,
         student_bias=student_bias, teacher_bias=teacher_bias, softcap=softcap,
@@ -244,7 +245,6 @@ def settle(
         teacher_scale=(1.0 if caps[1] else factors[1]) / float(teacher_temperature),
         backend=chosen,
     )
-    counts = None if rows.counts is None else rows.counts.reshape(-1)
     needs = heads.needs
     # float64 with a narrower side: computed in float64, returned in float32.
     mixed = dtypes[0] != dtypes[1]
@@ -253,12 +253,21 @@ def settle(
     in_range = torch.float16 not in (dtypes[0], student.dtype, student_weight.dtype)
     if rows.has_scale and in_range and torch.is_grad_enabled() and any(needs):
         row_scale = rows.scale(lead, arithmetic(dtypes), device)
+        counts = _flat(rows.counts)
         function = _CompiledSum if torch.compiler.is_compiling() else _Sum
         total = function.apply(*heads, counts, row_scale.reshape(-1), call, needs, linear)
         return total.float() if mixed else total
 
-    value = _Rows.apply(*heads, counts, call, needs, linear).view(lead)
+    def of(some: Tensor | None) -> Tensor:
+        found: Tensor = _Rows.apply(*heads, _flat(some), call, needs, linear)
+        return found.view(lead)
+
+    value = rows.completed(of(rows.counts), of)
     return rows.reduced(value.float() if mixed else value)
+
+
+def _flat(counts: Tensor | None) -> Tensor | None:
+    return None if counts is None else counts.reshape(-1)
 
 
 def _logits_dtype(hidden: Tensor) -> torch.dtype:

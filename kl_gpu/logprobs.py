@@ -82,6 +82,7 @@ def token_logprobs(
         RuntimeError: from backward, when a second derivative is asked for, or when logits were modified
             since the call.
     """
+    checks.of_one_rank("token_logprobs", logits)
     return settle(
         logits, token_ids, temperature=temperature, entropy=entropy, mask=mask, ignore_index=ignore_index,
         shift=shift, vocab_size=vocab_size, inplace=inplace, backend=backend,
