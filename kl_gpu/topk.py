@@ -127,6 +127,7 @@ def topk_div(
         RuntimeError: from backward, when a second derivative is asked for, or when logits were modified
             since the call.
     """
+    checks.of_one_rank("topk_div", student_logits)
     return settle(
         student_logits, teacher_logprobs, teacher_ids, kind, tail=tail,
         teacher_tail_logprob=teacher_tail_logprob, beta=beta, temperature=temperature, t_squared=t_squared,
@@ -196,7 +197,14 @@ def settle(
     dtype = torch.float64 if both_wide else torch.float32
     resolution = tails.RESOLUTION[teacher_logprobs.dtype]
     formula = _Formula(*KINDS[kind].at(options.beta), tail, scale, resolution, dtype)
-    per_row = _Divergence.apply(given, rest, log_p, rest_log_p, has_rest, counts, formula)
+
+    def of(given: Tensor, rest: Tensor, some: Tensor | None) -> Tensor:
+        found: Tensor = _Divergence.apply(given, rest, log_p, rest_log_p, has_rest, some, formula)
+        return found
+
+    per_row = rows.completed(
+        of(given, rest, counts), lambda others: of(*split(logits, ids, others, call)[:2], others)
+    )
     value = rows.reduced(per_row)
     if not return_mass:
         return value
