@@ -66,6 +66,9 @@ def topk_logprobs(
     """
     options = Options(temperature=temperature, mask=mask, vocab_size=vocab_size, backend=backend)
     checks.temperature("temperature", temperature)
+    if checks.is_shared(logits):
+        # Not to_local(): the best of one rank's columns are not the best of all.
+        raise TypeError("logits must be a plain tensor, got a DTensor: give its full_tensor()")
     columns = checks.one_sided_logits("logits", logits, vocab_size, shift=False)
     checks.count("k", k, columns)
     rows = options.rows(logits).counts

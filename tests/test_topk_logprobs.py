@@ -278,6 +278,8 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("logits int", {"logits": X.long()}, TypeError, "logits.*int64"),
     ("no columns", {"logits": X[..., :0]}, ValueError, "logits.*column"),
     ("0-d", {"logits": X[0, 0, 0]}, ValueError, r"logits.*\(\)"),
+    ("nested", {"logits": torch.nested.nested_tensor([X[0], X[1, :2]])}, TypeError, "logits.*nested"),
+    ("shared", {"logits": X.as_subclass(type("DTensor", (Tensor,), {}))}, TypeError, "logits.*full_tensor"),
     ("k 0", {"k": 0}, ValueError, r"\bk must.*\[1, 8\], got 0"),
     ("k negative", {"k": -1}, ValueError, r"\bk must.*-1"),
     ("k past V", {"k": 9}, ValueError, r"\bk must.*\[1, 8\], got 9"),
