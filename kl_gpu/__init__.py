@@ -11,6 +11,7 @@ from .ops import BACKENDS
 from .rl import kl_penalty
 from .stats import TokenStats, token_stats
 from .topk import TAILS, topk_div
+from .topk_teacher import TopkLogprobs, topk_logprobs
 
 if TYPE_CHECKING:
     from .linear import linear_div
@@ -21,6 +22,7 @@ __all__ = [
     "TAILS",
     "DivergenceLoss",
     "TokenStats",
+    "TopkLogprobs",
     "divergence",
     "js_div",
     "kl_div",
@@ -29,6 +31,7 @@ __all__ = [
     "token_logprobs",
     "token_stats",
     "topk_div",
+    "topk_logprobs",
 ]
 __version__ = "0.1.0"
 

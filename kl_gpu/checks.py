@@ -13,11 +13,26 @@ from torch import Tensor
 from .kinds import KINDS
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# 1/T and its product with a logit must stay finite and non-zero in float32.
-TEMPERATURE_RANGE = (1e-30, 1e30)
+LABEL_DTYPES = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64
+)  # fmt: skip
+_INTEGERS = "an integer tensor, of int8 to int64 or uint8 to uint64"
+# Below, the float32 kernels' exponents of logits that models have overflow; above, T² times a divergence that
+# shrinks with 1/T² loses its digits. Within, every backend keeps the promises.
+TEMPERATURE_RANGE = (1e-6, 1e9)
 # So must β and its products with a probability that counts.
 SMALLEST_BETA = 1e-30
+
+
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether its numbers can be looked at here and now: they exist, and no device has to be waited for.
+
+    A traced or fake tensor stands for numbers that are not there.
+    """
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) in _ORDINARY
 
 
 def _type_name(x: object) -> str:
@@ -118,15 +133,43 @@ def whole(argument: str, value: Any, low: int) -> None:
         raise ValueError(f"{argument} must be at least {low}, got {value}")
 
 
+def count(argument: str, value: Any, most: int) -> None:
+    _integer(argument, value)
+    if not 1 <= value <= most:
+        raise ValueError(f"{argument} must be within [1, {most}], got {value}")
+
+
 def dimension(argument: str, value: Any, dimensions: int) -> None:
     _integer(argument, value)
     if not 0 <= value < dimensions:
         raise ValueError(f"{argument} must be within [0, {dimensions}), got {value}")
 
 
-def _tensor(argument: str, value: object, dtypes: Collection[torch.dtype], what: str) -> None:
+def is_shared(value: object) -> bool:
+    """Whether this is a DTensor; by name, since importing it takes a second."""
+    return type(value).__name__ == "DTensor"
+
+
+def of_one_rank(entry: str, *tensors: object) -> None:
+    """Refuse DTensors where the entry does not hand them on."""
+    for value in tensors:
+        if is_shared(value):
+            raise TypeError(
+                f"{entry} must be given plain tensors, got a DTensor: each rank's to_local() is what "
+                f"kl_gpu.distributed.vocab_parallel_{entry} takes"
+            )
+
+
+def _tensor(
+    argument: str, value: object, dtypes: Collection[torch.dtype], what: str, shared: bool = False
+) -> None:
+    """Check a tensor's kind and dtype; `shared`: a DTensor will do."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument} must be a tensor, got {_type_name(value)}")
+    if value.is_nested:  # asked first: it has no shape, and one of its two layouts calls itself strided
+        raise TypeError(f"{argument} must be a dense tensor, got a nested one: pad it, and mask the padding")
+    if not shared and is_shared(value):
+        raise TypeError(f"{argument} must be a plain tensor, got a DTensor: give its to_local()")
     if value.dtype not in dtypes:
         raise TypeError(f"{argument} must be {what}, got {value.dtype}")
     if value.layout != torch.strided:
@@ -269,10 +312,10 @@ def softcap(argument: str, value: Any) -> float:
 def logit_scale(argument: str, value: Any, temperature: float) -> float:
     positive(argument, value)
     low, high = TEMPERATURE_RANGE
-    if not low <= float(value) / float(temperature) <= high:
+    if not low <= float(temperature) / float(value) <= high:
         raise ValueError(
-            f"{argument} over the temperature must be within [{low:g}, {high:g}], "
-            f"got {value} over {temperature}"
+            f"the temperature over {argument} must be within [{low:g}, {high:g}], "
+            f"got {temperature} over {value}"
         )
     return float(value)
 
@@ -293,13 +336,13 @@ def _beside(argument: str, value: Tensor, shape: tuple[int, ...], what: str, dev
 
 
 def token_ids(logits: Tensor, value: Any) -> None:
-    _tensor("token_ids", value, LABEL_DTYPES, "an integer tensor")
+    _tensor("token_ids", value, LABEL_DTYPES, _INTEGERS)
     _beside("token_ids", value, tuple(logits.shape[:-1]), "the logits' leading shape", logits.device)
 
 
 def topk(student: Tensor, logprobs: Any, ids: Any, tail_logprob: Any, tail: str) -> None:
     """Check what is known of the teacher against the student's logits, before any shift."""
-    _tensor("teacher_ids", ids, LABEL_DTYPES, "an integer tensor")
+    _tensor("teacher_ids", ids, LABEL_DTYPES, _INTEGERS)
     lead = tuple(student.shape[:-1])
     if ids.dim() != student.dim() or tuple(ids.shape[:-1]) != lead or ids.shape[-1] < 1:
         raise ValueError(
@@ -327,7 +370,7 @@ def rows(student: Tensor, mask: Any, labels: Any, ignore_index: Any, weight: Any
         return
     for argument, value, dtypes, what in (
         ("mask", mask, (torch.bool,), "bool"),
-        ("labels", labels, LABEL_DTYPES, "an integer tensor"),
+        ("labels", labels, LABEL_DTYPES, _INTEGERS),
         ("weight", weight, LOGIT_DTYPES, "a floating tensor"),
     ):
         if value is None:
@@ -344,6 +387,7 @@ def rows(student: Tensor, mask: Any, labels: Any, ignore_index: Any, weight: Any
 
 def labels_are_columns(labels: Tensor, counts: Tensor, columns: int) -> None:
     """Refuse labels that are no column, where rows count. Looks at their values, so CPU tensors only."""
+    labels = labels.long()  # lest the number of columns wrap around in a narrower type
     wrong = counts & ((labels < 0) | (labels >= columns))
     if wrong.any():
         raise ValueError(
@@ -359,31 +403,53 @@ def positive(argument: str, value: Any, expected: str = "a number") -> None:
         raise ValueError(f"{argument} must be a finite number > 0, got {value}")
 
 
-def log_probabilities(policy: Any, ref: Any) -> None:
+def log_probabilities(policy: Any, ref: Any, mask: Any) -> None:
     """Check the policy's and the reference's log-probabilities of the same tokens against each other."""
     for argument, value in (("policy_logprobs", policy), ("ref_logprobs", ref)):
-        _tensor(argument, value, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
+        _tensor(argument, value, LOGIT_DTYPES, "float16, bfloat16, float32 or float64", shared=True)
     for what, ours, theirs in (
         ("the same shape", tuple(policy.shape), tuple(ref.shape)),
         ("one device", policy.device, ref.device),
     ):
         if ours != theirs:
             raise ValueError(f"policy_logprobs and ref_logprobs must have {what}, got {ours} and {theirs}")
+    if mask is not None:
+        _tensor("mask", mask, (torch.bool,), "bool", shared=True)
+        if mask.shape != policy.shape:
+            raise ValueError(
+                f"mask must have the log-probabilities' shape {tuple(policy.shape)}, got {tuple(mask.shape)}"
+            )
+        if mask.device != policy.device:
+            raise ValueError(f"mask must be on {policy.device}, as they are, got {mask.device}")
 
 
-def normalizer(value: Any, reduction: str, device: torch.device) -> None:
+def normalizer(value: Any, reduction: str, device: torch.device, shared: bool = False) -> None:
+    """Check the denominator of a mean; `shared`: it may be a DTensor."""
     if value is None:
         return
     if reduction != "mean":
         raise ValueError(f"normalizer is the denominator of reduction='mean', got reduction={reduction!r}")
     if isinstance(value, Tensor):
-        _tensor("normalizer", value, (*LOGIT_DTYPES, *LABEL_DTYPES), "a real number")
+        _tensor("normalizer", value, (*LOGIT_DTYPES, *LABEL_DTYPES), "a real number", shared)
         if value.dim() != 0:
             raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
         if value.device != device and value.device.type != "cpu":
             raise ValueError(f"normalizer must be on {device} or the CPU, got {value.device}")
+        if readable(value) and not 0 <= value.item() < math.inf:  # NaN fails every comparison
+            raise ValueError(f"normalizer must be a finite number > 0, got a tensor of {value.item()}")
         return
     positive("normalizer", value, "a number or a 0-d tensor")
+
+
+def divides(normalizer_: Any, counts: Tensor | None, lead: torch.Size, shift: bool) -> None:
+    """Refuse a normalizer of 0 where rows count, if both can be looked at."""
+    if not isinstance(normalizer_, Tensor) or not readable(normalizer_) or normalizer_.item() != 0:
+        return
+    if counts is not None and not readable(counts):
+        return
+    of_all = math.prod(lead) - (lead[0] if shift else 0)
+    if of_all > 0 if counts is None else bool(counts.any()):
+        raise ValueError("normalizer may be 0 only where no row counts, got a tensor of 0 for rows that do")
 
 
 def inplace(argument: str, logits: Tensor, other: str = "", also_needed: Tensor | None = None) -> None:

@@ -96,18 +96,25 @@ def divergence(
         beta: the parameter of the kinds that have one: `jeffreys` and `js` take [0, 1], 0.5 by default, the
             skew divergences [0, 1), 0.1 by default; 0 or at least 1e-30. A number at run time: a new value
             compiles nothing.
-        temperature: divides both logits; a float > 0.
+        temperature: divides both logits; a float within [1e-6, 1e9].
         teacher_temperature: overrides `temperature` on the teacher's side.
         t_squared: multiply value and gradient by T² (Hinton et al. 2015, section 2.1).
         mask: bool `[N]`, True counts. A row that does not count has value 0 and gradient 0, whatever it
             holds.
-        labels: int `[N]`; a row counts where labels != ignore_index. Combines with `mask` by and.
+        labels: int `[N]`, signed or unsigned, compared as int64; a row counts where labels != ignore_index.
+            Combines with `mask` by and.
         ignore_index: the label of rows that do not count.
         shift: logits at t go with entry t+1 of labels, mask and weight; needs `[batch, time, V]` and gives
             `[batch, time − 1]`.
-        weight: float `[N]`, multiplies each row's value and gradient.
+        weight: float `[N]`, multiplies each row's value and gradient. A row of weight 0 is not computed: its
+            value and gradient are 0, also where its divergence is infinite or NaN, but it stays among the
+            rows that "mean" divides by, as any weight does; `mask` takes it out of both. Where weight
+            requires a gradient, that is the row's divergence, and 0 at a weight of 0 where it is not finite.
         reduction: "none" (`[N]`), "sum", "mean" (sum / rows that count), "batchmean" (sum / first dimension).
-        normalizer: float or 0-d tensor that replaces the denominator of "mean".
+        normalizer: float > 0 or 0-d tensor that replaces the denominator of "mean". A tensor of 0 is fine
+            where no row counts: the result is 0 then. A tensor that is negative, or 0 where rows count, is
+            refused on the CPU; on a device, where asking would wait, and under torch.compile the result is
+            NaN.
         vocab_size: columns at and past it are ignored on both sides; required where the two V differ.
         inplace: allow the gradient to be written over the memory of `student_logits` in backward.
         backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
@@ -125,16 +132,12 @@ def divergence(
         beta, temperature, teacher_temperature, t_squared, mask, labels, ignore_index, shift, weight,
         reduction, normalizer, vocab_size, inplace, backend,
     )  # fmt: skip
-    if _is_shared(student_logits) or _is_shared(teacher_logits):
+    if checks.is_shared(student_logits) or checks.is_shared(teacher_logits):
         # DTensor takes a second to import, so only who has one pays for it.
         from .distributed import dtensors
 
         return dtensors.divergence(student_logits, teacher_logits, kind, **options._asdict())
     return settle(student_logits, teacher_logits, kind, options)
-
-
-def _is_shared(logits: Any) -> bool:
-    return type(logits).__name__ == "DTensor"
 
 
 # What turns logits `[N, V]`, the rows that count and the call into values `[N]`.
@@ -163,7 +166,9 @@ def settle(
         total = WeightedSum.apply(student, teacher, rows.counts, row_scale, call)
         return total.float() if mixed else total
 
-    value = (rows_of or per_row)(student, teacher, rows.counts, call)
+    of = rows_of or per_row
+    value = of(student, teacher, rows.counts, call)
+    value = rows.completed(value, lambda others: of(student, teacher, others, call))
     return rows.reduced(value.float() if mixed else value)
 
 

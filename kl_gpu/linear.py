@@ -164,7 +164,8 @@ def linear_div(
         kind: a name in `kl_gpu.KINDS`.
         student_bias, teacher_bias: `[V]`, of the weight's dtype.
         softcap, teacher_softcap: each model's cap, a float > 0; None for none.
-        logit_scale, teacher_logit_scale: each model's factor, a float > 0.
+        logit_scale, teacher_logit_scale: each model's factor, a float > 0; the temperature over it must be
+            within [1e-6, 1e9].
         chunk_rows: rows of logits held at once; None chooses by V, dtype and device, and takes fewer where a
             GPU is short of memory.
         beta, temperature, teacher_temperature, t_squared, mask, labels, ignore_index, weight, reduction,
@@ -184,6 +185,7 @@ def linear_div(
         RuntimeError: from backward, when a second derivative is asked for, or when a tensor was modified
             since the call.
     """
+    checks.of_one_rank("linear_div", student_hidden, student_weight, teacher_hidden, teacher_weight)
     return settle(
         student_hidden, student_weight, teacher_hidden, teacher_weight, kind,
         student_bias=student_bias, teacher_bias=teacher_bias, softcap=softcap,
@@ -243,7 +245,6 @@ def settle(
         teacher_scale=(1.0 if caps[1] else factors[1]) / float(teacher_temperature),
         backend=chosen,
     )
-    counts = None if rows.counts is None else rows.counts.reshape(-1)
     needs = heads.needs
     # float64 with a narrower side: computed in float64, returned in float32.
     mixed = dtypes[0] != dtypes[1]
@@ -252,12 +253,21 @@ def settle(
     in_range = torch.float16 not in (dtypes[0], student.dtype, student_weight.dtype)
     if rows.has_scale and in_range and torch.is_grad_enabled() and any(needs):
         row_scale = rows.scale(lead, arithmetic(dtypes), device)
+        counts = _flat(rows.counts)
         function = _CompiledSum if torch.compiler.is_compiling() else _Sum
         total = function.apply(*heads, counts, row_scale.reshape(-1), call, needs, linear)
         return total.float() if mixed else total
 
-    value = _Rows.apply(*heads, counts, call, needs, linear).view(lead)
+    def of(some: Tensor | None) -> Tensor:
+        found: Tensor = _Rows.apply(*heads, _flat(some), call, needs, linear)
+        return found.view(lead)
+
+    value = rows.completed(of(rows.counts), of)
     return rows.reduced(value.float() if mixed else value)
+
+
+def _flat(counts: Tensor | None) -> Tensor | None:
+    return None if counts is None else counts.reshape(-1)
 
 
 def _logits_dtype(hidden: Tensor) -> torch.dtype:

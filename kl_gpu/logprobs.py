@@ -63,7 +63,7 @@ def token_logprobs(
             dimension is contiguous is read without a copy.
         token_ids: int `[N]`, within [0, V). On the CPU another id raises, on a GPU, where asking would wait
             for the device, its row is NaN.
-        temperature: divides the logits; a float > 0.
+        temperature: divides the logits; a float within [1e-6, 1e9].
         entropy: also return the entropy of each row.
         mask: bool `[N]`, True counts. A row that does not count is 0, with gradient 0, whatever it holds.
         ignore_index: rows with this id do not count either.
@@ -82,6 +82,7 @@ def token_logprobs(
         RuntimeError: from backward, when a second derivative is asked for, or when logits were modified
             since the call.
     """
+    checks.of_one_rank("token_logprobs", logits)
     return settle(
         logits, token_ids, temperature=temperature, entropy=entropy, mask=mask, ignore_index=ignore_index,
         shift=shift, vocab_size=vocab_size, inplace=inplace, backend=backend,

@@ -25,6 +25,8 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64:
 _FAMILIES = {"kl": 0, "jeffreys": 1, "js": 2, "skew": 3, "tv": 4}
 _NOWHERE = (0, 0, 0, 0)
 _ALL_ROWS = (0, 0, 0)
+# Named at every new tensor: torch.set_default_device must not choose memory whose address the kernels get.
+_CPU = torch.device("cpu")
 
 
 def available() -> bool:
@@ -89,7 +91,10 @@ def _arguments(p: Problem) -> tuple[_Side, _Side, _Rows, _Sizes, int, float, boo
 
 def _outputs(p: Problem) -> tuple[Tensor, Tensor]:
     n_rows, dtype = p.n_rows, p.dtype
-    return torch.empty(n_rows, dtype=dtype), torch.empty(n_rows, STATS, dtype=dtype)
+    return (
+        torch.empty(n_rows, dtype=dtype, device=_CPU),
+        torch.empty(n_rows, STATS, dtype=dtype, device=_CPU),
+    )
 
 
 def value(p: Problem) -> tuple[Tensor, Tensor]:
@@ -101,7 +106,7 @@ def value(p: Problem) -> tuple[Tensor, Tensor]:
 
 def divergence(p: Problem) -> Tensor:
     """`value` without the statistics."""
-    value = torch.empty(p.n_rows, dtype=p.dtype)
+    value = torch.empty(p.n_rows, dtype=p.dtype, device=_CPU)
     _native.value(*_arguments(p), value.data_ptr(), 0)
     return value
 
@@ -119,7 +124,7 @@ def shard_states(
     """As `kl_gpu.distributed.states.packed` at its first look, and whether all normalisers are finite."""
     # By name: copies must outlive the call.
     inside = [value.to(stats.dtype).contiguous() for value in inside]
-    out = torch.empty((2 + len(inside), *stats.shape[:-1]), dtype=torch.float64)
+    out = torch.empty((2 + len(inside), *stats.shape[:-1]), dtype=torch.float64, device=_CPU)
     finite = _native.shard_states(
         stats.data_ptr(), stats.dtype == torch.float64, _unit(stats.dtype, a_scale, b_scale), out[0].numel(),
         [value.data_ptr() for value in inside], out.data_ptr(),
@@ -129,7 +134,7 @@ def shard_states(
 
 def merge_ranks(found: Tensor) -> tuple[Tensor, bool]:
     """As `kl_gpu.distributed.states.merged`."""
-    out = torch.empty(found.shape[1:], dtype=torch.float64)
+    out = torch.empty(found.shape[1:], dtype=torch.float64, device=_CPU)
     ranks, numbers = found.shape[:2]
     fit = _native.merge_ranks(found.data_ptr(), ranks, out[0].numel(), numbers - 2, out.data_ptr())
     return out, fit
@@ -151,7 +156,7 @@ def statistics(
 
 def formula_sums(p: Problem, stats: Tensor) -> Tensor:
     """The formula's terms and its two flows, summed over the columns: float64 `[A*B, 3]`."""
-    out = torch.empty(p.n_rows, 3, dtype=torch.float64)
+    out = torch.empty(p.n_rows, 3, dtype=torch.float64, device=_CPU)
     _native.formula_sums(*_arguments(p), stats.contiguous().data_ptr(), out.data_ptr())
     return out
 
@@ -192,7 +197,7 @@ def value_and_gradient(
 
 def token_stats(p: Problem, tokens: Tensor | None) -> Tensor:
     """`[TOKEN_STATS, A*B]`, in the order of `kl_gpu.problem`; tokens int64 `[A, B]` where there are any."""
-    out = torch.empty(TOKEN_STATS, p.n_rows, dtype=p.dtype)
+    out = torch.empty(TOKEN_STATS, p.n_rows, dtype=p.dtype, device=_CPU)
     # By name: a copy must outlive the call.
     tokens = None if tokens is None else tokens.contiguous()
     _native.token_stats(*_arguments(p), 0 if tokens is None else tokens.data_ptr(), out.data_ptr())

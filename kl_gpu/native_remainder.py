@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .native import _ALL_ROWS, _native, _Rows, _Side, _side, _Sizes, _target
+from .native import _ALL_ROWS, _CPU, _native, _Rows, _Side, _side, _Sizes, _target
 from .remainder import STATS, Part
 
 
@@ -21,8 +21,8 @@ def _arguments(part: Part) -> tuple[_Side, _Rows, _Sizes, int, int]:
 def remainder(part: Part, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """u and the entropy of the columns not given, `[A*B]` each, and row statistics `[A*B, STATS]`."""
     # zeros: what the kernels leave unused must be the same on every run too.
-    u, spread = (torch.empty(part.n_rows, dtype=torch.float64) for _ in range(2))
-    stats = torch.zeros((part.n_rows, STATS), dtype=torch.float64)
+    u, spread = (torch.empty(part.n_rows, dtype=torch.float64, device=_CPU) for _ in range(2))
+    stats = torch.zeros((part.n_rows, STATS), dtype=torch.float64, device=_CPU)
     _native.remainder(*_arguments(part), entropy, u.data_ptr(), spread.data_ptr(), stats.data_ptr())
     return u, spread, stats
 

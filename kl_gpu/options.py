@@ -44,9 +44,10 @@ class Options(NamedTuple):
         """Check what is given per row against the logits; returns what becomes of their rows."""
         checks.rows(logits, self.mask, self.labels, self.ignore_index, self.weight)
         checks.normalizer(self.normalizer, self.reduction, logits.device)
-        counts, weight = that_count(self.mask, self.labels, self.ignore_index, self.weight, self.shift)
+        valid, weight = that_count(self.mask, self.labels, self.ignore_index, self.weight, self.shift)
+        checks.divides(self.normalizer, valid, logits.shape[:-1], self.shift)
         factor = float(self.temperature) ** 2 if self.t_squared else 1.0
-        return Rows(counts, weight, factor, self.reduction, self.normalizer)
+        return Rows(valid, weight, factor, self.reduction, self.normalizer)
 
     def overwrites(self, argument: str, logits: Tensor, *also_needed: Any) -> bool:
         """Whether the gradient goes over the logits' memory; `also_needed`: as `checks.inplace` has it."""

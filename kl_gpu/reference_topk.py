@@ -1,7 +1,8 @@
-"""The specification of `token_logprobs` and `topk_div`, in NumPy float64, straight from the definitions.
+"""The specification of `token_logprobs`, `topk_logprobs` and `topk_div`, in NumPy float64, by definition.
 
 Shapes are `[..., V]` for logits and `[..., K]` for what is known of the teacher; rows are independent, values
-are in nats. p is the teacher, q = softmax(student / T). An id outside [0, V) is an absent entry.
+are in nats. p is the teacher, q = softmax(student / T). An id outside [0, V) is an absent entry, and so is
+one of log-probability −inf whose id stands elsewhere in its row.
 """
 
 from __future__ import annotations
@@ -52,15 +53,33 @@ def _log_sum(log_x: Array) -> Array:
         return top + np.log(np.exp(log_x - top).sum(-1, keepdims=True))
 
 
-def remaining_mass(teacher_logprobs: ArrayLike, resolution: float) -> Array:
-    """1 − Σ p, `[..., 1]`, but never below what rounding log p by `resolution`·|log p| may hide."""
+def topk_logprobs(logits: ArrayLike, k: int, temperature: float = 1.0) -> tuple[Array, Ids, Array]:
+    """The k largest log softmax(logits / T), their columns, and the log of the others' summed probability."""
+    z = _wide(logits) / temperature
+    ids = np.argsort(-z, -1, kind="stable")[..., :k]
+    logprobs = np.stack([token_logprobs(logits, ids[..., j], temperature) for j in range(k)], -1)
+    # All others as one column, whose logit is the log of their sum.
+    others = z.copy()
+    np.put_along_axis(others, ids, -np.inf, -1)
+    merged = np.concatenate((np.take_along_axis(z, ids, -1), _log_sum(others)), -1)
+    return logprobs, ids, token_logprobs(merged, np.full(z.shape[:-1], k))
+
+
+def remaining_mass(teacher_logprobs: ArrayLike, resolution: float) -> tuple[Array, Array]:
+    """1 − Σ p, `[..., 1]`, and how much rounding log p may hide.
+
+    log p is known to `resolution`·|log p|. Where it is 0, or above, rounding the result hid nothing: then the
+    softmax had no finer number, in float32 at best, where whatever is within 2^-24 of certain has log p = 0.
+    """
     log_p = np.sort(_wide(teacher_logprobs), -1)
     p = np.exp(log_p)
+    error = resolution * np.abs(log_p)
+    error = np.where(log_p < 0, error, np.maximum(error, min(resolution, 2.0**-24)))
     with np.errstate(invalid="ignore"):
-        hidden = resolution * np.where(p == 0, 0.0, -p * log_p).sum(-1, keepdims=True)
+        hidden = np.where(p == 0, 0.0, p * error).sum(-1, keepdims=True)
     # The largest first, so that a mass of 1e-12 beside it survives.
     rest = -np.expm1(log_p[..., -1:]) - p[..., :-1].sum(-1, keepdims=True)
-    return np.maximum(rest, hidden)
+    return rest, hidden
 
 
 def _terms(log_q: Array, log_p: Array, kind: str, beta: float | None) -> tuple[Array, Array]:
@@ -106,6 +125,9 @@ def topk_div(
     student, ids = _wide(student), np.asarray(teacher_ids)
     columns = student.shape[-1]
     present = (ids >= 0) & (ids < columns)
+    # Padding: an entry without probability whose id another entry has too.
+    twice = (ids[..., :, None] == ids[..., None, :]).sum(-1) > 1
+    present &= ~(twice & np.isneginf(_wide(teacher_logprobs)))
     taken = np.zeros((*student.shape[:-1], columns + 1), bool)  # the last is for what is absent
     np.put_along_axis(taken, np.where(present, ids, columns), True, -1)
     taken = taken[..., :-1]
@@ -125,7 +147,10 @@ def topk_div(
         elif teacher_tail_logprob is not None:
             rest_p = _wide(teacher_tail_logprob)[..., None]
         else:
-            rest_p = np.log(remaining_mass(log_p, resolution))
+            rest, hidden = remaining_mass(log_p, resolution)
+            # Where it is all rounding it is as much as that may hide, lest KL(q‖p) be infinite; but nothing
+            # where the student has no mass there either, lest KL(p‖q) be.
+            rest_p = np.log(np.where(rest > hidden, rest, np.where(np.isneginf(log_rest), 0.0, hidden)))
         # A tail without a column has no mass.
         rest_p = np.where(taken.all(-1, keepdims=True), -np.inf, rest_p)
         if tail in ("bucket", "student_full"):

@@ -33,6 +33,8 @@ _library = torch.library.Library("kl_gpu", "FRAGMENT")
 _ROWS = "Tensor logits, Tensor ids, Tensor? rows"
 _library.define(f"given_columns({_ROWS}, bool validate, str argument) -> Tensor")
 _library.define("check_mass(Tensor log_p, Tensor? rows) -> Tensor")
+_library.define("check_tail(Tensor rest_log_p, Tensor log_p, Tensor? rows) -> Tensor")
+_library.define("without_padding(Tensor ids, Tensor log_p, SymInt columns) -> Tensor")
 _library.define(f"remainder({_ROWS}, float scale, bool entropy, str backend) -> (Tensor, Tensor, Tensor)")
 _library.define(
     f"remainder_gradient({_ROWS}, Tensor stats, Tensor to_given, Tensor to_rest, Tensor? to_entropy, "
@@ -89,7 +91,8 @@ def check_ids(ids: Tensor, rows: Tensor | None, columns: int, argument: str) -> 
     twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     if bool(twice.any()):
         raise ValueError(
-            f"{argument} must be different within a row, got {int(ordered[..., 1:][twice][0])} twice"
+            f"{argument} must be different within a row, got {int(ordered[..., 1:][twice][0])} twice; "
+            "an absent entry has id -1, or log-probability -inf where its id stands elsewhere in the row"
         )
 
 
@@ -106,23 +109,67 @@ def _given_columns_fake(logits: Tensor, ids: Tensor, *_: object) -> Tensor:
     return logits.new_empty(ids.shape, dtype=wide_dtype(logits.device))
 
 
+def _without_padding(ids: Tensor, log_p: Tensor, columns: int) -> Tensor:
+    """The ids, −1 where an entry has log-probability −inf and its id stands elsewhere in its row.
+
+    Many programs pad a row with (0, −inf). Taken as given, such ids would count as often as they stand there.
+    A single one stays: it says that this token has probability 0.
+    """
+    empty = torch.isneginf(log_p) & present(ids, columns)  # what lies outside is for `check_ids` to refuse
+    # Sorting is slow on a CPU, and asking costs nothing there.
+    if ids.shape[-1] == 1 or (ids.device.type == "cpu" and not bool(empty.any())):
+        return ids.clone()
+    ordered, where = ids.sort(-1)
+    same = ordered[..., 1:] == ordered[..., :-1]
+    pad = torch.nn.functional.pad
+    twice = torch.empty_like(empty).scatter_(-1, where, pad(same, (0, 1)) | pad(same, (1, 0)))
+    return torch.where(empty & twice, -1, ids)
+
+
+def _without_padding_fake(ids: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(ids)
+
+
+def _refuse_past_one(mass: Tensor, rows: Tensor | None, refuse_nan: bool, message: str) -> None:
+    """Refuse rows that hold more probability than rounding explains. Waits for the device."""
+    wrong = mass > 1.05  # 16-bit rounding may add 2 %
+    if refuse_nan:
+        wrong = ~(mass <= 1.05)
+    if rows is not None:
+        wrong = wrong & rows
+    if bool(wrong.any()):
+        raise ValueError(f"{message} {float(mass[wrong][0]):.6g}")
+
+
 def _check_mass(log_p: Tensor, rows: Tensor | None) -> Tensor:
     """log_p itself, once its rows are known to be log-probabilities. Waits for the device.
 
     A result, so that torch.compile does not drop the question.
     """
-    mass = torch.exp(log_p).sum(-1)
-    too_large = (mass > 1.05) if rows is None else (mass > 1.05) & rows  # 16-bit rounding may add 2 %
-    if bool(too_large.any()):
-        raise ValueError(
-            "teacher_logprobs must be log-probabilities under the teacher's full softmax, "
-            f"got a row that sums to {float(mass[too_large][0]):.6g}"
-        )
+    _refuse_past_one(
+        torch.exp(log_p).sum(-1), rows, False,
+        "teacher_logprobs must be log-probabilities under the teacher's full softmax, "
+        "got a row that sums to",
+    )  # fmt: skip
     return log_p.clone()
 
 
 def _check_mass_fake(log_p: Tensor, rows: Tensor | None) -> Tensor:
     return torch.empty_like(log_p)
+
+
+def _check_tail(rest_log_p: Tensor, log_p: Tensor, rows: Tensor | None) -> Tensor:
+    """rest_log_p itself, once it is known to be what log_p may leave. Waits for the device."""
+    _refuse_past_one(
+        torch.exp(rest_log_p) + torch.exp(log_p).sum(-1), rows, True,
+        "teacher_tail_logprob must be the log-probability of all tokens outside teacher_ids together, "
+        "got a row that sums with teacher_logprobs to",
+    )  # fmt: skip
+    return rest_log_p.clone()
+
+
+def _check_tail_fake(rest_log_p: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(rest_log_p)
 
 
 def _parts(
@@ -185,11 +232,15 @@ _IMPLEMENTATIONS: ops.Implementations = {
     "remainder": (_remainder, _remainder_fake),
     "remainder_gradient": (_remainder_gradient, _nothing),
     "check_mass": (_check_mass, _check_mass_fake),
+    "check_tail": (_check_tail, _check_tail_fake),
+    "without_padding": (_without_padding, _without_padding_fake),
 }
 ops.register(_library, _IMPLEMENTATIONS)
 
 given_columns = torch.ops.kl_gpu.given_columns.default
 check_mass = torch.ops.kl_gpu.check_mass.default
+check_tail = torch.ops.kl_gpu.check_tail.default
+without_padding = torch.ops.kl_gpu.without_padding.default
 remainder = torch.ops.kl_gpu.remainder.default
 remainder_gradient = torch.ops.kl_gpu.remainder_gradient.default
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,27 @@ def _exp_minus_linear(x: Tensor) -> Tensor:
     for n in range(15, 1, -1):  # the next term is 3e-18 of the sum
         series = series * small + 1 / math.factorial(n)
     far = torch.where(near, 1.0, x)
-    return torch.where(near, series * small * small, torch.expm1(far) - far)
+    # Past e^1000, which no dtype holds, it is infinite, and x may be: inf − inf would be NaN.
+    return torch.where(near, series * small * small, torch.expm1(far) - far.clamp(max=1000.0))
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The estimate, with the gradient of k2: r, which is finite where r²/2 is not."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(estimate: Tensor, r: Tensor) -> Tensor:
+        return estimate.view_as(estimate)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        (r,) = ctx.saved_tensors
+        return None, gradient * r
 
 
 def kl_penalty(
@@ -30,6 +51,7 @@ def kl_penalty(
     *,
     clamp: float | None = None,
     straight_through: bool = False,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Estimate of KL(policy‖ref) from one sampled token each, in nats, with r = policy − ref log-probability.
 
@@ -39,11 +61,14 @@ def kl_penalty(
     the logits are at hand, `kl_div(policy, ref, direction="reverse")` is exact and has no variance.
 
     Args:
-        policy_logprobs: `[N]`, any shape; float16, bfloat16, float32 or float64; r of two −inf is NaN.
+        policy_logprobs: `[N]`, any shape; float16, bfloat16, float32 or float64; r of two −inf is NaN. An
+            infinite r has an infinite estimate, or the clamp's, and never NaN.
         ref_logprobs: the same shape and device; the dtype may differ.
         estimator: a name in `kl_gpu.rl.ESTIMATORS`.
         clamp: limits the estimate to [−clamp, clamp]; the gradient beyond is 0.
-        straight_through: the estimator's value with the gradient of an unclamped k2.
+        straight_through: the estimator's value with the gradient of an unclamped k2, which is r.
+        mask: bool `[N]`, True counts. An entry that does not, padding, has estimate 0 and gradient 0,
+            whatever it holds: −1e10, −inf or NaN. The mean over the others is `penalty.sum() / mask.sum()`.
 
     Returns:
         float32 (float64 where both inputs are), in the inputs' shape. Never negative but for k1.
@@ -54,26 +79,32 @@ def kl_penalty(
     """
     checks.name("estimator", estimator, ESTIMATORS)
     checks.booleans(straight_through=straight_through)
-    checks.log_probabilities(policy_logprobs, ref_logprobs)
+    checks.log_probabilities(policy_logprobs, ref_logprobs, mask)
     if clamp is not None:
         checks.positive("clamp", clamp)
 
     wide = policy_logprobs.dtype == ref_logprobs.dtype == torch.float64
     dtype = torch.float64 if wide else torch.float32
-    r = policy_logprobs.to(dtype) - ref_logprobs.to(dtype)
+    policy, ref = policy_logprobs.to(dtype), ref_logprobs.to(dtype)
+    if mask is not None:  # before the difference: what is not taken gets a gradient of 0, not 0 · NaN
+        policy, ref = torch.where(mask, policy, 0.0), torch.where(mask, ref, 0.0)
+    r = policy - ref
+    # Past where clamp cuts an estimate off, it may overflow, and its gradient times the clamp's 0 is NaN: r
+    # is limited to where the estimate is larger than clamp already.
+    most = torch.finfo(dtype).max
+    clamp = None if clamp is None else min(float(clamp), most)
     if estimator == "k1":
         estimate = r
     elif estimator == "k2":
-        estimate = r.square() / 2
+        limited = r if clamp is None else r.clamp(-2 * math.sqrt(clamp) - 1, 2 * math.sqrt(clamp) + 1)
+        estimate = limited / 2 * limited  # not r²/2: r² overflows before it
     elif estimator == "abs":
         estimate = r.abs()
     else:
-        # Past where clamp cuts k3 off, e^−r may overflow, and its gradient times the clamp's 0 is NaN.
-        limited = r if clamp is None else r.clamp(min=-2 * math.log(clamp + 2) - 2)
+        limited = r if clamp is None else r.clamp(min=-min(math.log(2 * clamp + 4), math.log(most) - 1e-5))
         estimate = _exp_minus_linear(-limited)
     if clamp is not None:
         estimate = estimate.clamp(-clamp, clamp)
     if straight_through:
-        k2 = r.square() / 2
-        estimate = estimate.detach() + (k2 - k2.detach())
+        estimate = _StraightThrough.apply(estimate.detach(), r)
     return estimate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ def that_count(
         mask, labels, weight = (None if x is None else x[:, 1:] for x in (mask, labels, weight))
     counts = mask
     if labels is not None:
+        labels = labels.long()  # in uint8 an ignore_index of −100 would be token 156
         counts = labels != ignore_index if mask is None else mask & (labels != ignore_index)
     if weight is not None and counts is not None:
         # A row that does not count contributes 0 whatever its weight holds.
@@ -53,16 +55,34 @@ class Rows(NamedTuple):
     """What becomes of the rows' divergences.
 
     Attributes:
-        counts: which rows count, as the result has them; None: all.
+        valid: which rows count, as the result has them, for a mean to divide by; None: all.
         weight: what each is multiplied by, 0 where a row does not count; None: 1.
         factor: what all are multiplied by.
     """
 
-    counts: Tensor | None
+    valid: Tensor | None
     weight: Tensor | None
     factor: float
     reduction: str
     normalizer: float | Tensor | None
+
+    @property
+    def counts(self) -> Tensor | None:
+        """Which rows are computed: not those of weight 0, whose value may be infinite, and 0 · inf NaN."""
+        return self.valid if self.weight is None else self.weight.detach() != 0
+
+    def completed(self, value: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The divergences of `counts`, with those of weight 0 where a weight asks for its derivative.
+
+        It is the row's divergence, which `of` finds for the rows it is given; nothing flows to their logits.
+        One that is not finite is taken as 0.
+        """
+        if self.weight is None or not (self.weight.requires_grad and torch.is_grad_enabled()):
+            return value
+        with torch.no_grad():
+            without = self.weight == 0
+            others = of(without if self.valid is None else without & self.valid)
+        return value + torch.where(torch.isfinite(others), others, 0.0)
 
     @property
     def has_scale(self) -> bool:
@@ -72,7 +92,7 @@ class Rows(NamedTuple):
 
     def scale(self, lead: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """These constants, `[*lead]`."""
-        denominator = self._denominator(lead)
+        denominator = self._denominator(lead, dtype)
         if self.weight is None and not isinstance(denominator, Tensor):
             return torch.full(lead, self.factor / denominator, dtype=dtype, device=device)
         if self.weight is None:
@@ -89,19 +109,32 @@ class Rows(NamedTuple):
             value = value * self.weight.to(value.dtype)
         if self.reduction == "none":
             return value
-        total, denominator = value.sum(), self._denominator(value.shape)
+        total, denominator = value.sum(), self._denominator(value.shape, value.dtype)
         if not isinstance(denominator, Tensor) and denominator == 1:
             return total  # dividing takes longer than the sum of a small problem
         return total / denominator
 
-    def _denominator(self, lead: torch.Size) -> float | Tensor:
+    def _denominator(self, lead: torch.Size, dtype: torch.dtype) -> float | Tensor:
         if self.reduction == "sum":
             return 1
+        if isinstance(self.normalizer, Tensor):
+            return self._given(self.normalizer, lead, dtype)
         if self.normalizer is not None:
             return self.normalizer
         if self.reduction == "batchmean":
             return max(lead[0], 1) if lead else 1
-        if self.counts is None:
+        if self.valid is None:
             return max(math.prod(lead), 1)
         # clamp: where no row counts the result is 0, attached to the graph, and nothing waits for the device.
-        return self.counts.sum().clamp_min(1)
+        return self.valid.sum().clamp_min(1)
+
+    def _given(self, normalizer: Tensor, lead: torch.Size, dtype: torch.dtype) -> float | Tensor:
+        """The normalizer; 1 where no row counts, and NaN where it is no denominator: a negative one would
+        turn the loss around. Nothing waits for a device."""
+        known = normalizer if normalizer.is_floating_point() else normalizer.long()
+        n = torch.where((known > 0) & (known < math.inf), known.to(dtype), math.nan)
+        if self.valid is None:
+            return n if math.prod(lead) else 1
+        nothing = self.valid.sum() == 0
+        # The product first: of numbers on two devices, the CPU one of them, it is what copies neither.
+        return (n * ~nothing).masked_fill(nothing, 1.0)

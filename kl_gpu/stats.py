@@ -45,10 +45,11 @@ class TokenStats(NamedTuple):
     def summary(self) -> dict[str, float]:
         """Statistics over the rows that count, as floats for a logger; waits for the device.
 
-        `_se` is the standard error of what stands before it, NaN for a single row. The statistics are those
-        of llama.cpp's `llama-perplexity --kl-divergence`, whose base model is the teacher here: a perplexity
-        is exp of the mean −log-probability, Δp is q(label) − p(label), percentiles interpolate linearly, and
-        the errors of functions of a mean are of first order.
+        `_se` is the standard error of what stands before it, NaN for a single row. A perplexity is exp of the
+        mean −log-probability, Δp is q(label) − p(label), percentiles interpolate linearly, and the errors of
+        functions of a mean are of first order. Those that llama.cpp's `llama-perplexity --kl-divergence`
+        prints too are defined as there, its base model being the teacher here. It prints others that are not
+        among these: percentiles of Δp, the perplexities' difference, and their correlation.
 
         Returns:
             count; forward_kl_mean, _mean_se, _median, _max and _p1, _p5, _p10, _p90, _p95, _p99, _p99.9;
@@ -137,7 +138,7 @@ def token_stats(
         teacher_logits: `[N, V]`, on the same device; the dtype may differ.
         labels: int `[N]`, tokens; a row counts where labels != ignore_index. On the CPU other labels outside
             [0, V) raise; elsewhere, and under torch.compile, their log-probabilities are NaN.
-        temperature: divides both logits; a float > 0.
+        temperature: divides both logits; a float within [1e-6, 1e9].
         teacher_temperature: overrides `temperature` on the teacher's side.
         mask: bool `[N]`, True counts; combines with `labels` by and. The logits of a row that does not count
             do not matter.
@@ -154,6 +155,7 @@ def token_stats(
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, range, name or combination is wrong; the message names the argument.
     """
+    checks.of_one_rank("token_stats", student_logits, teacher_logits)
     checks.booleans(shift=shift)
     scales = checks.scales(temperature, teacher_temperature)
     vocab_size = checks.logits(student_logits, teacher_logits, vocab_size, shift)

@@ -1,4 +1,6 @@
-"""What `topk_div` computes from K columns and the rest of a row: each tail's formula and its derivatives.
+"""What `topk_div` and `topk_logprobs` compute from K columns and the rest of a row.
+
+For `topk_div` each tail's formula and its derivatives.
 
 Everything is `[*, K]` or `[*]`, in float64, on any device. q is the student, p the teacher;
 log q_j = s_j − lse with lse = log(Σ e^s + e^u) over the ids. A divergence D of the log-probabilities has the
@@ -82,15 +84,42 @@ def _token(s: Tensor, rest: Tensor, spread: Tensor) -> tuple[Tensor, ...]:
     return log_q, q * own + rest_q * others, rest_q, -rest_q, turn, -turn, rest_q.clone()
 
 
-def _remaining(log_p: Tensor, resolution: float) -> Tensor:
+def _best(given: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of the columns given, which hold the row's largest logit, and of all others together.
+
+    Every line is a sum of terms ≤ 0: nothing cancels, however near 0 the result is.
+    """
+    top, where = given.max(-1, keepdim=True)
+    u = rest[..., None]
+    behind = given - top
+    # NaN where there is no distribution: the largest logit is then NaN or infinite.
+    odds = tree_sum(torch.exp(behind).scatter(-1, where, 0.0)) + torch.exp(u - top)
+    log_top = torch.where(torch.isfinite(top), 0.0 - torch.log1p(odds), torch.nan)
+    # A tail heavier than any token may be all but certain itself.
+    heavy = 0.0 - torch.log1p(tree_sum(torch.exp(given - u)))
+    tail = torch.where(u > top, heavy, (u - top) + log_top)
+    return behind + log_top, torch.where(torch.isnan(log_top), torch.nan, tail)[..., 0].clone()
+
+
+def _remaining(log_p: Tensor, resolution: float, others: Tensor) -> Tensor:
     """log(1 − Σ p), but never below what rounding log p may hide: a teacher whose K probabilities round to a
-    sum of 1 must not exclude the rest of the vocabulary, for KL(q‖p) would be infinite."""
+    sum of 1 must not exclude the rest of the vocabulary, for KL(q‖p) would be infinite.
+
+    Rounding log p hides `resolution`·|log p|. Where log p is 0, or above, that is nothing; but then it comes
+    from a softmax in float32 at best, which gives 0 to any token within 2^-24 of certain.
+
+    Args:
+        others: bool, whether the student has mass beside the ids. Where it has none a rest that is only
+            rounding is none either: it would make KL(p‖q) infinite.
+    """
     top, where = log_p.max(-1, keepdim=True)
     p = torch.exp(log_p)
     # The largest apart, so that a mass of 1e-12 beside it survives.
     rest = -torch.expm1(top) - tree_sum(p.scatter(-1, where, 0.0))
-    hidden = tree_sum(torch.where(p == 0, 0.0, -p * log_p)) * resolution
-    return torch.log(torch.maximum(rest, hidden))
+    error = log_p.abs() * resolution
+    error = torch.where(log_p < 0, error, error.clamp_min(min(resolution, 2.0**-24)))
+    hidden = tree_sum(torch.where(p == 0, 0.0, p * error))
+    return torch.log(torch.where(rest > hidden, rest, torch.where(others, hidden, 0.0)))
 
 
 def _divergence(kind: str, beta: float, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +164,7 @@ def _topk(
             log_p = log_p - _log_sum(log_p)
             rest_log_p = torch.full_like(rest, -torch.inf)
         elif rest_log_p is None:
-            rest_log_p = _remaining(log_p, resolution)
+            rest_log_p = _remaining(log_p, resolution, ~torch.isneginf(rest))
         else:
             rest_log_p = rest_log_p[..., None]
         # A rest without a column has no mass, whatever rounding says.
@@ -164,6 +193,7 @@ def _topk(
 # One node each under torch.compile: Inductor would take tens of seconds over them, and find other last bits.
 _library = torch.library.Library("kl_gpu", "FRAGMENT")
 _library.define("token(Tensor s, Tensor rest, Tensor spread) -> Tensor[]")
+_library.define("best(Tensor given, Tensor rest) -> (Tensor, Tensor)")
 _library.define(
     "topk(Tensor given, Tensor rest, Tensor log_p, Tensor? rest_log_p, Tensor has_rest, str kind, "
     "float beta, str tail, float scale, float resolution) -> (Tensor, Tensor, Tensor)"
@@ -174,6 +204,10 @@ def _token_fake(s: Tensor, *_: object) -> list[Tensor]:
     return [torch.empty_like(s) for _ in range(7)]
 
 
+def _best_fake(given: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(given), torch.empty_like(rest)
+
+
 def _topk_fake(given: Tensor, rest: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(rest), torch.empty_like(given), torch.empty_like(rest)
 
@@ -182,7 +216,11 @@ def _token_list(*arguments: Tensor) -> list[Tensor]:
     return list(_token(*arguments))
 
 
-ops.register(_library, {"token": (_token_list, _token_fake), "topk": (_topk, _topk_fake)})
+ops.register(
+    _library,
+    {"token": (_token_list, _token_fake), "best": (_best, _best_fake), "topk": (_topk, _topk_fake)},
+)
 
 token = torch.ops.kl_gpu.token.default
+best = torch.ops.kl_gpu.best.default
 topk = torch.ops.kl_gpu.topk.default

@@ -92,13 +92,15 @@ def topk_div(
         teacher_logprobs: `[N, K]`, K ≥ 1, log-probabilities under the teacher's full softmax at temperature
             1; the same dtypes. It gets no gradient: one that requires it is refused.
         teacher_ids: int `[N, K]`, the columns they belong to, in any order; −1 marks an absent entry, whose
-            log-probability is not looked at. Rows without any entry are NaN under "renormalize" and
-            "student_full".
+            log-probability is not looked at. An entry of log-probability −inf whose id stands elsewhere in
+            its row is absent too: padding with (0, −inf). Rows without any entry are NaN under "renormalize"
+            and "student_full".
         kind: "forward_kl", "reverse_kl", "jeffreys" or "js".
         tail: what to make of the rest of the vocabulary, see above.
-        teacher_tail_logprob: `[N]`, log P for "bucket". Without it P = 1 − Σ_K p, but never less than what
-            the rounding of teacher_logprobs may hide, lest KL(q‖p) be infinite. Where the ids are the whole
-            vocabulary P is 0, whatever was given.
+        teacher_tail_logprob: `[N]`, log P for "bucket", as :func:`kl_gpu.topk_logprobs` gives it. Without it
+            P = 1 − Σ_K p, but never less than what the rounding of teacher_logprobs may hide, lest KL(q‖p)
+            be infinite (where the student has no mass outside the ids, such a P is 0). Where the ids are the
+            whole vocabulary P is 0, whatever was given.
         beta: as in :func:`kl_gpu.divergence`.
         temperature: divides the student's logits and the teacher's log-probabilities; 1 but for
             "renormalize".
@@ -108,9 +110,9 @@ def topk_div(
         vocab_size: the student's columns at and past it are ignored.
         inplace: allow the gradient to be written over the memory of `student_logits` in backward.
         validate: refuse ids outside [0, V) (but −1) and ids given twice in a row that counts, and for tails
-            other than "renormalize" probabilities that sum to more than 1.05. On the CPU always; on a GPU it
-            waits for the device. Not validated, an id outside counts as absent and is never read, and one
-            given twice counts twice.
+            other than "renormalize" probabilities that sum to more than 1.05, with P where it is given, or a
+            given P that is NaN. On the CPU always; on a GPU it waits for the device. Not validated, an id
+            outside counts as absent and is never read, and one given twice counts twice.
         return_mass: also return the probability of the ids, Σ_K p and Σ_K q at temperature 1, `[N]`, not
             differentiable; rows that do not count have 0.
         backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
@@ -125,6 +127,7 @@ def topk_div(
         RuntimeError: from backward, when a second derivative is asked for, or when logits were modified
             since the call.
     """
+    checks.of_one_rank("topk_div", student_logits)
     return settle(
         student_logits, teacher_logprobs, teacher_ids, kind, tail=tail,
         teacher_tail_logprob=teacher_tail_logprob, beta=beta, temperature=temperature, t_squared=t_squared,
@@ -171,14 +174,20 @@ def settle(
         teacher_logprobs, teacher_ids = teacher_logprobs[:, :-1], teacher_ids[:, :-1]
         teacher_tail_logprob = None if teacher_tail_logprob is None else teacher_tail_logprob[:, :-1]
     wide = remainder.wide_dtype(device)
-    ids = teacher_ids.long()
     columns = columns or vocab_size
+    ids = remainder.without_padding(teacher_ids.long(), teacher_logprobs, columns)
     here = remainder.present(ids, columns)
+    has_rest = here.sum(-1) < columns
     log_p = torch.where(here, teacher_logprobs.to(wide), -torch.inf)
-    rest_log_p = None if teacher_tail_logprob is None else teacher_tail_logprob.to(wide)
+    rest_log_p = None
+    if teacher_tail_logprob is not None:
+        # A rest without a column has no mass, whatever was given.
+        rest_log_p = torch.where(has_rest, teacher_tail_logprob.to(wide), -torch.inf)
     validate = validate or device.type == "cpu"
     if validate and tail != "renormalize":
         log_p = remainder.check_mass(log_p, counts)
+        if rest_log_p is not None:
+            rest_log_p = remainder.check_tail(rest_log_p, log_p, counts)
 
     scale = 1.0 / float(temperature)
     sweeps, window = tail != "renormalize", Window(vocab_size, shift)
@@ -188,7 +197,14 @@ def settle(
     dtype = torch.float64 if both_wide else torch.float32
     resolution = tails.RESOLUTION[teacher_logprobs.dtype]
     formula = _Formula(*KINDS[kind].at(options.beta), tail, scale, resolution, dtype)
-    per_row = _Divergence.apply(given, rest, log_p, rest_log_p, here.sum(-1) < columns, counts, formula)
+
+    def of(given: Tensor, rest: Tensor, some: Tensor | None) -> Tensor:
+        found: Tensor = _Divergence.apply(given, rest, log_p, rest_log_p, has_rest, some, formula)
+        return found
+
+    per_row = rows.completed(
+        of(given, rest, counts), lambda others: of(*split(logits, ids, others, call)[:2], others)
+    )
     value = rows.reduced(per_row)
     if not return_mass:
         return value

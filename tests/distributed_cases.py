@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -186,6 +187,120 @@ def options(rank: int, ranks: int, backend: str) -> None:
     assert torch.equal(leaf.grad, plain.grad)
 
 
+def row_arguments(rank: int, ranks: int, backend: str) -> None:
+    """What counts and what divides: the same on shards as on whole rows."""
+    student, teacher = pair(3, 300)
+    mine = span(rank, ranks, 300)
+    log_p, ids = teacher.log_softmax(-1).topk(5)
+    identity = torch.eye(300, device=DEVICE)[mine]
+    entries: list[Callable[..., Tensor]] = [
+        lambda x, **o: vocab_parallel_div(x[:, mine], teacher[:, mine], **o),
+        lambda x, **o: distributed.vocab_parallel_topk_div(x[:, mine], log_p, ids, **o),
+        lambda x, **o: distributed.vocab_parallel_linear_div(x, identity, teacher, identity, **o),
+    ]
+    nothing = torch.full((3,), -100, device=DEVICE)
+    weight = torch.tensor([0.5, 0.0, 2.0], device=DEVICE)
+    broken = student.clone()
+    broken[1] = math.nan
+    for entry in entries:
+        leaf = student.clone().requires_grad_()
+        loss = entry(leaf, labels=nothing, normalizer=torch.tensor(0, device=DEVICE), backend=backend)
+        assert loss.item() == 0
+        loss.backward()
+        assert not leaf.grad.any()
+        if DEVICE.type == "cpu":
+            for value in (-3.0, 0.0):
+                divisor = torch.tensor(value)
+                refused(lambda e=entry, d=divisor: e(student, normalizer=d), ValueError, "^normalizer")
+        # 156 is what −100 becomes in eight bits.
+        narrow = torch.tensor([156, 5, 255], dtype=torch.uint8, device=DEVICE)
+        rows = entry(student, labels=narrow, reduction="none", backend=backend)
+        assert (rows > 0).all()
+        leaf = broken.clone().requires_grad_()
+        loss = entry(leaf, weight=weight, reduction="sum", backend=backend)
+        torch.testing.assert_close(loss.detach(), 0.5 * rows[0] + 2 * rows[2], rtol=1e-5, atol=0)
+        loss.backward()
+        dist.all_reduce(leaf.grad)  # a rank may hold no column
+        assert (leaf.grad[1] == 0).all()
+        assert leaf.grad[0].any()
+        learned = weight.clone().requires_grad_()
+        entry(student, weight=learned, reduction="sum", backend=backend).backward()
+        torch.testing.assert_close(learned.grad, rows, rtol=1e-5, atol=0)
+    for dtype in (torch.uint8, torch.uint16, torch.int16):
+        labels = torch.tensor([156, 5, 255], dtype=dtype, device=DEVICE)
+        shards = student[:, mine], teacher[:, mine]
+        for narrow, wide in zip(
+            distributed.vocab_parallel_token_stats(*shards, labels, backend=backend),
+            distributed.vocab_parallel_token_stats(*shards, labels.long(), backend=backend), strict=True,
+        ):  # fmt: skip
+            assert torch.equal(narrow, wide)
+        found = distributed.vocab_parallel_token_logprobs(shards[0], labels, backend=backend)
+        assert (found < 0).all()
+
+
+def kinds_of_tensors(rank: int, ranks: int) -> None:
+    """Nested tensors and DTensors are refused by name, on every rank."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    student, teacher = pair(3, 60)
+    line = init_device_mesh(DEVICE.type, (ranks,))
+    shared = [distribute_tensor(x, line, (Shard(1),)) for x in (student, teacher)]
+    log_p, ids = teacher.log_softmax(-1).topk(5)
+    heads = torch.ones(5, 60, device=DEVICE)
+    whole = {
+        "token_stats": lambda: kl_gpu.token_stats(*shared),
+        "token_logprobs": lambda: kl_gpu.token_logprobs(shared[0], ids[:, 0]),
+        "topk_div": lambda: kl_gpu.topk_div(shared[0], log_p, ids),
+        "linear_div": lambda: kl_gpu.linear_div(shared[0], heads, shared[1], heads),
+    }
+    for name, call in whole.items():
+        refused(call, TypeError, f"^{name} must be given plain tensors, got a DTensor.*vocab_parallel_{name}")
+    mask = distribute_tensor(torch.ones(3, dtype=torch.bool, device=DEVICE), line, (Replicate(),))
+    refused(lambda: kl_gpu.kl_div(student, teacher, mask=mask), TypeError, "^mask.*got a DTensor")
+    divisor = distribute_tensor(torch.tensor(7.0, device=DEVICE), line, (Replicate(),))
+    refused(lambda: kl_gpu.kl_div(student, teacher, normalizer=divisor), TypeError, "^normalizer.*DTensor")
+    want = kl_gpu.kl_div(student, teacher, normalizer=7.0)
+    for n in (divisor, torch.tensor(7, device=DEVICE), 7.0):
+        for placement in (Shard(0), Shard(1)):
+            sides = [distribute_tensor(x, line, (placement,)) for x in (student, teacher)]
+            got = kl_gpu.kl_div(*sides, normalizer=n)
+            torch.testing.assert_close(got.full_tensor(), want, rtol=1e-5, atol=0)
+    labels = distribute_tensor(torch.full((3,), -100, device=DEVICE), line, (Shard(0),))
+    rows = [distribute_tensor(x, line, (Shard(0),)).requires_grad_() for x in (student, teacher)]
+    loss = kl_gpu.kl_div(*rows, labels=labels, normalizer=torch.tensor(0, device=DEVICE))
+    assert loss.full_tensor().item() == 0
+    loss.backward()
+    assert not rows[0].grad.full_tensor().any()
+
+    with warnings.catch_warnings():  # of nested tensors being a prototype
+        warnings.simplefilter("ignore")
+        parts = [torch.zeros(2, 60, device=DEVICE), torch.zeros(3, 60, device=DEVICE)]
+        nested = [torch.nested.nested_tensor(parts, layout=x) for x in (torch.strided, torch.jagged)]
+    for x in (*nested, shared[0]):
+        of = "DTensor" if x is shared[0] else "nested"
+        shards = {
+            "student_shard": lambda x=x: vocab_parallel_div(x, x, check="always"),
+            "teacher_shard": lambda x=x: distributed.vocab_parallel_token_stats(student, x, check="always"),
+            "logits_shard": lambda x=x: distributed.vocab_parallel_token_logprobs(
+                x, ids[:, 0], check="always"
+            ),
+            "student_weight": lambda x=x: distributed.vocab_parallel_linear_div(
+                student, x, teacher, x, check="always"
+            ),
+            "teacher_hidden": lambda x=x: distributed.vocab_parallel_linear_div(
+                student, heads, x, heads, check="always"
+            ),
+            "mask": lambda x=x: vocab_parallel_div(student, teacher, mask=x, check="always"),
+        }
+        for argument, call in shards.items():
+            refused(call, TypeError, f"^{argument} .*{of}")
+        refused(
+            lambda x=x: distributed.vocab_parallel_topk_div(x, log_p, ids, check="always"),
+            TypeError, f"^student_shard.*{of}",
+        )  # fmt: skip
+
+
 def nothing_counts(rank: int, ranks: int, kind: str, backend: str) -> None:
     """No rows, rows that do not count and hold anything, a vocabulary of one column, and one rank alone."""
     none = [x.requires_grad_() for x in pair(0, 7)]
@@ -280,6 +395,9 @@ def disagreements(rank: int, ranks: int) -> None:
     refused(lambda: call(teacher=teacher.bfloat16() if one else teacher), ValueError, "dtype of the teacher")
     refused(lambda: call(beta=0.3 if one else 0.2), ValueError, "^beta")
     refused(lambda: call(temperature=2.0 if one else 1.0), ValueError, "^temperature")
+    for out_of_range in (0.0, 9e-7, 1e10):
+        refused(lambda t=out_of_range: call(temperature=t), ValueError, "^temperature.*1e-06")
+        refused(lambda t=out_of_range: call(teacher_temperature=t), ValueError, "^teacher_temp.*1e-06")
     refused(lambda: call(mask=torch.tensor([True, True, True, one], device=DEVICE)), ValueError, "^mask")
     refused(lambda: call(vocab_size=15 if one else 16), ValueError, "^vocab_size")
     refused(lambda: call(student[:, : 9 if one else 10]), ValueError, "as wide as the teacher's")
@@ -393,6 +511,7 @@ def topk(rank: int, ranks: int, tail: str, kind: str, backend: str) -> bytes:
     student, teacher = pair(6, columns)
     log_p, ids = teacher.log_softmax(-1).topk(8)
     ids[0, 5:] = -1
+    ids[1, 4:], log_p[1, 4:] = 0, -torch.inf  # padding, as other programs write it
     mine = span(rank, ranks, columns)
     mask = torch.arange(6, device=DEVICE) != 3
     whole, shard = student.clone().requires_grad_(), student[:, mine].clone().requires_grad_()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,9 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("temperature negative", {"temperature": -1.0}, ValueError, "temperature.*-1.0"),
     ("temperature NaN", {"temperature": NAN}, ValueError, "temperature.*nan"),
     ("temperature inf", {"temperature": INF}, ValueError, "temperature.*inf"),
+    ("temperature below the floor", {"temperature": 9.9e-7}, ValueError, "temperature.*1e-06.*9.9e-07"),
+    ("temperature past all use", {"temperature": 1.1e9}, ValueError, r"temperature.*1e\+09.*1100000000"),
+    ("teacher_temperature below it", {"teacher_temperature": 1e-16}, ValueError, "_temp.*1e-06.*1e-16"),
     ("temperature a string", {"temperature": "1"}, TypeError, "temperature.*float.*str"),
     ("temperature a tensor", {"temperature": torch.tensor(2.0)}, TypeError, "temperature.*float.*tensor"),
     ("temperature bool", {"temperature": True}, TypeError, "temperature.*bool"),
@@ -60,12 +64,18 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ),
     ("t_squared an int", {"t_squared": 1}, TypeError, "t_squared.*True or False.*int"),
     ("mask float", {"mask": ROWS}, TypeError, "mask.*bool.*float32"),
+    ("mask int", {"mask": ROWS.long()}, TypeError, "mask must be bool.*int64"),
     ("mask a list", {"mask": [True]}, TypeError, "mask.*tensor.*list"),
     ("mask of the wrong shape", {"mask": ROWS[0].bool()}, ValueError, r"mask.*\(2, 3\).*\(3,\)"),
     ("mask with V", {"mask": S.bool()}, ValueError, r"mask.*\(2, 3, 8\)"),
     ("mask elsewhere", {"mask": ROWS.bool().to("meta")}, ValueError, "mask.*cpu.*meta"),
     ("labels float", {"labels": ROWS}, TypeError, "labels.*integer.*float32"),
-    ("labels bool", {"labels": ROWS.bool()}, TypeError, "labels.*torch.bool"),
+    (
+        "labels bool",
+        {"labels": ROWS.bool()},
+        TypeError,
+        "labels.*int8 to int64 or uint8 to uint64.*torch.bool",
+    ),
     ("labels of the wrong shape", {"labels": ROWS.long().T}, ValueError, r"labels.*\(2, 3\).*\(3, 2\)"),
     (
         "labels shifted by hand",
@@ -97,6 +107,16 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("normalizer NaN", {"normalizer": NAN}, ValueError, "normalizer.*nan"),
     ("normalizer 1-d", {"normalizer": torch.ones(1)}, ValueError, r"normalizer.*0-d.*\(1,\)"),
     ("normalizer bool", {"normalizer": True}, TypeError, "normalizer.*bool"),
+    ("normalizer a tensor below 0", {"normalizer": torch.tensor(-3)}, ValueError, "normalizer.*> 0.*-3"),
+    ("normalizer a tensor of NaN", {"normalizer": torch.tensor(NAN)}, ValueError, "normalizer.*> 0.*nan"),
+    ("normalizer a tensor of inf", {"normalizer": torch.tensor(INF)}, ValueError, "normalizer.*> 0.*inf"),
+    ("normalizer a tensor of 0", {"normalizer": torch.tensor(0)}, ValueError, "normalizer.*0.*no row counts"),
+    (
+        "normalizer a tensor of 0 and some rows",
+        {"normalizer": torch.tensor(0.0), "mask": ROWS.cumsum(-1) == 2},
+        ValueError,
+        "normalizer.*0.*no row counts",
+    ),
     ("normalizer a string", {"normalizer": "7"}, TypeError, "normalizer.*str"),
     ("inplace an int", {"inplace": 1}, TypeError, "inplace.*True or False"),
     ("backend unknown", {"backend": "cuda"}, ValueError, "backend.*triton.*eager.*cuda"),
@@ -121,6 +141,63 @@ def test_refused(no_kernel: None, arguments: dict[str, Any], error: type[Excepti
     call = {"student_logits": S, "teacher_logits": T} | arguments
     with pytest.raises(error, match=re.compile(message, re.DOTALL)):
         kl_gpu.divergence(**call)
+
+
+IDS = ROWS.long()
+ONE_SIDE: dict[str, Callable[..., Any]] = {
+    "token_logprobs": lambda **options: kl_gpu.token_logprobs(S, IDS, **options),
+    "topk_div": lambda **options: kl_gpu.topk_div(
+        S, torch.zeros(2, 3, 2), torch.tensor([0, 1]).expand(2, 3, 2), tail="renormalize", **options
+    ),
+}
+TWO_SIDES: dict[str, Callable[..., Any]] = {
+    "token_stats": lambda **options: kl_gpu.token_stats(S, T, **options),
+    "linear_div": lambda **options: kl_gpu.linear_div(S, torch.ones(5, 8), T, torch.ones(5, 8), **options),
+}
+ENTRIES = ONE_SIDE | TWO_SIDES
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("value", [0.0, 9.9e-7, 1.1e9, NAN])
+def test_temperatures_outside_the_range_are_refused_by_every_entry(entry: str, value: float) -> None:
+    for argument in ("temperature", "teacher_temperature")[: 2 if entry in TWO_SIDES else 1]:
+        with pytest.raises(ValueError, match=rf"^{argument} must be a number > 0, within \[1e-06, 1e\+09\]"):
+            ENTRIES[entry](**{argument: value})
+    ENTRIES[entry](temperature=1e-6)
+    ENTRIES[entry](temperature=1e9)
+
+
+def _nested(layout: torch.layout) -> torch.Tensor:
+    with warnings.catch_warnings():  # of nested tensors being a prototype
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([torch.zeros(2, 8), torch.zeros(3, 8)], layout=layout)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused_by_name(no_kernel: None, layout: torch.layout) -> None:
+    nested = _nested(layout)
+    logprobs = torch.zeros(2, 3, 2)
+    ids = torch.tensor([0, 1]).expand(2, 3, 2)
+    heads = torch.ones(5, 8)
+    calls: dict[str, Callable[[], Any]] = {
+        "student_logits": lambda: kl_gpu.kl_div(nested, nested),
+        "teacher_logits": lambda: kl_gpu.token_stats(S, nested),
+        "mask": lambda: kl_gpu.kl_div(S, T, mask=nested),
+        "labels": lambda: kl_gpu.token_stats(S, T, nested),
+        "weight": lambda: kl_gpu.linear_div(S, heads, T, heads, weight=nested),
+        "normalizer": lambda: kl_gpu.kl_div(S, T, normalizer=nested),
+        "logits": lambda: kl_gpu.token_logprobs(nested, IDS),
+        "token_ids": lambda: kl_gpu.token_logprobs(S, nested),
+        "teacher_ids": lambda: kl_gpu.topk_div(S, logprobs, nested),
+        "teacher_logprobs": lambda: kl_gpu.topk_div(S, nested, ids),
+        "teacher_tail_logprob": lambda: kl_gpu.topk_div(S, logprobs, ids, teacher_tail_logprob=nested),
+        "student_hidden": lambda: kl_gpu.linear_div(nested, heads, T, heads),
+        "teacher_weight": lambda: kl_gpu.linear_div(S, heads, T, nested),
+        "policy_logprobs": lambda: kl_gpu.kl_penalty(nested, nested, "k1"),
+    }
+    for argument, call in calls.items():
+        with pytest.raises(TypeError, match=f"^{argument} must be a dense tensor, got a nested one"):
+            call()
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}])

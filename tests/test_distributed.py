@@ -73,6 +73,14 @@ def test_reductions(world: World, kind: str, backend: str) -> None:
     same_on_all_ranks(world.run("reductions", kind=kind, backend=backend))
 
 
+def test_which_rows_count_and_what_divides(world: World, backend: str) -> None:
+    world.run("row_arguments", backend=backend)
+
+
+def test_nested_tensors_and_dtensors_are_refused_by_name(world: World) -> None:
+    world.run("kinds_of_tensors")
+
+
 def test_where_nothing_counts(world: World, kind: str, backend: str) -> None:
     world.run("nothing_counts", kind=kind, backend=backend)
 

@@ -50,9 +50,15 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("logit_scale None", {"logit_scale": None}, TypeError, "logit_scale.*NoneType"),
     (
         "scale and temperature",
-        {"teacher_logit_scale": 1e-20, "temperature": 1e20},
+        {"teacher_logit_scale": 1e-5, "temperature": 1e5},
         ValueError,
-        r"teacher_logit_scale.*temperature.*1e-20.*1e\+20",
+        r"temperature over teacher_logit_scale.*1e-06.*100000\.0 over 1e-05",
+    ),
+    (
+        "temperature of the products below the floor",
+        {"logit_scale": 3.0, "temperature": 2e-6},
+        ValueError,
+        r"temperature over logit_scale.*1e-06.*2e-06 over 3\.0",
     ),
     ("chunk_rows 0", {"chunk_rows": 0}, ValueError, "chunk_rows.*at least 1.*0"),
     ("chunk_rows a float", {"chunk_rows": 8.0}, TypeError, "chunk_rows.*int.*float"),

@@ -67,6 +67,27 @@ def test_against_the_reference(backend: str, dtype: torch.dtype, temperature: fl
         check(logits, ids, backend, f"V={columns} {dtype} T={temperature}", temperature)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e9])
+def test_the_ends_of_the_range_of_temperatures(backend: str, temperature: float) -> None:
+    logits, ids = given(6, 70)
+    ids[:3] = logits[:3].argmax(-1)
+    leaf = logits.requires_grad_()
+    logprob, entropy = kl_gpu.token_logprobs(
+        leaf, ids, temperature=temperature, entropy=True, backend=backend
+    )
+    (grad,) = torch.autograd.grad(logprob.sum(), leaf)
+    x, token = to_numpy(logits), ids.cpu().numpy()
+    np.testing.assert_allclose(
+        to_numpy(logprob), reference_topk.token_logprobs(x, token, temperature), rtol=RELATIVE
+    )
+    np.testing.assert_allclose(
+        to_numpy(entropy), reference_topk.entropy(x, temperature), rtol=RELATIVE, atol=2e-7
+    )
+    flow = reference_topk.token_gradients(x, token, temperature)[0] * temperature
+    np.testing.assert_allclose(to_numpy(grad) * temperature, flow, rtol=1e-6, atol=2e-6)
+    assert np.abs(flow).max() > 0.9
+
+
 @pytest.mark.parametrize("columns", [128256, 151936])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_large_vocabularies(backend: str, columns: int, rows: int) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import kl_gpu
-from kl_gpu import reference
+from kl_gpu import checks, reference
 from kl_gpu.options import Options
-from support import DEVICE, expected, pair, to_numpy
+from support import DEVICE, check_gradients, check_value, expected, is_slow, pair, to_numpy
 
 
 def test_kl_div_names_the_two_directions(backend: str) -> None:
@@ -65,6 +69,41 @@ def test_normalizer(backend: str, kind: str, as_tensor: bool) -> None:
     np.testing.assert_allclose(to_numpy(got), expected(student, teacher, kind).sum() / 17, rtol=5e-6)
 
 
+# 1e-6 and 1e9 are the ends of the range.
+TEMPERATURES = [(1e-6, 1e-6), (1e-6, 1.0), (1.0, 1e-6), (1e-6, 1e9), (1e9, 1e-6), (1e9, 1e9), (1.0, 1e9)]
+
+
+@pytest.mark.parametrize(("temperature", "teacher_temperature"), TEMPERATURES)
+def test_the_ends_of_the_range_of_temperatures(
+    backend: str, kind: str, temperature: float, teacher_temperature: float
+) -> None:
+    student, teacher = pair(5, 70)
+    options = {"temperature": temperature, "teacher_temperature": teacher_temperature}
+    leaves = student.requires_grad_(), teacher.requires_grad_()
+    value = kl_gpu.divergence(*leaves, kind, reduction="none", backend=backend, **options)
+    grads = torch.autograd.grad(value.sum(), leaves)
+    where = f"T = {temperature:g} and {teacher_temperature:g}"
+    check_value(value, student, teacher, kind, backend, where, **options)
+    check_gradients(student, teacher, grads, kind, backend, where, **options)
+    want = expected(student, teacher, kind, **options)
+    large = want > 1e2  # past the promise, and still no other number
+    np.testing.assert_allclose(to_numpy(value)[large], want[large], rtol=5e-6)
+    assert max(float(grad.abs().max()) for grad in grads) > 0 or temperature == teacher_temperature
+
+
+def test_t_squared_at_the_highest_temperature(backend: str) -> None:
+    # The limit of T² KL: half the variance of s − t under the uniform distribution.
+    student, teacher = pair(5, 70)
+    student.requires_grad_()
+    value = kl_gpu.kl_div(
+        student, teacher, temperature=1e9, t_squared=True, reduction="none", backend=backend
+    )
+    (grad,) = torch.autograd.grad(value.sum(), student)
+    d = to_numpy(student) - to_numpy(teacher)
+    np.testing.assert_allclose(to_numpy(value), d.var(-1) / 2, rtol=5e-6)
+    np.testing.assert_allclose(to_numpy(grad), (d - d.mean(-1, keepdims=True)) / 70, rtol=1e-4, atol=1e-7)
+
+
 def test_t_squared_scales_value_and_gradient(backend: str, kind: str) -> None:
     student, teacher = pair(4, 70)
     student.requires_grad_()
@@ -91,6 +130,64 @@ def test_labels_combine_with_mask_by_and(backend: str, kind: str) -> None:
         student, teacher, kind, labels=labels, ignore_index=3, reduction="none", backend=backend
     )
     assert (other != 0).tolist() == [True, True, True, True, False, True]
+
+
+NARROW = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64]
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_narrow_labels_are_widened_before_they_are_compared(backend: str, dtype: torch.dtype) -> None:
+    # −100 as an unsigned number of 8 bits is token 156, of 16 bits 65436.
+    student, teacher = pair(3, 300)
+    tokens = [120, 5, 7] if dtype == torch.int8 else [156, 5, 255]
+    labels = torch.tensor(tokens, device=DEVICE)
+    logprobs, ids = teacher.log_softmax(-1).topk(5)
+    heads = torch.randn(300, 4, device=DEVICE), torch.randn(300, 4, device=DEVICE)
+    hidden = student[:, :4].contiguous()
+    entries = {
+        "kl_div": lambda **o: kl_gpu.kl_div(student, teacher, reduction="none", **o),
+        "topk_div": lambda **o: kl_gpu.topk_div(student, logprobs, ids, reduction="none", **o),
+        "linear_div": lambda **o: kl_gpu.linear_div(
+            hidden, heads[0], hidden, heads[1], reduction="none", **o
+        ),
+        "token_stats": lambda **o: torch.stack(kl_gpu.token_stats(student, teacher, **o)),
+        "token_logprobs": lambda labels, **o: kl_gpu.token_logprobs(student, labels, **o),
+    }
+    for name, entry in entries.items():
+        wide = entry(labels=labels, backend=backend)
+        assert (wide.reshape(-1, 3)[0] != 0).all(), name
+        assert torch.equal(entry(labels=labels.to(dtype), backend=backend), wide), name
+        some = entry(labels=labels.to(dtype), ignore_index=5, backend=backend).reshape(-1, 3)
+        assert (some[:, 1] == 0).all(), name
+        assert (some[0, ::2] != 0).all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint16])
+@pytest.mark.parametrize("vocab", [32768, 40000])
+def test_labels_narrower_than_the_vocabulary_are_tokens_all_the_same(
+    backend: str, dtype: torch.dtype, vocab: int
+) -> None:
+    if is_slow(backend):
+        pytest.skip("what labels are is settled before a backend is asked")
+    student, teacher = pair(2, vocab)
+    labels = torch.tensor([32767, 3], device=DEVICE)
+    got = kl_gpu.token_stats(student, teacher, labels.to(dtype), backend=backend)
+    assert torch.equal(
+        torch.stack(got), torch.stack(kl_gpu.token_stats(student, teacher, labels, backend=backend))
+    )
+    assert torch.equal(
+        kl_gpu.token_logprobs(student, labels.to(dtype), backend=backend),
+        kl_gpu.token_logprobs(student, labels, backend=backend),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint8, torch.uint16, torch.uint32])
+def test_narrow_ids_of_a_teacher(backend: str, dtype: torch.dtype) -> None:
+    student, teacher = pair(3, 250)
+    logprobs, ids = teacher.log_softmax(-1).topk(5)
+    want = kl_gpu.topk_div(student, logprobs, ids, backend=backend)
+    assert want > 0
+    assert torch.equal(kl_gpu.topk_div(student, logprobs, ids.to(dtype), backend=backend), want)
 
 
 def test_shift_pairs_logits_with_the_next_label(backend: str, kind: str) -> None:
@@ -124,6 +221,139 @@ def test_weight_gets_its_gradient(backend: str, kind: str) -> None:
     weight = torch.rand(5, device=DEVICE, requires_grad=True)
     kl_gpu.divergence(student, teacher, kind, weight=weight, reduction="sum", backend=backend).backward()
     np.testing.assert_allclose(to_numpy(weight.grad), expected(student, teacher, kind), rtol=5e-6)
+
+
+ENTRIES = ("divergence", "topk_div", "linear_div")
+
+
+def losses(entry: str, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+    """The entry's loss of these logits; `linear_div` makes them of hidden states and unit heads."""
+    if entry == "divergence":
+        return kl_gpu.divergence(student, teacher, **options)
+    if entry == "topk_div":
+        logprobs, ids = teacher.log_softmax(-1).topk(5)
+        return kl_gpu.topk_div(student, logprobs, ids, **options)
+    one = torch.eye(student.shape[-1], device=DEVICE)
+    return kl_gpu.linear_div(student, one, teacher, one, **options)
+
+
+@pytest.mark.parametrize("normalizer", [0, 0.0, 7])
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("case", ["labels", "mask", "shift", "no rows"])
+def test_a_normalizer_where_no_row_counts(
+    backend: str, entry: str, case: str, requires_grad: bool, normalizer: float
+) -> None:
+    """`num_items_in_batch` is 0 then: the loss is 0, attached to the graph."""
+    shape = {"shift": (2, 1, 30), "no rows": (0, 30)}.get(case, (3, 30))
+    student, teacher = pair(*shape)
+    options: dict[str, Any] = {
+        "labels": {"labels": torch.full(shape[:1], -100, device=DEVICE)},
+        "mask": {"mask": torch.zeros(shape[:1], dtype=torch.bool, device=DEVICE)},
+        "shift": {"shift": True},
+    }.get(case, {})
+    divisor = torch.tensor(normalizer, device=DEVICE)
+    if requires_grad:  # the path on which the reduction is differentiated
+        divisor = divisor.float().requires_grad_()
+    student.requires_grad_()
+    loss = losses(entry, student, teacher, normalizer=divisor, backend=backend, **options)
+    assert loss.shape == ()
+    assert loss.item() == 0
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert (student.grad == 0).all()
+    assert divisor.grad is None or divisor.grad.item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.uint8, torch.uint16])
+def test_a_normalizer_of_any_dtype_leaves_the_result_its_own(backend: str, dtype: torch.dtype) -> None:
+    student, teacher = pair(6, 70)
+    divisor = torch.tensor(17, dtype=dtype, device=DEVICE)
+    for options in ({}, {"weight": torch.ones(6, device=DEVICE)}):
+        got = kl_gpu.kl_div(student, teacher, normalizer=divisor, backend=backend, **options)
+        assert got.dtype == torch.float32
+        np.testing.assert_allclose(to_numpy(got), expected(student, teacher, "forward_kl").sum() / 17, 5e-6)
+
+
+@pytest.mark.parametrize("value", [-3.0, 0.0, math.nan])
+def test_a_normalizer_that_cannot_be_looked_at_makes_nan_and_no_flipped_loss(
+    backend: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device, where asking for its value would wait."""
+    monkeypatch.setattr(checks, "readable", lambda _: False)
+    student, teacher = pair(3, 30)
+    divisor = torch.tensor(value, device=DEVICE)
+    mask = torch.tensor([True, False, True], device=DEVICE)
+    for options in ({}, {"mask": mask}):
+        for leaf in (student, student.clone().requires_grad_()):
+            loss = kl_gpu.kl_div(leaf, teacher, normalizer=divisor, backend=backend, **options)
+            assert math.isnan(loss.item())
+    divisor = torch.tensor(4.0, device=DEVICE)
+    loss = kl_gpu.kl_div(student, teacher, normalizer=divisor, mask=mask, backend=backend)
+    want = expected(student, teacher, "forward_kl")[[0, 2]].sum() / 4
+    np.testing.assert_allclose(loss.item(), want, rtol=5e-6)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("options", [{}, {"mask": [True, True, True, False, True]}, {"normalizer": 3.0}])
+def test_a_row_of_weight_0_is_not_computed(
+    backend: str, entry: str, reduction: str, options: dict[str, Any]
+) -> None:
+    if "normalizer" in options and reduction != "mean":
+        pytest.skip("the denominator of a mean")
+    options = {k: torch.tensor(v, device=DEVICE) if k == "mask" else v for k, v in options.items()}
+    student, teacher = pair(5, 30)
+    weight = torch.tensor([0.5, 0.0, 2.0, 1.0, -0.0], device=DEVICE)
+
+    def found(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = student.clone().requires_grad_()
+        got = losses(entry, leaf, teacher, weight=weight, reduction=reduction, backend=backend, **options)
+        return got.detach(), torch.autograd.grad(got.sum(), leaf)[0]
+
+    want, want_gradient = found(student, teacher)  # finite rows: a weight of 0 makes them 0 anyhow
+    assert want.abs().max() > 0
+    student[1], teacher[4] = math.nan, torch.tensor([0.0] + [-math.inf] * 29)
+    student[4, 0] = -math.inf  # KL(p‖q) = inf
+    got, gradient = found(student, teacher)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, want_gradient, rtol=1e-5, atol=1e-8)
+    assert (gradient[1] == 0).all()
+    assert (gradient[4] == 0).all()
+    # Its weight, not the row, is what is 0: a mean divides by the rows that count, as it does for any weight.
+    if reduction == "mean" and not options:
+        rows = losses(entry, student, teacher, reduction="none", backend=backend)
+        total = (rows * weight)[weight != 0].sum()
+        torch.testing.assert_close(got, total / 5, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_weight_of_0_still_learns(backend: str, entry: str) -> None:
+    """Its derivative is the row's divergence, 0 where that is not finite, and never NaN."""
+    student, teacher = pair(5, 30)
+    rows = losses(entry, student, teacher, reduction="none", backend=backend)
+    student[1] = math.nan
+    leaf = student.clone().requires_grad_()
+    weight = torch.tensor([0.5, 0.0, 0.0, 1.0, 0.0], device=DEVICE, requires_grad=True)
+    mask = torch.tensor([True, True, True, True, False], device=DEVICE)
+    loss = losses(entry, leaf, teacher, weight=weight, mask=mask, reduction="sum", backend=backend)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), 0.5 * rows[0] + rows[3], rtol=1e-5, atol=0)
+    want = torch.stack([rows[0], rows[1] * 0, rows[2], rows[3], rows[4] * 0])
+    torch.testing.assert_close(weight.grad, want, rtol=1e-5, atol=0)
+    assert want[2] > 1e-3
+    assert (leaf.grad[[1, 2, 4]] == 0).all()
+    assert leaf.grad[0].abs().max() > 1e-3
+
+
+def test_a_weight_of_0_in_place(backend: str) -> None:
+    student, teacher = pair(3, 30)
+    student[1] = math.nan
+    leaf = student.clone().requires_grad_()
+    weight = torch.tensor([1.0, 0.0, 1.0], device=DEVICE)
+    kl_gpu.kl_div(leaf * 1, teacher, weight=weight, inplace=True, backend=backend).backward()
+    assert (leaf.grad[1] == 0).all()
+    assert leaf.grad[0].abs().max() > 1e-3
 
 
 def test_a_weight_of_nan_on_a_masked_row_does_not_count(backend: str, kind: str) -> None:

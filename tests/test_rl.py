@@ -14,6 +14,7 @@ import kl_gpu
 from kl_gpu.rl import ESTIMATORS
 from support import DEVICE, DTYPES, to_numpy
 
+INF, NAN = math.inf, math.nan
 FORMULAS = {
     "k1": lambda r: r,
     "k2": lambda r: r**2 / 2,
@@ -79,6 +80,81 @@ def test_clamp(estimator: str) -> None:
     assert torch.isfinite(gradient).all()
     assert (gradient[free.abs() > 10] == 0).all()
     assert gradient[3] != 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("straight_through", [False, True])
+@pytest.mark.parametrize("clamp", [None, 1e-3, 10.0, 1e25])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_huge_and_infinite_log_probabilities(
+    estimator: str, clamp: float | None, straight_through: bool, dtype: torch.dtype
+) -> None:
+    most = torch.finfo(dtype).max
+    pairs = [
+        (-most, 0.0), (0.0, -most), (-1e10, 0.0), (0.0, -1e30), (-1e3, -1.0), (-1.0, -1e3), (-INF, 0.0),
+        (0.0, -INF), (-1.0, -1.5),
+    ]  # fmt: skip
+    policy, ref = (x.to(DEVICE).requires_grad_() for x in torch.tensor(pairs, dtype=dtype).T)
+    got = kl_gpu.kl_penalty(policy, ref, estimator, clamp=clamp, straight_through=straight_through)
+    to_policy, to_ref = torch.autograd.grad(got.sum(), (policy, ref))
+    # k3 of an infinite r is infinite; its formula would subtract one infinity from another.
+    r = to_numpy(policy) - to_numpy(ref)
+    with np.errstate(over="ignore", invalid="ignore"):
+        want = FORMULAS[estimator](r)
+        want = np.where(np.isnan(want), np.inf, want)
+        free = want.astype(np.float32 if dtype == torch.float32 else np.float64).astype(np.float64)
+        cut = np.zeros(len(r), bool) if clamp is None else np.abs(free) > clamp
+        want = free if clamp is None else np.clip(free, -clamp, clamp)
+    np.testing.assert_allclose(to_numpy(got), want, rtol=5e-6, atol=0)
+    if straight_through:
+        np.testing.assert_array_equal(to_numpy(to_policy), r)
+    else:
+        assert not np.isnan(to_numpy(to_policy)).any()
+        assert (to_policy[torch.as_tensor(cut, device=DEVICE)] == 0).all()
+        assert (to_policy[torch.as_tensor(~cut, device=DEVICE)] != 0).all()
+    assert torch.equal(to_ref, -to_policy)
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+@pytest.mark.parametrize("clamp", [None, 1.5])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_padding_that_the_mask_leaves_out(
+    estimator: str, clamp: float | None, straight_through: bool
+) -> None:
+    mask = torch.tensor([[True, True, False, False], [True, False, False, False]], device=DEVICE)
+    policy = torch.tensor([[-0.5, -7.0, -1e10, NAN], [-2.0, -INF, 0.0, -3.0]], device=DEVICE)
+    ref = torch.tensor([[-0.7, -1.0, 0.0, -1.0], [-1.5, -INF, NAN, -3e38]], device=DEVICE)
+    options = {"estimator": estimator, "clamp": clamp, "straight_through": straight_through}
+
+    def found(policy: Tensor, ref: Tensor, **more: Any) -> tuple[Tensor, ...]:
+        sides = policy.clone().requires_grad_(), ref.clone().requires_grad_()
+        penalty = kl_gpu.kl_penalty(*sides, **options, **more)
+        return penalty.detach(), *torch.autograd.grad(penalty.sum(), sides)
+
+    for masked, plain in zip(found(policy, ref, mask=mask), found(policy[mask], ref[mask]), strict=True):
+        assert torch.equal(masked[mask], plain)
+        assert (masked[~mask] == 0).all()
+    nothing = kl_gpu.kl_penalty(policy, ref, mask=torch.zeros_like(mask), **options)
+    assert (nothing == 0).all()
+
+
+def test_straight_through_under_torch_func_and_compile() -> None:
+    policy, ref = log_ratios(torch.float64)
+    mask = torch.arange(len(policy), device=DEVICE) % 3 > 0
+
+    def total(policy: Tensor) -> Tensor:
+        penalty = kl_gpu.kl_penalty(policy, ref, "k3", clamp=10.0, straight_through=True, mask=mask)
+        return penalty.sum()
+
+    want = torch.where(mask, policy - ref, 0.0)
+    assert torch.equal(torch.func.grad(total)(policy), want)
+    each = torch.func.vmap(
+        torch.func.grad(lambda p, r: kl_gpu.kl_penalty(p, r, "k3", clamp=10.0, straight_through=True))
+    )
+    assert torch.equal(each(policy, ref), policy - ref)
+    leaf = policy.clone().requires_grad_()
+    torch.compile(total, fullgraph=True, backend="aot_eager")(leaf).backward()
+    assert torch.equal(leaf.grad, want)
 
 
 def known(spread: float) -> tuple[Tensor, Tensor]:
@@ -246,6 +322,11 @@ GOOD = {"policy_logprobs": torch.zeros(2, 3), "ref_logprobs": torch.zeros(2, 3),
         ({"clamp": 0}, ValueError, "clamp.*> 0.*0"),
         ({"clamp": math.nan}, ValueError, "clamp.*nan"),
         ({"clamp": "10"}, TypeError, "clamp.*number.*str"),
+        ({"mask": torch.ones(2, 3)}, TypeError, "mask must be bool.*float32"),
+        ({"mask": torch.ones(2, 3).long()}, TypeError, "mask must be bool.*int64"),
+        ({"mask": [True]}, TypeError, "mask must be a tensor.*list"),
+        ({"mask": torch.ones(3).bool()}, ValueError, r"mask.*shape \(2, 3\).*\(3,\)"),
+        ({"mask": torch.ones(2, 3, device="meta").bool()}, ValueError, "mask.*cpu.*meta"),
         ({"straight_through": 1}, TypeError, "straight_through.*True or False.*int"),
     ],
 )

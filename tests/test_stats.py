@@ -101,6 +101,15 @@ def test_temperatures(backend: str, temperatures: tuple[float, float]) -> None:
         check(found, student, teacher, labels, backend, f"T={temperatures} ε={spread:g}", **options)
 
 
+@pytest.mark.parametrize("temperatures", [(1e-6, 1e-6), (1e-6, 1.0), (1.0, 1e-6), (1e9, 1e-6), (1e9, 1e9)])
+def test_the_ends_of_the_range_of_temperatures(backend: str, temperatures: tuple[float, float]) -> None:
+    options = {"temperature": temperatures[0], "teacher_temperature": temperatures[1]}
+    student, teacher = pair(5, 70)
+    labels = tokens_of(student)
+    found = token_stats(student, teacher, labels, backend=backend, **options)
+    check(found, student, teacher, labels, backend, f"T={temperatures}", **options)
+
+
 @pytest.mark.parametrize("offset", [100.0, 1000.0, -1000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_far_from_zero(backend: str, offset: float, dtype: torch.dtype) -> None:

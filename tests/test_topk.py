@@ -208,6 +208,135 @@ def test_a_teacher_whose_probabilities_round_to_one(backend: str, dtype: torch.d
         assert (value >= 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tail", "kind"), TAILS)
+def test_a_teacher_that_is_certain(backend: str, tail: str, kind: str, dtype: torch.dtype) -> None:
+    """Programs that work in float32 give log p = 0 to what is within 2^-24 of certain, or a little above."""
+    if tail == "renormalize":
+        pytest.skip("needs two tokens to compare, as below")
+    student = torch.randn(6, 256, device=DEVICE).to(dtype)
+    logprobs = torch.tensor([0.0, -0.0, 1e-3, 1e-7, 0.04, -1e-7], device=DEVICE).to(dtype)[:, None]
+    ids = torch.tensor([3, 250, 7, 8, 9, 10], device=DEVICE)[:, None]
+    check(student, logprobs, ids, kind, tail, backend, f"certain, {dtype}")
+    # The rest is 2^-24 at the least: log Q/P of at most log 2^24 (2^53), never an infinity.
+    value = kl_gpu.topk_div(student[:2], logprobs[:2], ids[:2], kind, tail=tail, backend=backend)
+    assert 0 < value < (38 if dtype == torch.float64 else 18)
+
+
+@pytest.mark.parametrize(("tail", "kind"), TAILS)
+def test_a_list_that_sums_to_one_or_more(backend: str, tail: str, kind: str) -> None:
+    student, logprobs, ids = known(6, 300, 4)
+    logprobs[0] = torch.tensor([0.0, -20.0, -21.0, -30.0])
+    logprobs[1] = torch.tensor([0.0, -INF, -40.0, -45.0])
+    logprobs[2] = torch.tensor([0.0, -4.0, -4.5, -5.0])  # 1.036
+    logprobs[3] = torch.tensor([0.03, -9.0, -11.0, -12.0])
+    logprobs[4] = torch.tensor([-0.5, -0.9, -9.0, -9.0])  # 1.013
+    logprobs[5] = torch.tensor([-1.1920929e-07, -16.2, -17.0, -17.0])
+    if kind in ("reverse_kl", "jeffreys"):
+        logprobs[1, 1] = -50.0  # a token of probability 0 makes them infinite
+    check(student, logprobs, ids, kind, tail, backend, "past one")
+
+
+@pytest.mark.parametrize("kind", TAIL_KINDS["bucket"])
+def test_a_rest_that_is_well_determined_stays(backend: str, kind: str) -> None:
+    # 20 to 60 nats peaked, from a softmax that was not computed as a difference.
+    student = torch.randn(3, 256, device=DEVICE)
+    student[:, 3] += 12
+    rest = torch.tensor([-20.0, -40.0, -60.0], device=DEVICE, dtype=torch.float64)
+    logprobs, ids = (-rest.exp()).float()[:, None], torch.full((3, 1), 3, device=DEVICE)
+    plain, given = (
+        kl_gpu.topk_div(
+            student, logprobs, ids, kind, teacher_tail_logprob=x, reduction="none", backend=backend
+        )
+        for x in (None, torch.log(-torch.expm1(logprobs.double()[:, 0])))
+    )
+    assert (plain > 0).all()
+    torch.testing.assert_close(plain, given, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", TAIL_KINDS["bucket"])
+@pytest.mark.parametrize("logprob", [0.0, 1e-3, -1e-9])
+def test_no_rest_of_rounding_where_the_student_has_none(backend: str, kind: str, logprob: float) -> None:
+    # Both sides know one token only, as under a grammar: nothing to learn, and no infinity.
+    student = torch.full((2, 256), -INF, device=DEVICE)
+    student[:, 3] = 2.0
+    ids = torch.full((2, 1), 3, device=DEVICE)
+    logprobs = torch.full((2, 1), logprob, device=DEVICE)
+    leaf = student.requires_grad_()
+    value = kl_gpu.topk_div(leaf, logprobs, ids, kind, reduction="none", backend=backend)
+    (grad,) = torch.autograd.grad(value.sum(), leaf)
+    if logprob < 0 and kind != "reverse_kl":  # a rest that the teacher does state
+        assert kind == "js" or (value == INF).all()
+        return
+    assert (value >= 0).all()
+    assert (value < 1e-6).all()
+    assert (grad.abs() < 1e-6).all()
+
+
+PADDED = [(tail, kind, validate) for tail, kind in TAILS for validate in (False, True)]
+
+
+@pytest.mark.parametrize(("tail", "kind", "validate"), PADDED)
+def test_padding_of_other_programs(backend: str, tail: str, kind: str, validate: bool) -> None:
+    """(0, −inf), several times in a row, is the absence that −1 states: bit by bit, gradients too."""
+    student, logprobs, ids = known(5, 300, 6)
+    ids[0, 0], ids[1, 0] = 0, 250  # token 0 itself among the ids, and not
+    absent = torch.zeros_like(ids, dtype=torch.bool)
+    absent[0, 3:], absent[1, 4:], absent[2, 1::2], absent[3] = True, True, True, True
+    found = []
+    for filler, log_filler in ((-1, NAN), (0, -INF)):
+        leaf = student.clone().requires_grad_()
+        value, *masses = kl_gpu.topk_div(
+            leaf, torch.where(absent, log_filler, logprobs), torch.where(absent, filler, ids), kind,
+            tail=tail, reduction="none", validate=validate, return_mass=True, backend=backend,
+        )  # fmt: skip
+        found.append((value, *masses, *torch.autograd.grad(value[[0, 1, 2, 4]].sum(), leaf)))
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    value, *_, grad = found[1]
+    # A row without any entry says nothing.
+    assert torch.isnan(value[3]) if tail in ("renormalize", "student_full") else value[3] == 0
+    assert grad[[0, 1, 2, 4]].abs().amax(-1).min() > 1e-3
+    logprobs, ids = torch.where(absent, -INF, logprobs)[:3], torch.where(absent, 0, ids)[:3]
+    check(student[:3], logprobs, ids, kind, tail, backend, "padded")
+
+
+def test_a_single_entry_without_probability_stays(backend: str) -> None:
+    # One (0, −inf) says that token 0 has probability 0; two say nothing.
+    student, logprobs, ids = known(2, 300, 4)
+    ids[ids == 0] = 299
+    ids[0, 3], ids[1, 2:] = 0, 0
+    logprobs[0, 3], logprobs[1, 2:] = -INF, -INF
+    value = kl_gpu.topk_div(student, logprobs, ids, "reverse_kl", reduction="none", backend=backend)
+    assert torch.isinf(value).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("given", [NAN, 0.1, 5.0, INF])
+def test_an_impossible_rest_of_the_teacher(backend: str, given: float) -> None:
+    student, logprobs, ids = known(4, 300, 8)
+    rest = torch.log1p(-logprobs.double().exp().sum(-1)).float()
+    rest[2] = given
+    run = {"teacher_tail_logprob": rest, "reduction": "none", "backend": backend, "validate": True}
+    with pytest.raises(ValueError, match=r"teacher_tail_logprob.*(nan|inf|\d\.\d)"):
+        kl_gpu.topk_div(student, logprobs, ids, **run)
+    mask = torch.arange(4, device=DEVICE) != 2
+    value = kl_gpu.topk_div(student, logprobs, ids, mask=mask, **run)
+    assert (value[mask] > 0).all()
+    # Where the ids are all columns there is no rest, whatever was given.
+    logprobs, ids = student.log_softmax(-1).topk(300)
+    assert (kl_gpu.topk_div(student, logprobs, ids, **run) < 1e-9).all()
+
+
+@pytest.mark.parametrize("given", [-INF, -30.0, 0.01])
+def test_rests_of_the_teacher_that_are_taken_as_given(backend: str, given: float) -> None:
+    # With P = −30 the list sums to less than 1: the value is that of two measures, and not below 0.
+    student, logprobs, ids = known(3, 300, 8)
+    rest = torch.full((3,), given, device=DEVICE)
+    if given > 0:
+        ids[:, 1:], logprobs[:, 0] = -1, -9.0
+    check(student, logprobs, ids, "forward_kl", "bucket", backend, "given", teacher_tail_logprob=rest)
+
+
 @pytest.mark.parametrize(("tail", "kind"), TAILS)
 def test_minus_infinity(backend: str, tail: str, kind: str) -> None:
     """Per row: student −inf at an id, teacher −inf at an id, both, and −inf elsewhere in the student."""
@@ -439,6 +568,28 @@ def test_one_graph(backend: str, tail: str) -> None:
         assert want.abs().max() > 1e-4
     with pytest.raises(ValueError, match="teacher_ids"):
         compiled(student, logprobs, ids + 90, mask)
+    padded, filled = ids.clone(), logprobs.clone()
+    padded[:, 2:], filled[:, 2:] = 0, -INF
+    torch.testing.assert_close(
+        compiled(student, filled, padded, mask), loss(student, logprobs[:, :2], ids[:, :2], mask)
+    )
+
+
+def test_one_graph_asks_for_the_rest_of_the_teacher() -> None:
+    torch.compiler.reset()
+
+    def loss(student: Tensor, logprobs: Tensor, ids: Tensor, rest: Tensor) -> Tensor:
+        return kl_gpu.topk_div(student, logprobs, ids, teacher_tail_logprob=rest, validate=True)
+
+    compiled = torch.compile(loss, fullgraph=True)
+    student, logprobs, ids = known(3, 90, 4)
+    rest = torch.log1p(-logprobs.double().exp().sum(-1))
+    torch.testing.assert_close(
+        compiled(student, logprobs, ids, rest), loss(student, logprobs, ids, rest), rtol=1e-6, atol=0
+    )
+    rest[1] = NAN
+    with pytest.raises(ValueError, match=r"teacher_tail_logprob.*nan"):
+        compiled(student, logprobs, ids, rest)
 
 
 @pytest.mark.parametrize("with_rows", [False, True])
@@ -447,6 +598,10 @@ def test_opcheck(backend: str, with_rows: bool) -> None:
     rows = torch.rand(2, 3, device=DEVICE) > 0.5 if with_rows else None
     torch.library.opcheck(remainder.given_columns, (student, ids, rows, True, "teacher_ids"))
     torch.library.opcheck(remainder.check_mass, (logprobs.double(), rows))
+    torch.library.opcheck(remainder.check_tail, (logprobs[..., 0].double() - 9, logprobs.double(), rows))
+    padded = torch.where(ids % 2 == 0, 0, ids), torch.where(ids % 2 == 0, -INF, logprobs)
+    for entries in ((ids, logprobs), padded):
+        torch.library.opcheck(remainder.without_padding, (*entries, 70))
     arguments = (student, ids, rows, 0.5, True, backend)
     torch.library.opcheck(remainder.remainder, arguments)
     *_, stats = remainder.remainder(*arguments)
@@ -559,7 +714,34 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("id past V", {"teacher_ids": I + 3}, ValueError, r"teacher_ids.*\[0, 8\).*8"),
     ("id past vocab_size", {"vocab_size": 5}, ValueError, r"teacher_ids.*\[0, 5\).*5"),
     ("id −2", {"teacher_ids": I - 2}, ValueError, r"teacher_ids.*\[0, 8\).*-2"),
-    ("id given twice", {"teacher_ids": I * 0 + 4}, ValueError, "teacher_ids.*different.*4 twice"),
+    ("id given twice", {"teacher_ids": I * 0 + 4}, ValueError, "teacher_ids.*different.*4 twice.*id -1"),
+    (
+        "id given twice, once without probability",
+        {
+            "teacher_ids": torch.tensor([4, 4, 4]).expand(2, 3, 3),
+            "teacher_logprobs": torch.tensor([-2.0, -INF, -2.0]).expand(2, 3, 3),
+        },
+        ValueError,
+        "teacher_ids.*4 twice",
+    ),
+    (
+        "padding outside the vocabulary",
+        {"teacher_ids": I * 0 + 8, "teacher_logprobs": torch.full_like(P, -INF)},
+        ValueError,
+        r"teacher_ids.*\[0, 8\).*8",
+    ),
+    (
+        "rest a NaN",
+        {"teacher_tail_logprob": torch.full_like(P[..., 0], NAN)},
+        ValueError,
+        "teacher_tail_logprob.*nan",
+    ),
+    (
+        "rest past one",
+        {"teacher_tail_logprob": torch.zeros_like(P[..., 0])},
+        ValueError,
+        "teacher_tail_logprob.*1.27067",
+    ),
     ("vocab_size past V", {"vocab_size": 9}, ValueError, r"vocab_size.*\[1, 8\].*9"),
     ("mask float", {"mask": S[..., 0]}, TypeError, "mask.*bool"),
     ("weight of a wrong shape", {"weight": S}, ValueError, "weight"),

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import checks
 from . import collectives
 
 MODES = ("first", "always", "never")
@@ -49,14 +50,20 @@ def _mode(check: str | None) -> str:
     return mode
 
 
+def is_plain(value: Any) -> bool:
+    """Whether it has a shape and numbers here: of others the checks that follow say what is wrong."""
+    return isinstance(value, Tensor) and not value.is_nested and not checks.is_shared(value)
+
+
 def _digest(value: Any) -> int:
     """64 bits that say which value it is, whatever its type: the arguments are not validated yet."""
-    if isinstance(value, Tensor):
+    if is_plain(value):
         content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        text = f"{value.dtype}{tuple(value.shape)}".encode() + content
+        text = f"{value.dtype}{tuple(value.shape)}{value.requires_grad}".encode() + content
     else:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        text = repr(float(value) if number else value).encode()
+        shown = type(value).__name__ if isinstance(value, Tensor) else value
+        text = repr(float(value) if number else shown).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 
@@ -100,10 +107,10 @@ def agree(
     entries = _checked.setdefault(group, set())
     if mode == "never" or (mode == "first" and entry in entries):
         return
-    tensors = [x for x in logits if isinstance(x, Tensor)]
+    tensors = [x for x in logits if is_plain(x)]
     of = {"entry": entry, "vocab_start": vocab_start is not None} | options
     for name, x in zip(("student_dtype", "teacher_dtype"), logits, strict=False):
-        of[name] = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        of[name] = x.dtype if is_plain(x) else type(x).__name__
     if tensors:
         of |= {"dim": tensors[0].dim(), "rows": tuple(tensors[0].shape[:-1])}
         # Past vocab_size the two may end where they will.
@@ -115,7 +122,7 @@ def agree(
     width = tensors[0].shape[-1] if tensors and tensors[0].dim() else 0
     width = width if columns is None else columns
     row = [_digest(of.get(name)) for name in _FIELDS] + [start, width]
-    device = tensors[0].device if tensors else torch.device("cpu")
+    device = next((x.device for x in logits if isinstance(x, Tensor)), torch.device("cpu"))
     local = torch.tensor(row, dtype=torch.int64, device=device)
     found = collectives.gather(local, group, f"the arguments of {entry}").cpu().numpy()
     for column, name in enumerate(_FIELDS):
@@ -132,4 +139,4 @@ def agree(
 
 
 def _shown(value: Any) -> str:
-    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    return f"a tensor {tuple(value.shape)}" if is_plain(value) else repr(value)

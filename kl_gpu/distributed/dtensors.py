@@ -82,7 +82,7 @@ def divergence(student: Any, teacher: Any, kind: str, **options: Any) -> Tensor:
     if options["shift"] and Shard(1) in rows_of:
         raise ValueError("shift=True needs whole sequences on every rank: labels are of the next position")
     checks.name("reduction", options["reduction"], ("none", "sum", "mean", "batchmean"))
-    checks.normalizer(options["normalizer"], options["reduction"], student.device)
+    checks.normalizer(options["normalizer"], options["reduction"], student.device, shared=True)
     reduction, normalizer = options.pop("reduction"), options.pop("normalizer")
 
     sides = student.to_local(), teacher.to_local()

@@ -140,8 +140,8 @@ def vocab_parallel_linear_div(
     tensors = [x for x in (*hidden, *weights.values(), *biases) if isinstance(x, Tensor)]
     agreement.agree(
         "vocab_parallel_linear_div", group, check, hidden, vocab_start,
-        columns=len(student_weight_shard) if isinstance(student_weight_shard, Tensor) else 0, kind=kind,
-        hidden_sizes=[x.shape[-1:] for x in hidden if isinstance(x, Tensor)], sequence_dim=sequence_dim,
+        columns=len(student_weight_shard) if agreement.is_plain(student_weight_shard) else 0, kind=kind,
+        hidden_sizes=[x.shape[-1:] for x in hidden if agreement.is_plain(x)], sequence_dim=sequence_dim,
         gradients=[torch.is_grad_enabled(), *(x.requires_grad for x in tensors)],
         **{name: value for name, value in options.items() if not name.endswith("_bias")},
     )  # fmt: skip

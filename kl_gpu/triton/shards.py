@@ -69,7 +69,7 @@ def formula_sums(p: Problem, stats: Tensor) -> Tensor:
 
 def _over_rounded(x: float, dtype: torch.dtype) -> float:
     """x over what `dtype` holds of it."""
-    return x / torch.tensor(x, dtype=dtype).item()
+    return x / torch.tensor(x, dtype=dtype, device="cpu").item()
 
 
 def _stretch(scale: float, dtype: torch.dtype) -> float:
