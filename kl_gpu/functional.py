@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, ops
-from .autograd import Call, WeightedSum, per_row
+from . import checks, ops, transforms
+from .autograd import Call, WeightedSum, ordinary, per_row
 from .kinds import KINDS
 from .options import Options
 from .problem import arithmetic
@@ -151,7 +151,7 @@ def settle(
     chosen = ops.resolve_backend(options.backend, student_logits.device)
     inplace = options.overwrites("student_logits", student_logits, "teacher_logits", teacher_logits)
 
-    student, teacher = last_contiguous(student_logits), last_contiguous(teacher_logits)
+    student, teacher = (ordinary(last_contiguous(x)) for x in (student_logits, teacher_logits))
     scales = 1.0 / float(options.temperature), 1.0 / float(teacher_temperature)
     window = Window(vocab_size, options.shift)
     call = Call(*KINDS[kind].at(options.beta), *scales, chosen, window, inplace)
@@ -177,5 +177,7 @@ def _gradient_at_once(student: Tensor, teacher: Tensor, rows: Rows, call: Call) 
         and not call.inplace
         # A compiled backward cannot decide on the incoming gradient's value.
         and not torch.compiler.is_compiling()
+        # Of a Function's own two derivatives torch.func takes none.
+        and not transforms.are_active()
         and rows.has_scale
     )

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, ops, remainder, tails
+from . import checks, ops, remainder, tails, transforms
+from .autograd import ordinary
 from .kinds import KINDS
 from .options import REDUCTIONS, Options
-from .remainder import Call, Split, SplitRows
+from .remainder import Call, SplitRows, split
 from .rows import Window, last_contiguous
 
 TAILS = tuple(tails.TAIL_KINDS)
@@ -25,6 +26,30 @@ class _Formula(NamedTuple):
     dtype: torch.dtype
 
 
+def _values(
+    formula: _Formula, given: Tensor, rest: Tensor, log_p: Tensor, rest_log_p: Tensor | None,
+    has_rest: Tensor, rows: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The divergence, and its derivatives to `given` and `rest`."""
+    value, to_given, to_rest = tails.topk(given, rest, log_p, rest_log_p, has_rest, *formula[:5])
+    if rows is not None:
+        value, to_rest = torch.where(rows, value, 0.0), torch.where(rows, to_rest, 0.0)
+        to_given = torch.where(rows[..., None], to_given, 0.0)
+    return value.to(formula.dtype), to_given, to_rest
+
+
+def _to_split(row_gradient: Tensor, to_given: Tensor, to_rest: Tensor) -> tuple[Tensor, Tensor]:
+    scale = row_gradient.to(to_rest.dtype)
+    return scale[..., None] * to_given, scale * to_rest
+
+
+def _pull(formula: _Formula, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
+    return *_to_split(*incoming, *kept), None, None, None, None
+
+
+_STEP = transforms.Step(_values, _pull)
+
+
 class _Divergence(torch.autograd.Function):
     """From a row's split (`remainder.Split`) to the divergence `[*]`."""
 
@@ -33,18 +58,21 @@ class _Divergence(torch.autograd.Function):
         ctx: Any, given: Tensor, rest: Tensor, log_p: Tensor, rest_log_p: Tensor | None, has_rest: Tensor,
         rows: Tensor | None, formula: _Formula,
     ) -> Tensor:  # fmt: skip
-        value, to_given, to_rest = tails.topk(given, rest, log_p, rest_log_p, has_rest, *formula[:5])
-        if rows is not None:
-            value, to_rest = torch.where(rows, value, 0.0), torch.where(rows, to_rest, 0.0)
-            to_given = torch.where(rows[..., None], to_given, 0.0)
-        ctx.save_for_backward(to_given, to_rest)
-        return value.to(formula.dtype)
+        value, *derivatives = _values(formula, given, rest, log_p, rest_log_p, has_rest, rows)
+        ctx.save_for_backward(*derivatives)
+        return value
 
     @staticmethod
     def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        to_given, to_rest = ctx.saved_tensors
-        scale = row_gradient.to(to_rest.dtype)
-        return scale[..., None] * to_given, scale * to_rest, None, None, None, None, None
+        return *_to_split(row_gradient, *ctx.saved_tensors), None, None, None, None, None
+
+
+def _divergence(*tensors: Tensor | None, formula: _Formula) -> Tensor:
+    """`_Divergence`, also under torch.func."""
+    if transforms.are_active():
+        return transforms.run(_STEP, formula, *tensors)[0]
+    value: Tensor = _Divergence.apply(*tensors, formula)
+    return value
 
 
 def topk_div(
@@ -136,7 +164,7 @@ def topk_div(
 
 def settle(
     student_logits: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, kind: str,
-    split: SplitRows = Split.apply, columns: int | None = None, *, tail: str,
+    split: SplitRows = split, columns: int | None = None, *, tail: str,
     teacher_tail_logprob: Tensor | None, validate: bool, return_mass: bool, **shared: Any,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`topk_div`, whatever splits the rows, of a vocabulary of `columns` or just these."""
@@ -166,19 +194,19 @@ def settle(
     chosen = ops.resolve_backend(options.backend, student_logits.device)
     inplace = options.overwrites("student_logits", student_logits, "teacher_logprobs", teacher_logprobs)
 
-    logits, device, counts = last_contiguous(student_logits), student_logits.device, rows.counts
+    logits, device, counts = ordinary(last_contiguous(student_logits)), student_logits.device, rows.counts
     if shift:
         teacher_logprobs, teacher_ids = teacher_logprobs[:, :-1], teacher_ids[:, :-1]
         teacher_tail_logprob = None if teacher_tail_logprob is None else teacher_tail_logprob[:, :-1]
     wide = remainder.wide_dtype(device)
-    ids = teacher_ids.long()
+    ids = ordinary(teacher_ids).long()
     columns = columns or vocab_size
     here = remainder.present(ids, columns)
     log_p = torch.where(here, teacher_logprobs.to(wide), -torch.inf)
     rest_log_p = None if teacher_tail_logprob is None else teacher_tail_logprob.to(wide)
     validate = validate or device.type == "cpu"
     if validate and tail != "renormalize":
-        log_p = remainder.check_mass(log_p, counts)
+        log_p = remainder.checked_mass(log_p, counts)
 
     scale = 1.0 / float(temperature)
     sweeps, window = tail != "renormalize", Window(vocab_size, shift)
@@ -188,7 +216,8 @@ def settle(
     dtype = torch.float64 if both_wide else torch.float32
     resolution = tails.RESOLUTION[teacher_logprobs.dtype]
     formula = _Formula(*KINDS[kind].at(options.beta), tail, scale, resolution, dtype)
-    per_row = _Divergence.apply(given, rest, log_p, rest_log_p, here.sum(-1) < columns, counts, formula)
+    has_rest = here.sum(-1) < columns
+    per_row = _divergence(given, rest, log_p, rest_log_p, has_rest, counts, formula=formula)
     value = rows.reduced(per_row)
     if not return_mass:
         return value
