@@ -98,6 +98,14 @@ def ordinary(tensor: Any) -> Any:
         return alias.set_(tensor)  # type: ignore[call-overload]
 
 
+def ordinary_rows(tensor: Any) -> Any:
+    """`ordinary` for what has a number or K per row: under torch.compile a copy, lest the graph save what was
+    copied."""
+    if not isinstance(tensor, Tensor) or not torch.compiler.is_compiling() or tensor.requires_grad:
+        return ordinary(tensor)
+    return ops.copy(tensor)
+
+
 def keep(ctx: Any, *tensors: Tensor | None) -> None:
     """Save tensors for backward. `kept` gives them back.
 
