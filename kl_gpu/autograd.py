@@ -83,27 +83,31 @@ def once_differentiable(grads: tuple[Tensor | None, ...], *sources: Tensor) -> t
     return tuple(None if grad is None else _FirstDerivative.apply(grad, *sources) for grad in grads)
 
 
-def ordinary(tensor: Any) -> Any:
+def ordinary(tensor: Tensor | None) -> Tensor | None:
     """A tensor that autograd will save: of one made under `torch.inference_mode` an alias, anything else as
     it is.
 
     The alias shares the memory and counts its own versions, so nothing is copied, and nobody notices when
     the tensor is modified before backward: an inference tensor keeps no count.
     """
-    # torch.compile cannot ask; `keep` is made for that.
-    if not isinstance(tensor, Tensor) or torch.compiler.is_compiling() or not tensor.is_inference():
+    if tensor is None or not tensor.is_inference():
         return tensor
     with torch.no_grad():
         alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return alias.set_(tensor)  # type: ignore[call-overload]
+        alias.set_(tensor)  # type: ignore[call-overload]
+    return alias
 
 
-def ordinary_rows(tensor: Any) -> Any:
-    """`ordinary` for what has a number or K per row: under torch.compile a copy, lest the graph save what was
-    copied."""
-    if not isinstance(tensor, Tensor) or not torch.compiler.is_compiling() or tensor.requires_grad:
-        return ordinary(tensor)
-    return ops.copy(tensor)
+def ordinary_rows(tensor: Tensor) -> Tensor:
+    """`ordinary` for what has a number or K per row, and is saved by other operators than ours.
+
+    torch.compile cannot ask how it was made: there it is a copy, of a kind that the graph does not save what
+    was copied in its place.
+    """
+    if torch.compiler.is_compiling():
+        copied: Tensor = tensor if tensor.requires_grad else ops.copy(tensor)
+        return copied
+    return tensor if tensor.requires_grad else ordinary(tensor)  # type: ignore[return-value]
 
 
 def keep(ctx: Any, *tensors: Tensor | None) -> None:
@@ -115,7 +119,7 @@ def keep(ctx: Any, *tensors: Tensor | None) -> None:
     """
     if not torch.compiler.is_compiling():
         ctx.beside = None
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*map(ordinary, tensors))
         return
     ctx.beside = [None if x is None or x.requires_grad else x for x in tensors]
     ctx.save_for_backward(*(x if x is not None and x.requires_grad else None for x in tensors))
@@ -229,13 +233,13 @@ class WeightedSum(torch.autograd.Function):
                 if grad is not None:
                     call.window.zero_rest(grad)
         # The logits too: modifying them before backward must raise, as it does everywhere else.
-        ctx.save_for_backward(student, teacher, rows, row_scale, stats)
+        keep(ctx, student, teacher, rows, row_scale, stats)
         ctx.call, ctx.grads = call, grads
         return (value * row_scale).sum()
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, rows, row_scale, stats = ctx.saved_tensors
+        student, teacher, rows, row_scale, stats = kept(ctx)
         call = ctx.call
         # Given away once: a second backward must not write over what the first one returned.
         grads, ctx.grads = ctx.grads, None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops, transforms
-from .autograd import Call, WeightedSum, ordinary, per_row
+from .autograd import Call, WeightedSum, per_row
 from .kinds import KINDS
 from .options import Options
 from .problem import arithmetic
@@ -151,7 +151,7 @@ def settle(
     chosen = ops.resolve_backend(options.backend, student_logits.device)
     inplace = options.overwrites("student_logits", student_logits, "teacher_logits", teacher_logits)
 
-    student, teacher = (ordinary(last_contiguous(x)) for x in (student_logits, teacher_logits))
+    student, teacher = last_contiguous(student_logits), last_contiguous(teacher_logits)
     scales = 1.0 / float(options.temperature), 1.0 / float(teacher_temperature)
     window = Window(vocab_size, options.shift)
     call = Call(*KINDS[kind].at(options.beta), *scales, chosen, window, inplace)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks, linear_ops, ops, transforms
-from .autograd import are_saved_tensors_managed, keep, kept, once_differentiable, ordinary
+from .autograd import are_saved_tensors_managed, keep, kept, once_differentiable
 from .kinds import KINDS
 from .linear_chunks import Call, arithmetic
 from .options import Options
@@ -100,13 +100,13 @@ class _Sum(torch.autograd.Function):
             value, *found = linear(*tensors, needs, *call)
             grads = _asked_for(found, needs)
         # The inputs too: modifying them before backward must raise, as it does everywhere else.
-        ctx.save_for_backward(*tensors)
+        keep(ctx, *tensors)
         ctx.how, ctx.needs, ctx.grads = how, needs, grads
         return (value * row_scale).sum()
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, row_scale = ctx.saved_tensors
+        *tensors, row_scale = kept(ctx)
         # Given away once: a second backward must not find them scaled, and .grad takes them without a copy.
         grads, ctx.grads = ctx.grads, None
         with torch.no_grad():
@@ -251,9 +251,7 @@ def settle(
     states = [x[:, :-1] if options.shift else x for x in (student_hidden, teacher_hidden)]
     lead = states[0].shape[:-1]
     student, teacher = (x.reshape(-1, x.shape[-1]) for x in states)
-    heads = _Heads(
-        *map(ordinary, (student, student_weight, student_bias, teacher, teacher_weight, teacher_bias))
-    )
+    heads = _Heads(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias)
     dtypes = _logits_dtype(student), _logits_dtype(teacher)
     kind, beta = KINDS[kind].at(options.beta)
     call = Call(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops, tails, transforms
-from .autograd import ordinary
+from .autograd import ordinary_rows
 from .options import Options
 from .remainder import Call, SplitRows, present, split
 from .rows import Window, last_contiguous
@@ -127,11 +127,11 @@ def settle(
     chosen = ops.resolve_backend(options.backend, logits.device)
     inplace = options.overwrites("logits", logits)
 
-    ids = ordinary(token_ids[:, 1:] if shift else token_ids).long()
+    ids = (ordinary_rows(token_ids)[:, 1:] if shift else token_ids).long()
     validate = logits.device.type == "cpu"
     scale, window = 1.0 / float(options.temperature), Window(vocab_size, shift)
     call = Call(scale, True, entropy, validate, "token_ids", chosen, window, inplace)
-    given, rest, spread = split(ordinary(last_contiguous(logits)), ids[..., None], rows, call)
+    given, rest, spread = split(last_contiguous(logits), ids[..., None], rows, call)
     logprob, spread = _token(given[..., 0], rest, spread, ids, rows, columns=columns or vocab_size)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return (logprob.to(dtype), spread.to(dtype)) if entropy else logprob.to(dtype)

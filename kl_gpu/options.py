@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, transforms
-from .autograd import ordinary, ordinary_rows
+from .autograd import ordinary_rows
 from .kinds import KINDS
 from .rows import Rows, that_count
 
@@ -45,10 +45,14 @@ class Options(NamedTuple):
         """Check what is given per row against the logits; returns what becomes of their rows."""
         checks.rows(logits, self.mask, self.labels, self.ignore_index, self.weight)
         checks.normalizer(self.normalizer, self.reduction, logits.device)
-        # A graph would save what a mask is cut from.
-        mask = (ordinary_rows if self.shift else ordinary)(self.mask)
-        labels, weight, normalizer = map(ordinary_rows, (self.labels, self.weight, self.normalizer))
-        counts, weight = that_count(mask, labels, self.ignore_index, weight, self.shift)
+        mask, weight, normalizer = self.mask, self.weight, self.normalizer
+        if weight is not None:
+            weight = ordinary_rows(weight)
+        if isinstance(normalizer, Tensor):
+            normalizer = ordinary_rows(normalizer)
+        if mask is not None and self.shift:  # what a mask is cut from may be saved in its place
+            mask = ordinary_rows(mask)
+        counts, weight = that_count(mask, self.labels, self.ignore_index, weight, self.shift)
         factor = float(self.temperature) ** 2 if self.t_squared else 1.0
         return Rows(counts, weight, factor, self.reduction, normalizer)
 

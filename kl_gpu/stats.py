@@ -184,7 +184,7 @@ def token_stats(
     if transforms.are_active():
         fields = transforms.run(_STEP, (*scales, chosen), *tensors)
     else:
-        fields = _fields((*scales, chosen), *tensors)
+        fields = ops.token_stats(*tensors, *scales, chosen).unbind(0)
     # float64 with a narrower side: computed in float64, returned in float32.
     if student.dtype != teacher.dtype and arithmetic(student, teacher) == torch.float64:
         fields = tuple(x.float() for x in fields)

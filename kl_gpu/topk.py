@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops, remainder, tails, transforms
-from .autograd import ordinary
+from .autograd import ordinary_rows
 from .kinds import KINDS
 from .options import REDUCTIONS, Options
 from .remainder import Call, SplitRows, split
@@ -194,12 +194,12 @@ def settle(
     chosen = ops.resolve_backend(options.backend, student_logits.device)
     inplace = options.overwrites("student_logits", student_logits, "teacher_logprobs", teacher_logprobs)
 
-    logits, device, counts = ordinary(last_contiguous(student_logits)), student_logits.device, rows.counts
+    logits, device, counts = last_contiguous(student_logits), student_logits.device, rows.counts
     if shift:
-        teacher_logprobs, teacher_ids = teacher_logprobs[:, :-1], teacher_ids[:, :-1]
+        teacher_logprobs, teacher_ids = teacher_logprobs[:, :-1], ordinary_rows(teacher_ids)[:, :-1]
         teacher_tail_logprob = None if teacher_tail_logprob is None else teacher_tail_logprob[:, :-1]
     wide = remainder.wide_dtype(device)
-    ids = ordinary(teacher_ids).long()
+    ids = teacher_ids.long()
     columns = columns or vocab_size
     here = remainder.present(ids, columns)
     log_p = torch.where(here, teacher_logprobs.to(wide), -torch.inf)
