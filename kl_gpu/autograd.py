@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import ops, transforms
 from .rows import Window
+from .transforms import ordinary
 
 
 class Call(NamedTuple):
@@ -81,21 +82,6 @@ def once_differentiable(grads: tuple[Tensor | None, ...], *sources: Tensor) -> t
     if not torch.is_grad_enabled():
         return grads
     return tuple(None if grad is None else _FirstDerivative.apply(grad, *sources) for grad in grads)
-
-
-def ordinary(tensor: Tensor | None) -> Tensor | None:
-    """A tensor that autograd will save: of one made under `torch.inference_mode` an alias, anything else as
-    it is.
-
-    The alias shares the memory and counts its own versions, so nothing is copied, and nobody notices when
-    the tensor is modified before backward: an inference tensor keeps no count.
-    """
-    if tensor is None or not tensor.is_inference():
-        return tensor
-    with torch.no_grad():
-        alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        alias.set_(tensor)  # type: ignore[call-overload]
-    return alias
 
 
 def ordinary_rows(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import transforms
 from .kinds import KINDS
@@ -421,7 +422,9 @@ def inplace(argument: str, logits: Tensor, other: str = "", also_needed: Tensor 
         raise ValueError(f"inplace=True needs {argument} with memory of its own, got an expanded view")
     if also_needed is None:
         return
-    # Null where there is no memory to share: no rows, fake tensors, the meta device.
+    if isinstance(logits, FakeTensor):
+        return
+    # Null where there is no memory to share: no rows, the meta device.
     memory = logits.untyped_storage().data_ptr()
     if memory and memory == also_needed.untyped_storage().data_ptr():
         raise ValueError(f"inplace=True would overwrite {other}, which shares {argument}' memory")

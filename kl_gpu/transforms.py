@@ -34,6 +34,21 @@ def refuse(entry: str) -> None:
         )
 
 
+def ordinary(tensor: Tensor | None) -> Tensor | None:
+    """A tensor that autograd will save: of one made under `torch.inference_mode` an alias, anything else as
+    it is.
+
+    The alias shares the memory and counts its own versions, so nothing is copied, and nobody notices when
+    the tensor is modified before backward: an inference tensor keeps no count.
+    """
+    if tensor is None or not tensor.is_inference():
+        return tensor
+    with torch.no_grad():
+        alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        alias.set_(tensor)  # type: ignore[call-overload]
+    return alias
+
+
 @dataclass(frozen=True)
 class Step:
     """One differentiable step, in functions of whole tensors.
@@ -116,7 +131,7 @@ class _Forward(torch.autograd.Function):
         step, call, *tensors = inputs
         kept = output[step.values :]
         ctx.mark_non_differentiable(*kept)
-        ctx.save_for_backward(*tensors, *kept)
+        ctx.save_for_backward(*map(ordinary, tensors), *kept)
         ctx.step, ctx.call = step, call
 
     @staticmethod
