@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from . import transforms
 from .kinds import KINDS
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -30,9 +32,14 @@ _ORDINARY = (Tensor, torch.nn.Parameter)
 def readable(tensor: Tensor) -> bool:
     """Whether its numbers can be looked at here and now: they exist, and no device has to be waited for.
 
-    A traced or fake tensor stands for numbers that are not there.
+    A traced, fake or mapped tensor stands for numbers that are not there.
     """
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) in _ORDINARY
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(tensor) in _ORDINARY
+        and not transforms.are_active()
+    )
 
 
 def _type_name(x: object) -> str:
@@ -386,7 +393,9 @@ def rows(student: Tensor, mask: Any, labels: Any, ignore_index: Any, weight: Any
 
 
 def labels_are_columns(labels: Tensor, counts: Tensor, columns: int) -> None:
-    """Refuse labels that are no column, where rows count. Looks at their values, so CPU tensors only."""
+    """Refuse labels that are no column, where rows count, if their values can be looked at."""
+    if not readable(labels):
+        return
     labels = labels.long()  # lest the number of columns wrap around in a narrower type
     wrong = counts & ((labels < 0) | (labels >= columns))
     if wrong.any():
@@ -468,5 +477,9 @@ def inplace(argument: str, logits: Tensor, other: str = "", also_needed: Tensor 
         raise ValueError(f"inplace=True needs {argument} with memory of its own, got an expanded view")
     if also_needed is None:
         return
-    if logits.untyped_storage().data_ptr() == also_needed.untyped_storage().data_ptr():
+    if isinstance(logits, FakeTensor):
+        return
+    # Null where there is no memory to share: no rows, the meta device.
+    memory = logits.untyped_storage().data_ptr()
+    if memory and memory == also_needed.untyped_storage().data_ptr():
         raise ValueError(f"inplace=True would overwrite {other}, which shares {argument}' memory")

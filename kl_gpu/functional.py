@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import checks, ops, transforms
 from .autograd import Call, WeightedSum, per_row
 from .kinds import KINDS
 from .options import Options
@@ -182,5 +182,7 @@ def _gradient_at_once(student: Tensor, teacher: Tensor, rows: Rows, call: Call) 
         and not call.inplace
         # A compiled backward cannot decide on the incoming gradient's value.
         and not torch.compiler.is_compiling()
+        # Of a Function's own two derivatives torch.func takes none.
+        and not transforms.are_active()
         and rows.has_scale
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks, linear_ops, ops
-from .autograd import once_differentiable
+from . import checks, linear_ops, ops, transforms
+from .autograd import are_saved_tensors_managed, keep, kept, once_differentiable
 from .kinds import KINDS
 from .linear_chunks import Call, arithmetic
 from .options import Options
@@ -32,7 +32,7 @@ class _Heads(NamedTuple):
         return [x is not None and x.requires_grad for x in self[:3]]
 
 
-def _asked_for(grads: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
+def _asked_for(grads: Sequence[Tensor], needs: list[bool]) -> list[Tensor | None]:
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
@@ -46,49 +46,75 @@ def _tied(grads: list[Tensor | None], incoming: Tensor, heads: _Heads) -> tuple[
 Linear = Callable[..., "tuple[Tensor, Tensor, Tensor, Tensor]"]
 
 
+def _values(how: tuple[Call, Linear], *tensors: Tensor | None) -> tuple[Tensor]:
+    call, linear = how
+    return (linear(*tensors, None, _NO_GRADIENTS, *call)[0],)
+
+
+def _gradients(
+    how: tuple[Call, Linear], tensors: Any, row_scale: Tensor, needs: list[bool]
+) -> list[Tensor | None]:
+    """Of the student's three tensors; from the logits, computed again."""
+    call, linear = how
+    return _asked_for(linear(*tensors, row_scale.contiguous(), needs, *call)[1:], needs)
+
+
+def _pull(how: tuple[Call, Linear], needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
+    return *_gradients(how, tensors, incoming[0], list(needs[:3])), *(None,) * 4
+
+
+# Weights have no rows: the samples of a vmap run one after another.
+_STEP = transforms.Step(_values, _pull, rowwise=False)
+
+
 class _Rows(torch.autograd.Function):
     """Per-row divergence `[N]`. Backward computes the logits again, chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, call, needs, linear = arguments
-        ctx.save_for_backward(*tensors)
-        ctx.call, ctx.needs, ctx.linear = call, needs, linear
-        value: Tensor = linear(*tensors, None, _NO_GRADIENTS, *call)[0]
-        return value
+        keep(ctx, *tensors)
+        ctx.how, ctx.needs = (call, linear), needs
+        return _values(ctx.how, *tensors)[0]
 
     @staticmethod
     def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        *heads, counts = ctx.saved_tensors
-        grads = ctx.linear(*heads, counts, row_gradient.contiguous(), ctx.needs, *ctx.call)[1:]
-        return (*_tied(_asked_for(grads, ctx.needs), row_gradient, _Heads(*heads)), *(None,) * 4)
+        tensors = kept(ctx)
+        grads = _gradients(ctx.how, tensors, row_gradient, ctx.needs)
+        return (*_tied(grads, row_gradient, _Heads(*tensors[:6])), *(None,) * 4)
 
 
 class _Sum(torch.autograd.Function):
-    """Σ row_scale · divergence, 0-d, for row factors `[N]` known beforehand; gradients come in forward."""
+    """Σ row_scale · divergence, 0-d, for row factors `[N]` known beforehand.
+
+    Gradients come in forward, unless what forward saves is managed by others.
+    """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, call, needs, linear = arguments
-        value, *grads = linear(*tensors, needs, *call)
+        how, row_scale, grads = (call, linear), tensors[-1], None
+        if are_saved_tensors_managed():
+            (value,) = _values(how, *tensors[:-1])
+        else:
+            value, *found = linear(*tensors, needs, *call)
+            grads = _asked_for(found, needs)
         # The inputs too: modifying them before backward must raise, as it does everywhere else.
-        ctx.save_for_backward(*tensors)
-        ctx.call, ctx.needs, ctx.linear, ctx.grads = call, needs, linear, grads
-        return (value * tensors[-1]).sum()
+        keep(ctx, *tensors)
+        ctx.how, ctx.needs, ctx.grads = how, needs, grads
+        return (value * row_scale).sum()
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        *heads, counts, row_scale = ctx.saved_tensors
+        *tensors, row_scale = kept(ctx)
         # Given away once: a second backward must not find them scaled, and .grad takes them without a copy.
         grads, ctx.grads = ctx.grads, None
         with torch.no_grad():
             if grads is None:
-                scale = incoming * row_scale
-                grads = ctx.linear(*heads, counts, scale, ctx.needs, *ctx.call)[1:]
-            # Elsewhere than on the CPU the question would wait for the device.
-            elif incoming.device.type != "cpu" or incoming.item() != 1:
-                grads = [grad.mul_(incoming) for grad in grads]
-        return (*_tied(_asked_for(grads, ctx.needs), incoming, _Heads(*heads)), *(None,) * 5)
+                grads = _gradients(ctx.how, tensors, incoming * row_scale, ctx.needs)
+            elif not checks.readable(incoming) or incoming.item() != 1:
+                grads = [None if grad is None else grad.mul_(incoming) for grad in grads]
+        return (*_tied(grads, incoming, _Heads(*tensors[:6])), *(None,) * 5)
 
 
 class _CompiledSum(torch.autograd.Function):
@@ -251,7 +277,8 @@ def settle(
 
     # In float16 a gradient divided by N vanishes unless a loss scale comes first, and that comes in backward.
     in_range = torch.float16 not in (dtypes[0], student.dtype, student_weight.dtype)
-    if rows.has_scale and in_range and torch.is_grad_enabled() and any(needs):
+    transformed = transforms.are_active()
+    if rows.has_scale and in_range and torch.is_grad_enabled() and any(needs) and not transformed:
         row_scale = rows.scale(lead, arithmetic(dtypes), device)
         counts = _flat(rows.counts)
         function = _CompiledSum if torch.compiler.is_compiling() else _Sum
@@ -259,7 +286,10 @@ def settle(
         return total.float() if mixed else total
 
     def of(some: Tensor | None) -> Tensor:
-        found: Tensor = _Rows.apply(*heads, _flat(some), call, needs, linear)
+        if transformed:
+            (found,) = transforms.run(_STEP, (call, linear), *heads, _flat(some))
+        else:
+            found = _Rows.apply(*heads, _flat(some), call, needs, linear)
         return found.view(lead)
 
     value = rows.completed(of(rows.counts), of)

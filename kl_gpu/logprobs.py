@@ -7,10 +7,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, ops, tails
+from . import checks, ops, tails, transforms
+from .autograd import ordinary_rows
 from .options import Options
-from .remainder import Call, Split, SplitRows, present
+from .remainder import Call, SplitRows, present, split
 from .rows import Window, last_contiguous
+
+
+def _values(
+    columns: int, s: Tensor, rest: Tensor, spread: Tensor, ids: Tensor, rows: Tensor | None
+) -> tuple[Tensor, ...]:
+    """log q of the token, the entropy, and the five derivatives that `tails.token` names."""
+    # A token outside the vocabulary has no probability to report: NaN, never a plausible number.
+    s = torch.where(present(ids, columns), s, torch.nan)
+    found: list[Tensor] = tails.token(s, rest, spread)
+    return tuple(found) if rows is None else tuple(torch.where(rows, x, 0.0) for x in found)
+
+
+def _to_split(derivatives: Any, to_logprob: Tensor, to_entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logprob_s, logprob_rest, entropy_s, entropy_rest, entropy_spread = derivatives
+    return (
+        to_logprob * logprob_s + to_entropy * entropy_s,
+        to_logprob * logprob_rest + to_entropy * entropy_rest,
+        to_entropy * entropy_spread,
+    )
+
+
+def _pull(columns: int, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
+    return *_to_split(kept, *incoming), None, None
+
+
+_STEP = transforms.Step(_values, _pull, values=2)
 
 
 class _Token(torch.autograd.Function):
@@ -20,24 +47,21 @@ class _Token(torch.autograd.Function):
     def forward(
         ctx: Any, s: Tensor, rest: Tensor, spread: Tensor, ids: Tensor, rows: Tensor | None, columns: int
     ) -> tuple[Tensor, Tensor]:
-        # A token outside the vocabulary has no probability to report: NaN, never a plausible number.
-        s = torch.where(present(ids, columns), s, torch.nan)
-        found = tails.token(s, rest, spread)
-        if rows is not None:
-            found = tuple(torch.where(rows, x, 0.0) for x in found)
-        logprob, entropy, *derivatives = found
+        logprob, entropy, *derivatives = _values(columns, s, rest, spread, ids, rows)
         ctx.save_for_backward(*derivatives)
         return logprob, entropy
 
     @staticmethod
     def backward(ctx: Any, to_logprob: Tensor, to_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        logprob_s, logprob_rest, entropy_s, entropy_rest, entropy_spread = ctx.saved_tensors
-        return (
-            to_logprob * logprob_s + to_entropy * entropy_s,
-            to_logprob * logprob_rest + to_entropy * entropy_rest,
-            to_entropy * entropy_spread,
-            None, None, None,
-        )  # fmt: skip
+        return *_to_split(ctx.saved_tensors, to_logprob, to_entropy), None, None, None
+
+
+def _token(*tensors: Tensor | None, columns: int) -> tuple[Tensor, Tensor]:
+    """`_Token`, also under torch.func."""
+    if transforms.are_active():
+        return transforms.run(_STEP, columns, *tensors)[:2]  # type: ignore[return-value]
+    found: tuple[Tensor, Tensor] = _Token.apply(*tensors, columns)
+    return found
 
 
 def token_logprobs(
@@ -90,7 +114,7 @@ def token_logprobs(
 
 
 def settle(
-    logits: Tensor, token_ids: Tensor, split: SplitRows = Split.apply, columns: int | None = None, *,
+    logits: Tensor, token_ids: Tensor, split: SplitRows = split, columns: int | None = None, *,
     entropy: bool, **shared: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`token_logprobs`, whatever splits the rows, of a vocabulary of `columns` or just these."""
@@ -104,11 +128,11 @@ def settle(
     chosen = ops.resolve_backend(options.backend, logits.device)
     inplace = options.overwrites("logits", logits)
 
-    ids = (token_ids[:, 1:] if shift else token_ids).long()
+    ids = (ordinary_rows(token_ids)[:, 1:] if shift else token_ids).long()
     validate = logits.device.type == "cpu"
     scale, window = 1.0 / float(options.temperature), Window(vocab_size, shift)
     call = Call(scale, True, entropy, validate, "token_ids", chosen, window, inplace)
     given, rest, spread = split(last_contiguous(logits), ids[..., None], rows, call)
-    logprob, spread = _Token.apply(given[..., 0], rest, spread, ids, rows, columns or vocab_size)
+    logprob, spread = _token(given[..., 0], rest, spread, ids, rows, columns=columns or vocab_size)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return (logprob.to(dtype), spread.to(dtype)) if entropy else logprob.to(dtype)

@@ -46,6 +46,7 @@ _library.define(
 )
 _library.define(f"value_and_gradient({_INPUTS}, Tensor row_scale, {_NUMBERS}, {_GRADS}) -> (Tensor, Tensor)")
 _library.define(f"formula_sums({_INPUTS}, Tensor stats, {_NUMBERS}) -> Tensor")
+_library.define("copy(Tensor x) -> Tensor")
 _SCALES = "float student_scale, float teacher_scale, str backend"
 _library.define(f"token_stats({_INPUTS}, Tensor? labels, {_SCALES}) -> Tensor")
 
@@ -355,6 +356,14 @@ def _token_stats(
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(TOKEN_STATS, *lead)
 
 
+def _copy(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+def _copy_output(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 # By operator: what runs, and what tells torch.compile its outputs' shapes.
 Implementations = dict[str, tuple[Callable[..., Any], Callable[..., Any]]]
 
@@ -374,6 +383,7 @@ _IMPLEMENTATIONS: Implementations = {
     "value_and_gradient": (_value_and_gradient, _outputs),
     "formula_sums": (_formula_sums, _formula_sums_output),
     "token_stats": (_token_stats, _token_stats_output),
+    "copy": (_copy, _copy_output),
 }
 register(_library, _IMPLEMENTATIONS)
 
@@ -383,3 +393,5 @@ gradient = torch.ops.kl_gpu.gradient.default
 value_and_gradient = torch.ops.kl_gpu.value_and_gradient.default
 formula_sums = torch.ops.kl_gpu.formula_sums.default
 token_stats = torch.ops.kl_gpu.token_stats.default
+# A copy that the compiler cannot leave out, nor make again in backward from what was copied.
+copy = torch.ops.kl_gpu.copy.default

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, transforms
+from .autograd import ordinary_rows
 from .kinds import KINDS
 from .rows import Rows, that_count
 
@@ -44,15 +45,22 @@ class Options(NamedTuple):
         """Check what is given per row against the logits; returns what becomes of their rows."""
         checks.rows(logits, self.mask, self.labels, self.ignore_index, self.weight)
         checks.normalizer(self.normalizer, self.reduction, logits.device)
-        valid, weight = that_count(self.mask, self.labels, self.ignore_index, self.weight, self.shift)
-        checks.divides(self.normalizer, valid, logits.shape[:-1], self.shift)
+        mask, weight, normalizer = self.mask, self.weight, self.normalizer
+        if weight is not None:
+            weight = ordinary_rows(weight)
+        if isinstance(normalizer, Tensor):
+            normalizer = ordinary_rows(normalizer)
+        if mask is not None and self.shift:  # what a mask is cut from may be saved in its place
+            mask = ordinary_rows(mask)
+        valid, weight = that_count(mask, self.labels, self.ignore_index, weight, self.shift)
+        checks.divides(normalizer, valid, logits.shape[:-1], self.shift)
         factor = float(self.temperature) ** 2 if self.t_squared else 1.0
-        return Rows(valid, weight, factor, self.reduction, self.normalizer)
+        return Rows(valid, weight, factor, self.reduction, normalizer)
 
     def overwrites(self, argument: str, logits: Tensor, *also_needed: Any) -> bool:
         """Whether the gradient goes over the logits' memory; `also_needed`: as `checks.inplace` has it."""
-        # Under torch.compile the permission goes unused: what owns the memory is for the compiler to say.
-        if not self.inplace or torch.compiler.is_compiling():
+        # Under torch.compile and torch.func the permission goes unused: whose memory it is, they know.
+        if not self.inplace or torch.compiler.is_compiling() or transforms.are_active():
             return False
         checks.inplace(argument, logits, *also_needed)
         return True

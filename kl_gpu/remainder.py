@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import autograd, ops, transforms
 from .autograd import once_differentiable
 from .rows import Window
 
@@ -245,6 +245,27 @@ remainder = torch.ops.kl_gpu.remainder.default
 remainder_gradient = torch.ops.kl_gpu.remainder_gradient.default
 
 
+def _constant(*_: object) -> Any:
+    raise RuntimeError("kl_gpu has no gradient to the teacher's log-probabilities")
+
+
+def _of_the_teacher(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An operator of tensors and constants that is not differentiable, also under torch.func."""
+    step = transforms.Step(lambda call, *tensors: (function(*tensors, *call),), _constant, values=0)
+
+    def run(*tensors: Tensor | None, constants: tuple[Any, ...] = ()) -> Tensor:
+        if transforms.are_active():
+            return transforms.run(step, constants, *tensors)[0]
+        return function(*tensors, *constants)
+
+    return run
+
+
+checked_mass = _of_the_teacher(check_mass)
+checked_tail = _of_the_teacher(check_tail)
+unpadded = _of_the_teacher(without_padding)
+
+
 class Call(NamedTuple):
     """What stays the same between forward and backward, tensors apart.
 
@@ -265,6 +286,43 @@ class Call(NamedTuple):
     inplace: bool = False
 
 
+def _split(
+    call: Call, logits: Tensor, ids: Tensor, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `Split` gives, and the row statistics."""
+    x = call.window.of(logits)
+    given = given_columns(x, ids, rows, call.validate, call.argument) * call.scale
+    if call.sweeps:
+        return given, *remainder(x, ids, rows, call.scale, call.entropy, call.backend)
+    rest, entropy = (given.new_zeros(x.shape[:-1]) for _ in range(2))
+    return given, rest, entropy, given.new_zeros((*x.shape[:-1], STATS))
+
+
+def _to_logits(
+    call: Call, logits: Tensor, ids: Tensor, rows: Tensor | None, stats: Tensor, incoming: Any
+) -> Tensor:
+    to_given, to_rest, to_entropy = incoming
+    with torch.no_grad():
+        grad = logits.detach() if call.inplace else torch.empty_like(logits)
+        remainder_gradient(
+            call.window.of(logits), ids, rows, stats, to_given, to_rest,
+            to_entropy if call.entropy else None, call.scale, call.backend, call.window.of(grad),
+        )  # fmt: skip
+        call.window.zero_rest(grad)
+        if call.inplace:
+            # A second backward would read gradients as logits: the version counter makes it raise.
+            torch.autograd.graph.increment_version(logits)
+    return grad
+
+
+def _pull(call: Call, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
+    logits, ids, rows = tensors
+    return _to_logits(call, logits, ids, rows, kept[0], incoming), None, None
+
+
+_STEP = transforms.Step(_split, _pull, values=3)
+
+
 class Split(torch.autograd.Function):
     """From logits `[*, V]` and ids `[*, K]` to the ids' scaled logits, u, and the others' entropy.
 
@@ -276,14 +334,8 @@ class Split(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, ids: Tensor, rows: Tensor | None, call: Call
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x = call.window.of(logits)
-        given = given_columns(x, ids, rows, call.validate, call.argument) * call.scale
-        if call.sweeps:
-            rest, entropy, stats = remainder(x, ids, rows, call.scale, call.entropy, call.backend)
-        else:
-            rest, entropy = (given.new_zeros(x.shape[:-1]) for _ in range(2))
-            stats = given.new_zeros((*x.shape[:-1], STATS))
-        ctx.save_for_backward(logits, ids, rows, stats)
+        given, rest, entropy, stats = _split(call, logits, ids, rows)
+        autograd.keep(ctx, logits, ids, rows, stats)
         ctx.call = call
         return given, rest, entropy
 
@@ -291,20 +343,18 @@ class Split(torch.autograd.Function):
     def backward(
         ctx: Any, to_given: Tensor, to_rest: Tensor, to_entropy: Tensor
     ) -> tuple[Tensor | None, ...]:
-        logits, ids, rows, stats = ctx.saved_tensors
-        call = ctx.call
-        with torch.no_grad():
-            grad = logits.detach() if call.inplace else torch.empty_like(logits)
-            remainder_gradient(
-                call.window.of(logits), ids, rows, stats, to_given, to_rest,
-                to_entropy if call.entropy else None, call.scale, call.backend, call.window.of(grad),
-            )  # fmt: skip
-            call.window.zero_rest(grad)
-            if call.inplace:
-                # A second backward would read gradients as logits: the version counter makes it raise.
-                torch.autograd.graph.increment_version(logits)
+        logits, ids, rows, stats = autograd.kept(ctx)
+        grad = _to_logits(ctx.call, logits, ids, rows, stats, (to_given, to_rest, to_entropy))
         (tied,) = once_differentiable((grad,), to_given, to_rest, logits)
         return tied, None, None, None
+
+
+def split(logits: Tensor, ids: Tensor, rows: Tensor | None, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """`Split`, also under torch.func."""
+    if transforms.are_active():
+        return transforms.run(_STEP, call, logits, ids, rows)[:3]  # type: ignore[return-value]
+    found: tuple[Tensor, Tensor, Tensor] = Split.apply(logits, ids, rows, call)
+    return found
 
 
 # What gives `Split`'s three, from logits, ids, the rows that count and the call.

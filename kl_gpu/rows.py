@@ -20,7 +20,7 @@ class Window(NamedTuple):
     def of(self, logits: Tensor) -> Tensor:
         """That part, as a view."""
         if self.shift:
-            logits = logits[:, :-1]
+            logits = logits[..., :-1, :]
         return logits if logits.shape[-1] == self.vocab_size else logits[..., : self.vocab_size]
 
     def zero_rest(self, grad: Tensor) -> None:
@@ -28,7 +28,7 @@ class Window(NamedTuple):
         if grad.shape[-1] != self.vocab_size:
             grad[..., self.vocab_size :].zero_()
         if self.shift:
-            grad[:, -1:].zero_()
+            grad[..., -1:, :].zero_()
 
 
 def that_count(

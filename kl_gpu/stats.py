@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import checks, ops, transforms
 from .problem import arithmetic
 from .rows import Window, last_contiguous, that_count
 
@@ -114,6 +114,17 @@ def _quantile(ordered: Tensor, share: float) -> float:
     return below if at == low or below == above else below + (above - below) * (at - low)
 
 
+def _fields(call: tuple[float, float, str], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    return ops.token_stats(*tensors, *call).unbind(0)
+
+
+def _no_gradient(*_: object) -> Any:
+    raise RuntimeError("kl_gpu.token_stats has no gradient")
+
+
+_STEP = transforms.Step(_fields, _no_gradient, values=0)
+
+
 def token_stats(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -168,14 +179,16 @@ def token_stats(
     if shift and labels is not None:
         labels = labels[:, 1:]
     if labels is not None and counts is not None:
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            checks.labels_are_columns(labels, counts, vocab_size)
+        checks.labels_are_columns(labels, counts, vocab_size)
         labels = labels.long()
 
-    found = ops.token_stats(student, teacher, counts, labels, *scales, chosen)
+    tensors = student, teacher, counts, labels
+    if transforms.are_active():
+        fields = transforms.run(_STEP, (*scales, chosen), *tensors)
+    else:
+        fields = ops.token_stats(*tensors, *scales, chosen).unbind(0)
     # float64 with a narrower side: computed in float64, returned in float32.
     if student.dtype != teacher.dtype and arithmetic(student, teacher) == torch.float64:
-        found = found.float()
-    fields = found.unbind(0)
-    counted = torch.ones_like(fields[0]) if counts is None else counts.to(found.dtype)
+        fields = tuple(x.float() for x in fields)
+    counted = torch.ones_like(fields[0]) if counts is None else counts.to(fields[0].dtype)
     return TokenStats._make((*fields, counted))

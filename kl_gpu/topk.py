@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, ops, remainder, tails
+from . import checks, ops, remainder, tails, transforms
+from .autograd import ordinary_rows
 from .kinds import KINDS
 from .options import REDUCTIONS, Options
-from .remainder import Call, Split, SplitRows
+from .remainder import Call, SplitRows, split
 from .rows import Window, last_contiguous
 
 TAILS = tuple(tails.TAIL_KINDS)
@@ -25,6 +26,30 @@ class _Formula(NamedTuple):
     dtype: torch.dtype
 
 
+def _values(
+    formula: _Formula, given: Tensor, rest: Tensor, log_p: Tensor, rest_log_p: Tensor | None,
+    has_rest: Tensor, rows: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The divergence, and its derivatives to `given` and `rest`."""
+    value, to_given, to_rest = tails.topk(given, rest, log_p, rest_log_p, has_rest, *formula[:5])
+    if rows is not None:
+        value, to_rest = torch.where(rows, value, 0.0), torch.where(rows, to_rest, 0.0)
+        to_given = torch.where(rows[..., None], to_given, 0.0)
+    return value.to(formula.dtype), to_given, to_rest
+
+
+def _to_split(row_gradient: Tensor, to_given: Tensor, to_rest: Tensor) -> tuple[Tensor, Tensor]:
+    scale = row_gradient.to(to_rest.dtype)
+    return scale[..., None] * to_given, scale * to_rest
+
+
+def _pull(formula: _Formula, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
+    return *_to_split(*incoming, *kept), None, None, None, None
+
+
+_STEP = transforms.Step(_values, _pull)
+
+
 class _Divergence(torch.autograd.Function):
     """From a row's split (`remainder.Split`) to the divergence `[*]`."""
 
@@ -33,18 +58,21 @@ class _Divergence(torch.autograd.Function):
         ctx: Any, given: Tensor, rest: Tensor, log_p: Tensor, rest_log_p: Tensor | None, has_rest: Tensor,
         rows: Tensor | None, formula: _Formula,
     ) -> Tensor:  # fmt: skip
-        value, to_given, to_rest = tails.topk(given, rest, log_p, rest_log_p, has_rest, *formula[:5])
-        if rows is not None:
-            value, to_rest = torch.where(rows, value, 0.0), torch.where(rows, to_rest, 0.0)
-            to_given = torch.where(rows[..., None], to_given, 0.0)
-        ctx.save_for_backward(to_given, to_rest)
-        return value.to(formula.dtype)
+        value, *derivatives = _values(formula, given, rest, log_p, rest_log_p, has_rest, rows)
+        ctx.save_for_backward(*derivatives)
+        return value
 
     @staticmethod
     def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        to_given, to_rest = ctx.saved_tensors
-        scale = row_gradient.to(to_rest.dtype)
-        return scale[..., None] * to_given, scale * to_rest, None, None, None, None, None
+        return *_to_split(row_gradient, *ctx.saved_tensors), None, None, None, None, None
+
+
+def _divergence(*tensors: Tensor | None, formula: _Formula) -> Tensor:
+    """`_Divergence`, also under torch.func."""
+    if transforms.are_active():
+        return transforms.run(_STEP, formula, *tensors)[0]
+    value: Tensor = _Divergence.apply(*tensors, formula)
+    return value
 
 
 def topk_div(
@@ -139,7 +167,7 @@ def topk_div(
 
 def settle(
     student_logits: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, kind: str,
-    split: SplitRows = Split.apply, columns: int | None = None, *, tail: str,
+    split: SplitRows = split, columns: int | None = None, *, tail: str,
     teacher_tail_logprob: Tensor | None, validate: bool, return_mass: bool, **shared: Any,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`topk_div`, whatever splits the rows, of a vocabulary of `columns` or just these."""
@@ -171,11 +199,11 @@ def settle(
 
     logits, device, counts = last_contiguous(student_logits), student_logits.device, rows.counts
     if shift:
-        teacher_logprobs, teacher_ids = teacher_logprobs[:, :-1], teacher_ids[:, :-1]
+        teacher_logprobs, teacher_ids = teacher_logprobs[:, :-1], ordinary_rows(teacher_ids)[:, :-1]
         teacher_tail_logprob = None if teacher_tail_logprob is None else teacher_tail_logprob[:, :-1]
     wide = remainder.wide_dtype(device)
     columns = columns or vocab_size
-    ids = remainder.without_padding(teacher_ids.long(), teacher_logprobs, columns)
+    ids = remainder.unpadded(teacher_ids.long(), teacher_logprobs, constants=(columns,))
     here = remainder.present(ids, columns)
     has_rest = here.sum(-1) < columns
     log_p = torch.where(here, teacher_logprobs.to(wide), -torch.inf)
@@ -185,9 +213,9 @@ def settle(
         rest_log_p = torch.where(has_rest, teacher_tail_logprob.to(wide), -torch.inf)
     validate = validate or device.type == "cpu"
     if validate and tail != "renormalize":
-        log_p = remainder.check_mass(log_p, counts)
+        log_p = remainder.checked_mass(log_p, counts)
         if rest_log_p is not None:
-            rest_log_p = remainder.check_tail(rest_log_p, log_p, counts)
+            rest_log_p = remainder.checked_tail(rest_log_p, log_p, counts)
 
     scale = 1.0 / float(temperature)
     sweeps, window = tail != "renormalize", Window(vocab_size, shift)
@@ -199,8 +227,7 @@ def settle(
     formula = _Formula(*KINDS[kind].at(options.beta), tail, scale, resolution, dtype)
 
     def of(given: Tensor, rest: Tensor, some: Tensor | None) -> Tensor:
-        found: Tensor = _Divergence.apply(given, rest, log_p, rest_log_p, has_rest, some, formula)
-        return found
+        return _divergence(given, rest, log_p, rest_log_p, has_rest, some, formula=formula)
 
     per_row = rows.completed(
         of(given, rest, counts), lambda others: of(*split(logits, ids, others, call)[:2], others)

@@ -100,8 +100,8 @@ def test_second_derivative_raises_as_part_of_a_larger_loss(backend: str) -> None
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_derivatives_without_requires_grad_raise(backend: str, which: int, reduction: str) -> None:
-    # Forward mode and torch.func differentiate inputs that require no gradient: an operator called past the
-    # autograd.Function would answer them with zeros.
+    # Forward mode differentiates inputs that require no gradient: an operator called past the
+    # autograd.Function would answer it with zeros.
     sides = pair(3, 40)
     ones = torch.ones_like(sides[which])
 
@@ -114,9 +114,7 @@ def test_derivatives_without_requires_grad_raise(backend: str, which: int, reduc
         return rows(*(x if i == which else side for i, side in enumerate(sides))).sum()
 
     for function in (call, call_of_each_row):
-        with pytest.raises(RuntimeError, match="setup_context"):
-            torch.func.grad(function)(sides[which])
-        with pytest.raises(RuntimeError, match="setup_context"):
+        with pytest.raises(RuntimeError, match="jvp"):
             torch.func.jvp(function, (sides[which],), (ones,))
     with fwAD.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
         call(fwAD.make_dual(sides[which], ones))

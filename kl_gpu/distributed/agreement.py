@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import checks
+from .. import checks, transforms
 from . import collectives
 
 MODES = ("first", "always", "never")
@@ -103,6 +103,7 @@ def agree(
     Raises:
         ValueError: the ranks disagree; the message names the argument and the ranks.
     """
+    transforms.refuse(entry)
     mode = _mode(check)
     entries = _checked.setdefault(group, set())
     if mode == "never" or (mode == "first" and entry in entries):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, ops
-from ..autograd import Call, RowDivergence
+from ..autograd import Call, RowDivergence, keep
 from ..functional import settle
 from ..kinds import KINDS
 from ..options import Options
@@ -25,7 +25,7 @@ class _Shards(RowDivergence):
     ) -> Tensor:
         sides = call.window.of(student), call.window.of(teacher)
         value, stats, backend = whole_rows(*sides, rows, call, group, any(ctx.needs_input_grad[:2]))
-        ctx.save_for_backward(student, teacher, rows, stats)
+        keep(ctx, student, teacher, rows, stats)
         ctx.call = call._replace(backend=backend)
         return value
 

@@ -170,8 +170,7 @@ def vocab_parallel_token_stats(
     student, teacher = window.of(student), window.of(teacher)
     if labels is not None and counts is not None:
         labels = (labels[:, 1:] if shift else labels).long()
-        if labels.device.type == "cpu":
-            checks.labels_are_columns(labels, counts, shard.total)
+        checks.labels_are_columns(labels, counts, shard.total)
     with torch.no_grad():
         found = _merged(student, teacher, counts, labels, shard, scales, chosen, group)
     if counts is not None:

@@ -1,0 +1,176 @@
+"""What torch.func and forward-mode AD ask of an autograd.Function: `setup_context`, a vmap rule, a refusal.
+
+A Function with `setup_context` takes longer to call, and torch.compile refuses one with a `jvp`. So each
+Function of this package has its plain form for `backward()`, and a `Step` of the same two computations for
+everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+
+# Function.apply itself asks this. Should PyTorch no longer answer it, every call takes the Function.
+_are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def are_active() -> bool:
+    """Whether a transform of torch.func is at work, or forward-mode AD: tensors may carry derivatives that
+    `requires_grad` does not tell of."""
+    return _are_transforms_active() or getattr(fwAD, "_current_level", 0) >= 0
+
+
+def refuse(entry: str) -> None:
+    """Raise where a transform is active, in the name of an entry that has no rule for them."""
+    if are_active():
+        raise NotImplementedError(
+            f"kl_gpu.{entry} has no rule for torch.func's transforms or forward-mode AD (vmap, grad, jvp): "
+            "differentiate it by backward()"
+        )
+
+
+def ordinary(tensor: Tensor | None) -> Tensor | None:
+    """A tensor that autograd will save: of one made under `torch.inference_mode` an alias, anything else as
+    it is.
+
+    The alias shares the memory and counts its own versions, so nothing is copied, and nobody notices when
+    the tensor is modified before backward: an inference tensor keeps no count.
+    """
+    if tensor is None or not tensor.is_inference():
+        return tensor
+    with torch.no_grad():
+        alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        alias.set_(tensor)  # type: ignore[call-overload]
+    return alias
+
+
+@dataclass(frozen=True)
+class Step:
+    """One differentiable step, in functions of whole tensors.
+
+    Attributes:
+        run: (call, tensors...) to a tuple of tensors.
+        pull: (call, needs, incoming, tensors, kept) to the gradients of the tensors, None for those that
+            `needs` does not ask for; `incoming` belong to the first `values` outputs, `kept` are the others.
+        values: how many outputs are differentiable.
+        rowwise: whether all tensors have the same leading shape, so that a mapped dimension is one more of
+            it. Otherwise the samples run one after another.
+    """
+
+    run: Callable[..., tuple[Tensor, ...]]
+    pull: Callable[..., tuple[Tensor | None, ...]]
+    values: int = 1
+    rowwise: bool = True
+
+
+def run(step: Step, call: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """The step's outputs, differentiable once in reverse, under any nesting of vmap."""
+    outputs: tuple[Tensor, ...] = _Forward.apply(step, call, *tensors)
+    return outputs
+
+
+def _in_front(info: Any, dims: tuple[Any, ...], tensors: tuple[Any, ...]) -> list[Any]:
+    """The mapped dimension first in every tensor; one that is not mapped is repeated without a copy."""
+    return [
+        x
+        if not isinstance(x, Tensor)
+        else x.expand(info.batch_size, *x.shape)
+        if dim is None
+        else x.movedim(dim, 0)
+        for dim, x in zip(dims, tensors, strict=True)
+    ]
+
+
+def _one_by_one(
+    function: Any, constants: tuple[Any, ...], info: Any, dims: tuple[Any, ...], tensors: tuple[Any, ...]
+) -> tuple[Tensor, ...]:
+    samples = (
+        function.apply(
+            *constants,
+            *(x if dim is None else x.select(dim, i) for dim, x in zip(dims, tensors, strict=True)),
+        )
+        for i in range(info.batch_size)
+    )
+    return tuple(map(torch.stack, zip(*samples, strict=True)))
+
+
+def _mapped(function: Any, info: Any, dims: tuple[Any, ...], *arguments: Any) -> Any:
+    """The vmap rule of both Functions, whose first two or three arguments are constants."""
+    n = function.CONSTANTS
+    constants, tensors, dims = arguments[:n], arguments[n:], dims[n:]
+    if constants[0].rowwise:
+        outputs = function.apply(*constants, *_in_front(info, dims, tensors))
+    else:
+        outputs = _one_by_one(function, constants, info, dims, tensors)
+    return outputs, (0,) * len(outputs)
+
+
+def _refuse_forward_mode(ctx: Any, *_: Any) -> Any:
+    raise NotImplementedError(
+        "kl_gpu has no forward-mode derivatives (jvp, jacfwd, hessian): differentiate in reverse, by "
+        "backward(), torch.func.grad, vjp or jacrev"
+    )
+
+
+class _Forward(torch.autograd.Function):
+    """A step's outputs."""
+
+    CONSTANTS = 2
+
+    @staticmethod
+    def forward(step: Step, call: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return step.run(call, *tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        step, call, *tensors = inputs
+        kept = output[step.values :]
+        ctx.mark_non_differentiable(*kept)
+        ctx.save_for_backward(*map(ordinary, tensors), *kept)
+        ctx.step, ctx.call = step, call
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[2:]
+        found = iter(
+            _Backward.apply(ctx.step, ctx.call, needs, *incoming[: ctx.step.values], *ctx.saved_tensors)
+        )
+        return None, None, *(next(found) if need else None for need in needs)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return _mapped(_Forward, info, in_dims, *arguments)
+
+    jvp = staticmethod(_refuse_forward_mode)
+
+
+class _Backward(torch.autograd.Function):
+    """The gradients that are asked for. A Function: vmap has a rule then, and a second derivative raises."""
+
+    CONSTANTS = 3
+
+    @staticmethod
+    def forward(step: Step, call: Any, needs: tuple[bool, ...], *tensors: Tensor | None) -> Any:
+        incoming, others = tensors[: step.values], tensors[step.values :]
+        inputs, kept = others[: len(needs)], others[len(needs) :]
+        grads = step.pull(call, needs, incoming, inputs, kept)
+        return tuple(grad for grad, need in zip(grads, needs, strict=True) if need)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError("kl_gpu has no second derivatives: its gradients are not differentiable")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return _mapped(_Backward, info, in_dims, *arguments)
+
+    jvp = staticmethod(_refuse_forward_mode)
