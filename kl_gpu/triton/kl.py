@@ -16,6 +16,7 @@ from .tiles import (
     load_ragged,
     load_tile,
     log1p_minus,
+    log_probability_ratio,
     log_ratio,
     rebase,
     tile_ahead,
@@ -187,6 +188,8 @@ def careful_row(
 
     # Any c near the mean serves; the difference of the maxima keeps a common shift out of the sum.
     c_start = difference(m_a, m_b, a_scale, b_scale, SAME_SCALE)
+    if SAME_SCALE:
+        c_start = c_start * scale
     z_a = tl.zeros([R, VEC], CT)
     z_b = tl.zeros([R, VEC], CT)
     shift = tl.zeros([R, VEC], CT)
@@ -195,18 +198,18 @@ def careful_row(
         a = load_ragged(a_row, start, V, -INF, CT, R, VEC, LAYOUT)
         b = load_ragged(b_row, start, V, -INF, CT, R, VEC, LAYOUT)
         w = weights(a, k_a, n_a)
-        d = difference(a, b, a_scale, b_scale, SAME_SCALE)
         z_a += w
         z_b += weights(b, k_b, n_b)
         # Not from where one side is masked with a number: c would lie as far out, and round every x.
-        away = d - c_start
-        shift += tl.where(tl.abs(away) < 1e4, w * away, 0.0)
+        away = log_ratio(a, b, c_start, scale, a_scale, b_scale, SAME_SCALE, EXACT)
+        shift += tl.where(tl.abs(away) < 1e4 * tl.maximum(scale, 1.0), w * away, 0.0)
         holes |= ((a > -INF) & (b == -INF)).to(tl.int32)
     z_a = tl.sum(z_a)
     z_b = tl.sum(z_b)
-    c = c_start + tl.sum(shift) / z_a
-    if SAME_SCALE:
-        c = c * scale
+    # c in two numbers: one of 300 is rounded by 1.5e-5, beside which a divergence of 1e-12 would be lost.
+    exact_c = c_start.to(tl.float64) + (tl.sum(shift) / z_a).to(tl.float64)
+    c = exact_c.to(CT)
+    c_rest = (exact_c - c.to(tl.float64)).to(CT)
     inv_a = 1.0 / z_a  # in the terms, not behind the sums: x may be the lowest number, and w larger than 1
 
     a1 = tl.zeros([R, VEC], CT)
@@ -216,20 +219,23 @@ def careful_row(
         a = load_ragged(a_row, start, V, -INF, CT, R, VEC, LAYOUT)
         b = load_ragged(b_row, start, V, -INF, CT, R, VEC, LAYOUT)
         w = weights(a, k_a, n_a)
-        x = log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE, EXACT)
+        x = log_probability_ratio(a, b, c, c_rest, scale, a_scale, b_scale, SAME_SCALE, EXACT)
         x = tl.where((a == -INF) | (b == -INF), 0.0, x)  # a NaN stays
         far = (x > 2.0) | (a == -INF)
         mass_b += tl.where(far, weights(b, k_b, n_b), 0.0)
         p = w * inv_a
-        a1 += p * x
-        a2 += tl.where(far, -p - p * x, p * g(x))
+        # The lowest number over a temperature below 1 is infinite, and what has no weight counts as nothing.
+        nothing = (p == 0) & (x == x)
+        px = tl.where(nothing, 0.0, p * x)
+        a1 += px
+        a2 += tl.where(far, -p - px, tl.where(nothing, 0.0, p * g(x)))
 
     # Everything below is one number a row, in float64.
     z_a = z_a.to(tl.float64)
     z_b = z_b.to(tl.float64)
     a1 = tl.sum(a1).to(tl.float64)
     # b's sums are in units of e^gap of a's.
-    n_b_as_a = other_level(n_a, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
+    n_b_as_a = other_level(n_a, exact_c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
     gap = (n_b.to(tl.float64) - n_b_as_a) / LOG2E
     far_b = tl.exp(tl.minimum(gap, 60.0)) * tl.sum(mass_b).to(tl.float64) / z_a
     a2 = tl.sum(a2).to(tl.float64) + far_b
@@ -242,7 +248,7 @@ def careful_row(
     value = tl.where(near, a2 + rest, lam - a1)
     # NaN sums (a NaN, a +inf, a row of −inf) must stay NaN where there is a hole too.
     value = tl.where(hole, tl.where(value == value, INF, value), value)
-    return n_a, z_a, n_b, z_b, c, lam, value
+    return n_a, z_a, n_b, z_b, c, lam + c_rest.to(tl.float64), value
 
 
 @triton.jit

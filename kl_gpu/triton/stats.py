@@ -105,7 +105,7 @@ def _moved(
     to_n = tl.maximum(level(tl.max(top_a), k_a), n)
     to_n_b = tl.maximum(level(tl.max(top_b), k_b), n_b)
     s = tl.exp2(n - to_n)
-    mass_a = tl.sum(weights(a, k_a, to_n) + 0.0).to(tl.float64) + (tl.sum(z) * s).to(tl.float64)
+    mass_a = tl.sum(weights(a, k_a, to_n)).to(tl.float64) + (tl.sum(z) * s).to(tl.float64)
     mass_b = tl.sum(weights(b, k_b, to_n_b)).to(tl.float64)
     mass_b += (tl.sum(zb) / to_a).to(tl.float64) * tl.exp2((n_b - to_n_b).to(tl.float64))
     to_c = tl.log(mass_b / mass_a) + (to_n_b - to_n).to(tl.float64) * _LN2
@@ -323,8 +323,8 @@ def _weighted_exponents(
     total = tl.zeros([R, VEC], CT)
     for start in range(0, V, R * VEC):
         logit = load_ragged(row, start, V, -float("inf"), CT, R, VEC, LAYOUT)
-        e = exponent(logit, k, n)
-        total += tl.where(logit == -float("inf"), 0.0, tl.exp2(e) * e)
+        e = tl.maximum(exponent(logit, k, n), -10000.0)  # 0 · −inf has no place in the sum
+        total += tl.exp2(e) * e
     return tl.sum(total).to(tl.float64)
 
 
