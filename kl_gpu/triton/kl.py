@@ -50,17 +50,18 @@ def _tile_reference(a, b, w, valid, scale, a_scale, b_scale, SAME_SCALE: tl.cons
 
 
 @triton.jit
-def other_level(n, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr):
-    """The n_b with 2^(k_b·b − n_b) = w·eˣ, in float64: side b's exponent as side a's weights see it.
+def other_level(n, n_b, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr):
+    """The level with 2^(k_b·b − level) = w·eˣ, in float64: side b's exponent as side a's weights see it.
 
     Corrected for the rounding of k_a and k_b to float32, which would show at logits of a thousand, and of the
-    scale that x and so c were taken with, which would at sides a few hundred apart.
+    scale that x and so c were taken with, which would at sides a few hundred apart. b's mass lies about its
+    own level n_b, which at small temperatures may be thousands away from where c puts it.
     """
     n, c, k_a, k_b = n.to(tl.float64), c.to(tl.float64), k_a.to(tl.float64), k_b.to(tl.float64)
     if SAME_SCALE:
         c *= a_scale / scale.to(tl.float64)
-    n_b = n + c * LOG2E - (k_a - a_scale * LOG2E) * (n / k_a)
-    return n_b + (k_b - b_scale * LOG2E) * (n_b / k_b)
+    level_b = n + c * LOG2E - (k_a - a_scale * LOG2E) * (n / k_a)
+    return level_b + (k_b - b_scale * LOG2E) * (n_b.to(tl.float64) / k_b)
 
 
 @triton.jit
@@ -101,7 +102,7 @@ def _moved(
     # b is measured from its own maximum, where exponents are small, and brought to a's by one factor: an
     # exponent of 64 or more would be rounded by 2.6e-6.
     n_b = level(tl.max(b), k_b)
-    n_b_as_a = other_level(n_step, c_step, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
+    n_b_as_a = other_level(n_step, n_b, c_step, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
     to_a = tl.exp2(n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
     return n_step, c_step, n_b, to_a, z, a1, a2
 
@@ -235,7 +236,7 @@ def careful_row(
     z_b = z_b.to(tl.float64)
     a1 = tl.sum(a1).to(tl.float64)
     # b's sums are in units of e^gap of a's.
-    n_b_as_a = other_level(n_a, exact_c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
+    n_b_as_a = other_level(n_a, n_b, exact_c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
     gap = (n_b.to(tl.float64) - n_b_as_a) / LOG2E
     far_b = tl.exp(tl.minimum(gap, 60.0)) * tl.sum(mass_b).to(tl.float64) / z_a
     a2 = tl.sum(a2).to(tl.float64) + far_b
@@ -338,7 +339,7 @@ def store_row(
 ):  # fmt: skip
     """Value and statistics of a row from its state; rows that the state cannot do are swept again here."""
     value, lam, good = finish(z_a, a1, a2)
-    n_b_as_a = other_level(n, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
+    n_b_as_a = other_level(n, n_b, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
     z_b = z_a * tl.exp(lam) * tl.exp2(n_b_as_a - n_b.to(tl.float64))
     if EXACT:
         # 0.75 − 1e-6 needs 26 bits: fl(b − a) is off by up to 2^-25·|c|, which shows in D where c is far

@@ -114,7 +114,7 @@ def _moved(
     ea = (ea + (n - to_n) * z) * s
     eb = (eb + (n_b - to_n_b) * zb) * (tl.exp2(-h * LOG2E) * s)
     z, a1, a2, zb, b2, lost_a, lost_b = _rebase_both(z, a1, a2, zb, b2, lost_a, lost_b, h, s)
-    n_b_as_a = other_level(to_n, to_c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
+    n_b_as_a = other_level(to_n, to_n_b, to_c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
     to_a = tl.exp2(to_n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
     return to_n, to_c, to_n_b, to_a, z, a1, a2, zb, b2, ea, eb, lost_a, lost_b
 
@@ -377,7 +377,7 @@ def token_stats_rows_kernel(
         forward, _, good = finish(z, a1, gap - a1)
         reverse, _, good_b = finish(zb, -(gap + b2), b2)
         # Exponents of 2: a sums to 2^log_a, b to 2^log_b.
-        n_b_as_a = other_level(n, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
+        n_b_as_a = other_level(n, n_b, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
         log_a = tl.log2(z)
         log_b = tl.log2(zb) + (n_b_as_a - n_b)
         entropy_a = log_a - ea / z
