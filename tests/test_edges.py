@@ -248,7 +248,7 @@ def test_columns_masked_with_a_number(backend: str, kind: str, dtype, low: float
 def test_the_lowest_number_over_a_temperature_below_1(
     backend: str, kind: str, dtype: torch.dtype, temperatures: tuple[float, float], masked: str
 ) -> None:
-    """The scaled logit is −inf in float32; the column still exists, and what has no weight there is finite."""
+    """The scaled logit is −inf in float32; the column exists, and what has no weight there is finite."""
     options = {"temperature": temperatures[0], "teacher_temperature": temperatures[1]}
     logits = dict(zip(("student", "teacher"), (x.to(dtype) for x in pair(3, 1030)), strict=True))
     other = logits["teacher" if masked == "student" else "student"]
@@ -301,6 +301,6 @@ def test_a_tiny_divergence_of_sides_far_apart(backend: str, kind: str, offset: f
     teacher[:, 700] = 23.0
     student = teacher + offset
     student[:, :600] += 2.0**-10 * torch.randn(4, 600, device=DEVICE)
-    value, *grads = evaluate(student, teacher, kind, backend)
+    value, *_ = evaluate(student, teacher, kind, backend)
     assert (expected(student, teacher, kind) > 1e-15).all()
     check_value(value, student, teacher, kind, backend, f"offset {offset}")

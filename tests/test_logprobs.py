@@ -309,7 +309,7 @@ def test_refused(
 
 @pytest.mark.parametrize("offset", [1.2e7, -1.3e7])
 def test_logits_past_2_to_24(backend: str, offset: float) -> None:
-    """In units of ln 2: there float32 neighbours lie a nat and more apart, and no multiple of log2 e is exact."""
+    """In units of ln 2: float32 neighbours lie a nat and more apart there, no multiple of log2 e is exact."""
     logits = offset + torch.randint(-3, 1, (4, 300), device=DEVICE).float()
     logits[:, 5] += 2
     check(logits, logits.argmin(-1), backend, f"offset {offset}")

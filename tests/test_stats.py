@@ -468,7 +468,7 @@ def test_a_label_outside_does_not_matter_where_the_row_does_not_count() -> None:
     assert token_stats(S, T, labels, mask=mask).student_logprob[0, 1] == 0
 
 
-# -- rows of a trained model: few tops above a floor, and not the same on both sides ---------------------------
+# -- rows of a trained model: few tops above a floor, and not the same on both sides -------------------------
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -480,7 +480,7 @@ def test_a_label_outside_does_not_matter_where_the_row_does_not_count() -> None:
     ],
 )
 def test_tops_in_different_tiles(backend: str, tops: tuple[tuple[int, int, int], ...], swapped: bool) -> None:
-    """Columns seen from where one side's top lies lose the other side's sum when that side's own top comes."""
+    """Columns seen from where one side's top lies lose the other's sum when that side's top comes."""
     student, teacher = torch.full((2, 1, 4096), -20.0, device=DEVICE)
     for column, s, t in tops:
         student[0, column], teacher[0, column] = s, t

@@ -616,7 +616,7 @@ def test_the_page_states_what_the_tails_give() -> None:
 
 @pytest.mark.parametrize("tail", ["bucket", "student_full", "renormalize"])
 def test_logits_past_2_to_24(backend: str, tail: str) -> None:
-    """In units of ln 2, where float32 logits lie a nat apart; the rest of the row is summed from differences."""
+    """In units of ln 2, float32 logits lie a nat apart there; the rest is summed from differences."""
     student = 1.3e7 + torch.randint(-3, 1, (3, 300), device=DEVICE).float()
     _, logprobs, ids = known(3, 300, 5)
     student.scatter_(1, ids, 1.3e7 + torch.randint(0, 4, (3, 5), device=DEVICE).float())

@@ -41,8 +41,8 @@ from .tiles import (
     write_zeros,
 )
 
-# Row statistics, in float64: n and 1/Z, so that pi_j = 2^(k·logit − n)/Z, the entropy in nats, and u. In a vast
-# row 1/Z is negative, and n belongs to the largest logit itself.
+# Row statistics, in float64: n and 1/Z, so that pi_j = 2^(k·logit − n)/Z, the entropy in nats, and u. In a
+# vast row 1/Z is negative, and n belongs to the largest logit itself.
 _STATS = tl.constexpr(STATS)
 # From here on float32 does not hold n to a power of 2.
 _VAST = tl.constexpr(16777216.0)

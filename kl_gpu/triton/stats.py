@@ -57,9 +57,9 @@ def _rebase_both(z, a1, a2, zb, b2, lost_a, lost_b, h, s):
     """Bring sums taken about c to c + h and to weights s·w; lost_a and lost_b say what a2 and b2 have lost.
 
     a2 and b2 have two forms each. Terms of the first are small where h is, and cancel where most of b's mass
-    lies far above c and c rises to it, or most of a's far below and c falls. The second takes the other side's
-    mass, known by itself, and cancels where h is small. What cancelled in the better one took digits with it:
-    a2 is good to the rounding of a2 + lost_a.
+    lies far above c and c rises to it, or most of a's far below and c falls. The second takes the other
+    side's mass, known by itself, and cancels where h is small. What cancelled in the better one took digits
+    with it: a2 is good to the rounding of a2 + lost_a.
     """
     gap = _gap(z, a1, a2, zb)
     b1 = -(gap + b2)
@@ -99,8 +99,8 @@ def _moved(
 ):  # fmt: skip
     """References moved to a tile that holds a new maximum of a or of b, and the sums brought to them.
 
-    c goes to where log(Z_b/Z_a) lies with the tile counted: about it nothing cancels in the end. About that of
-    this tile alone, b's mass in others would be seen from afar.
+    c goes to where log(Z_b/Z_a) lies with the tile counted: about it nothing cancels in the end. About that
+    of this tile alone, b's mass in others would be seen from afar.
     """
     to_n = tl.maximum(level(tl.max(top_a), k_a), n)
     to_n_b = tl.maximum(level(tl.max(top_b), k_b), n_b)
@@ -163,7 +163,8 @@ def _accumulate(
     ea += tl.sum(w * e_a, axis=1)
     eb += tl.sum(u * e_b, axis=1)
     return (
-        n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, lost_a, lost_b, limit_a, limit_b, top_a, at_a, top_b, at_b,
+        n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, lost_a, lost_b, limit_a, limit_b,
+        top_a, at_a, top_b, at_b,
     )  # fmt: skip
 
 
