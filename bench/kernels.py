@@ -210,7 +210,7 @@ def entries() -> Iterator[Entry]:
     for kind in ("remainder", "remainder, entropy"):
         yield RemainderEntry("value", kind, "remainder", True, "", (0,), reads=1, ahead=1)
         yield RemainderEntry(
-            "gradient", kind, "remainder", False, "", (-1,), reads=1, writes=1, gcn_loops=(-1,)
+            "gradient", kind, "remainder", False, "", (-1,), reads=1, writes=1, gcn_loops=(0,)
         )
 
 

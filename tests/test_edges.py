@@ -240,3 +240,67 @@ def test_columns_masked_with_a_number(backend: str, kind: str, dtype, low: float
     assert (np.isinf(got) | (np.abs(got / want[vast] - 1) < 1e-3)).all()
     if not vast.any():
         check_gradients(student, teacher, tuple(grads), kind, backend, f"masked {masked} {low}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperatures", [(0.5, 0.5), (0.5, 1.3)])
+@pytest.mark.parametrize("masked", ["student", "teacher"])
+def test_the_lowest_number_over_a_temperature_below_1(
+    backend: str, kind: str, dtype: torch.dtype, temperatures: tuple[float, float], masked: str
+) -> None:
+    """The scaled logit is −inf in float32; the column exists, and what has no weight there is finite."""
+    options = {"temperature": temperatures[0], "teacher_temperature": temperatures[1]}
+    logits = dict(zip(("student", "teacher"), (x.to(dtype) for x in pair(3, 1030)), strict=True))
+    other = logits["teacher" if masked == "student" else "student"]
+    low, high = logits[masked], other
+    low[0, 3] = low[1, 700:] = torch.finfo(dtype).min
+    high[1, 700:] = -1000.0  # no mass opposite: every divergence is finite there
+    value, *grads = evaluate(**logits, kind=kind, backend=backend, **options)
+    want = expected(logits["student"], logits["teacher"], kind, **options)
+    fine = want <= 1e2
+    assert fine[1:].all()
+    rows = torch.as_tensor(fine, device=DEVICE)
+    student, teacher = logits["student"][rows], logits["teacher"][rows]
+    where = f"lowest {masked} T={temperatures}"
+    check_value(value[rows], student, teacher, kind, backend, where, **options)
+    check_gradients(student, teacher, tuple(g[rows] for g in grads), kind, backend, where, **options)
+    assert (value[~rows] > 1e2).all()
+
+
+@pytest.mark.parametrize("temperatures", [(1e-6, 1e-6), (1e-3, 1e-3), (1.0, 1e-6), (1e-5, 1.0)])
+def test_temperatures_near_0(backend: str, kind: str, temperatures: tuple[float, float]) -> None:
+    """Most rows are one column a side then; tops that agree, that differ, and that are nearly equal."""
+    options = {"temperature": temperatures[0], "teacher_temperature": temperatures[1]}
+    student, teacher = pair(5, 300)
+    student[1, 7], teacher[1, 7] = 20.0, 21.0
+    student[2, 250], teacher[2, 7] = 20.0, 21.0
+    # Opposite two columns of much the same probability in a soft teacher lies one of a hard student.
+    student[3, [9, 200]] = torch.tensor((20.8, 20.75), device=DEVICE)
+    teacher[3, [9, 200]] = torch.tensor((9.0, 9.1), device=DEVICE)
+    student[4], teacher[4] = teacher[4], teacher[4].clone()
+    value, *grads = evaluate(student, teacher, kind, backend, **options)
+    want = expected(student, teacher, kind, **options)
+    check_value(value, student, teacher, kind, backend, f"T={temperatures}", **options)
+    vast = to_numpy(value)[want > 1e2]
+    assert (vast > 1e2).all()
+    assert temperatures[0] != temperatures[1] or value[4] == 0
+    fine = torch.as_tensor(want <= 1e2, device=DEVICE)
+    if fine.any():
+        check_gradients(
+            student[fine], teacher[fine], tuple(g[fine] for g in grads), kind, backend, f"T={temperatures}",
+            **options,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("offset", [300.0, -300.0])
+def test_a_tiny_divergence_of_sides_far_apart(backend: str, kind: str, offset: float) -> None:
+    """float32 holds log Z_b − log Z_a only to 1.5e-5 there, whose square is larger than the divergence."""
+    if kind == "tv":
+        pytest.skip("of first order in the logits")
+    teacher = torch.randn(4, 1030, device=DEVICE)
+    teacher[:, 700] = 23.0
+    student = teacher + offset
+    student[:, :600] += 2.0**-10 * torch.randn(4, 600, device=DEVICE)
+    value, *_ = evaluate(student, teacher, kind, backend)
+    assert (expected(student, teacher, kind) > 1e-15).all()
+    check_value(value, student, teacher, kind, backend, f"offset {offset}")

@@ -326,3 +326,35 @@ def test_refused(
         kl_gpu.token_logprobs(X, I)
     with pytest.raises(error, match=re.compile(message, re.DOTALL)):
         kl_gpu.token_logprobs(**{"logits": X, "token_ids": I} | arguments)
+
+
+@pytest.mark.parametrize("offset", [1.2e7, -1.3e7])
+def test_logits_past_2_to_24(backend: str, offset: float) -> None:
+    """In units of ln 2: float32 neighbours lie a nat and more apart there, no multiple of log2 e is exact."""
+    logits = offset + torch.randint(-3, 1, (4, 300), device=DEVICE).float()
+    logits[:, 5] += 2
+    check(logits, logits.argmin(-1), backend, f"offset {offset}")
+    level = torch.full((2, 300), 100 * offset, device=DEVICE)
+    logprob = kl_gpu.token_logprobs(level, torch.tensor([3, 299], device=DEVICE), backend=backend)
+    np.testing.assert_allclose(to_numpy(logprob), -np.log(300), rtol=RELATIVE)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-5, 1e-3])
+def test_temperatures_near_0(backend: str, temperature: float) -> None:
+    logits, ids = given(4, 300)
+    logits[:, 9] = logits[:, 200] = 15.0
+    ids[:2], ids[2] = 9, 7
+    logits[3, 200] += 2.0**-20  # of the float32 neighbours
+    logprob, entropy = kl_gpu.token_logprobs(
+        logits, ids, temperature=temperature, entropy=True, backend=backend
+    )
+    want = reference_topk.token_logprobs(to_numpy(logits), ids.cpu().numpy(), temperature)
+    np.testing.assert_allclose(to_numpy(logprob), want, rtol=RELATIVE)
+    spread = reference_topk.entropy(to_numpy(logits), temperature)
+    assert spread.max() > 0.6
+    np.testing.assert_allclose(to_numpy(entropy), spread, rtol=RELATIVE, atol=2e-7)
+    leaf = logits.requires_grad_()
+    logprob = kl_gpu.token_logprobs(leaf, ids, temperature=temperature, backend=backend)
+    (grad,) = torch.autograd.grad(logprob.sum(), leaf)
+    exact = reference_topk.token_gradients(to_numpy(logits), ids.cpu().numpy(), temperature)[0]
+    np.testing.assert_allclose(to_numpy(grad), exact, rtol=1e-5, atol=GRADIENT / temperature)

@@ -17,13 +17,15 @@ from support import DEVICE, RELATIVE, expected, is_slow, pair, to_numpy
 compiled = pytest.mark.skipif(not native.available(), reason="installed without its kernels")
 
 
-def merged(student: torch.Tensor, teacher: torch.Tensor, cuts: list[int], backend: str) -> np.ndarray:
+def merged(
+    student: torch.Tensor, teacher: torch.Tensor, cuts: list[int], backend: str, scale: float = 1.0
+) -> np.ndarray:
     """KL(teacher‖student) from shards cut at these columns."""
     found = []
     for first, last in pairwise(cuts):
         s, t = student[:, first:last].contiguous(), teacher[:, first:last].contiguous()
-        value, stats = ops.value(s, t, None, "forward_kl", 0.0, 1.0, 1.0, backend)
-        found.append(states.packed(t, s, None, stats, [value], (1.0, 1.0), backend)[0])
+        value, stats = ops.value(s, t, None, "forward_kl", 0.0, scale, scale, backend)
+        found.append(states.packed(t, s, None, stats, [value], (scale, scale), backend)[0])
     return to_numpy(states.merged(torch.stack(found), backend)[0][2])
 
 
@@ -55,6 +57,15 @@ def test_the_part_between_the_shards_counts(backend: str) -> None:
     want = expected(student, teacher, "forward_kl")
     assert want > 1e-12
     np.testing.assert_allclose(merged(student, teacher, [0, 4, 8], backend), want, rtol=RELATIVE)
+
+
+def test_columns_at_the_lowest_number_below_temperature_1(backend: str) -> None:
+    """The teacher's scaled logits are −inf there in float32, and the student's mass still counts."""
+    student, teacher = pair(3, 300)
+    teacher[:, 100:200] = torch.finfo(torch.float32).min
+    want = expected(student, teacher, "forward_kl", temperature=0.5)
+    got = merged(student, teacher, [0, 150, 300], backend, 2.0)
+    assert (np.abs(got - want) <= RELATIVE * want).all()
 
 
 def states_of_ranks(ranks: int, kls: int) -> torch.Tensor:

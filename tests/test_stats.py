@@ -475,3 +475,61 @@ def test_a_label_outside_does_not_matter_where_the_row_does_not_count() -> None:
     labels = LABELS.clone()
     labels[0, 1] = 99
     assert token_stats(S, T, labels, mask=mask).student_logprob[0, 1] == 0
+
+
+# -- rows of a trained model: few tops above a floor, and not the same on both sides -------------------------
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(
+    "tops",
+    [
+        ((10, 13, 0), (260, 12, 14), (500, 8, -17)),
+        ((3758, 15, -2), (3291, -18, -4), (2692, 10, -22)),
+    ],
+)
+def test_tops_in_different_tiles(backend: str, tops: tuple[tuple[int, int, int], ...], swapped: bool) -> None:
+    """Columns seen from where one side's top lies lose the other's sum when that side's top comes."""
+    student, teacher = torch.full((2, 1, 4096), -20.0, device=DEVICE)
+    for column, s, t in tops:
+        student[0, column], teacher[0, column] = s, t
+    if swapped:
+        student, teacher = teacher, student
+    check(token_stats(student, teacher, backend=backend), student, teacher, None, backend, f"tops {tops[0]}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_tops_anywhere(backend: str, dtype: torch.dtype) -> None:
+    """Single tokens of both sides drawn one by one, as the rows of two trained models have them."""
+    n = 6 if interpreted(backend) else 400
+    generator = torch.Generator().manual_seed(9)
+
+    def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    teacher = uniform(n, 1) * 4 * torch.randn(n, 4096, generator=generator, dtype=torch.float64) - 12
+    student = teacher + uniform(n, 1) * torch.randn(n, 4096, generator=generator, dtype=torch.float64)
+    for _ in range(5):
+        column = torch.where(uniform(n, 1) < 0.4, 64, 4096) * uniform(n, 1)
+        for side in (student, teacher):
+            side.scatter_(1, column.long(), uniform(n, 1, low=-22.0, high=18.0))
+    student, teacher = student.to(DEVICE, dtype), teacher.to(DEVICE, dtype)
+    labels = torch.where(torch.arange(n, device=DEVICE) % 2 == 0, student.argmax(-1), teacher.argmax(-1))
+    found = token_stats(student, teacher, labels, backend=backend)
+    check(found, student, teacher, labels, backend, f"few tops {dtype}")
+
+
+@pytest.mark.parametrize("temperatures", [(0.5, 0.5), (1.0, 1.0), (0.5, 1.3), (1e-6, 1e-6)])
+@pytest.mark.parametrize("masked", ["student", "teacher"])
+def test_columns_at_the_lowest_number(backend: str, temperatures: tuple[float, float], masked: str) -> None:
+    options = {"temperature": temperatures[0], "teacher_temperature": temperatures[1]}
+    student, teacher = pair(3, 300)
+    low, other = (student, teacher) if masked == "student" else (teacher, student)
+    low[:, 100:] = torch.finfo(torch.float32).min
+    other[:, 100:] = -200.0  # no mass opposite, or one of the KLs would be vast
+    other[:, 7] = low[:, 7] = 20.0
+    labels = torch.tensor([7, 3, 7], device=DEVICE)
+    found = token_stats(student, teacher, labels, backend=backend, **options)
+    for name in NAMES[2:]:
+        assert torch.isfinite(getattr(found, name)).all(), name
+    check(found, student, teacher, labels, backend, f"lowest {masked} T={temperatures}", **options)

@@ -794,3 +794,12 @@ def test_the_page_states_what_the_tails_give() -> None:
     page = (Path(__file__).parent.parent / "docs" / "offline-distillation.md").read_text()
     for k, figures in known_tails():
         assert f"| {k} | " + " | ".join(f"{x:.4f}" for x in figures) + " |" in page
+
+
+@pytest.mark.parametrize("tail", ["bucket", "student_full", "renormalize"])
+def test_logits_past_2_to_24(backend: str, tail: str) -> None:
+    """In units of ln 2, float32 logits lie a nat apart there; the rest is summed from differences."""
+    student = 1.3e7 + torch.randint(-3, 1, (3, 300), device=DEVICE).float()
+    _, logprobs, ids = known(3, 300, 5)
+    student.scatter_(1, ids, 1.3e7 + torch.randint(0, 4, (3, 5), device=DEVICE).float())
+    check(student, logprobs, ids, "forward_kl", tail, backend, "past 2^24")

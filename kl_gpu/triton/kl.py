@@ -16,6 +16,7 @@ from .tiles import (
     load_ragged,
     load_tile,
     log1p_minus,
+    log_probability_ratio,
     log_ratio,
     rebase,
     tile_ahead,
@@ -49,17 +50,18 @@ def _tile_reference(a, b, w, valid, scale, a_scale, b_scale, SAME_SCALE: tl.cons
 
 
 @triton.jit
-def other_level(n, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr):
-    """The n_b with 2^(k_b·b − n_b) = w·eˣ, in float64: side b's exponent as side a's weights see it.
+def other_level(n, n_b, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr):
+    """The level with 2^(k_b·b − level) = w·eˣ, in float64: side b's exponent as side a's weights see it.
 
     Corrected for the rounding of k_a and k_b to float32, which would show at logits of a thousand, and of the
-    scale that x and so c were taken with, which would at sides a few hundred apart.
+    scale that x and so c were taken with, which would at sides a few hundred apart. b's mass lies about its
+    own level n_b, which at small temperatures may be thousands away from where c puts it.
     """
     n, c, k_a, k_b = n.to(tl.float64), c.to(tl.float64), k_a.to(tl.float64), k_b.to(tl.float64)
     if SAME_SCALE:
         c *= a_scale / scale.to(tl.float64)
-    n_b = n + c * LOG2E - (k_a - a_scale * LOG2E) * (n / k_a)
-    return n_b + (k_b - b_scale * LOG2E) * (n_b / k_b)
+    level_b = n + c * LOG2E - (k_a - a_scale * LOG2E) * (n / k_a)
+    return level_b + (k_b - b_scale * LOG2E) * (n_b.to(tl.float64) / k_b)
 
 
 @triton.jit
@@ -100,7 +102,7 @@ def _moved(
     # b is measured from its own maximum, where exponents are small, and brought to a's by one factor: an
     # exponent of 64 or more would be rounded by 2.6e-6.
     n_b = level(tl.max(b), k_b)
-    n_b_as_a = other_level(n_step, c_step, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
+    n_b_as_a = other_level(n_step, n_b, c_step, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
     to_a = tl.exp2(n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
     return n_step, c_step, n_b, to_a, z, a1, a2
 
@@ -187,6 +189,8 @@ def careful_row(
 
     # Any c near the mean serves; the difference of the maxima keeps a common shift out of the sum.
     c_start = difference(m_a, m_b, a_scale, b_scale, SAME_SCALE)
+    if SAME_SCALE:
+        c_start = c_start * scale
     z_a = tl.zeros([R, VEC], CT)
     z_b = tl.zeros([R, VEC], CT)
     shift = tl.zeros([R, VEC], CT)
@@ -195,18 +199,18 @@ def careful_row(
         a = load_ragged(a_row, start, V, -INF, CT, R, VEC, LAYOUT)
         b = load_ragged(b_row, start, V, -INF, CT, R, VEC, LAYOUT)
         w = weights(a, k_a, n_a)
-        d = difference(a, b, a_scale, b_scale, SAME_SCALE)
         z_a += w
         z_b += weights(b, k_b, n_b)
         # Not from where one side is masked with a number: c would lie as far out, and round every x.
-        away = d - c_start
-        shift += tl.where(tl.abs(away) < 1e4, w * away, 0.0)
+        away = log_ratio(a, b, c_start, scale, a_scale, b_scale, SAME_SCALE, EXACT)
+        shift += tl.where(tl.abs(away) < 1e4 * tl.maximum(scale, 1.0), w * away, 0.0)
         holes |= ((a > -INF) & (b == -INF)).to(tl.int32)
     z_a = tl.sum(z_a)
     z_b = tl.sum(z_b)
-    c = c_start + tl.sum(shift) / z_a
-    if SAME_SCALE:
-        c = c * scale
+    # c in two numbers: one of 300 is rounded by 1.5e-5, beside which a divergence of 1e-12 would be lost.
+    exact_c = c_start.to(tl.float64) + (tl.sum(shift) / z_a).to(tl.float64)
+    c = exact_c.to(CT)
+    c_rest = (exact_c - c.to(tl.float64)).to(CT)
     inv_a = 1.0 / z_a  # in the terms, not behind the sums: x may be the lowest number, and w larger than 1
 
     a1 = tl.zeros([R, VEC], CT)
@@ -216,20 +220,23 @@ def careful_row(
         a = load_ragged(a_row, start, V, -INF, CT, R, VEC, LAYOUT)
         b = load_ragged(b_row, start, V, -INF, CT, R, VEC, LAYOUT)
         w = weights(a, k_a, n_a)
-        x = log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE, EXACT)
+        x = log_probability_ratio(a, b, c, c_rest, scale, a_scale, b_scale, SAME_SCALE, EXACT)
         x = tl.where((a == -INF) | (b == -INF), 0.0, x)  # a NaN stays
         far = (x > 2.0) | (a == -INF)
         mass_b += tl.where(far, weights(b, k_b, n_b), 0.0)
         p = w * inv_a
-        a1 += p * x
-        a2 += tl.where(far, -p - p * x, p * g(x))
+        # The lowest number over a temperature below 1 is infinite, and what has no weight counts as nothing.
+        nothing = (p == 0) & (x == x)
+        px = tl.where(nothing, 0.0, p * x)
+        a1 += px
+        a2 += tl.where(far, -p - px, tl.where(nothing, 0.0, p * g(x)))
 
     # Everything below is one number a row, in float64.
     z_a = z_a.to(tl.float64)
     z_b = z_b.to(tl.float64)
     a1 = tl.sum(a1).to(tl.float64)
     # b's sums are in units of e^gap of a's.
-    n_b_as_a = other_level(n_a, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
+    n_b_as_a = other_level(n_a, n_b, exact_c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
     gap = (n_b.to(tl.float64) - n_b_as_a) / LOG2E
     far_b = tl.exp(tl.minimum(gap, 60.0)) * tl.sum(mass_b).to(tl.float64) / z_a
     a2 = tl.sum(a2).to(tl.float64) + far_b
@@ -242,7 +249,7 @@ def careful_row(
     value = tl.where(near, a2 + rest, lam - a1)
     # NaN sums (a NaN, a +inf, a row of −inf) must stay NaN where there is a hole too.
     value = tl.where(hole, tl.where(value == value, INF, value), value)
-    return n_a, z_a, n_b, z_b, c, lam, value
+    return n_a, z_a, n_b, z_b, c, lam + c_rest.to(tl.float64), value
 
 
 @triton.jit
@@ -332,7 +339,7 @@ def store_row(
 ):  # fmt: skip
     """Value and statistics of a row from its state; rows that the state cannot do are swept again here."""
     value, lam, good = finish(z_a, a1, a2)
-    n_b_as_a = other_level(n, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
+    n_b_as_a = other_level(n, n_b, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
     z_b = z_a * tl.exp(lam) * tl.exp2(n_b_as_a - n_b.to(tl.float64))
     if EXACT:
         # 0.75 − 1e-6 needs 26 bits: fl(b − a) is off by up to 2^-25·|c|, which shows in D where c is far

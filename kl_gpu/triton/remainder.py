@@ -21,6 +21,7 @@ from .tiles import (
     LOG2E,
     NO_REFERENCE,
     exponent,
+    fma,
     level,
     load_one,
     load_ragged,
@@ -40,8 +41,11 @@ from .tiles import (
     write_zeros,
 )
 
-# Row statistics, in float64: n and 1/Z, so that pi_j = 2^(k·logit − n)/Z, the entropy in nats, and u.
+# Row statistics, in float64: n and 1/Z, so that pi_j = 2^(k·logit − n)/Z, the entropy in nats, and u. In a
+# vast row 1/Z is negative, and n belongs to the largest logit itself.
 _STATS = tl.constexpr(STATS)
+# From here on float32 does not hold n to a power of 2.
+_VAST = tl.constexpr(16777216.0)
 
 
 @triton.jit
@@ -112,6 +116,40 @@ def _sweep(
     return n, tl.sum(z), tl.sum(t)
 
 
+@triton.jit
+def _vast_weights(x, top, k, k_rest):
+    """2^((k + k_rest) (x − top)) and its exponent: the difference is exact where the products are not."""
+    d = tl.maximum(x - top, -1e30)  # the lowest number less a large one is −inf, and −inf − top too
+    y = d * k
+    return tl.exp2(y) * (1.0 + (fma(d, k, -y) + d * k_rest) * 0.6931471805599453), tl.maximum(y, -10000.0)
+
+
+@triton.jit
+def _vast_sweep(
+    row, marks, V, k, k_rest, CT: tl.constexpr, ENTROPY: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """The largest logit of the columns that are not given, and the sums about it. Two sweeps."""
+    top = tl.full([R, VEC], -float("inf"), CT)
+    for start in range(0, V, R * VEC):
+        x = load_ragged(row, start, V, -float("inf"), CT, R, VEC, LAYOUT)
+        x = tl.where(_is_given(marks, start, R, VEC), -float("inf"), x)
+        top = tl.maximum(top, x)
+    top = tl.max(top)
+    top = tl.where(top == -float("inf"), 0.0, top)  # no column: weights of 0, not of NaN
+    z = tl.zeros([R], CT)
+    t = tl.zeros([R], CT)
+    for start in range(0, V, R * VEC):
+        x = load_ragged(row, start, V, -float("inf"), CT, R, VEC, LAYOUT)
+        x = tl.where(_is_given(marks, start, R, VEC), -float("inf"), x)
+        w, y = _vast_weights(x, top, k, k_rest)
+        w = tl.where(x == -float("inf"), 0.0, tl.where(x == x, w, x))
+        z += tl.sum(w, axis=1)
+        if ENTROPY:
+            t += tl.sum(w * y, axis=1)
+    return top, tl.sum(z), tl.sum(t)
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_inner", "n_ids", "words"])
 def remainder_kernel(
     x_ptr, ids_ptr, rows_ptr, stats_ptr, words_ptr, marks_ptr,
@@ -133,23 +171,35 @@ def remainder_kernel(
             tl.debug_barrier()
             x_row = row_start(x_ptr, tl.full([], row, tl.int64), n_inner, x_outer, x_inner)
             n, z, t = _sweep(x_row, marks_ptr + own * 4, V, k, CT, ENTROPY, R, VEC, LAYOUT)
+            n = n.to(tl.float64)
+            drift = exact / k.to(tl.float64) - 1.0
+            vast = False
+            if tl.float32 == CT:
+                vast = tl.abs(n) > _VAST
+                if vast:
+                    k_rest = (exact - k.to(tl.float64)).to(CT)
+                    top, z, t = _vast_sweep(
+                        x_row, marks_ptr + own * 4, V, k, k_rest, CT, ENTROPY, R, VEC, LAYOUT
+                    )
+                    n = top.to(tl.float64) * exact
+                    drift = 0.0 * drift
             tl.debug_barrier()  # no thread may still read the bits
             _mark(words_ptr + own, ids, n_ids, V, False, IDS, R, VEC, LAYOUT)
             tl.debug_barrier()
-            n = n.to(tl.float64)
             z = z.to(tl.float64)
             t = tl.where(z == 0, 0.0, t.to(tl.float64) / z)
             log_z = tl.log(z)
             # The sums were taken with the scale rounded to CT, which shows where all logits are large.
-            u = n / LOG2E + log_z + (exact / k.to(tl.float64) - 1.0) * (n + t) / LOG2E
+            u = n / LOG2E + log_z + drift * (n + t) / LOG2E
             stats = stats_ptr + tl.full([], row, tl.int64) * _STATS
             tl.store(stats, n)
-            tl.store(stats + 1, 1.0 / z)
+            tl.store(stats + 1, tl.where(vast, -1.0, 1.0) / z)
             tl.store(stats + 2, tl.where(z == 0, 0.0, log_z - t / LOG2E) if ENTROPY else z * 0.0)
             u = tl.where(z == 0, -float("inf"), u)
-            # Past 2^24 the rounding of n is an exponent: NaN rather than noise.
-            vast = (n > 0.5 * NO_REFERENCE) & (tl.abs(n) > (16777216.0 if tl.float32 == CT else 1e15))
-            tl.store(stats + 3, tl.where(vast, float("nan"), u))
+            if tl.float64 == CT:
+                # Past 1e15 the rounding of n is an exponent: NaN rather than noise.
+                u = tl.where((n > 0.5 * NO_REFERENCE) & (tl.abs(n) > 1e15), float("nan"), u)
+            tl.store(stats + 3, u)
 
 
 @triton.jit
@@ -159,6 +209,14 @@ def _gradient_tile(x, side, n, flow, turn, log_z, k, ENTROPY: tl.constexpr):
     if ENTROPY:
         flow = flow - turn * (tl.maximum(exponent(x, k, n), -10000.0) - log_z)
     return share * flow
+
+
+@triton.jit
+def _vast_gradient_tile(x, top, total, flow, turn, log_z, k, k_rest, ENTROPY: tl.constexpr):
+    w, y = _vast_weights(x, top, k, k_rest)
+    if ENTROPY:
+        flow = flow - turn * (y - log_z)
+    return w * total * flow
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_inner", "n_ids", "parts"])
@@ -182,8 +240,12 @@ def remainder_gradient_kernel(
     if HAS_ROWS:
         counts = tl.load(rows_ptr + row) != 0
     stats = stats_ptr + row * _STATS
-    n = tl.load(stats).to(CT)
+    n = tl.load(stats)
     total = tl.load(stats + 1)  # 1/Z
+    vast = total < 0
+    total = tl.abs(total)
+    top = (n / (scale * LOG2E)).to(CT)
+    n = n.to(CT)
     flow = tl.load(rest_ptr + row) * scale
     turn = tl.zeros([], tl.float64)
     if ENTROPY:
@@ -195,7 +257,20 @@ def remainder_gradient_kernel(
     to_rest = flow.to(CT)
     to_log = (turn / LOG2E).to(CT)
     begin, start, end = own_columns(grad, first, last, V, LAYOUT)
-    if moves:
+    if moves & vast:
+        k_rest = (scale * LOG2E - k.to(tl.float64)).to(CT)
+        inverse = total.to(CT)
+        if start < begin:
+            x = load_one(x_row + start, CT)
+            store_one(
+                grad + start,
+                _vast_gradient_tile(x, top, inverse, to_rest, to_log, log_z, k, k_rest, ENTROPY),
+            )
+        for at in range(begin, end, BLOCK):
+            x = load_ragged(x_row, at, end, -float("inf"), CT, R, VEC, LAYOUT)
+            out = _vast_gradient_tile(x, top, inverse, to_rest, to_log, log_z, k, k_rest, ENTROPY)
+            store_ragged(grad, at, end, out, R, VEC, LAYOUT)
+    elif moves:
         if start < begin:
             out = _gradient_tile(load_one(x_row + start, CT), side, n, to_rest, to_log, log_z, k, ENTROPY)
             store_one(grad + start, out)

@@ -38,8 +38,9 @@ from .tiles import (
     wide,
 )
 
-# A part's state: n, c, n_b, z, a1, a2, zb, b2, ea, eb, then each side's largest logit and its first tile.
-STATE = 14
+# A part's state: n, c, n_b, z, a1, a2, zb, b2, ea, eb, lost_a, lost_b, then each side's largest logit and its
+# first tile.
+STATE = 16
 _STATE = tl.constexpr(STATE)
 _FIELDS = tl.constexpr(TOKEN_STATS)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -52,49 +53,93 @@ def _gap(z, a1, a2, zb):
 
 
 @triton.jit
-def _rebase_both(n_b, z, a1, a2, zb, b2, ea, eb, h, s, fall, to_n_b):
-    """Bring sums taken about c to c + h, to weights s·w, to exponents e_a + fall and e_b + n_b − to_n_b."""
-    b1 = -(_gap(z, a1, a2, zb) + b2)
+def _rebase_both(z, a1, a2, zb, b2, lost_a, lost_b, h, s):
+    """Bring sums taken about c to c + h and to weights s·w; lost_a and lost_b say what a2 and b2 have lost.
+
+    a2 and b2 have two forms each. Terms of the first are small where h is, and cancel where most of b's mass
+    lies far above c and c rises to it, or most of a's far below and c falls. The second takes the other
+    side's mass, known by itself, and cancels where h is small. What cancelled in the better one took digits
+    with it: a2 is good to the rounding of a2 + lost_a.
+    """
+    gap = _gap(z, a1, a2, zb)
+    b1 = -(gap + b2)
+    size_b1 = b2 + lost_b + tl.minimum(tl.abs(a1) + a2, z + zb)
     g_h = g(-h)
     e_h = tl.exp2(-h * LOG2E)
+    fall = h - g_h  # 1 − e^−h
     # e^−h g(h), by the first form where the second would cancel.
     moved = tl.where(tl.abs(h) < 1.0, h * h - g_h * (1.0 + h), 1.0 - (1.0 + h) * e_h)
-    b2 = (b2 + (h - g_h) * b1 + zb * moved) * s
-    ea = (ea + fall * z) * s
-    eb = (eb + (n_b - to_n_b) * zb) * e_h * s
-    a2 = (e_h * a2 + (g_h - h) * a1 + z * g_h) * s
-    return z * s, (a1 - h * z) * s, a2, zb * e_h * s, b2, ea, eb
+    spent_near = e_h * (a2 + lost_a) + tl.abs(fall * a1) + z * g_h
+    spent_far = e_h * zb + tl.abs(a1) + z * tl.abs(1.0 - h)
+    new_a2 = tl.where(
+        spent_near <= spent_far, e_h * a2 - fall * a1 + z * g_h, e_h * zb - (a1 + z * (1.0 - h))
+    )
+    lost_a = tl.minimum(spent_near, spent_far) - new_a2
+    spent_near = b2 + lost_b + tl.abs(fall) * size_b1 + zb * moved
+    spent_far = z + e_h * (size_b1 + zb * tl.abs(1.0 + h))
+    new_b2 = tl.where(spent_near <= spent_far, b2 + fall * b1 + zb * moved, z - e_h * (b1 + zb * (1.0 + h)))
+    lost_b = tl.minimum(spent_near, spent_far) - new_b2
+    return z * s, (a1 - h * z) * s, new_a2 * s, zb * e_h * s, new_b2 * s, lost_a * s, lost_b * s
+
+
+@triton.jit
+def _limits(n, n_b, k_a, k_b):
+    """The logits of a and of b from which on the references move.
+
+    For b not before it lies well above: that moves nothing but the references, whose rows most often have had
+    a's new maximum in the same tile.
+    """
+    return (n + 8.0) / k_a, (n_b + 11.0) / k_b
+
+
+@triton.jit
+def _moved(
+    a, b, top_a, top_b, n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, lost_a, lost_b,
+    k_a, k_b, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr,
+):  # fmt: skip
+    """References moved to a tile that holds a new maximum of a or of b, and the sums brought to them.
+
+    c goes to where log(Z_b/Z_a) lies with the tile counted: about it nothing cancels in the end. About that
+    of this tile alone, b's mass in others would be seen from afar.
+    """
+    to_n = tl.maximum(level(tl.max(top_a), k_a), n)
+    to_n_b = tl.maximum(level(tl.max(top_b), k_b), n_b)
+    s = tl.exp2(n - to_n)
+    mass_a = tl.sum(weights(a, k_a, to_n)).to(tl.float64) + (tl.sum(z) * s).to(tl.float64)
+    mass_b = tl.sum(weights(b, k_b, to_n_b)).to(tl.float64)
+    mass_b += (tl.sum(zb) / to_a).to(tl.float64) * tl.exp2((n_b - to_n_b).to(tl.float64))
+    to_c = tl.log(mass_b / mass_a) + (to_n_b - to_n).to(tl.float64) * _LN2
+    to_c = tl.where(tl.abs(to_c) < 1e30, to_c, 0.0).to(c.dtype)
+    h = tl.where(n == NO_REFERENCE, 0.0, to_c - c)
+    ea = (ea + (n - to_n) * z) * s
+    eb = (eb + (n_b - to_n_b) * zb) * (tl.exp2(-h * LOG2E) * s)
+    z, a1, a2, zb, b2, lost_a, lost_b = _rebase_both(z, a1, a2, zb, b2, lost_a, lost_b, h, s)
+    n_b_as_a = other_level(to_n, to_n_b, to_c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
+    to_a = tl.exp2(to_n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
+    return to_n, to_c, to_n_b, to_a, z, a1, a2, zb, b2, ea, eb, lost_a, lost_b
 
 
 @triton.jit
 def _accumulate(
-    a, b, valid, start, n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b,
+    a, b, valid, start, n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, lost_a, lost_b,
+    limit_a, limit_b, top_a, at_a, top_b, at_b,
     k_a, k_b, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add a `[R, VEC]` tile to the sums `[R]`, moving the reference first at a new maximum."""
-    here = tl.max(a, axis=1)
-    at_a = tl.where(here > top_a, start, at_a)
-    top_a = tl.maximum(here, top_a)
-    n_tile = level(tl.max(here), k_a)
-    here = tl.max(b, axis=1)
-    at_b = tl.where(here > top_b, start, at_b)
-    top_b = tl.maximum(here, top_b)
-    if n_tile > n:
-        n_b_tile = level(tl.max(here), k_b)
-        mass_a = tl.sum(weights(a, k_a, n_tile)).to(tl.float64)
-        mass_b = tl.sum(weights(b, k_b, n_b_tile)).to(tl.float64)
-        gap = tl.log(mass_b / mass_a) + (n_b_tile - n_tile).to(tl.float64) * _LN2
-        c_tile = tl.where(tl.abs(gap) < 1e30, gap, 0.0).to(c.dtype)
-        h = tl.where(n == NO_REFERENCE, 0.0, c_tile - c)
-        z, a1, a2, zb, b2, ea, eb = _rebase_both(
-            n_b, z, a1, a2, zb, b2, ea, eb, h, tl.exp2(n - n_tile), n - n_tile, n_b_tile
-        )
-        n = n_tile
-        c = c_tile
-        n_b = n_b_tile
-        n_b_as_a = other_level(n, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
-        to_a = tl.exp2(n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
+    """Add a `[R, VEC]` tile to the sums `[R]`, moving the references first at a new maximum."""
+    here_a = tl.max(a, axis=1)
+    at_a = tl.where(here_a > top_a, start, at_a)
+    top_a = tl.maximum(here_a, top_a)
+    here_b = tl.max(b, axis=1)
+    at_b = tl.where(here_b > top_b, start, at_b)
+    top_b = tl.maximum(here_b, top_b)
+    # One bit for both sides: a maximum of integers is one instruction of a warp.
+    if tl.max(((here_a >= limit_a) | (here_b >= limit_b)).to(tl.int32)) != 0:
+        n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, lost_a, lost_b = _moved(
+            a, b, here_a, here_b, n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, lost_a, lost_b,
+            k_a, k_b, scale, a_scale, b_scale, SAME_SCALE,
+        )  # fmt: skip
+        limit_a, limit_b = _limits(n, n_b, k_a, k_b)
     e_a = exponent(a, k_a, n)
     e_b = exponent(b, k_b, n_b)
     x = log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE, EXACT)
@@ -117,7 +162,10 @@ def _accumulate(
     b2 += tl.sum(tl.where(near, wx * (x + (x - 1.0) * g_x), (w - u) + u * x), axis=1)
     ea += tl.sum(w * e_a, axis=1)
     eb += tl.sum(u * e_b, axis=1)
-    return n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b
+    return (
+        n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, lost_a, lost_b, limit_a, limit_b,
+        top_a, at_a, top_b, at_b,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -154,8 +202,10 @@ def token_stats_parts_kernel(
         offsets = tile_offsets(R, VEC, LAYOUT)
         n = tl.full([], NO_REFERENCE, CT)
         c = tl.full([], 0.0, CT)
-        n_b = tl.full([], 0.0, CT)
+        n_b = tl.full([], NO_REFERENCE, CT)
         to_a = tl.full([], 1.0, CT)
+        limit_a = (n + 8.0) / k_a
+        limit_b = tl.full([], float("inf"), CT)  # the first tile with a's mass brings both
         z = tl.zeros([R], CT)
         a1 = tl.zeros([R], CT)
         a2 = tl.zeros([R], CT)
@@ -163,6 +213,8 @@ def token_stats_parts_kernel(
         b2 = tl.zeros([R], CT)
         ea = tl.zeros([R], CT)
         eb = tl.zeros([R], CT)
+        lost_a = tl.zeros([R], CT)
+        lost_b = tl.zeros([R], CT)
         top_a = tl.full([R], -float("inf"), CT)
         top_b = tl.full([R], -float("inf"), CT)
         at_a = tl.full([R], 0, tl.int32) + first
@@ -181,17 +233,24 @@ def token_stats_parts_kernel(
                 ahead = tile_ahead(start, full, BLOCK)
                 next_a = load_tile(a_row, ahead, R, VEC, HELD)
                 next_b = load_tile(b_row, ahead, R, VEC, HELD)
-                n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b = _accumulate(
-                    a, b, everywhere, start, n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb,
+                (
+                    n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, lost_a, lost_b, limit_a, limit_b,
                     top_a, at_a, top_b, at_b,
+                ) = _accumulate(
+                    a, b, everywhere, start, n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, lost_a, lost_b,
+                    limit_a, limit_b, top_a, at_a, top_b, at_b,
                     k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, False,
                 )  # fmt: skip
         if full < last:
             inside = full + offsets < last
             a = load_ragged(a_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
             b = load_ragged(b_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
-            n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b = _accumulate(
-                a, b, inside, full, n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, top_a, at_a, top_b, at_b,
+            (
+                n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, lost_a, lost_b, limit_a, limit_b,
+                top_a, at_a, top_b, at_b,
+            ) = _accumulate(
+                a, b, inside, full, n, c, n_b, to_a, z, a1, a2, zb, b2, ea, eb, lost_a, lost_b,
+                limit_a, limit_b, top_a, at_a, top_b, at_b,
                 k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, True,
             )  # fmt: skip
         most_a, tile_a = _first_tile(top_a, at_a, BLOCK)
@@ -207,10 +266,12 @@ def token_stats_parts_kernel(
         tl.store(mine + 7 * PARTS, tl.sum(b2))
         tl.store(mine + 8 * PARTS, tl.sum(ea))
         tl.store(mine + 9 * PARTS, tl.sum(eb))
-        tl.store(mine + 10 * PARTS, most_a)
-        tl.store(mine + 11 * PARTS, tile_a.to(CT))
-        tl.store(mine + 12 * PARTS, most_b)
-        tl.store(mine + 13 * PARTS, tile_b.to(CT))
+        tl.store(mine + 10 * PARTS, tl.sum(lost_a))
+        tl.store(mine + 11 * PARTS, tl.sum(lost_b))
+        tl.store(mine + 12 * PARTS, most_a)
+        tl.store(mine + 13 * PARTS, tile_a.to(CT))
+        tl.store(mine + 14 * PARTS, most_b)
+        tl.store(mine + 15 * PARTS, tile_b.to(CT))
 
 
 @triton.jit
@@ -232,6 +293,8 @@ def _folded(states, parts, PARTS: tl.constexpr):
     b2 = _published(states, 7, parts, PARTS, 0.0)
     ea = _published(states, 8, parts, PARTS, 0.0)
     eb = _published(states, 9, parts, PARTS, 0.0)
+    lost_a = _published(states, 10, parts, PARTS, 0.0)
+    lost_b = _published(states, 11, parts, PARTS, 0.0)
     # A part without mass has no reference to bring, but a NaN of it must reach the sums.
     has_mass = z > 0
     top = tl.max(n)
@@ -244,10 +307,12 @@ def _folded(states, parts, PARTS: tl.constexpr):
     h = tl.where(has_mass, shared - c, 0.0)
     fall = tl.where(has_mass, n - top, 0.0)
     n_b = tl.where(has_mass, n_b, level_b)
-    z, a1, a2, zb, b2, ea, eb = _rebase_both(n_b, z, a1, a2, zb, b2, ea, eb, h, s, fall, level_b)
+    ea = (ea + fall * z) * s
+    eb = (eb + (n_b - level_b) * zb) * (tl.exp(-h) * s)
+    z, a1, a2, zb, b2, lost_a, lost_b = _rebase_both(z, a1, a2, zb, b2, lost_a, lost_b, h, s)
     return (
         top, shared, level_b, tl.sum(z), tl.sum(a1), tl.sum(a2), tl.sum(zb), tl.sum(b2), tl.sum(ea),
-        tl.sum(eb), furthest,
+        tl.sum(eb), tl.sum(lost_a), tl.sum(lost_b), furthest,
     )  # fmt: skip
 
 
@@ -259,8 +324,8 @@ def _weighted_exponents(
     total = tl.zeros([R, VEC], CT)
     for start in range(0, V, R * VEC):
         logit = load_ragged(row, start, V, -float("inf"), CT, R, VEC, LAYOUT)
-        e = exponent(logit, k, n)
-        total += tl.where(logit == -float("inf"), 0.0, tl.exp2(e) * e)
+        e = tl.maximum(exponent(logit, k, n), -10000.0)  # 0 · −inf has no place in the sum
+        total += tl.exp2(e) * e
     return tl.sum(total).to(tl.float64)
 
 
@@ -308,16 +373,17 @@ def token_stats_rows_kernel(
         k_b = (b_scale * LOG2E).to(CT)
         scale = a_scale.to(CT)
 
-        n, c, n_b, z, a1, a2, zb, b2, ea, eb, furthest = _folded(states, parts, PARTS)
+        n, c, n_b, z, a1, a2, zb, b2, ea, eb, lost_a, lost_b, furthest = _folded(states, parts, PARTS)
         gap = _gap(z, a1, a2, zb)
         forward, _, good = finish(z, a1, gap - a1)
         reverse, _, good_b = finish(zb, -(gap + b2), b2)
         # Exponents of 2: a sums to 2^log_a, b to 2^log_b.
-        n_b_as_a = other_level(n, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
+        n_b_as_a = other_level(n, n_b, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
         log_a = tl.log2(z)
         log_b = tl.log2(zb) + (n_b_as_a - n_b)
         entropy_a = log_a - ea / z
         entropy_b = log_b - eb / zb
+        good = good & (a2 + lost_a <= 4.0 * z * forward) & (b2 + lost_b <= 4.0 * zb * reverse)
         good = good & good_b & (entropy_a + entropy_b < float("inf"))
         if EXACT:
             # As in kl.py: fl(b − a) may be off by up to 2^-25·|c|.
@@ -363,8 +429,8 @@ def token_stats_rows_kernel(
         tl.store(out + 4 * n_rows, (tl.where(of_b > 0, 0.0, of_b) * _LN2).to(CT))
         tl.store(out + 5 * n_rows, (tl.where(of_a > 0, 0.0, of_a) * _LN2).to(CT))
 
-        most_a, tile_a = _first_part(states, 10, parts, PARTS)
-        most_b, tile_b = _first_part(states, 12, parts, PARTS)
+        most_a, tile_a = _first_part(states, 12, parts, PARTS)
+        most_b, tile_b = _first_part(states, 14, parts, PARTS)
         agree = tl.full([], 0.0, tl.float64)
         if tile_a == tile_b:
             column_a = _first_column(a_row, tile_a, most_a, V, R, VEC, LAYOUT)

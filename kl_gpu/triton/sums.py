@@ -28,6 +28,11 @@ def formula_tile(
     p_b = probability(b, *side_b)
     r = log_probability_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE, EXACT)
     r = tl.where(r == r, r, 0.0)
+    # The lowest number over a temperature below 1 gives ±inf, and excludes nothing: opposite a weight of 0
+    # its term is 0.
+    nothing = ((r < 0) & (p_a == 0)) | ((r > 0) & (p_b == 0))
+    nothing &= (a > -float("inf")) & (b > -float("inf"))
+    r = tl.where(nothing, tl.minimum(tl.maximum(r, -3.4e38), 3.4e38), r)
     terms, flow_a, flow_b = formula(p_a, p_b, r, beta, rest, FAMILY)
     return p_a, p_b, terms, flow_a, flow_b
 
