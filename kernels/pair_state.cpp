@@ -7,7 +7,7 @@ namespace kl {
 PairState seen_from(Frame to, const PairState& s) {
     // KL(b||a) is the same state with the sides exchanged: its frame is (m + c, -c).
     const double m = s.frame.m, c = s.frame.c, to_m = to.m, to_c = to.c, rise = m - to_m;
-    const State forward = seen_from(to, State{s.frame, s.z, s.a1, s.a2, 0, s.spent_a, 0});
+    const State forward = seen_from(to, State{s.frame, s.z, s.a1, s.a2, 0, s.spent_a, kSawB});
     PairState out = s;
     out.frame = to;
     out.z = forward.z;
@@ -19,7 +19,7 @@ PairState seen_from(Frame to, const PairState& s) {
     const double less_one = std::expm1(h), g = std::fabs(h) > 1e-5 ? less_one - h : 0.5 * h * h * (1 + h / 3);
     out.zb = weight_b * s.zb;
     out.b2 = weight_b * ((1 + less_one) * s.b2 + less_one * b1 + s.zb * (g / kLn2));
-    out.spent_b = weight_b * (1 + less_one) * s.spent_b;
+    out.spent_b = weight_b * moved_error(-h, s.zb, std::hypot(s.error_of_gap(), s.spent_b), s.spent_b);
     out.ea = weight * (s.ea + rise * s.z);
     out.eb = weight_b * (s.eb + rise_b * s.zb);
     return out;
@@ -80,8 +80,8 @@ PairResult finish(const PairState& s) {
     const bool finite = s.usable && s.z > 0 && zb > 0 && std::isfinite(out.forward + out.reverse) &&
                         std::isfinite(out.entropy_a + out.entropy_b) && std::fabs(m) < 0x1p20 &&
                         std::fabs(c) < 0x1p20;
-    const bool exact = kLn2 * s.spent_a <= 8 * out.forward * std::min(s.z, zb) &&
-                       kLn2 * s.spent_b <= 8 * out.reverse * std::min(s.z, zb);
+    const bool exact = kLn2 * s.spent_a <= kWorstError * out.forward * std::min(s.z, zb) &&
+                       kLn2 * s.spent_b <= kWorstError * out.reverse * std::min(s.z, zb);
     const double shift = c * kLn2;
     const bool coarse =
         (s.flags & kSawRounding) && 2 * 1024 * std::min(out.forward, out.reverse) < shift * shift;

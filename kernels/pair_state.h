@@ -40,10 +40,16 @@ struct PairState {
     bool usable = true;  // false: fp32 sums cannot do this row
 
     bool is_empty() const { return z == 0; }
-    // (zb - z) / ln 2, by its more exact side.
-    double gap() const {
+    // (zb - z) / ln 2, by its more exact side, and what its rounding error scales with.
+    double gap() const { return is_near() ? a1 + a2 : (zb - z) / kLn2; }
+    double error_of_gap() const {
+        return is_near() ? size_of_a1(z, a1, a2) + spent_a : (zb > z ? zb : z) / kLn2;
+    }
+
+private:
+    bool is_near() const {
         const double sum = a1 + a2, size = sum < 0 ? -sum : sum;
-        return 2 * kLn2 * size < (z < zb ? z : zb) ? sum : (zb - z) / kLn2;
+        return 2 * kLn2 * size < (z < zb ? z : zb);
     }
 };
 

@@ -102,11 +102,16 @@ public:
         PairState both = add(piece);
         const float rise = std::max(piece.top_a.logit * scale_ - piece.frame.m, 0.0f);
         if (!is_central(both) || rise > kHighE) {
-            const PairState moved = seen_from(raised(centre(both), rise), both);
-            const bool rounded = piece.spent_a > 4 * moved.a2 || piece.spent_b > 4 * moved.b2;
-            if (rounded || rise > 2 * kHighE || is_far(both)) {
-                const PairState again = look(in, column, raised(centre(piece), rise));
-                if (again.usable) piece = again;
+            const Frame to = raised(centre(both), rise);
+            const PairState moved = seen_from(to, both), of_piece = seen_from(to, piece);
+            const bool exact = of_piece.spent_a <= kWorstError * moved.a2 &&
+                               of_piece.spent_b <= kWorstError * moved.b2;
+            if (!exact || rise > 2 * kHighE || is_far(both)) {
+                piece = look(in, column, raised(centre(piece), rise));
+                if (!piece.usable) {
+                    total_.usable = false;
+                    return;
+                }
                 both = add(piece);
                 both = seen_from(raised(centre(both), both.frame.m < piece.frame.m ? rise : 0), both);
             } else {

@@ -13,14 +13,40 @@ double g(double x) {
     return total;
 }
 
+namespace {
+
+// At least E|x| in nats, from E[x] and G = E[g(x)]: |x| <= sqrt(2 g) + g whatever its sign; and where x > 0,
+// e^x = 1 + x + g <= 1 + g + sqrt(2 g), which says more of a large g. Both right sides are concave in g.
+double mean_size(double mean_x, double mean_g) {
+    const double root = std::sqrt(2 * std::max(mean_g, 0.0));
+    if (!(mean_g > 1)) return root + mean_g;
+    return std::min(root + mean_g, 2 * std::log1p(mean_g + root) + std::fabs(mean_x));
+}
+
+}  // namespace
+
+double size_of_a1(double z, double a1, double a2) {
+    return z > 0 ? (z / kLn2) * mean_size(kLn2 * a1 / z, kLn2 * a2 / z) : 0;
+}
+
+double moved_error(double h, double z, double of_a1, double of_a2) {
+    return std::hypot(std::exp(-h) * of_a2, std::expm1(-h) * of_a1, z * (g(-h) / kLn2));
+}
+
 State seen_from(Frame to, const State& s) {
     State out = s;
     out.frame = to;
     const double step = static_cast<double>(to.c) - static_cast<double>(s.frame.c), h = step * kLn2;
     const double weight = std::exp2(static_cast<double>(s.frame.m) - static_cast<double>(to.m));
-    if (h != 0) {
+    if (s.has_mass() && !(s.flags & kSawB)) {
+        // Nothing of b, so that 2^x is 0 whatever c: of -z and z g(-h), 1e12 times as large where h is -28, fp32
+        // sums would not leave the difference.
+        out.a1 = 0;
+        out.a2 = -s.z / kLn2;
+    } else if (h != 0) {
         out.a1 = s.a1 - step * s.z;
         out.a2 = std::exp(-h) * s.a2 + std::expm1(-h) * s.a1 + s.z * (g(-h) / kLn2);
+        out.spent = moved_error(h, s.z, size_of_a1(s.z, s.a1, s.a2), s.spent);
     }
     const double weight_of_b =
         std::exp2(static_cast<double>(s.frame.m + s.frame.c) - static_cast<double>(to.m + to.c));
@@ -53,6 +79,9 @@ State merge(const State& s, const State& t) {
         const double zs = mass(s), zt = mass(t), cs = static_cast<double>(s.frame.c),
                      ct = static_cast<double>(t.frame.c);
         to.c = static_cast<float>(cs + (ct - cs) * (zt / (zs + zt)));
+        // A c that no b stands behind is no mean of anything.
+        if (!(t.flags & kSawB)) to.c = s.frame.c;
+        if (!(s.flags & kSawB)) to.c = t.frame.c;
     } else if (t.has_mass()) {
         to = t.frame;
     }
@@ -103,15 +132,15 @@ RowResult finish(const State& s) {
                   std::isfinite(s.a2) && std::fabs(s.frame.m) < 0x1p20f && std::fabs(s.frame.c) < 0x1p20f;
     // What lse(b) rests on matters where the value is infinite, too: the gradient is q - p there.
     out.sums_b_too = (s.flags & kSawTail) && y >= 0.5;
+    const double errors = kLn2 * s.spent / s.z / (1 + y);
     if (s.flags & kSawInfinite) {
         // Columns that b excludes pull y towards -1, where 1 + y is what is left of a subtraction.
         out.divergence = std::numeric_limits<double>::infinity();
         out.verdict = Verdict::infinite;
-        out.trusted = out.trusted && y > -0.5;
+        out.trusted = out.trusted && y > -0.5 && errors <= kWorstError;
         return out;
     }
-    const double errors = kLn2 * s.spent / s.z / (1 + y);
-    if (!(y > -1) || errors > 8 * out.divergence) out.trusted = false;
+    if (!(y > -1) || !(errors <= kWorstError * out.divergence)) out.trusted = false;
     if ((s.flags & kSawFarTail) && y < 0.5) out.trusted = false;
     // d carries an error of up to 2^-24 |c|; that is nothing as long as the typical x is not far below c.
     const double c = static_cast<double>(s.frame.c) * kLn2;

@@ -158,7 +158,7 @@ inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
     // fma(-3e38, k, -m) is -inf, whose range reduction is NaN: masks of that size are common.
     const VF deepest = splat<VF>(-1000);
 
-    VF z{}, a1{}, a2{}, high = splat<VF>(-1), low{};
+    VF z{}, a1{}, a2{}, size{}, high = splat<VF>(-1), low{};
     VI bad{}, infinite{}, seen_b{}, large{}, holes{};
     const auto column = [&](VF a, VF b) KL_INLINE_LAMBDA {
         const VI no_a = a == -inf, no_b = b == -inf;
@@ -180,6 +180,7 @@ inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
         z += w;
         a1 = mad(w, x, a1);
         a2 += wg;
+        size += abs(wg);
         high = max(x, high);
         low = min(x, low);
     };
@@ -194,7 +195,7 @@ inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
     out.z = sum(z);
     out.a1 = sum(a1);
     out.a2 = sum(a2);
-    out.spent = std::fabs(out.a2);
+    out.spent = sum(size);
     out.top_d = static_cast<double>(frame.c + largest(high));
     std::int64_t missing = -in.padding();
     for (int i = 0; i < lanes<VF>; ++i) missing += holes[i];
@@ -292,12 +293,15 @@ public:
             piece = look(in, {frame_.m + static_cast<float>(std::ilogb(piece.z)), frame_.c});
         State both = add(piece);
         if (moves_the_mean_far(both)) {
-            const double left = both.a2 - kLn2 * both.a1 * both.a1 / (2 * both.z);
-            if (piece.has_mass() && (is_far_from_mean(both) || piece.spent > 4 * left)) {
+            const Frame to = at_mean(both);
+            State moved = seen_from(to, both);
+            if (piece.has_mass() && (is_far_from_mean(both) ||
+                                     !(seen_from(to, piece).spent <= kWorstError * moved.a2))) {
                 piece = look(in, at_mean(piece));
                 both = add(piece);
+                moved = seen_from(at_mean(both), both);
             }
-            both = seen_from(at_mean(both), both);
+            both = moved;
         }
         total_ = both;
         frame_ = both.frame;
