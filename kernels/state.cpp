@@ -25,8 +25,25 @@ double mean_size(double mean_x, double mean_g) {
 
 }  // namespace
 
-double size_of_a1(double z, double a1, double a2) {
-    return z > 0 ? (z / kLn2) * mean_size(kLn2 * a1 / z, kLn2 * a2 / z) : 0;
+double size_of_a1(double spent_z, double a1, double spent) {
+    return spent_z > 0 ? (spent_z / kLn2) * mean_size(kLn2 * a1 / spent_z, kLn2 * spent / spent_z) : 0;
+}
+
+void add_column(State& to, double a, double b) {
+    const double m = static_cast<double>(to.frame.m), c = static_cast<double>(to.frame.c);
+    const double w = std::exp2(a - m);
+    to.z += w;
+    if (b == -std::numeric_limits<double>::infinity()) {
+        to.a2 -= w / kLn2;
+        to.flags |= kSawHole | kSawInfinite;
+        return;
+    }
+    const double x = (b - a) - c;
+    to.a1 += w * x;
+    // Of 2^x by itself nothing may overflow that its weight holds down.
+    to.a2 += x > 64 ? std::exp2((a - m) + x) / kLn2 - w * (1 / kLn2 + x) : w * (g(x * kLn2) / kLn2);
+    to.top_d = std::max(to.top_d, b - a);
+    to.flags |= kSawB;
 }
 
 double moved_error(double h, double z, double of_a1, double of_a2) {
@@ -46,18 +63,19 @@ State seen_from(Frame to, const State& s) {
     } else if (h != 0) {
         out.a1 = s.a1 - step * s.z;
         out.a2 = std::exp(-h) * s.a2 + std::expm1(-h) * s.a1 + s.z * (g(-h) / kLn2);
-        out.spent = moved_error(h, s.z, size_of_a1(s.z, s.a1, s.a2), s.spent);
+        out.spent = moved_error(h, s.spent_z, size_of_a1(s.spent_z, s.a1, s.spent), s.spent);
     }
     const double weight_of_b =
         std::exp2(static_cast<double>(s.frame.m + s.frame.c) - static_cast<double>(to.m + to.c));
     if (weight == 0 && weight_of_b == 0 && std::isfinite(s.a2)) {
         // Columns masked with a number such as -1e9: whatever was summed there, it is nothing here.
-        out.z = out.a1 = out.a2 = out.spent = 0;
+        out.z = out.a1 = out.a2 = out.spent_z = out.spent = 0;
         return out;
     }
     out.z *= weight;
     out.a1 *= weight;
     out.a2 *= weight;
+    out.spent_z *= weight;
     out.spent *= weight;
     return out;
 }
@@ -90,6 +108,7 @@ State merge(const State& s, const State& t) {
     out.z += other.z;
     out.a1 += other.a1;
     out.a2 += other.a2;
+    out.spent_z += other.spent_z;
     out.spent += other.spent;
     out.flags |= other.flags;
     out.top_d = std::max(out.top_d, other.top_d);
@@ -132,15 +151,20 @@ RowResult finish(const State& s) {
                   std::isfinite(s.a2) && std::fabs(s.frame.m) < 0x1p20f && std::fabs(s.frame.c) < 0x1p20f;
     // What lse(b) rests on matters where the value is infinite, too: the gradient is q - p there.
     out.sums_b_too = (s.flags & kSawTail) && y >= 0.5;
-    const double errors = kLn2 * s.spent / s.z / (1 + y);
+    // Errors of the sums as they reach log(1 + y), and the divergence.
+    const double of_a1 = size_of_a1(s.spent_z, s.a1, s.spent), unit = kLn2 / s.z / (1 + y);
+    const double of_shift = unit * std::hypot(s.spent, of_a1);
+    const double of_divergence =
+        unit * std::hypot(s.spent, y * of_a1, (mean_g - y * mean_x) / kLn2 * s.spent_z);
+    out.trusted = out.trusted && of_shift <= kWorstError;
     if (s.flags & kSawInfinite) {
         // Columns that b excludes pull y towards -1, where 1 + y is what is left of a subtraction.
         out.divergence = std::numeric_limits<double>::infinity();
         out.verdict = Verdict::infinite;
-        out.trusted = out.trusted && y > -0.5 && errors <= kWorstError;
+        out.trusted = out.trusted && y > -0.5;
         return out;
     }
-    if (!(y > -1) || !(errors <= kWorstError * out.divergence)) out.trusted = false;
+    if (!(y > -1) || !(of_divergence <= kWorstError * out.divergence)) out.trusted = false;
     if ((s.flags & kSawFarTail) && y < 0.5) out.trusted = false;
     // d carries an error of up to 2^-24 |c|; that is nothing as long as the typical x is not far below c.
     const double c = static_cast<double>(s.frame.c) * kLn2;
