@@ -38,7 +38,11 @@ PairState seen_from(Frame to, const PairState& s) {
     out.zb = weight_b * s.zb;
     out.b2 = weight_b * ((1 + less_one) * s.b2 + less_one * b1 + s.zb * (g / kLn2));
     out.spent_zb = weight_b * s.spent_zb;
-    out.spent_b = weight_b * moved_error(-h, s.spent_zb, std::hypot(s.error_of_gap(), s.spent_b), s.spent_b);
+    const double of_fp64 =
+        std::exp(h) * (std::fabs(s.gap()) + 2 * s.b2) + std::fabs(s.gap()) + s.zb * (g / kLn2);
+    out.spent_b =
+        weight_b *
+        (moved_error(-h, s.spent_zb, std::hypot(s.error_of_gap(), s.spent_b), s.spent_b) + kFp64 * of_fp64);
     out.ea = weight * (s.ea + rise * s.z);
     out.eb = weight_b * (s.eb + rise_b * s.zb);
     return out;
@@ -97,7 +101,8 @@ PairResult finish(const PairState& s) {
     out.lse_b = m + c + log_zb;
     out.entropy_a = std::max(0.0, kLn2 * (log_z - s.ea / s.z));
     out.entropy_b = std::max(0.0, kLn2 * (log_zb - s.eb / zb));
-    // As finish() of one direction has it, and for both; y is seldom far from 0 here. A NaN fails every comparison.
+    // As finish() of one direction has it, and for both; y is seldom far from 0 here. A NaN fails every
+    // comparison.
     const auto within = [&](double z, double spent, double y, double kl) {
         const double of_y = kLn2 / z * s.error_of_gap(), of_g = kLn2 / z * spent;
         const double errors = std::fabs(y) < 0.5 ? std::hypot(of_g, y / (1 + y) * of_y)

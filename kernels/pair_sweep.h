@@ -133,8 +133,8 @@ public:
         if (!is_central(both) || rise > kHighE) {
             const Frame to = raised(centre(both), rise);
             const PairState moved = seen_from(to, both), of_piece = seen_from(to, piece);
-            const bool exact = of_piece.spent_a <= kWorstError * moved.a2 &&
-                               of_piece.spent_b <= kWorstError * moved.b2;
+            const bool exact =
+                of_piece.spent_a <= kWorstError * moved.a2 && of_piece.spent_b <= kWorstError * moved.b2;
             if (!exact || rise > 2 * kHighE || is_far(both)) {
                 piece = see(raised(centre(piece), rise));
                 if (!piece.usable) {

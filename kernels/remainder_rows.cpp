@@ -99,7 +99,8 @@ inline TileSums<V> sweep_tile(const Tile<T>& tile, V k, V m) {
             if constexpr (WithEntropy) t += mad(w0, c.x.y, w1 * c.y.y);
         });
     const double highest = static_cast<double>(largest(top));
-    return {sum(z), sum(t), static_cast<double>(largest(z)), highest, any<V>(bad) || highest == __builtin_inf()};
+    return {sum(z), sum(t), static_cast<double>(largest(z)), highest,
+            any<V>(bad) || highest == __builtin_inf()};
 }
 
 template <class T, class V>

@@ -280,8 +280,8 @@ void probe_write(const char* a, const char* b, char* to, std::int64_t bytes) {
 
 extern const RemainderKernels remainder_kernels;
 extern const Kernels kernels;
-const Kernels kernels{KL_STRING(KL_ISA), kBlock,       collect,           careful_row, family_sums,
-                      gradient,          collect_pair, side_result,       logit,       find,  elementary,
-                      probe_read,        probe_write,  &remainder_kernels};
+const Kernels kernels{
+    KL_STRING(KL_ISA), kBlock, collect, careful_row, family_sums, gradient,    collect_pair,
+    side_result,       logit,  find,    elementary,  probe_read,  probe_write, &remainder_kernels};
 
 }  // namespace kl::KL_ISA

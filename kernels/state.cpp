@@ -56,14 +56,16 @@ State seen_from(Frame to, const State& s) {
     const double step = static_cast<double>(to.c) - static_cast<double>(s.frame.c), h = step * kLn2;
     const double weight = std::exp2(static_cast<double>(s.frame.m) - static_cast<double>(to.m));
     if (s.has_mass() && !(s.flags & kSawB)) {
-        // Nothing of b, so that 2^x is 0 whatever c: of -z and z g(-h), 1e12 times as large where h is -28, fp32
-        // sums would not leave the difference.
+        // Nothing of b, so that 2^x is 0 whatever c: of -z and z g(-h), 1e12 times as large where h is -28,
+        // fp32 sums would not leave the difference.
         out.a1 = 0;
         out.a2 = -s.z / kLn2;
     } else if (h != 0) {
         out.a1 = s.a1 - step * s.z;
-        out.a2 = std::exp(-h) * s.a2 + std::expm1(-h) * s.a1 + s.z * (g(-h) / kLn2);
-        out.spent = moved_error(h, s.spent_z, size_of_a1(s.spent_z, s.a1, s.spent), s.spent);
+        const double of_a2 = std::exp(-h) * s.a2, of_a1 = std::expm1(-h) * s.a1, of_z = s.z * (g(-h) / kLn2);
+        out.a2 = of_a2 + of_a1 + of_z;
+        out.spent = moved_error(h, s.spent_z, size_of_a1(s.spent_z, s.a1, s.spent), s.spent) +
+                    kFp64 * (std::fabs(of_a2) + std::fabs(of_a1) + of_z);
     }
     const double weight_of_b =
         std::exp2(static_cast<double>(s.frame.m + s.frame.c) - static_cast<double>(to.m + to.c));

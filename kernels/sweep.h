@@ -272,8 +272,8 @@ inline float first_shift(const Stretch<T>& in, float scale, float m) {
 // was rounded by 2e-6, and it hides the move itself, since a2 is as large.
 constexpr double kFarMove = 4;
 
-// The part of a2 that the mean's distance from c makes up, twice: errors of what cancels stay below kWorstError
-// times what is left.
+// The part of a2 that the mean's distance from c makes up, twice: errors of what cancels stay below
+// kWorstError times what is left.
 constexpr double kFarFromMean = 1.4;
 
 // A tile that weighs more has its top well above the frame's m, or very many columns above it. The top's
@@ -281,9 +281,9 @@ constexpr double kFarFromMean = 1.4;
 // gradient: the tile is weighed again from a reference near its top.
 constexpr double kHeavy = 0x1p16;
 
-// A column that holds this part of what the row has had so far is summed up in fp64: beside a 1, fp32 loses up to
-// 64 times 2^-25 of what else one accumulator takes, 2e-6 of a normaliser, and near one token's certainty the
-// entropy, and log p, are what is left beside the 1.
+// A column that holds this part of what the row has had so far is summed up in fp64: beside a 1, fp32 loses
+// up to 64 times 2^-25 of what else one accumulator takes, 2e-6 of a normaliser, and near one token's
+// certainty the entropy, and log p, are what is left beside the 1.
 constexpr double kOneColumn = 1.0 / 8;
 
 // The first column of a stretch whose logit in a, or in b, is this one; -1 where there is none.
@@ -325,8 +325,8 @@ public:
         if (moves_the_mean_far(both)) {
             const Frame to = at_mean(both);
             State moved = seen_from(to, both);
-            if (piece.has_mass() && (is_far_from_mean(both) ||
-                                     !(seen_from(to, piece).spent <= kWorstError * moved.a2))) {
+            if (piece.has_mass() &&
+                (is_far_from_mean(both) || !(seen_from(to, piece).spent <= kWorstError * moved.a2))) {
                 piece = see(at_mean(piece));
                 both = add(piece);
                 moved = seen_from(at_mean(both), both);
@@ -363,8 +363,7 @@ private:
             if (is_usable(s)) {
                 // 2^x = 1 + (x + g) ln 2, and no x is past 48.
                 const double top_x = log2_above(kLn2 * s.largest_g + 35);
-                State out{frame, s.z,  s.a1, s.a2, static_cast<double>(frame.c) + top_x,
-                          s.z,   s.a2, kSawB};
+                State out{frame, s.z, s.a1, s.a2, static_cast<double>(frame.c) + top_x, s.z, s.a2, kSawB};
                 heaviest_ = s.heaviest;
                 if (coarse) out.flags |= kSawRounding;
                 if (frame.m > kHugeA) out.flags |= kSawHugeA;
@@ -385,8 +384,8 @@ private:
     // The column of a that outweighs the others of a tile and of all before it, or -1.
     template <class T>
     std::int64_t heavy_column(const Stretch<T>& in, const State& piece) const {
-        const double before = total_.z * std::exp2(static_cast<double>(total_.frame.m) -
-                                                   static_cast<double>(piece.frame.m));
+        const double before =
+            total_.z * std::exp2(static_cast<double>(total_.frame.m) - static_cast<double>(piece.frame.m));
         const double so_far = before + piece.z;
         if (!(heaviest_ > 2 * kOneColumn * so_far)) return -1;
         VF top = splat<VF>(-__builtin_inff());
