@@ -33,19 +33,28 @@ struct PairState {
     Frame frame;
     double z = 0, a1 = 0, a2 = 0, zb = 0, b2 = 0;
     double ea = 0, eb = 0;  // sum w (a - m) and sum u (b - m - c), for the entropies
-    double spent_a = 0,
-           spent_b = 0;  // the a2 and b2 summed up in fp32: what their rounding errors scale with
+    // What the rounding errors of z and a2, and of zb and b2, scale with, as in state.h.
+    double spent_z = 0, spent_a = 0, spent_zb = 0, spent_b = 0;
     Top top_a, top_b;
     unsigned flags = 0;
     bool usable = true;  // false: fp32 sums cannot do this row
 
     bool is_empty() const { return z == 0; }
-    // (zb - z) / ln 2, by its more exact side.
-    double gap() const {
+    // (zb - z) / ln 2, by its more exact side, and what its rounding error scales with.
+    double gap() const { return is_near() ? a1 + a2 : (zb - z) / kLn2; }
+    double error_of_gap() const {
+        return is_near() ? size_of_a1(spent_z, a1, spent_a) + spent_a : (spent_z + spent_zb) / kLn2;
+    }
+
+private:
+    bool is_near() const {
         const double sum = a1 + a2, size = sum < 0 ? -sum : sum;
-        return 2 * kLn2 * size < (z < zb ? z : zb) ? sum : (zb - z) / kLn2;
+        return 2 * kLn2 * size < (z < zb ? z : zb);
     }
 };
+
+// Adds one column in fp64, by its scaled logits, both finite.
+void add_column(PairState&, double a, double b);
 
 // The same stretch seen from another frame.
 PairState seen_from(Frame, const PairState&);

@@ -79,7 +79,6 @@ struct Kernels {
     std::int64_t block;  // columns of one unit of work
     State (*collect)(const Row&, std::int64_t first, std::int64_t last);
     RowResult (*careful)(const Row&);
-    double (*lse_b)(const Row&);
     FamilySums (*family_sums)(const Row&, const RowScalars&, std::int64_t first, std::int64_t last);
     // stream: store past the cache.
     void (*gradient)(const Row&, const RowScalars&, Destination to_a, Destination to_b, std::int64_t first,

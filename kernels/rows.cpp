@@ -38,20 +38,7 @@ State collect_mixed(const Row& row, std::int64_t first, std::int64_t last) {
     return collector.total();
 }
 
-template <class T>
-double lse_b_as(const Row& row) {
-    float m = -__builtin_inff();
-    double z = 0;
-    const T* b = at<T>(row.b, 0);
-    for_each_tile(b, b, row.columns, [&](const Stretch<T>& tile) { add_to_lse(tile, row.scale(), m, z); });
-    return static_cast<double>(m) + std::log2(z);
-}
-
 RowResult careful_row(const Row& row) { return careful(row); }
-
-double lse_b(const Row& row) {
-    return in_fp32_format(row.dtype_b, [&]<class T>() { return lse_b_as<T>(row); });
-}
 
 State collect(const Row& row, std::int64_t first, std::int64_t last) {
     if (row.dtype_a != row.dtype_b) return collect_mixed(row, first, last);
@@ -293,8 +280,8 @@ void probe_write(const char* a, const char* b, char* to, std::int64_t bytes) {
 
 extern const RemainderKernels remainder_kernels;
 extern const Kernels kernels;
-const Kernels kernels{KL_STRING(KL_ISA), kBlock,       collect,           careful_row, lse_b, family_sums,
-                      gradient,          collect_pair, side_result,       logit,       find,  elementary,
-                      probe_read,        probe_write,  &remainder_kernels};
+const Kernels kernels{
+    KL_STRING(KL_ISA), kBlock, collect, careful_row, family_sums, gradient,    collect_pair,
+    side_result,       logit,  find,    elementary,  probe_read,  probe_write, &remainder_kernels};
 
 }  // namespace kl::KL_ISA

@@ -13,25 +13,71 @@ double g(double x) {
     return total;
 }
 
+namespace {
+
+// At least E|x| in nats, from E[x] and G = E[g(x)]: |x| <= sqrt(2 g) + g whatever its sign; and where x > 0,
+// e^x = 1 + x + g <= 1 + g + sqrt(2 g), which says more of a large g. Both right sides are concave in g.
+double mean_size(double mean_x, double mean_g) {
+    const double root = std::sqrt(2 * std::max(mean_g, 0.0));
+    if (!(mean_g > 1)) return root + mean_g;
+    return std::min(root + mean_g, 2 * std::log1p(mean_g + root) + std::fabs(mean_x));
+}
+
+}  // namespace
+
+double size_of_a1(double spent_z, double a1, double spent) {
+    return spent_z > 0 ? (spent_z / kLn2) * mean_size(kLn2 * a1 / spent_z, kLn2 * spent / spent_z) : 0;
+}
+
+void add_column(State& to, double a, double b) {
+    const double m = static_cast<double>(to.frame.m), c = static_cast<double>(to.frame.c);
+    const double w = std::exp2(a - m);
+    to.z += w;
+    if (b == -std::numeric_limits<double>::infinity()) {
+        to.a2 -= w / kLn2;
+        to.flags |= kSawHole | kSawInfinite;
+        return;
+    }
+    const double x = (b - a) - c;
+    to.a1 += w * x;
+    // Of 2^x by itself nothing may overflow that its weight holds down.
+    to.a2 += x > 64 ? std::exp2((a - m) + x) / kLn2 - w * (1 / kLn2 + x) : w * (g(x * kLn2) / kLn2);
+    to.top_d = std::max(to.top_d, b - a);
+    to.flags |= kSawB;
+}
+
+double moved_error(double h, double z, double of_a1, double of_a2) {
+    return std::hypot(std::exp(-h) * of_a2, std::expm1(-h) * of_a1, z * (g(-h) / kLn2));
+}
+
 State seen_from(Frame to, const State& s) {
     State out = s;
     out.frame = to;
     const double step = static_cast<double>(to.c) - static_cast<double>(s.frame.c), h = step * kLn2;
     const double weight = std::exp2(static_cast<double>(s.frame.m) - static_cast<double>(to.m));
-    if (h != 0) {
+    if (s.has_mass() && !(s.flags & kSawB)) {
+        // Nothing of b, so that 2^x is 0 whatever c: of -z and z g(-h), 1e12 times as large where h is -28,
+        // fp32 sums would not leave the difference.
+        out.a1 = 0;
+        out.a2 = -s.z / kLn2;
+    } else if (h != 0) {
         out.a1 = s.a1 - step * s.z;
-        out.a2 = std::exp(-h) * s.a2 + std::expm1(-h) * s.a1 + s.z * (g(-h) / kLn2);
+        const double of_a2 = std::exp(-h) * s.a2, of_a1 = std::expm1(-h) * s.a1, of_z = s.z * (g(-h) / kLn2);
+        out.a2 = of_a2 + of_a1 + of_z;
+        out.spent = moved_error(h, s.spent_z, size_of_a1(s.spent_z, s.a1, s.spent), s.spent) +
+                    kFp64 * (std::fabs(of_a2) + std::fabs(of_a1) + of_z);
     }
     const double weight_of_b =
         std::exp2(static_cast<double>(s.frame.m + s.frame.c) - static_cast<double>(to.m + to.c));
     if (weight == 0 && weight_of_b == 0 && std::isfinite(s.a2)) {
         // Columns masked with a number such as -1e9: whatever was summed there, it is nothing here.
-        out.z = out.a1 = out.a2 = out.spent = 0;
+        out.z = out.a1 = out.a2 = out.spent_z = out.spent = 0;
         return out;
     }
     out.z *= weight;
     out.a1 *= weight;
     out.a2 *= weight;
+    out.spent_z *= weight;
     out.spent *= weight;
     return out;
 }
@@ -53,6 +99,9 @@ State merge(const State& s, const State& t) {
         const double zs = mass(s), zt = mass(t), cs = static_cast<double>(s.frame.c),
                      ct = static_cast<double>(t.frame.c);
         to.c = static_cast<float>(cs + (ct - cs) * (zt / (zs + zt)));
+        // A c that no b stands behind is no mean of anything.
+        if (!(t.flags & kSawB)) to.c = s.frame.c;
+        if (!(s.flags & kSawB)) to.c = t.frame.c;
     } else if (t.has_mass()) {
         to = t.frame;
     }
@@ -61,6 +110,7 @@ State merge(const State& s, const State& t) {
     out.z += other.z;
     out.a1 += other.a1;
     out.a2 += other.a2;
+    out.spent_z += other.spent_z;
     out.spent += other.spent;
     out.flags |= other.flags;
     out.top_d = std::max(out.top_d, other.top_d);
@@ -103,6 +153,12 @@ RowResult finish(const State& s) {
                   std::isfinite(s.a2) && std::fabs(s.frame.m) < 0x1p20f && std::fabs(s.frame.c) < 0x1p20f;
     // What lse(b) rests on matters where the value is infinite, too: the gradient is q - p there.
     out.sums_b_too = (s.flags & kSawTail) && y >= 0.5;
+    // Errors of the sums as they reach log(1 + y), and the divergence.
+    const double of_a1 = size_of_a1(s.spent_z, s.a1, s.spent), unit = kLn2 / s.z / (1 + y);
+    const double of_shift = unit * std::hypot(s.spent, of_a1);
+    const double of_divergence =
+        unit * std::hypot(s.spent, y * of_a1, (mean_g - y * mean_x) / kLn2 * s.spent_z);
+    out.trusted = out.trusted && of_shift <= kWorstError;
     if (s.flags & kSawInfinite) {
         // Columns that b excludes pull y towards -1, where 1 + y is what is left of a subtraction.
         out.divergence = std::numeric_limits<double>::infinity();
@@ -110,8 +166,7 @@ RowResult finish(const State& s) {
         out.trusted = out.trusted && y > -0.5;
         return out;
     }
-    const double errors = kLn2 * s.spent / s.z / (1 + y);
-    if (!(y > -1) || errors > 8 * out.divergence) out.trusted = false;
+    if (!(y > -1) || !(of_divergence <= kWorstError * out.divergence)) out.trusted = false;
     if ((s.flags & kSawFarTail) && y < 0.5) out.trusted = false;
     // d carries an error of up to 2^-24 |c|; that is nothing as long as the typical x is not far below c.
     const double c = static_cast<double>(s.frame.c) * kLn2;

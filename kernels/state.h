@@ -40,15 +40,36 @@ struct State {
     Frame frame;
     double z = 0, a1 = 0, a2 = 0;
     double top_d = -std::numeric_limits<double>::infinity();  // the largest d
-    double spent = 0;  // the a2 that were summed up in fp32: what their rounding errors scale with
+    // What the rounding errors of z and of a2 scale with: the sums of what was summed up in fp32, and what
+    // moving from frame to frame made of their errors.
+    double spent_z = 0, spent = 0;
     unsigned flags = 0;
 
     bool has_mass() const { return z > 0; }
     bool is_empty() const { return z == 0 && a2 == 0; }
 };
 
+// A result whose `spent` is more than this many times itself is looked at again: a rounding error of a few
+// 2^-24 of the one would be past the promise in the other.
+constexpr double kWorstError = 8;
+
+// The rounding of fp64 in units of fp32's. A move by 45 binades shows it.
+constexpr double kFp64 = 0x1p-28;
+
 // expm1(x) - x without cancellation.
 double g(double x);
+
+// Adds one column in fp64, by its scaled logits. Its b may be -inf.
+void add_column(State&, double a, double b);
+
+// What the rounding error of a1 scales with: at least sum w |x|, for the z and a2 that were summed up in
+// fp32.
+double size_of_a1(double spent_z, double a1, double spent);
+
+// What the error of a2 scales with once it is seen from a c that lies h nats higher, from what those of z, a1
+// and a2 scale with. A move makes e^-h a2 + expm1(-h) a1 + z g(-h) of a2, of which much may cancel; the
+// rounding errors of the three do not. They are independent, so their squares add.
+double moved_error(double h, double z, double of_a1, double of_a2);
 
 // The same stretch seen from another frame.
 State seen_from(Frame, const State&);
