@@ -1,11 +1,11 @@
 """Rows of logits like those of trained models: a few tops far above a broad floor, not a bell curve.
 
-Gaussian logits have no token that outweighs the others, so they never try what a kernel does when a row's mass
-turns up late, differs between the sides, or is cut off. `FAMILIES` draws rows that do; `SmallModel` is a language
-model trained within seconds on Python's own library, to be compared with its own quantised copies.
+Gaussian logits have no token that outweighs the others, so they never try what a kernel does when a row's
+mass turns up late, differs between the sides, or is cut off. `FAMILIES` draws rows that do; `SmallModel` is a
+language model trained within seconds on Python's own library, to be compared with its own quantised copies.
 
-Every family takes (rows, vocab, generator) and returns (student, teacher), float32 `[rows, vocab]` on the CPU, in
-nats before any temperature. The same generator state gives the same rows.
+Every family takes (rows, vocab, generator) and returns (student, teacher), float32 `[rows, vocab]` on the
+CPU, in nats before any temperature. The same generator state gives the same rows.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def moved_tokens(rows: int, vocab: int, generator: Generator) -> Pair:
 def cut_support(logits: Tensor, how: str) -> Tensor:
     """−inf where a stored distribution or a sampler keeps nothing.
 
-    "16 nats": below log p = −16; "top-p": behind the tokens that hold 0.99 of the mass; "top-k": behind the 50
-    largest. The largest token always stays.
+    "16 nats": below log p = −16; "top-p": behind the tokens that hold 0.99 of the mass; "top-k": behind the
+    50 largest. The largest token always stays.
     """
     if how == "16 nats":
         return logits.masked_fill(logits.log_softmax(-1) < -16, -INF)
@@ -125,7 +125,7 @@ FAMILIES: dict[str, Family] = {
 # -- a small trained model and its copies --------------------------------------------------------------------
 
 _CHARACTERS = 1_500_000  # enough for the vocabulary
-# So little text that it is nearly learnt by heart: a large model is as sure of the usual text as this of its own.
+# So little text that it is nearly learnt by heart: a large model is as sure of any text as this of its own.
 _TRAINED_ON = 20_000
 _CONTEXT, _EMBEDDING, _HIDDEN = 6, 48, 128
 _STEPS, _BATCH, _RATE = 400, 192, 1.5e-2
