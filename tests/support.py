@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -115,9 +117,12 @@ def check_gradients(
     largest = np.exp(np.maximum(log_p, log_q))
     with np.errstate(invalid="ignore"):
         r = np.abs(log_p - log_q)
-    # Where a side lacks a column, no logarithm of a ratio weighs a term of a finite divergence.
-    ratio = np.maximum(1.0, np.maximum(np.nan_to_num(r, nan=0.0, posinf=0.0), value))
-    of = KINDS[KINDS[kind].at(options.get("beta"))[0]]
+    name, beta = KINDS[kind].at(options.get("beta"))
+    of = KINDS[name]
+    # Where one side lacks a column, a mixture is as far from the other as its share of it says; what else is
+    # finite there has no logarithm.
+    lacking = -math.log(min(beta, 1 - beta)) if of.family in ("js", "skew") else 0.0
+    ratio = np.maximum(1.0, np.maximum(np.nan_to_num(r, nan=0.0, posinf=lacking), value))
     tie = (r < 1e-5) if kind == "tv" else np.zeros(r.shape, bool)
     moved = (largest * tie).sum(-1, keepdims=True)
     for side, grad, exact, t_side in zip(

@@ -47,12 +47,18 @@ class Batch(NamedTuple):
 
 
 BATCHES = (
-    Batch(170, 3),
+    Batch(170, 2),
     Batch(20, 1, 3001, options=(("temperature", 0.7),)),
     Batch(20, 1, student=torch.bfloat16, teacher=torch.bfloat16, options=(("temperature", 2.0),)),
     Batch(10, 1, 4093, torch.float16, options=(("temperature", 1.0), ("teacher_temperature", 0.7))),
-    Batch(3, 0, 50257),
+    Batch(3, 1, 50257),
 )
+
+
+def batches(backend: str, case: str) -> tuple[Batch, ...]:
+    """All of them; the interpreter is given the first and, in turn, one of the next three."""
+    return (BATCHES[0], BATCHES[1 + CASES.index(case) % 3]) if is_slow(backend) else BATCHES
+
 
 RowsOf = Callable[[str, Batch], tuple[Tensor, Tensor]]
 
@@ -90,7 +96,7 @@ def exact(rows_of: RowsOf) -> Callable[[str, Batch, str], np.ndarray]:
 def test_values(
     backend: str, kind: str, case: str, rows_of: RowsOf, exact: Callable[[str, Batch, str], np.ndarray]
 ) -> None:
-    for batch in BATCHES:
+    for batch in batches(backend, case):
         cut = batch.cut(backend)
         student, teacher = (side[cut] for side in rows_of(case, batch))
         want = exact(case, batch, kind)[cut]
@@ -105,7 +111,10 @@ def test_values(
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients(backend: str, kind: str, case: str, rows_of: RowsOf) -> None:
-    for batch in BATCHES[:4]:
+    chosen = BATCHES[:4]
+    if is_slow(backend):
+        chosen = BATCHES[CASES.index(case) % 4 :][:1]
+    for batch in chosen:
         cut = batch.cut(backend, at_most=8)
         options = dict(batch.options)
         sides = [side[cut].clone().requires_grad_() for side in rows_of(case, batch)]
@@ -141,8 +150,12 @@ def labels_of(logits: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("case", CASES)
 def test_token_stats(backend: str, case: str, rows_of: RowsOf) -> None:
-    for batch in BATCHES:
-        cut = slice(0, 12) if is_slow(backend) and batch.rows > 100 else batch.cut(backend)
+    for batch in batches(backend, case):
+        cut = (
+            slice(0, 10 if case == CASES[0] else 4)
+            if is_slow(backend) and batch.rows > 100
+            else batch.cut(backend)
+        )
         student, teacher = (side[cut] for side in rows_of(case, batch))
         labels = labels_of(teacher)
         options = dict(batch.options)
@@ -152,10 +165,11 @@ def test_token_stats(backend: str, case: str, rows_of: RowsOf) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_token_logprobs(backend: str, case: str, rows_of: RowsOf) -> None:
-    for batch in BATCHES:
+    for batch in batches(backend, case):
         temperature = dict(batch.options).get("temperature", 1.0)
         for logits in rows_of(case, batch):
             logits = logits[batch.cut(backend, at_most=40)]
+            logits = logits[torch.isfinite(logits).sum(-1) > 1]  # one token alone has no gradient to compare
             if len(logits):
                 check_logprobs(logits, labels_of(logits), backend, f"{case} {batch}", temperature)
 
@@ -171,11 +185,13 @@ def test_topk_div(backend: str, tail: str, kind: str, k: int, rows_of: RowsOf) -
             student, teacher = (side[cut] for side in rows_of(case, batch))
             logprobs, ids = teacher.double().log_softmax(-1).topk(k)
             logprobs = logprobs.to(batch.teacher)
-            value = reference_topk.topk_div(
+            value, gradient, *_ = reference_topk.topk_div(
                 to_numpy(student), to_numpy(logprobs), ids.cpu().numpy(), kind, tail=tail,
                 resolution=RESOLUTION[logprobs.dtype],
-            )[0]  # fmt: skip
-            keep = torch.as_tensor(np.isfinite(value) & (value > 1e-9), device=DEVICE)
+            )  # fmt: skip
+            # The check refuses to compare gradients of almost nothing.
+            keep = np.isfinite(value) & (np.abs(gradient).max(-1) > 2e-6)
+            keep = torch.as_tensor(keep, device=DEVICE)
             if keep.any():
                 where = f"{case} {batch} K={k}"
                 check_topk(student[keep], logprobs[keep], ids[keep], kind, tail, backend, where)
@@ -202,11 +218,26 @@ def exact_heads(model: Trained, bits: int, rows: int) -> Heads:
     return Heads(*(x.to(DEVICE) for x in (*parts, *biases)))
 
 
+def error_of_sums(given: Heads) -> float:
+    """What PyTorch's own float32 products lose, of their terms' magnitudes.
+
+    Of two rows over 4096 columns a BLAS may lose 500 ulps, where it adds in a single chain.
+    """
+    with torch.no_grad():
+        factor = torch.softmax(given.student_hidden @ given.student_weight.T, -1)
+        exact = to_numpy(factor) @ to_numpy(given.student_weight)
+        size = to_numpy(factor) @ np.abs(to_numpy(given.student_weight))
+        return float((np.abs(to_numpy(factor @ given.student_weight) - exact) / size).max())
+
+
 @pytest.mark.parametrize("bits", [8, 4, 3])
 def test_linear_div(backend: str, kind: str, bits: int, model: Trained) -> None:
+    if is_slow(backend) and bits == 8:
+        pytest.skip("the interpreter is slow")
     rows = 2 if is_slow(backend) else 24
     given = exact_heads(model, bits, rows).require_grad()
     got = given.div(kind, reduction="none", chunk_rows=16, backend=backend)
     grads = torch.autograd.grad(got.sum(), given.leaves)
-    want = linear_heads.expected(given, kind, np.ones(rows))
+    sum_error = max(linear_heads.SUM, 2 * error_of_sums(given))
+    want = linear_heads.expected(given, kind, np.ones(rows), sum_error=sum_error)
     linear_heads.check(given, want, got, list(grads), f"{bits} bits")
