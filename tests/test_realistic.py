@@ -169,8 +169,8 @@ def test_token_logprobs(backend: str, case: str, rows_of: RowsOf) -> None:
             logits = logits[batch.cut(backend, at_most=40)]
             logits = logits[torch.isfinite(logits).sum(-1) > 1]  # one token alone has no gradient to compare
             if len(logits):
-                # An entropy's floor is what `token_stats` promises of one: beside a token that holds all but a
-                # little, float32 logits say no more about the rest.
+                # An entropy's floor is what `token_stats` promises of one: beside a token that holds nearly
+                # all the mass, float32 says no more about the rest.
                 check_logprobs(logits, labels_of(logits), backend, f"{case} {batch}", temperature, floor=1.0)
 
 
