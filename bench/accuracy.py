@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,12 @@ class Worst:
         if not (share <= self.share_of_promise).all():  # so written that NaN counts
             self.share_of_promise, self.case = float(share.max()), case
 
+    def merge(self, other: Worst) -> None:
+        self.rows += other.rows
+        self.max_rel_error = max(self.max_rel_error, other.max_rel_error)
+        if not other.share_of_promise <= self.share_of_promise:
+            self.share_of_promise, self.case = other.share_of_promise, other.case
+
 
 @dataclass
 class Findings:
@@ -79,6 +87,12 @@ class Findings:
     def add_by_size(self, system: str, kind: str, value: Floats, relative: Floats) -> None:
         line = self.by_size.setdefault((system, kind), np.full(len(BINS) - 1, np.nan))
         np.fmax.at(line, np.clip(np.searchsorted(BINS, value) - 1, 0, len(line) - 1), relative)
+
+    def merge(self, other: Findings) -> None:
+        for (backend, entry, kind), worst in other.worst.items():
+            self.of(backend, entry, kind).merge(worst)
+        for key, line in other.by_size.items():
+            self.by_size[key] = np.fmax(self.by_size.get(key, line), line)
 
 
 def chunks(model: Trained, rows: int, vocab: int, seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -261,6 +275,14 @@ def document(found: Findings, about: dict[str, Any]) -> dict[str, Any]:
     return {**about, "worst": [asdict(worst) for worst in found.worst.values()], "results": results}
 
 
+def _job(share: tuple[int, int, int, list[str], torch.device, int]) -> Findings:
+    rows, wide_rows, wide_vocab, backends, device, seed = share
+    torch.set_num_threads(1)
+    model = train(MODEL_VOCAB)
+    found = measure(model, rows, MODEL_VOCAB, backends, device, seed)
+    return measure(model, wide_rows, wide_vocab, backends, device, seed, found) if wide_rows else found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__)
     parser.add_argument("--rows", type=int, default=3000, help=f"of V = {MODEL_VOCAB}")
@@ -268,15 +290,22 @@ def main() -> None:
     parser.add_argument("--wide-vocab", type=int, default=50257)
     parser.add_argument("--backends", nargs="+", choices=kl_gpu.BACKENDS, help="all that compile, by default")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the rows")
     parser.add_argument("--out", type=Path, default=Path("out/accuracy"))
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     usual = ["triton", "eager"] if device.type == "cuda" else [resolve_backend(None, device), "eager"]
     backends = list(dict.fromkeys(options.backends or usual))
-    model = train(MODEL_VOCAB)
-    found = measure(model, options.rows, MODEL_VOCAB, backends, device, options.seed)
-    if options.wide_rows:
-        measure(model, options.wide_rows, options.wide_vocab, backends, device, options.seed, found)
+    rows, wide_rows = (-(-number // options.jobs) for number in (options.rows, options.wide_rows))
+    jobs = [
+        (rows, wide_rows, options.wide_vocab, backends, device, options.seed + job)
+        for job in range(options.jobs)
+    ]
+    found = Findings()
+    # Not forked: a child would wait for the threads that PyTorch had in its parent.
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for share in pool.map(_job, jobs):
+            found.merge(share)
     options.out.mkdir(parents=True, exist_ok=True)
     about = {
         "device": machine.name(device),
