@@ -6,18 +6,22 @@ import math
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from test_stats import check as check_stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kl_gpu
-from kl_gpu import distributed, reference
+from kl_gpu import distributed, reference, reference_topk
 from kl_gpu.distributed import vocab_parallel_div
+from realistic import CASES, MODEL_VOCAB, trained
+from realistic import realistic as realistic_rows
 from support import DEVICE, check_gradients, check_value, expected, normalisers, pair, to_numpy
 
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -66,6 +70,62 @@ def dense(
     if dtype != "bfloat16":
         assert expected(student, teacher, kind, **options).max() > 1e-12
     return bits(value)
+
+
+def realistic(rank: int, ranks: int, kind: str, backend: str, folder: str, rows: int) -> bytes:
+    """The promises on rows like a trained model's, whose tops may lie on any rank."""
+    model = trained(Path(folder))
+    results = []
+    for case in CASES:
+        student, teacher = realistic_rows(case, rows, MODEL_VOCAB, model)
+        shards = leaves(rank, ranks, student, teacher)
+        value = vocab_parallel_div(*shards, kind, reduction="none", backend=backend)
+        value.sum().backward()
+        mine = span(rank, ranks, MODEL_VOCAB)
+        grads = tuple(together(shard.grad, mine, MODEL_VOCAB) for shard in shards)
+        check_value(value, student, teacher, kind, backend, f"{ranks} ranks, {case}")
+        want = expected(student, teacher, kind)
+        np.testing.assert_array_equal(np.isinf(to_numpy(value)), np.isinf(want))
+        finite = np.isfinite(want)
+        if finite.any():
+            sides = student[finite], teacher[finite], tuple(grad[finite] for grad in grads)
+            check_gradients(*sides, kind, backend, f"{ranks} ranks, {case}")
+        results.append(value)
+    return bits(*results)
+
+
+def realistic_tokens(rank: int, ranks: int, backend: str, folder: str, rows: int) -> bytes:
+    """`token_stats`, `token_logprobs` and `topk_div` on them; the last against the dense call."""
+    model = trained(Path(folder))
+    mine = span(rank, ranks, MODEL_VOCAB)
+    results = []
+    for case in CASES:
+        student, teacher = realistic_rows(case, rows, MODEL_VOCAB, model)
+        labels = teacher.argmax(-1)
+        labels[1::2] = MODEL_VOCAB - 1 - labels[1::2]
+        where = f"{ranks} ranks, {case}"
+        shards = student[:, mine], teacher[:, mine]
+        found = distributed.vocab_parallel_token_stats(*shards, labels, backend=backend)
+        check_stats(found, student, teacher, labels, backend, where)
+        log_q, entropy = distributed.vocab_parallel_token_logprobs(
+            shards[0], labels, entropy=True, backend=backend
+        )
+        exact = reference_topk.token_logprobs(to_numpy(student), to_numpy(labels).astype(int))
+        np.testing.assert_allclose(to_numpy(log_q), exact, rtol=5e-6, atol=1e-30, err_msg=where)
+        exact = reference_topk.entropy(to_numpy(student))
+        assert (np.abs(to_numpy(entropy) - exact) <= 5e-6 * np.maximum(1, exact)).all(), where
+        log_p, ids = teacher.log_softmax(-1).topk(16)
+        got, want = (
+            call(logits, log_p, ids, reduction="none", backend=backend)
+            for call, logits in ((distributed.vocab_parallel_topk_div, shards[0]), (kl_gpu.topk_div, student))
+        )
+        # What 2e-7 of the rest's mass does to the value, on either side.
+        rest = student.scatter(-1, ids, -INF).logsumexp(-1) - student.logsumexp(-1)
+        slack = 4e-7 * to_numpy(rest.exp()) + 1e-12
+        close = np.abs(to_numpy(got) - to_numpy(want)) <= 1e-5 * to_numpy(want) + slack
+        assert (close | (np.isinf(to_numpy(got)) & np.isinf(to_numpy(want)))).all(), where
+        results += [*found, log_q, entropy, got]
+    return bits(*results)
 
 
 def edges(rank: int, ranks: int, kind: str, backend: str) -> bytes:

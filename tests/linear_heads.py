@@ -79,9 +79,12 @@ class Expected(NamedTuple):
 def expected(
     given: Heads, kind: str, factor: np.ndarray, vocab_size: int | None = None, softcap: float | None = None,
     teacher_softcap: float | None = None, logit_scale: float = 1.0, teacher_logit_scale: float = 1.0,
-    **options: float,
+    sum_error: float = SUM, **options: float,
 ) -> Expected:  # fmt: skip
-    """In float64, through the logits that linear_div never makes; `factor` multiplies each row."""
+    """In float64, through the logits that linear_div never makes; `factor` multiplies each row.
+
+    `sum_error` is what the products' sums may lose, of their terms' magnitudes.
+    """
     given = Heads(*(None if x is None else x.detach() for x in given))
     s = logits(given.student_hidden, given.student_weight, given.student_bias, softcap, logit_scale)
     t = logits(
@@ -104,7 +107,7 @@ def expected(
     inner = logit_scale * (1 - (s / softcap) ** 2 if softcap else 1)
     to_z = reference.gradients(s, t, kind, **options)[0] * factor[..., None] * inner
     off = np.exp(np.maximum(log_p, log_q)) * np.abs(factor)[..., None] / t_s * logit_scale
-    off = off * ratio * (GRADIENT + 8 * moved) + SUM * np.abs(to_z)
+    off = off * ratio * (GRADIENT + 8 * moved) + sum_error * np.abs(to_z)
 
     def products(z: np.ndarray, magnitude: bool) -> list[np.ndarray]:
         weight, hidden = to_numpy(given.student_weight), to_numpy(given.student_hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import kl_gpu
 from distributed_world import World
 from kl_gpu import ops
+from realistic import trained
 from support import DEVICE, is_slow
 
 # One process of the test run holds the process groups.
@@ -114,6 +116,24 @@ def test_token_stats(world: World, backend: str, dtype: str) -> None:
 
 def test_token_logprobs(world: World, backend: str) -> None:
     same_on_all_ranks(world.run("token_logprobs", backend=backend))
+
+
+def test_realistic_rows(world: World, kind: str, backend: str, shared_folder: Path) -> None:
+    pytest.importorskip("filelock")
+    if is_slow(backend) and kind not in ("forward_kl", "reverse_kl", "js"):
+        pytest.skip("Triton's interpreter is slow")
+    trained(shared_folder)
+    rows = 1 if is_slow(backend) else 6
+    same_on_all_ranks(
+        world.run("realistic", kind=kind, backend=backend, folder=str(shared_folder), rows=rows)
+    )
+
+
+def test_tokens_of_realistic_rows(world: World, backend: str, shared_folder: Path) -> None:
+    pytest.importorskip("filelock")
+    trained(shared_folder)
+    rows = 1 if is_slow(backend) else 40
+    same_on_all_ranks(world.run("realistic_tokens", backend=backend, folder=str(shared_folder), rows=rows))
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "js"])

@@ -22,9 +22,12 @@ def given(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple[
     return logits, torch.randint(0, columns, (rows,), device=DEVICE)
 
 
-def check(logits: Tensor, ids: Tensor, backend: str, where: str, temperature: float = 1.0) -> None:
+def check(
+    logits: Tensor, ids: Tensor, backend: str, where: str, temperature: float = 1.0, floor: float = 0.0
+) -> None:  # fmt: skip
     """Values relative to themselves, also where the token is all but certain; the entropy where it is not 0
-    to 2e-7 more. Gradients to 2e-6 of the probability, times what the entropy's logarithm brings."""
+    to 2e-7 more, or relative to `floor` where that is more. Gradients to 2e-6 of the probability, times what
+    the entropy's logarithm brings."""
     leaf = logits.detach().requires_grad_()
     logprob, entropy = kl_gpu.token_logprobs(
         leaf, ids, temperature=temperature, entropy=True, backend=backend
@@ -39,7 +42,8 @@ def check(logits: Tensor, ids: Tensor, backend: str, where: str, temperature: fl
     share = (np.abs(to_numpy(logprob) - want) / (RELATIVE * np.abs(want) + 1e-30)).max()
     record("logprob", backend, "token", float(share), where)
     assert share <= 1, f"{share} of the bound at {where}"
-    share = (np.abs(to_numpy(entropy) - spread) / (RELATIVE * spread + 2e-7)).max()
+    bound = np.maximum(RELATIVE * spread + 2e-7, RELATIVE * floor)
+    share = (np.abs(to_numpy(entropy) - spread) / bound).max()
     record("entropy", backend, "token", float(share), where)
     assert share <= 1, f"{share} of the bound at {where}"
     assert logprob.dtype == entropy.dtype == (leaf.dtype if leaf.dtype == torch.float64 else torch.float32)

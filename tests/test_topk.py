@@ -74,7 +74,7 @@ def check(
     np.put_along_axis(p, np.where(present, where_p, x.shape[-1]), np.exp(log_p), -1)
     largest = np.maximum(np.maximum(p[..., :-1], np.exp(log_q)), np.abs(gradient))
     ratio = np.abs(np.log(np.maximum(p[..., :-1], 1e-300)) - log_q)
-    ratio = np.where(inside, ratio, 1.0)
+    ratio = np.where(inside & np.isfinite(ratio), ratio, 1.0)
     size = np.maximum(np.maximum(1.0, ratio), np.abs(want)[..., None])
     slack = np.abs(gradient) * ROUNDING[grad.dtype] + TINY[grad.dtype]
     share = ((np.abs(to_numpy(grad) - gradient) - slack) / (GRADIENT * largest * size / temperature)).max()
