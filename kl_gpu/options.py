@@ -49,7 +49,7 @@ class Options(NamedTuple):
         mask = (ordinary_rows if self.shift else ordinary)(self.mask)
         labels, weight, normalizer = map(ordinary_rows, (self.labels, self.weight, self.normalizer))
         counts, weight = that_count(mask, labels, self.ignore_index, weight, self.shift)
-        factor = float(self.temperature) ** 2 if self.t_squared else 1.0
+        factor = float(self.temperature) ** 2 if self.t_squared else None
         return Rows(counts, weight, factor, self.reduction, normalizer)
 
     def overwrites(self, argument: str, logits: Tensor, *also_needed: Any) -> bool:
