@@ -54,7 +54,7 @@ class Options(NamedTuple):
             mask = ordinary_rows(mask)
         valid, weight = that_count(mask, self.labels, self.ignore_index, weight, self.shift)
         checks.divides(normalizer, valid, logits.shape[:-1], self.shift)
-        factor = float(self.temperature) ** 2 if self.t_squared else 1.0
+        factor = float(self.temperature) ** 2 if self.t_squared else None
         return Rows(valid, weight, factor, self.reduction, normalizer)
 
     def overwrites(self, argument: str, logits: Tensor, *also_needed: Any) -> bool:

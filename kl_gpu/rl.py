@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, symbols
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
@@ -82,6 +82,7 @@ def kl_penalty(
     checks.log_probabilities(policy_logprobs, ref_logprobs, mask)
     if clamp is not None:
         checks.positive("clamp", clamp)
+        clamp = float(clamp)
 
     wide = policy_logprobs.dtype == ref_logprobs.dtype == torch.float64
     dtype = torch.float64 if wide else torch.float32
@@ -92,19 +93,22 @@ def kl_penalty(
     # Past where clamp cuts an estimate off, it may overflow, and its gradient times the clamp's 0 is NaN: r
     # is limited to where the estimate is larger than clamp already.
     most = torch.finfo(dtype).max
-    clamp = None if clamp is None else min(float(clamp), most)
+    clamp = None if clamp is None else min(clamp, most)
     if estimator == "k1":
         estimate = r
     elif estimator == "k2":
-        limited = r if clamp is None else r.clamp(-2 * math.sqrt(clamp) - 1, 2 * math.sqrt(clamp) + 1)
+        past = None if clamp is None else 2 * clamp**0.5 + 1
+        limited = r if past is None else symbols.clamp(r, -past, past)
         estimate = limited / 2 * limited  # not r²/2: r² overflows before it
     elif estimator == "abs":
         estimate = r.abs()
     else:
-        limited = r if clamp is None else r.clamp(min=-min(math.log(2 * clamp + 4), math.log(most) - 1e-5))
+        # Cut off at −r = √(2 · clamp), since k3 ≥ r²/2 there. The logarithm would make a constant of clamp.
+        past = None if clamp is None else min(2 * clamp**0.5 + 1, math.log(most) - 1e-5)
+        limited = r if past is None else symbols.clamp(r, -past, None)
         estimate = _exp_minus_linear(-limited)
     if clamp is not None:
-        estimate = estimate.clamp(-clamp, clamp)
+        estimate = symbols.clamp(estimate, -clamp, clamp)
     if straight_through:
         estimate = _StraightThrough.apply(estimate.detach(), r)
     return estimate

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, symbols
 from .eager import formula
 from .kinds import KINDS
 
@@ -223,4 +223,4 @@ ops.register(
 
 token = torch.ops.kl_gpu.token.default
 best = torch.ops.kl_gpu.best.default
-topk = torch.ops.kl_gpu.topk.default
+topk = symbols.operator("topk")
