@@ -1,7 +1,7 @@
 """Rows as a trained model makes them, on the compiled CPU kernels: each case broke a promise once.
 
-A few tokens far above a broad floor, tops that differ between the sides and lie in different tiles and blocks, and
-supports that one side has cut. Every case runs on every instruction set that this processor has.
+A few tokens far above a broad floor, tops that differ between the sides and lie in different tiles and
+blocks, and supports that one side has cut. Every case runs on every instruction set that this processor has.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def five_tokens(rows: int, vocab: int = 4096) -> tuple[Tensor, Tensor]:
 
 
 def cut_rows(rows: int, vocab: int, nats: float) -> tuple[Tensor, Tensor]:
-    """A side that is −inf this far below its top, beside one that is not; most mass on one token, an offset."""
+    """A side that is −inf this far below its top beside one that is not; most mass on one token."""
     cut = torch.randn(rows, vocab) * (1 + 5 * torch.rand(rows, 1))
     of, column = torch.arange(rows), torch.randint(0, vocab, (rows,))
     cut[of, column] = torch.logsumexp(cut, -1) + 8 * torch.rand(rows)
@@ -106,7 +106,7 @@ def student_cut() -> None:
 
 
 def blocks_without_a_student() -> None:
-    """A student of one token in the first block: of its ratio to the teacher the other blocks know nothing."""
+    """A student of one token in the first block: the other blocks know nothing of its ratio."""
     teacher = torch.randn(3, 70001)
     teacher[:, 0] = torch.logsumexp(teacher, -1) + torch.tensor([0.0, 3.0, 6.0])
     student = torch.full_like(teacher, -INF)
@@ -127,10 +127,8 @@ def floors_that_a_one_swallows() -> None:
             student[torch.arange(8), columns] = teacher[torch.arange(8), columns] = 0.0
             where = f"V={vocab}, floor {level}"
             check_stats(student, teacher, columns, where)
-            check_value(
-                divergence(student, teacher, "tv", reduction="none", backend="native"), student, teacher, "tv",
-                "native", where,
-            )  # fmt: skip
+            distance = divergence(student, teacher, "tv", reduction="none", backend="native")
+            check_value(distance, student, teacher, "tv", "native", where)
             other = (columns + 1) % vocab
             got, entropy = token_logprobs(teacher, other, entropy=True, backend="native")
             want = reference.token_stats(to_numpy(student), to_numpy(teacher), other.numpy())
@@ -139,7 +137,7 @@ def floors_that_a_one_swallows() -> None:
 
 
 def tails_of_the_other_side() -> None:
-    """The student has tokens that the teacher puts 13 nats lower, and the mean of the ratios lies elsewhere."""
+    """The student has tokens that the teacher puts 13 nats lower; the mean ratio lies elsewhere."""
     teacher = torch.randn(16, 32000) * 3 - 285
     student = teacher - 0.56 + 1e-4 * torch.randn(16, 32000)
     for column, t, s in ((46, -284.5, -265.1), (6562, -260.2, -262.2), (11589, -255.2, -256.1)):
