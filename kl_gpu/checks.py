@@ -74,9 +74,9 @@ def beta(value: Any, kind: str) -> None:
     if not _is_real(value):
         raise TypeError(f"beta must be a float, got {_type_name(value)}")
     one = of.ends[1] is not None
-    if not (0 <= float(value) < 1 or (one and float(value) == 1)):  # NaN fails every comparison
+    if not (0 <= value <= 1 if one else 0 <= value < 1):  # NaN fails every comparison
         raise ValueError(f"beta must be within [0, 1{']' if one else ')'} for kind {kind!r}, got {value}")
-    if 0 < float(value) < SMALLEST_BETA:
+    if 0 < value < SMALLEST_BETA:
         raise ValueError(f"beta must be 0 or at least {SMALLEST_BETA:g}, got {value}")
 
 
@@ -99,7 +99,8 @@ def temperatures(temperature_: Any, teacher_temperature: Any, t_squared: bool = 
     if teacher_temperature is None:
         return temperature_
     temperature("teacher_temperature", teacher_temperature)
-    if t_squared and temperature_ != teacher_temperature:
+    # Not `!=`: torch.compile would take two symbols that are equal once for two constants.
+    if t_squared and (temperature_ < teacher_temperature or temperature_ > teacher_temperature):
         raise ValueError(
             "t_squared needs one temperature: T² has no meaning for "
             f"temperature={temperature_} with teacher_temperature={teacher_temperature}"

@@ -44,8 +44,12 @@ class Kind:
         beta = self.beta if beta is None else float(beta)
         if beta is None:
             return self.name, 0.0
-        end = {0.0: self.ends[0], 1.0: self.ends[1]}.get(beta)
-        return (self.name, beta) if end is None else (end, 0.0)
+        # Not a table nor `==`, and never a plain 0.0: each would tie torch.compile's graph to this β.
+        if beta <= 0 and self.ends[0] is not None:
+            return self.ends[0], beta
+        if beta >= 1 and self.ends[1] is not None:
+            return self.ends[1], 1.0 - beta
+        return self.name, beta
 
 
 _KLS = ("forward_kl", "reverse_kl")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, symbols
 from .checks import autocasts
 from .linear_chunks import Call, arithmetic, chunks_of
 from .linear_sums import BiasGradient, WeightGradient
@@ -110,4 +110,4 @@ def _linear_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 _IMPLEMENTATIONS: ops.Implementations = {"linear": (over_chunks, _linear_fake)}
 ops.register(_library, _IMPLEMENTATIONS)
 
-linear = torch.ops.kl_gpu.linear.default
+linear = symbols.operator("linear")

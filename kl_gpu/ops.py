@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, symbols
 from .kinds import KINDS, STATS
 from .problem import TOKEN_STATS, Problem, arithmetic
 
@@ -373,6 +373,7 @@ def register(library: torch.library.Library, implementations: Implementations) -
     for name, (run, fake) in implementations.items():
         library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"kl_gpu::{name}", fake, lib=library)
+        symbols.define_overload(library, name, run, fake)
 
 
 # One Python function serves every device: the backend argument, resolved by the caller, picks the kernels.
@@ -387,11 +388,11 @@ _IMPLEMENTATIONS: Implementations = {
 }
 register(_library, _IMPLEMENTATIONS)
 
-value = torch.ops.kl_gpu.value.default
-divergence = torch.ops.kl_gpu.divergence.default
-gradient = torch.ops.kl_gpu.gradient.default
-value_and_gradient = torch.ops.kl_gpu.value_and_gradient.default
-formula_sums = torch.ops.kl_gpu.formula_sums.default
-token_stats = torch.ops.kl_gpu.token_stats.default
+value = symbols.operator("value")
+divergence = symbols.operator("divergence")
+gradient = symbols.operator("gradient")
+value_and_gradient = symbols.operator("value_and_gradient")
+formula_sums = symbols.operator("formula_sums")
+token_stats = symbols.operator("token_stats")
 # A copy that the compiler cannot leave out, nor make again in backward from what was copied.
 copy = torch.ops.kl_gpu.copy.default

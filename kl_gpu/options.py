@@ -53,7 +53,7 @@ class Options(NamedTuple):
         if mask is not None and self.shift:  # what a mask is cut from may be saved in its place
             mask = ordinary_rows(mask)
         counts, weight = that_count(mask, self.labels, self.ignore_index, weight, self.shift)
-        factor = float(self.temperature) ** 2 if self.t_squared else 1.0
+        factor = float(self.temperature) ** 2 if self.t_squared else None
         return Rows(counts, weight, factor, self.reduction, normalizer)
 
     def overwrites(self, argument: str, logits: Tensor, *also_needed: Any) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, ops, transforms
+from . import autograd, ops, symbols, transforms
 from .autograd import once_differentiable
 from .rows import Window
 
@@ -190,8 +190,8 @@ ops.register(_library, _IMPLEMENTATIONS)
 
 given_columns = torch.ops.kl_gpu.given_columns.default
 check_mass = torch.ops.kl_gpu.check_mass.default
-remainder = torch.ops.kl_gpu.remainder.default
-remainder_gradient = torch.ops.kl_gpu.remainder_gradient.default
+remainder = symbols.operator("remainder")
+remainder_gradient = symbols.operator("remainder_gradient")
 
 
 def _mass_checked(call: None, *tensors: Tensor | None) -> tuple[Tensor]:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, symbols
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
@@ -57,6 +57,7 @@ def kl_penalty(
     checks.log_probabilities(policy_logprobs, ref_logprobs)
     if clamp is not None:
         checks.positive("clamp", clamp)
+        clamp = float(clamp)
 
     wide = policy_logprobs.dtype == ref_logprobs.dtype == torch.float64
     dtype = torch.float64 if wide else torch.float32
@@ -68,11 +69,13 @@ def kl_penalty(
     elif estimator == "abs":
         estimate = r.abs()
     else:
-        # Past where clamp cuts k3 off, e^−r may overflow, and its gradient times the clamp's 0 is NaN.
-        limited = r if clamp is None else r.clamp(min=-2 * math.log(clamp + 2) - 2)
+        # Past where clamp cuts k3 off, e^−r may overflow, and its gradient times the clamp's 0 is NaN. With
+        # −r = √(2 · clamp) it is cut off: k3 ≥ r²/2 there. The logarithm would do, but makes it a constant.
+        most = math.log(torch.finfo(dtype).max) - 1e-5
+        limited = r if clamp is None else symbols.clamp(r, -min(2 * clamp**0.5 + 1, most), None)
         estimate = _exp_minus_linear(-limited)
     if clamp is not None:
-        estimate = estimate.clamp(-clamp, clamp)
+        estimate = symbols.clamp(estimate, -clamp, clamp)
     if straight_through:
         k2 = r.square() / 2
         estimate = estimate.detach() + (k2 - k2.detach())

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 
 class Window(NamedTuple):
@@ -55,12 +56,12 @@ class Rows(NamedTuple):
     Attributes:
         counts: which rows count, as the result has them; None: all.
         weight: what each is multiplied by, 0 where a row does not count; None: 1.
-        factor: what all are multiplied by.
+        factor: what all are multiplied by; None: 1.
     """
 
     counts: Tensor | None
     weight: Tensor | None
-    factor: float
+    factor: float | None
     reduction: str
     normalizer: float | Tensor | None
 
@@ -72,25 +73,30 @@ class Rows(NamedTuple):
 
     def scale(self, lead: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """These constants, `[*lead]`."""
-        denominator = self._denominator(lead)
+        factor, denominator = self.factor, self._denominator(lead)
+        factor = 1.0 if factor is None else factor
         if self.weight is None and not isinstance(denominator, Tensor):
-            return torch.full(lead, self.factor / denominator, dtype=dtype, device=device)
+            share = factor / denominator
+            if is_dynamo_compiling():  # `full` would make a constant of a normalizer that changes
+                return torch.ones(lead, dtype=dtype, device=device) * share
+            return torch.full(lead, share, dtype=dtype, device=device)
         if self.weight is None:
             weight = torch.ones(lead, dtype=dtype, device=device)
         else:
             weight = self.weight.detach().to(dtype)
-        return weight * self.factor / denominator
+        return weight * factor / denominator
 
     def reduced(self, value: Tensor) -> Tensor:
         """The result from the rows' divergences `[N]`, differentiable in all of them."""
-        if self.factor != 1:
+        # torch.compile is not asked, here and below: where the answer is 1, it would make a constant of it.
+        if self.factor is not None and (is_dynamo_compiling() or self.factor != 1):
             value = value * self.factor
         if self.weight is not None:
             value = value * self.weight.to(value.dtype)
         if self.reduction == "none":
             return value
         total, denominator = value.sum(), self._denominator(value.shape)
-        if not isinstance(denominator, Tensor) and denominator == 1:
+        if type(denominator) is int and denominator == 1:
             return total  # dividing takes longer than the sum of a small problem
         return total / denominator
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, symbols
 from .eager import formula
 from .kinds import KINDS
 
@@ -185,4 +185,4 @@ def _token_list(*arguments: Tensor) -> list[Tensor]:
 ops.register(_library, {"token": (_token_list, _token_fake), "topk": (_topk, _topk_fake)})
 
 token = torch.ops.kl_gpu.token.default
-topk = torch.ops.kl_gpu.topk.default
+topk = symbols.operator("topk")

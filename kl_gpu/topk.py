@@ -183,7 +183,7 @@ def settle(
         return_mass=return_mass,
     )  # fmt: skip
     checks.temperature("temperature", temperature)
-    if temperature != 1 and tail != "renormalize":
+    if tail != "renormalize" and temperature != 1:
         raise ValueError(
             "temperature must be 1 but for tail='renormalize': p^(1/T) cannot be normalised without the rest "
             f"of p, got temperature={temperature} with tail={tail!r}"

@@ -23,8 +23,8 @@ def test_opcheck(backend: str, kind: str, with_rows: bool) -> None:
     rows = torch.rand(2, 3, device=DEVICE) > 0.5 if with_rows else None
     _, beta = kl_gpu.KINDS[kind].at(None)
     arguments = (student, teacher, rows, kind, beta, 1.0, 0.5, backend)
-    torch.library.opcheck(ops.value, arguments)
-    torch.library.opcheck(ops.divergence, arguments)
+    torch.library.opcheck(torch.ops.kl_gpu.value.default, arguments)
+    torch.library.opcheck(torch.ops.kl_gpu.divergence.default, arguments)
     value, stats = ops.value(*arguments)
     assert torch.equal(ops.divergence(*arguments), value)
     row_scale = torch.rand(2, 3, device=DEVICE)
@@ -33,13 +33,13 @@ def test_opcheck(backend: str, kind: str, with_rows: bool) -> None:
         (torch.empty_like(student), torch.empty_like(teacher)),
     ):
         arguments = (student, teacher, rows, stats, row_scale, None, kind, beta, 1.0, 0.5, backend, *grads)
-        torch.library.opcheck(ops.gradient, arguments)
+        torch.library.opcheck(torch.ops.kl_gpu.gradient.default, arguments)
         if ops.fuses(backend):
             incoming = torch.tensor(0.5, device=DEVICE)
             arguments = (*arguments[:5], incoming, *arguments[6:])
-            torch.library.opcheck(ops.gradient, arguments)
+            torch.library.opcheck(torch.ops.kl_gpu.gradient.default, arguments)
             arguments = (student, teacher, rows, row_scale, kind, beta, 1.0, 0.5, backend, *grads)
-            torch.library.opcheck(ops.value_and_gradient, arguments)
+            torch.library.opcheck(torch.ops.kl_gpu.value_and_gradient.default, arguments)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -448,13 +448,13 @@ def test_opcheck(backend: str, with_rows: bool) -> None:
     torch.library.opcheck(remainder.given_columns, (student, ids, rows, True, "teacher_ids"))
     torch.library.opcheck(remainder.check_mass, (logprobs.double(), rows))
     arguments = (student, ids, rows, 0.5, True, backend)
-    torch.library.opcheck(remainder.remainder, arguments)
+    torch.library.opcheck(torch.ops.kl_gpu.remainder.default, arguments)
     *_, stats = remainder.remainder(*arguments)
     to_given, flow = torch.rand(2, 3, 5, device=DEVICE).double(), torch.rand(2, 3, device=DEVICE).double()
     for to_entropy in (None, flow):
         grad = torch.empty_like(student)
         torch.library.opcheck(
-            remainder.remainder_gradient,
+            torch.ops.kl_gpu.remainder_gradient.default,
             (student, ids, rows, stats, to_given, flow, to_entropy, 0.5, backend, grad),
         )
 
@@ -466,7 +466,7 @@ def test_opcheck_of_the_formulas(tail: str) -> None:
     log_p = (log_p - 3).clamp_max(-2)
     for rest_log_p in (None, rest - 4):
         arguments = (given, rest, log_p, rest_log_p, has_rest, "forward_kl", 0.0, tail, 1.0, 2.0**-24)
-        torch.library.opcheck(tails.topk, arguments)
+        torch.library.opcheck(torch.ops.kl_gpu.topk.default, arguments)
     torch.library.opcheck(tails.token, (given[..., 0], rest, rest.abs()))
 
 

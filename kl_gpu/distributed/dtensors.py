@@ -110,7 +110,7 @@ def divergence(student: Any, teacher: Any, kind: str, **options: Any) -> Tensor:
         counts = DTensor.from_local(
             counts, student.device_mesh, rows_of, run_check=False, shape=lead, stride=_strides(lead)
         )
-    return rows.Rows(counts, None, 1.0, reduction, normalizer).reduced(value)
+    return rows.Rows(counts, None, None, reduction, normalizer).reduced(value)
 
 
 def _lead(shape: torch.Size, shift: bool) -> torch.Size:
