@@ -290,17 +290,3 @@ def test_temperatures_near_0(backend: str, kind: str, temperatures: tuple[float,
             student[fine], teacher[fine], tuple(g[fine] for g in grads), kind, backend, f"T={temperatures}",
             **options,
         )  # fmt: skip
-
-
-@pytest.mark.parametrize("offset", [300.0, -300.0])
-def test_a_tiny_divergence_of_sides_far_apart(backend: str, kind: str, offset: float) -> None:
-    """float32 holds log Z_b − log Z_a only to 1.5e-5 there, whose square is larger than the divergence."""
-    if kind == "tv":
-        pytest.skip("of first order in the logits")
-    teacher = torch.randn(4, 1030, device=DEVICE)
-    teacher[:, 700] = 23.0
-    student = teacher + offset
-    student[:, :600] += 2.0**-10 * torch.randn(4, 600, device=DEVICE)
-    value, *_ = evaluate(student, teacher, kind, backend)
-    assert (expected(student, teacher, kind) > 1e-15).all()
-    check_value(value, student, teacher, kind, backend, f"offset {offset}")
