@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import kl_gpu
+
 pytest.importorskip("rich")
 
 ROOT = Path(__file__).parents[1]
@@ -182,3 +184,32 @@ def test_bad_options(
         main(*arguments)
     assert stopped.value.code == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_accuracy_covers_every_entry_and_kind(shared_folder: Path) -> None:
+    pytest.importorskip("filelock")
+    accuracy = importlib.import_module("bench.accuracy")
+    realistic = importlib.import_module("realistic")
+    model = realistic.trained(shared_folder)
+    rows = 2 * (len(realistic.CASES) - 1)
+    found = accuracy.measure(model, rows, realistic.MODEL_VOCAB, ["eager"], torch.device("cpu"))
+    report = accuracy.document(found, {"rows": rows})
+    calls = {(worst["entry"], worst["kind"]) for worst in report["worst"]}
+    assert {("divergence", kind) for kind in kl_gpu.KINDS} <= calls
+    assert {("token_stats", name) for name in kl_gpu.TokenStats._fields[:7]} <= calls
+    topk = {f"{tail}, {kind}" for tail, kinds in accuracy.TAIL_KINDS.items() for kind in kinds}
+    assert {("topk_div", name) for name in topk} | {("token_logprobs", "entropy")} <= calls
+    for worst in report["worst"]:
+        assert worst["rows"] > 0
+        # Errors of exactly 0 in every number but the agreement would mean that nothing was compared.
+        assert (worst["kind"] == "top1_agree") == (worst["share_of_promise"] == 0)
+        assert worst["share_of_promise"] < 0.1
+    # A fault shows, NaN included.
+    for got in (1.1, float("nan")):
+        wrong = accuracy.Worst("native", "divergence", "js")
+        wrong.add("case", *(torch.tensor([x]).numpy() for x in (abs(got - 1), 1.0, 5e-6)))
+        assert not wrong.share_of_promise < 1
+    merged = accuracy.Findings()
+    merged.merge(found)
+    merged.merge(found)
+    assert merged.of("eager", "divergence", "js").rows == 2 * found.of("eager", "divergence", "js").rows
