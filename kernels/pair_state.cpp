@@ -5,22 +5,6 @@
 
 namespace kl {
 
-void add_column(PairState& to, double a, double b) {
-    const double e = a - static_cast<double>(to.frame.m), x = (b - a) - static_cast<double>(to.frame.c);
-    const double w = std::exp2(e), u = std::exp2(e + x);
-    // 2^e g(x) / ln 2 for a weight and an x that one of 2^e and 2^x alone might not bear.
-    const auto weighed = [](double weight, double other, double y) {
-        return y > 64 ? (other - weight) / kLn2 - weight * y : weight * (g(y * kLn2) / kLn2);
-    };
-    to.z += w;
-    to.a1 += w * x;
-    to.a2 += weighed(w, u, x);
-    to.zb += u;
-    to.b2 += weighed(u, w, -x);
-    to.ea += w * e;
-    to.eb += u * (e + x);
-}
-
 PairState seen_from(Frame to, const PairState& s) {
     // KL(b||a) is the same state with the sides exchanged: its frame is (m + c, -c).
     const double m = s.frame.m, c = s.frame.c, to_m = to.m, to_c = to.c, rise = m - to_m;
@@ -33,16 +17,15 @@ PairState seen_from(Frame to, const PairState& s) {
     out.spent_z = forward.spent_z;
     out.spent_a = forward.spent;
     const double weight = std::exp2(rise), rise_b = rise + (c - to_c), weight_b = std::exp2(rise_b);
-    const double h = (to_c - c) * kLn2, b1 = -(s.gap() + s.b2);
-    const double less_one = std::expm1(h), g = std::fabs(h) > 1e-5 ? less_one - h : 0.5 * h * h * (1 + h / 3);
+    const double gap = s.gap(), b1 = -(gap + s.b2);
+    const Move move((c - to_c) * kLn2);
+    const double of_zb = s.zb * (move.g_of / kLn2);
     out.zb = weight_b * s.zb;
-    out.b2 = weight_b * ((1 + less_one) * s.b2 + less_one * b1 + s.zb * (g / kLn2));
+    out.b2 = weight_b * (move.power * s.b2 + move.less_one * b1 + of_zb);
     out.spent_zb = weight_b * s.spent_zb;
-    const double of_fp64 =
-        std::exp(h) * (std::fabs(s.gap()) + 2 * s.b2) + std::fabs(s.gap()) + s.zb * (g / kLn2);
+    const double of_fp64 = move.power * (std::fabs(gap) + 2 * s.b2) + std::fabs(gap) + of_zb;
     out.spent_b =
-        weight_b *
-        (moved_error(-h, s.spent_zb, std::hypot(s.error_of_gap(), s.spent_b), s.spent_b) + kFp64 * of_fp64);
+        weight_b * (move.error(s.spent_zb, length(s.error_of_gap(), s.spent_b), s.spent_b) + kFp64 * of_fp64);
     out.ea = weight * (s.ea + rise * s.z);
     out.eb = weight_b * (s.eb + rise_b * s.zb);
     return out;
@@ -105,8 +88,8 @@ PairResult finish(const PairState& s) {
     // comparison.
     const auto within = [&](double z, double spent, double y, double kl) {
         const double of_y = kLn2 / z * s.error_of_gap(), of_g = kLn2 / z * spent;
-        const double errors = std::fabs(y) < 0.5 ? std::hypot(of_g, y / (1 + y) * of_y)
-                                                 : std::hypot(of_y / (1 + y), of_y, of_g);
+        const double errors = std::fabs(y) < 0.5 ? length(of_g, y / (1 + y) * of_y)
+                                                 : length(length(of_y / (1 + y), of_y), of_g);
         return errors <= kWorstError * kl && y > -1;
     };
     const bool finite = s.usable && s.z > 0 && zb > 0 && std::isfinite(out.forward + out.reverse) &&

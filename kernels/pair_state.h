@@ -53,9 +53,6 @@ private:
     }
 };
 
-// Adds one column in fp64, by its scaled logits, both finite.
-void add_column(PairState&, double a, double b);
-
 // The same stretch seen from another frame.
 PairState seen_from(Frame, const PairState&);
 

@@ -15,12 +15,22 @@ namespace kl::KL_ISA {
 
 struct PairSums {
     double z, a1, a2, zb, b2, ea, eb, largest_g;
-    double heaviest, heaviest_b;  // the largest parts of z and zb that one accumulator holds
     float top_a, top_b;
 };
 
 struct PairAccumulators {
     VF z{}, a1{}, a2{}, zb{}, b2{}, ea{}, eb{}, largest_g{};
+
+    KL_INLINE void take(PairAccumulators& run) {
+        z += run.z;
+        a1 += run.a1;
+        a2 += run.a2;
+        zb += run.zb;
+        b2 += run.b2;
+        ea += run.ea;
+        eb += run.eb;
+        run.z = run.a1 = run.a2 = run.zb = run.b2 = run.ea = run.eb = VF{};
+    }
 };
 
 // One vector's weights and what they weigh.
@@ -55,7 +65,8 @@ KL_INLINE void accumulate_pair(const PairTerms& s, const PairTerms& t, PairAccum
 template <bool Exact, class T>
 inline PairSums sweep_pair(const Stretch<T>& in, float scale, Frame frame) {
     const VF k = splat<VF>(scale), m = splat<VF>(frame.m), c = splat<VF>(frame.c);
-    PairAccumulators s;
+    PairAccumulators s, total;
+    std::int64_t steps = 0;
     VF top_a = splat<VF>(-__builtin_inff()), top_b = top_a;
     in.for_each_step([&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
         prefetch_step(at_a);
@@ -64,19 +75,13 @@ inline PairSums sweep_pair(const Stretch<T>& in, float scale, Frame frame) {
         top_a = max(a.x, max(a.y, top_a));
         top_b = max(b.x, max(b.y, top_b));
         accumulate_pair(pair_terms<Exact>(a.x, b.x, k, m, c), pair_terms<Exact>(a.y, b.y, k, m, c), s);
+        if (++steps % kRun == 0) [[unlikely]]
+            total.take(s);
     });
-    return {sum(s.z),
-            sum(s.a1),
-            sum(s.a2),
-            sum(s.zb),
-            sum(s.b2),
-            sum(s.ea),
-            sum(s.eb),
-            static_cast<double>(largest(s.largest_g)),
-            static_cast<double>(largest(s.z)),
-            static_cast<double>(largest(s.zb)),
-            largest(top_a),
-            largest(top_b)};
+    total.take(s);
+    return {sum(total.z),   sum(total.a1), sum(total.a2), sum(total.zb),
+            sum(total.b2),  sum(total.ea), sum(total.eb), static_cast<double>(largest(s.largest_g)),
+            largest(top_a), largest(top_b)};
 }
 
 inline bool is_usable(const PairSums& s) {
@@ -109,25 +114,6 @@ public:
             total_.usable = false;
             return;
         }
-        // What outweighs the others is summed up in fp64, as kOneColumn has it.
-        const Top top_a = piece.top_a, top_b = piece.top_b;
-        T room_a[kTile], room_b[kTile];
-        double a[2], b[2];  // of the columns that are left out, in units of ln 2
-        const auto leave_out = [&](std::int64_t at) {
-            if (at < 0 || (in.n_left_out > 0 && in.left_out[0] == at)) return;
-            a[in.n_left_out] = static_cast<double>(widen_one(in.a_at(at))) * static_cast<double>(scale_);
-            b[in.n_left_out] = static_cast<double>(widen_one(in.b_at(at))) * static_cast<double>(scale_);
-            in.leave_out(at, room_a, room_b);
-        };
-        const auto see = [&](Frame frame) {
-            PairState out = look(in, column, frame);
-            for (std::int64_t i = 0; i < in.n_left_out; ++i) add_column(out, a[i], b[i]);
-            return out;
-        };
-        const bool heavy_a = is_heavy(piece, top_a, false), heavy_b = is_heavy(piece, top_b, true);
-        if (heavy_a) leave_out(column_of(in, true, top_a.logit));
-        if (heavy_b) leave_out(column_of(in, false, top_b.logit));
-        if (heavy_a || heavy_b) piece = see(piece.frame);
         PairState both = add(piece);
         const float rise = std::max(piece.top_a.logit * scale_ - piece.frame.m, 0.0f);
         if (!is_central(both) || rise > kHighE) {
@@ -136,7 +122,7 @@ public:
             const bool exact =
                 of_piece.spent_a <= kWorstError * moved.a2 && of_piece.spent_b <= kWorstError * moved.b2;
             if (!exact || rise > 2 * kHighE || is_far(both)) {
-                piece = see(raised(centre(piece), rise));
+                piece = look(in, column, raised(centre(piece), rise));
                 if (!piece.usable) {
                     total_.usable = false;
                     return;
@@ -148,8 +134,6 @@ public:
             }
         }
         if (!std::isfinite(both.frame.c)) both.usable = false;
-        both.top_a.take(top_a);
-        both.top_b.take(top_b);
         total_ = both;
         frame_ = both.frame;
     }
@@ -165,7 +149,7 @@ private:
         out.frame = frame;
         // A frame so far out that bf16 could not place the filling well below m.
         const bool far_out = std::fabs(frame.m) > 8192 || std::fabs(frame.c) > 8192;
-        if (in.is_filled_up()) {
+        if (in.rest > 0) {
             T a, b;
             round_one((frame.m - 1000) / scale_, a);
             round_one((frame.m - 1000 + frame.c) / scale_, b);
@@ -176,7 +160,7 @@ private:
         const bool coarse = 512 * total_.a2 > limit * total_.z && 512 * total_.b2 > limit * total_.zb;
         const PairSums s =
             coarse ? sweep_pair<false>(in, scale_, frame) : sweep_pair<true>(in, scale_, frame);
-        out.usable = is_usable(s) && !(in.is_filled_up() && far_out);
+        out.usable = is_usable(s) && !(in.rest > 0 && far_out);
         out.z = out.spent_z = s.z;
         out.a1 = s.a1;
         out.a2 = out.spent_a = s.a2;
@@ -187,21 +171,7 @@ private:
         out.top_a = {s.top_a, column, in.columns + in.rest};
         out.top_b = {s.top_b, column, in.columns + in.rest};
         if (coarse) out.flags |= kSawRounding;
-        heaviest_ = s.heaviest;
-        heaviest_b_ = s.heaviest_b;
         return out;
-    }
-
-    // Whether a tile's top in one side is a column that outweighs the others and all before the tile.
-    bool is_heavy(const PairState& piece, const Top& top, bool in_b) const {
-        const auto level = [&](Frame f) {
-            return static_cast<double>(f.m) + (in_b ? static_cast<double>(f.c) : 0.0);
-        };
-        const double here = level(piece.frame), mass = in_b ? piece.zb : piece.z;
-        const double before = (in_b ? total_.zb : total_.z) * std::exp2(level(total_.frame) - here);
-        if (!((in_b ? heaviest_b_ : heaviest_) > 2 * kOneColumn * (before + mass))) return false;
-        const double scaled = static_cast<double>(top.logit) * static_cast<double>(scale_);
-        return std::exp2(scaled - here) > kOneColumn * (before + mass);
     }
 
     PairState add(const PairState& piece) const { return merge(total_, piece); }
@@ -219,7 +189,6 @@ private:
     float scale_;
     Frame frame_;
     PairState total_;
-    double heaviest_ = 0, heaviest_b_ = 0;  // of the last look, see PairSums
 };
 
 }  // namespace kl::KL_ISA

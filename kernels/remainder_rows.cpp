@@ -42,17 +42,6 @@ public:
         copy_[step][column % kStep<T>] = minus_infinity<T>();
     }
 
-    // The first column of this logit, if there is one.
-    bool leave_out_first(double logit) {
-        for (std::int64_t i = 0; i < steps; ++i)
-            for (std::int64_t j = 0; j < kStep<T>; ++j)
-                if (static_cast<double>(widen_one(at[i][j])) == logit) {
-                    leave_out(i * kStep<T> + j);
-                    return true;
-                }
-        return false;
-    }
-
 private:
     alignas(64) T copy_[kTile / kStep<T>][kStep<T>];
 };
@@ -64,7 +53,6 @@ constexpr double kDeepest = -4000;
 template <class V>
 struct TileSums {
     double z, t;
-    double heaviest;  // the largest part of z that one accumulator holds
     double top;
     bool bad;
 };
@@ -73,7 +61,7 @@ template <bool WithEntropy, class T, class V>
 inline TileSums<V> sweep_tile(const Tile<T>& tile, V k, V m) {
     using S = typename Traits<V>::Scalar;
     const V deepest = splat<V>(static_cast<S>(kDeepest)), inf = splat<V>(static_cast<S>(__builtin_inf()));
-    V z{}, t{}, top = -inf;
+    V z{}, t{}, run_z{}, run_t{}, top = -inf;
     Mask<V> bad{};
     struct Column {
         V y;
@@ -93,14 +81,20 @@ inline TileSums<V> sweep_tile(const Tile<T>& tile, V k, V m) {
             bad |= (x.x != x.x) | (x.y != x.y);
             return Pair<Column>{see(x.x), see(x.y)};
         },
-        [&](std::int64_t, const Pair<Column>& c) KL_INLINE_LAMBDA {
+        [&](std::int64_t i, const Pair<Column>& c) KL_INLINE_LAMBDA {
             const V w0 = exp2_from(c.x.y, c.x.e), w1 = exp2_from(c.y.y, c.y.e);
-            z += w0 + w1;
-            if constexpr (WithEntropy) t += mad(w0, c.x.y, w1 * c.y.y);
+            run_z += w0 + w1;
+            if constexpr (WithEntropy) run_t += mad(w0, c.x.y, w1 * c.y.y);
+            if (i % kRun == 0) [[unlikely]] {
+                z += run_z;
+                t += run_t;
+                run_z = run_t = V{};
+            }
         });
+    z += run_z;
+    t += run_t;
     const double highest = static_cast<double>(largest(top));
-    return {sum(z), sum(t), static_cast<double>(largest(z)), highest,
-            any<V>(bad) || highest == __builtin_inf()};
+    return {sum(z), sum(t), highest, any<V>(bad) || highest == __builtin_inf()};
 }
 
 template <class T, class V>
@@ -123,7 +117,7 @@ class Summation {
 public:
     explicit Summation(S k) : k_(k) {}
 
-    void take(Tile<T>& tile) {
+    void take(const Tile<T>& tile) {
         if (!(total.m > -__builtin_inf()) && !refer_to(top_of<T, V>(tile))) {
             // No mass here, unless a NaN hid from the maximum.
             total.bad = total.bad || sweep_tile<false>(tile, splat<V>(k_), V{}).bad;
@@ -132,15 +126,6 @@ public:
         TileSums<V> s = sweep_tile<WithEntropy>(tile, splat<V>(k_), splat<V>(static_cast<S>(total.m)));
         if (s.top * static_cast<double>(k_) > total.m + 1 && refer_to(s.top))
             s = sweep_tile<WithEntropy>(tile, splat<V>(k_), splat<V>(static_cast<S>(total.m)));
-        // A column that outweighs all others so far is summed up in fp64, as kOneColumn has it.
-        const double y = s.top * static_cast<double>(k_) - total.m, w = std::exp2(y), so_far = total.z + s.z;
-        if (s.heaviest > 2 * kOneColumn * so_far && w > kOneColumn * so_far && tile.leave_out_first(s.top)) {
-            const bool bad = s.bad;
-            s = sweep_tile<WithEntropy>(tile, splat<V>(k_), splat<V>(static_cast<S>(total.m)));
-            s.bad = bad;
-            s.z += w;
-            if constexpr (WithEntropy) s.t += w * y;
-        }
         total.z += s.z;
         total.t += s.t;
         total.bad = total.bad || s.bad;

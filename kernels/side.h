@@ -7,6 +7,7 @@
 #include "elementary.h"
 #include "formats.h"
 #include "row.h"
+#include "stages.h"
 
 namespace kl::KL_ISA {
 
@@ -48,29 +49,28 @@ inline SideResult side_as(const void* logits, Dtype dtype, std::int64_t columns,
 
     const R m = static_cast<R>(static_cast<double>(most) * scale);
     const V k = splat<V>(static_cast<R>(scale)), below = splat<V>(-m), deepest = splat<V>(-1000);
-    // The columns of the largest logit are summed up in fp64: see kOneColumn.
-    double total = 0, weighted = 0, tops = 0;
+    double total = 0, weighted = 0;
     for_each_run([&](std::int64_t n, std::int64_t column) {
-        V z{}, e{}, ties{};
-        const V one = splat<V>(1), highest = splat<V>(most);
+        V z{}, e{}, run_z{}, run_e{};
         for (std::int64_t j = 0; j < n; j += lanes<V>) {
             const V v = load<V>(x + j), u = max(fma(v == -inf ? zero : v, k, below), deepest);
-            const Mask<V> is_top = v == highest;
-            const V w_ = exp2(u), w = ((v == -inf) | is_top) ? zero : w_;
-            ties += is_top ? one : zero;
-            z += w;
-            e += w * u;
+            const V w_ = exp2(u), w = v == -inf ? zero : w_;
+            run_z += w;
+            run_e += w * u;
+            if (j % (kRun * lanes<V>) == 0) [[unlikely]] {
+                z += run_z;
+                e += run_e;
+                run_z = run_e = V{};
+            }
         }
+        z += run_z;
+        e += run_e;
         total += sum(z);
         weighted += sum(e);
-        tops += sum(ties);
         if (column == first)
             for (std::int64_t j = n - 1; j >= 0; --j)
                 if (x[j] == most) out.top = column + j;
     });
-    const double of_top = static_cast<double>(most) * scale - static_cast<double>(m);
-    total += tops * std::exp2(of_top);
-    weighted += tops * std::exp2(of_top) * of_top;
     const double log_z = std::log2(total), entropy = kLn2 * (log_z - weighted / total);
     out.m = static_cast<double>(m);
     out.log_z = log_z;

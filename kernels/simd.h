@@ -184,9 +184,17 @@ KL_INLINE V with_sign(V x, V sign) {
 
 template <class V>
 KL_INLINE bool any(Mask<V> mask) {
+#if KL_WIDTH == 64
+    const auto all = bits<__m512i>(mask);
+    return _mm512_test_epi64_mask(all, all) != 0;
+#elif KL_WIDTH == 32
+    const auto all = bits<__m256i>(mask);
+    return _mm256_testz_si256(all, all) == 0;
+#else
     for (int i = 0; i < lanes<V>; ++i)
         if (mask[i]) return true;
     return false;
+#endif
 }
 
 template <class V>

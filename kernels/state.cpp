@@ -6,11 +6,28 @@
 
 namespace kl {
 
-double g(double x) {
-    if (std::fabs(x) > 0.25) return std::expm1(x) - x;
-    double term = 0.5 * x * x, total = term;
-    for (int n = 3; n <= 12; ++n) total += term *= x / n;
-    return total;
+namespace {
+
+double g_series(double x) {
+    double total = 0, factorial = 479001600;  // 12!
+    for (int n = 12; n >= 2; factorial /= n--) total = total * x + 1 / factorial;
+    return total * x * x;
+}
+
+bool is_in_series(double x) { return std::fabs(x) <= 0.25; }
+
+}  // namespace
+
+double g(double x) { return is_in_series(x) ? g_series(x) : std::expm1(x) - x; }
+
+// Of 1 + less_one nothing would be left where h is 40.
+Move::Move(double h)
+    : less_one(std::expm1(-h)),
+      power(h > 1 ? std::exp(-h) : 1 + less_one),
+      g_of(is_in_series(h) ? g_series(-h) : less_one + h) {}
+
+double Move::error(double z, double of_a1, double of_a2) const {
+    return length(length(power * of_a2, less_one * of_a1), z * (g_of / kLn2));
 }
 
 namespace {
@@ -29,32 +46,11 @@ double size_of_a1(double spent_z, double a1, double spent) {
     return spent_z > 0 ? (spent_z / kLn2) * mean_size(kLn2 * a1 / spent_z, kLn2 * spent / spent_z) : 0;
 }
 
-void add_column(State& to, double a, double b) {
-    const double m = static_cast<double>(to.frame.m), c = static_cast<double>(to.frame.c);
-    const double w = std::exp2(a - m);
-    to.z += w;
-    if (b == -std::numeric_limits<double>::infinity()) {
-        to.a2 -= w / kLn2;
-        to.flags |= kSawHole | kSawInfinite;
-        return;
-    }
-    const double x = (b - a) - c;
-    to.a1 += w * x;
-    // Of 2^x by itself nothing may overflow that its weight holds down.
-    to.a2 += x > 64 ? std::exp2((a - m) + x) / kLn2 - w * (1 / kLn2 + x) : w * (g(x * kLn2) / kLn2);
-    to.top_d = std::max(to.top_d, b - a);
-    to.flags |= kSawB;
-}
-
-double moved_error(double h, double z, double of_a1, double of_a2) {
-    return std::hypot(std::exp(-h) * of_a2, std::expm1(-h) * of_a1, z * (g(-h) / kLn2));
-}
-
 State seen_from(Frame to, const State& s) {
     State out = s;
     out.frame = to;
     const double step = static_cast<double>(to.c) - static_cast<double>(s.frame.c), h = step * kLn2;
-    const double weight = std::exp2(static_cast<double>(s.frame.m) - static_cast<double>(to.m));
+    const double rise = static_cast<double>(s.frame.m) - static_cast<double>(to.m);
     if (s.has_mass() && !(s.flags & kSawB)) {
         // Nothing of b, so that 2^x is 0 whatever c: of -z and z g(-h), 1e12 times as large where h is -28,
         // fp32 sums would not leave the difference.
@@ -62,14 +58,18 @@ State seen_from(Frame to, const State& s) {
         out.a2 = -s.z / kLn2;
     } else if (h != 0) {
         out.a1 = s.a1 - step * s.z;
-        const double of_a2 = std::exp(-h) * s.a2, of_a1 = std::expm1(-h) * s.a1, of_z = s.z * (g(-h) / kLn2);
+        const Move move(h);
+        const double of_a2 = move.power * s.a2, of_a1 = move.less_one * s.a1, of_z = s.z * (move.g_of / kLn2);
         out.a2 = of_a2 + of_a1 + of_z;
-        out.spent = moved_error(h, s.spent_z, size_of_a1(s.spent_z, s.a1, s.spent), s.spent) +
+        out.spent = move.error(s.spent_z, size_of_a1(s.spent_z, s.a1, s.spent), s.spent) +
                     kFp64 * (std::fabs(of_a2) + std::fabs(of_a1) + of_z);
     }
-    const double weight_of_b =
-        std::exp2(static_cast<double>(s.frame.m + s.frame.c) - static_cast<double>(to.m + to.c));
-    if (weight == 0 && weight_of_b == 0 && std::isfinite(s.a2)) {
+    if (rise == 0) return out;
+    const double weight = std::exp2(rise);
+    const auto weight_of_b = [&] {
+        return std::exp2(static_cast<double>(s.frame.m + s.frame.c) - static_cast<double>(to.m + to.c));
+    };
+    if (weight == 0 && weight_of_b() == 0 && std::isfinite(s.a2)) {
         // Columns masked with a number such as -1e9: whatever was summed there, it is nothing here.
         out.z = out.a1 = out.a2 = out.spent_z = out.spent = 0;
         return out;
@@ -155,9 +155,9 @@ RowResult finish(const State& s) {
     out.sums_b_too = (s.flags & kSawTail) && y >= 0.5;
     // Errors of the sums as they reach log(1 + y), and the divergence.
     const double of_a1 = size_of_a1(s.spent_z, s.a1, s.spent), unit = kLn2 / s.z / (1 + y);
-    const double of_shift = unit * std::hypot(s.spent, of_a1);
+    const double of_shift = unit * length(s.spent, of_a1);
     const double of_divergence =
-        unit * std::hypot(s.spent, y * of_a1, (mean_g - y * mean_x) / kLn2 * s.spent_z);
+        unit * length(length(s.spent, y * of_a1), (mean_g - y * mean_x) / kLn2 * s.spent_z);
     out.trusted = out.trusted && of_shift <= kWorstError;
     if (s.flags & kSawInfinite) {
         // Columns that b excludes pull y towards -1, where 1 + y is what is left of a subtraction.

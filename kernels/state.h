@@ -7,6 +7,7 @@
 //     KL(a||b) = E[g] + log1p(y) - y,   lse(b) - lse(a) = c + log2(1 + y).
 #pragma once
 
+#include <cmath>
 #include <limits>
 
 #include "contract.h"
@@ -56,20 +57,26 @@ constexpr double kWorstError = 8;
 // The rounding of fp64 in units of fp32's. A move by 45 binades shows it.
 constexpr double kFp64 = 0x1p-28;
 
+// Independent errors add up like this; std::hypot, whose squares cannot overflow, takes ten times as long.
+inline double length(double x, double y) { return std::sqrt(x * x + y * y); }
+
 // expm1(x) - x without cancellation.
 double g(double x);
-
-// Adds one column in fp64, by its scaled logits. Its b may be -inf.
-void add_column(State&, double a, double b);
 
 // What the rounding error of a1 scales with: at least sum w |x|, for the z and a2 that were summed up in
 // fp32.
 double size_of_a1(double spent_z, double a1, double spent);
 
-// What the error of a2 scales with once it is seen from a c that lies h nats higher, from what those of z, a1
-// and a2 scale with. A move makes e^-h a2 + expm1(-h) a1 + z g(-h) of a2, of which much may cancel; the
-// rounding errors of the three do not. They are independent, so their squares add.
-double moved_error(double h, double z, double of_a1, double of_a2);
+// What a move to a c that lies h nats higher makes of a state: e^-h a2 + expm1(-h) a1 + z g(-h) of its a2.
+struct Move {
+    double less_one, power, g_of;
+
+    explicit Move(double h);
+
+    // What the error of a2 scales with afterwards, from what those of z, a1 and a2 scale with before. Of the
+    // three terms much may cancel; their rounding errors do not. They are independent, so their squares add.
+    double error(double z, double of_a1, double of_a2) const;
+};
 
 // The same stretch seen from another frame.
 State seen_from(Frame, const State&);

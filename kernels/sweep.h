@@ -45,8 +45,6 @@ struct Stretch {
     std::int64_t columns;  // a multiple of kStep<T>
     std::int64_t rest;     // columns in the copy
     T last_a[kStep<T>], last_b[kStep<T>];
-    T *copy_a = nullptr, *copy_b = nullptr;  // where a and b are a copy, of which columns may be left out
-    std::int64_t left_out[2], n_left_out = 0;
 
     Stretch(const T* a_, const T* b_, std::int64_t n)
         : a(a_), b(b_), columns(n / kStep<T> * kStep<T>), rest(n - columns) {
@@ -56,32 +54,13 @@ struct Stretch {
         fill(minus_infinity<T>(), minus_infinity<T>());
     }
 
-    std::int64_t padding() const { return (rest == 0 ? 0 : kStep<T> - rest) + n_left_out; }
-    bool is_filled_up() const { return rest > 0 || n_left_out > 0; }
+    std::int64_t padding() const { return rest == 0 ? 0 : kStep<T> - rest; }
     void fill(T with_a, T with_b) {
-        for (std::int64_t i = 0; i < n_left_out; ++i) {
-            const std::int64_t column = left_out[i];
-            (column < columns ? copy_a[column] : last_a[column - columns]) = with_a;
-            (column < columns ? copy_b[column] : last_b[column - columns]) = with_b;
-        }
         for (std::int64_t i = rest; i < kStep<T>; ++i) {
             last_a[i] = with_a;
             last_b[i] = with_b;
         }
     }
-
-    // `column` counts for nothing from the next fill() on; the room, kTile each, outlives the stretch.
-    void leave_out(std::int64_t column, T* room_a, T* room_b) {
-        if (copy_a == nullptr) {
-            std::memcpy(room_a, a, static_cast<std::size_t>(columns) * sizeof(T));
-            std::memcpy(room_b, b, static_cast<std::size_t>(columns) * sizeof(T));
-            a = copy_a = room_a;
-            b = copy_b = room_b;
-        }
-        left_out[n_left_out++] = column;
-    }
-    T a_at(std::int64_t column) const { return column < columns ? a[column] : last_a[column - columns]; }
-    T b_at(std::int64_t column) const { return column < columns ? b[column] : last_b[column - columns]; }
 
     // Calls f(a, b) for every step, the copy last.
     template <class F>
@@ -100,11 +79,17 @@ KL_INLINE void prefetch_step(const T* at) {
 
 struct Sums {
     double z, a1, a2, largest_g;
-    double heaviest;  // the largest part of z that one accumulator holds
 };
 
 struct Accumulators {
     VF z{}, a1{}, a2{}, largest_g{};
+
+    KL_INLINE void take(Accumulators& run) {
+        z += run.z;
+        a1 += run.a1;
+        a2 += run.a2;
+        run.z = run.a1 = run.a2 = VF{};
+    }
 };
 
 // What a column comes to before the polynomials: log2 of its weight, its distance x from the frame's c, and
@@ -140,7 +125,7 @@ KL_INLINE void accumulate(const Pair<Seen>& step, Accumulators& to) {
 template <bool Exact, class T>
 inline Sums sweep(const Stretch<T>& in, float scale, Frame frame) {
     const VF k = splat<VF>(scale), m = splat<VF>(frame.m), c = splat<VF>(frame.c);
-    Accumulators s;
+    Accumulators s, total;
     const auto see_step = [&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
         const auto a = load_pair(at_a), b = load_pair(at_b);
         return Pair<Seen>{see<Exact>(a.x, b.x, k, m, c), see<Exact>(a.y, b.y, k, m, c)};
@@ -152,10 +137,14 @@ inline Sums sweep(const Stretch<T>& in, float scale, Frame frame) {
             prefetch_step(in.b + i);
             return see_step(in.a + i, in.b + i);
         },
-        [&](std::int64_t, const Pair<Seen>& step) KL_INLINE_LAMBDA { accumulate(step, s); });
+        [&](std::int64_t i, const Pair<Seen>& step) KL_INLINE_LAMBDA {
+            accumulate(step, s);
+            if (i % (kRun * kStep<T>) == 0) [[unlikely]]
+                total.take(s);
+        });
     if (in.rest > 0) accumulate(see_step(in.last_a, in.last_b), s);
-    return {sum(s.z), sum(s.a1), sum(s.a2), static_cast<double>(largest(s.largest_g)),
-            static_cast<double>(largest(s.z))};
+    total.take(s);
+    return {sum(total.z), sum(total.a1), sum(total.a2), static_cast<double>(largest(s.largest_g))};
 }
 
 // At least log2 x and less than 0.09 more, for a normal x > 0: between two powers of 2 a logarithm lies above
@@ -172,7 +161,7 @@ inline bool is_usable(const Sums& s) {
 // The sweep for stretches that hold -inf, or an x too large for w * g(x). There w g(x) is taken as
 // 2^(b - c - m) - w (1 + x), and columns missing on one side or on both get what the limit gives.
 template <class T>
-inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame, double& heaviest) {
+inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
     const VF inf = splat<VF>(__builtin_inff()), zero{}, vast = splat<VF>(kVast), far = splat<VF>(kTailX);
     const VF log2e = splat<VF>(static_cast<float>(kLog2e));
     const VF k = splat<VF>(scale), m = splat<VF>(frame.m), c = splat<VF>(frame.c);
@@ -220,7 +209,6 @@ inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame, double&
     out.a2 = sum(a2);
     out.spent_z = out.z;
     out.spent = sum(size);
-    heaviest = static_cast<double>(largest(z));
     out.top_d = static_cast<double>(frame.c + largest(high));
     std::int64_t missing = -in.padding();
     for (int i = 0; i < lanes<VF>; ++i) missing += holes[i];
@@ -274,25 +262,16 @@ constexpr double kFarMove = 4;
 
 // The part of a2 that the mean's distance from c makes up, twice: errors of what cancels stay below
 // kWorstError times what is left.
-constexpr double kFarFromMean = 1.4;
+constexpr double kFarFromMean = 0.8;
+
+// The same where a2 grows with 2^x and hides it: half a nat, in units of ln 2. Further off, errors of a1
+// count in the divergence.
+constexpr double kNearMean = 1.0;
 
 // A tile that weighs more has its top well above the frame's m, or very many columns above it. The top's
 // exponent is rounded by up to a 2^24th of itself, and the normaliser passes that on to every column's
 // gradient: the tile is weighed again from a reference near its top.
 constexpr double kHeavy = 0x1p16;
-
-// A column that holds this part of what the row has had so far is summed up in fp64: beside a 1, fp32 loses
-// up to 64 times 2^-25 of what else one accumulator takes, 2e-6 of a normaliser, and near one token's
-// certainty the entropy, and log p, are what is left beside the 1.
-constexpr double kOneColumn = 1.0 / 8;
-
-// The first column of a stretch whose logit in a, or in b, is this one; -1 where there is none.
-template <class T>
-inline std::int64_t column_of(const Stretch<T>& in, bool in_a, float logit) {
-    for (std::int64_t i = 0; i < in.columns + in.rest; ++i)
-        if (widen_one(in_a ? in.a_at(i) : in.b_at(i)) == logit) return i;
-    return -1;
-}
 
 // Collects the state of a block of columns.
 class Collector {
@@ -308,26 +287,13 @@ public:
         State piece = look(in, frame_);
         if (piece.z > kHeavy)
             piece = look(in, {frame_.m + static_cast<float>(std::ilogb(piece.z)), frame_.c});
-        T room_a[kTile], room_b[kTile];
-        double a = 0, b = 0;  // of the column that is left out, in units of ln 2
-        const auto see = [&](Frame frame) {
-            State out = look(in, frame);
-            if (in.n_left_out > 0) add_column(out, a, b);
-            return out;
-        };
-        if (const std::int64_t column = heavy_column(in, piece); column >= 0) {
-            a = static_cast<double>(widen_one(in.a_at(column))) * static_cast<double>(scale_);
-            b = static_cast<double>(widen_one(in.b_at(column))) * static_cast<double>(scale_);
-            in.leave_out(column, room_a, room_b);
-            piece = see(piece.frame);
-        }
         State both = add(piece);
         if (moves_the_mean_far(both)) {
             const Frame to = at_mean(both);
             State moved = seen_from(to, both);
-            if (piece.has_mass() &&
-                (is_far_from_mean(both) || !(seen_from(to, piece).spent <= kWorstError * moved.a2))) {
-                piece = see(at_mean(piece));
+            const auto error = [&] { return total_.is_empty() ? moved.spent : seen_from(to, piece).spent; };
+            if (piece.has_mass() && (is_far_from_mean(both) || !(error() <= kWorstError * moved.a2))) {
+                piece = look(in, at_mean(piece));
                 both = add(piece);
                 moved = seen_from(at_mean(both), both);
             }
@@ -348,8 +314,8 @@ private:
     State look(Stretch<T>& in, Frame frame) {
         // A frame so far out that bf16 could not place the filling well below m.
         const bool far_out = std::fabs(frame.m) > 8192 || std::fabs(frame.c) > 8192;
-        if (!expect_holes_ && !(in.is_filled_up() && far_out)) {
-            if (in.is_filled_up()) {
+        if (!expect_holes_ && !(in.rest > 0 && far_out)) {
+            if (in.rest > 0) {
                 // Filled up with columns of no weight and a d near c. Where the format cannot hold them,
                 // -inf comes of it and the sums say so.
                 T a, b;
@@ -364,7 +330,6 @@ private:
                 // 2^x = 1 + (x + g) ln 2, and no x is past 48.
                 const double top_x = log2_above(kLn2 * s.largest_g + 35);
                 State out{frame, s.z, s.a1, s.a2, static_cast<double>(frame.c) + top_x, s.z, s.a2, kSawB};
-                heaviest_ = s.heaviest;
                 if (coarse) out.flags |= kSawRounding;
                 if (frame.m > kHugeA) out.flags |= kSawHugeA;
                 if (s.largest_g > kTailG) out.flags |= kSawTail;
@@ -372,31 +337,11 @@ private:
                 return out;
             }
         }
-        if (in.is_filled_up()) in.fill(minus_infinity<T>(), minus_infinity<T>());
-        // What is left beside a heavy column may lie far too low for a frame of its own.
-        if (in.n_left_out == 0) frame = frame_for(in, scale_, frame.c);
-        State out = sweep_holes(in, scale_, frame, heaviest_);
+        if (in.rest > 0) in.fill(minus_infinity<T>(), minus_infinity<T>());
+        State out = sweep_holes(in, scale_, frame_for(in, scale_, frame.c));
         if (out.frame.m > kHugeA) out.flags |= kSawHugeA;
         expect_holes_ = (out.flags & (kSawHole | kSawVast | kSawLargeX)) != 0;
         return out;
-    }
-
-    // The column of a that outweighs the others of a tile and of all before it, or -1.
-    template <class T>
-    std::int64_t heavy_column(const Stretch<T>& in, const State& piece) const {
-        const double before =
-            total_.z * std::exp2(static_cast<double>(total_.frame.m) - static_cast<double>(piece.frame.m));
-        const double so_far = before + piece.z;
-        if (!(heaviest_ > 2 * kOneColumn * so_far)) return -1;
-        VF top = splat<VF>(-__builtin_inff());
-        in.for_each_step([&](const T* at_a, const T*) KL_INLINE_LAMBDA {
-            const auto v = load_pair(at_a);
-            top = max(v.x, max(v.y, top));
-        });
-        const float logit = largest(top);
-        const double weight = std::exp2(static_cast<double>(logit) * static_cast<double>(scale_) -
-                                        static_cast<double>(piece.frame.m));
-        return weight > kOneColumn * so_far ? column_of(in, true, logit) : -1;
     }
 
     State add(const State& piece) const {
@@ -415,7 +360,7 @@ private:
     // True where, seen from here, more than seven tenths of a2 would cancel in the end.
     static bool moves_the_mean_far(const State& s) {
         return s.has_mass() && std::isfinite(s.a2) &&
-               (is_far_from_mean(s) || s.a1 * s.a1 * kLn2 > kFarFromMean * s.a2 * s.z);
+               (std::fabs(s.a1) > kNearMean * s.z || s.a1 * s.a1 * kLn2 > kFarFromMean * s.a2 * s.z);
     }
 
     static bool is_far_from_mean(const State& s) { return std::fabs(s.a1) > kFarMove * s.z; }
@@ -423,7 +368,6 @@ private:
     float scale_;
     Frame frame_;
     State total_;
-    double heaviest_ = 0;  // of the last look, see Sums
     bool expect_holes_ = false;
 };
 

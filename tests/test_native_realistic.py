@@ -29,14 +29,14 @@ INF = math.inf
 
 
 def check_stats(student: Tensor, teacher: Tensor, labels: Tensor, where: str) -> None:
-    """Both KLs, both entropies and both log-probabilities, each relative to itself."""
+    """Both KLs relative to themselves, entropies and log-probabilities to 5e-6 · max(1, |x|)."""
     found = token_stats(student, teacher, labels, backend="native")
     want = reference.token_stats(to_numpy(student), to_numpy(teacher), labels.numpy())
     check_value(found.forward_kl, student, teacher, "forward_kl", "native", where)
     check_value(found.reverse_kl, student, teacher, "reverse_kl", "native", where)
     for name in ("student_entropy", "teacher_entropy", "student_logprob", "teacher_logprob"):
-        share = np.abs(to_numpy(getattr(found, name)) - want[name]) / (RELATIVE * np.abs(want[name]))
-        share = share[np.abs(want[name]) >= 1e-3]
+        bound = RELATIVE * np.maximum(1, np.abs(want[name]))
+        share = np.abs(to_numpy(getattr(found, name)) - want[name]) / bound
         assert (share <= 1).all(), f"{name}: {share.max()} of the bound at {where}"
 
 
@@ -118,7 +118,7 @@ def blocks_without_a_student() -> None:
 
 
 def floors_that_a_one_swallows() -> None:
-    """Columns of 2^−26 beside a 1 are lost to the fp32 sum that holds both, but not to the entropy."""
+    """Columns of 2^−26 beside a 1 are lost to the fp32 sum that holds both: it must not hold many."""
     for vocab in (1000, 2048, 30000):
         for level in (-17.0, -18.0, -19.5):
             teacher = level + 0.1 * torch.randn(8, vocab)
@@ -133,7 +133,9 @@ def floors_that_a_one_swallows() -> None:
             got, entropy = token_logprobs(teacher, other, entropy=True, backend="native")
             want = reference.token_stats(to_numpy(student), to_numpy(teacher), other.numpy())
             np.testing.assert_allclose(to_numpy(got), want["teacher_logprob"], rtol=RELATIVE)
-            np.testing.assert_allclose(to_numpy(entropy), want["teacher_entropy"], rtol=RELATIVE)
+            np.testing.assert_allclose(
+                to_numpy(entropy), want["teacher_entropy"], rtol=RELATIVE, atol=RELATIVE
+            )
 
 
 def tails_of_the_other_side() -> None:
