@@ -118,7 +118,7 @@ def blocks_without_a_student() -> None:
 
 
 def floors_that_a_one_swallows() -> None:
-    """Columns of 2^−26 beside a 1 are lost to the fp32 sum that holds both, and every gradient inherits it."""
+    """Columns of 2^−26 beside a 1 are lost to the fp32 sum that holds both; every gradient inherits it."""
     for vocab in (1000, 2048, 30000):
         for level in (-17.0, -18.0, -19.5):
             teacher = level + 0.1 * torch.randn(8, vocab)
