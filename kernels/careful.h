@@ -11,6 +11,14 @@
 
 namespace kl::KL_ISA {
 
+// A finite logit stays finite, and so does the difference of two: below a temperature of 1 the lowest fp64
+// number would become -inf, a column that does not exist.
+KL_INLINE VD scaled(VD logit, double scale) {
+    const VD inf = splat<VD>(__builtin_inf()), most = splat<VD>(0x1p1000);
+    const VD product = logit * splat<VD>(scale);
+    return abs(logit) < inf ? max(min(product, most), -most) : product;
+}
+
 // Calls take(a, b, padding) with two steps of columns in fp64, in units of ln 2. Columns that only
 // fill up the last vector are -inf.
 template <class Take>
@@ -23,7 +31,8 @@ inline void for_each_wide(const Row& row, double scale_a, double scale_b, Take t
         std::int64_t padding = 0;
         for (; n % lanes<VD> != 0; ++n, ++padding) a[n] = b[n] = minus_infinity<double>();
         for (std::int64_t j = 0; j < n; j += lanes<VD>)
-            take(load<VD>(a + j) * scale_a, load<VD>(b + j) * scale_b, j + lanes<VD> == n ? padding : 0);
+            take(scaled(load<VD>(a + j), scale_a), scaled(load<VD>(b + j), scale_b),
+                 j + lanes<VD> == n ? padding : 0);
     }
 }
 

@@ -163,8 +163,8 @@ def of_one_rank(entry: str, *tensors: object) -> None:
     for value in tensors:
         if is_shared(value):
             raise TypeError(
-                f"{entry} must be given plain tensors, got a DTensor: each rank's to_local() is what "
-                f"kl_gpu.distributed.vocab_parallel_{entry} takes"
+                f"{entry} must be given plain tensors, got a DTensor: give each rank's to_local(), where the "
+                f"vocabulary is sharded to kl_gpu.distributed.vocab_parallel_{entry}"
             )
 
 
@@ -374,6 +374,8 @@ def topk(student: Tensor, logprobs: Any, ids: Any, tail_logprob: Any, tail: str)
 def rows(student: Tensor, mask: Any, labels: Any, ignore_index: Any, weight: Any) -> None:
     """Check what is given per row against the logits' leading shape, before any shift."""
     _integer("ignore_index", ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be within int64, got {ignore_index}")
     if mask is None and labels is None and weight is None:
         return
     for argument, value, dtypes, what in (

@@ -23,6 +23,7 @@ _FORMULA_CHUNK = CHUNK // 4
 _CANCELS = 1e-6
 _NO_FLOAT64 = frozenset({"mps"})
 _LOG2E = 1 / math.log(2)
+_LARGEST = 2.0**1000
 
 
 def _chunk(p: Problem) -> int:
@@ -57,6 +58,15 @@ def row_sum(x: Tensor) -> Tensor:
     return total[: x.shape[0]]
 
 
+def _widen(out: Tensor, logits: Tensor) -> Tensor:
+    """Logits in float64, over `out`; a finite one stays finite over a temperature below 1."""
+    out.copy_(logits)
+    if logits.dtype == torch.float64:
+        finite = torch.isfinite(out)
+        torch.where(finite, out.clamp(-_LARGEST, _LARGEST), out, out=out)
+    return out
+
+
 class _Side:
     """One side of a chunk of rows: its logits in float64, and 2^(scaled logit − top) beside them."""
 
@@ -65,7 +75,8 @@ class _Side:
         tops = [rows[:, c].amax(-1, keepdim=True) for c in self.columns()]
         top = torch.cat(tops, -1).amax(-1, keepdim=True).to(buffers)
         # NaN where the row has no distribution: the largest logit is NaN or infinite.
-        self.top = torch.where(torch.isfinite(top), top, torch.nan) * scale * _LOG2E
+        top = torch.where(torch.isfinite(top), top.clamp(-_LARGEST, _LARGEST), torch.nan)
+        self.top = top * scale * _LOG2E
         self.total = torch.zeros_like(self.top)
         for c in self.columns():
             self.total += row_sum(self.load(c)[1])
@@ -75,7 +86,7 @@ class _Side:
 
     def load(self, columns: slice) -> tuple[Tensor, Tensor]:
         logits, powers = self.buffers[:, : self.rows.shape[0], : columns.stop - columns.start]
-        logits.copy_(self.rows[:, columns])
+        _widen(logits, self.rows[:, columns])
         torch.add(-self.top, logits, alpha=self.scale * _LOG2E, out=powers)
         return logits, powers.exp2_()
 
@@ -273,7 +284,10 @@ def formula_sums(p: Problem, stats: Tensor) -> Tensor:
             x.sum(-1, keepdim=True) for x in stats[flat].to(worker).double().split(_STATS, -1)[:2]
         )
         for c in columns_of(p.a.shape[-1], _FORMULA_CHUNK):
-            a, b = (side[i, j, c].to(worker, torch.float64, copy=True) for side in (p.a, p.b))
+            a, b = (
+                _widen(torch.empty_like(x, dtype=torch.float64, device=worker), x)
+                for x in (p.a[i, j, c], p.b[i, j, c])
+            )
             sides = _normalised(a.clone(), log_a, p.a_scale), _normalised(b.clone(), log_b, p.b_scale)
             parts = _formula(p, (a, b), sides, log_b - log_a)
             found[flat] += torch.cat([row_sum(part) for part in parts], -1)
@@ -334,8 +348,8 @@ def gradient(
             if a_rows.shape not in buffers:
                 buffers[a_rows.shape] = torch.empty((2, *a_rows.shape), dtype=torch.float64, device=worker)
             a, b = buffers[a_rows.shape]
-            a.copy_(a_rows)
-            b.copy_(b_rows)
+            _widen(a, a_rows)
+            _widen(b, b_rows)
             if p.family == "kl":
                 grads = _kl_gradients(p, a, b, sums, grad_a is not None)
             else:

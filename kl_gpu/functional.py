@@ -52,7 +52,7 @@ def js_div(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5,
     Args:
         student_logits: `[N, V]`, N any leading shape; float16, bfloat16, float32 or float64.
         teacher_logits: `[N, V]`, on the same device; the dtype may differ.
-        beta: the weight of the teacher in the mixture, in [0, 1]; a new value compiles nothing.
+        beta: the weight of the teacher in the mixture, in [0, 1]; a new value compiles no kernel.
         **options: those of :func:`divergence`.
 
     Returns:
@@ -95,7 +95,7 @@ def divergence(
         kind: a name in `kl_gpu.KINDS`.
         beta: the parameter of the kinds that have one: `jeffreys` and `js` take [0, 1], 0.5 by default, the
             skew divergences [0, 1), 0.1 by default; 0 or at least 1e-30. A number at run time: a new value
-            compiles nothing.
+            compiles no kernel.
         temperature: divides both logits; a float within [1e-6, 1e9].
         teacher_temperature: overrides `temperature` on the teacher's side.
         t_squared: multiply value and gradient by T² (Hinton et al. 2015, section 2.1).

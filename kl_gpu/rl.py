@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks, symbols
+from .autograd import ordinary_rows
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
@@ -87,7 +88,9 @@ def kl_penalty(
     wide = policy_logprobs.dtype == ref_logprobs.dtype == torch.float64
     dtype = torch.float64 if wide else torch.float32
     policy, ref = policy_logprobs.to(dtype), ref_logprobs.to(dtype)
-    if mask is not None:  # before the difference: what is not taken gets a gradient of 0, not 0 · NaN
+    if mask is not None:
+        mask = ordinary_rows(mask)
+        # before the difference: what is not taken gets a gradient of 0, not 0 · NaN
         policy, ref = torch.where(mask, policy, 0.0), torch.where(mask, ref, 0.0)
     r = policy - ref
     # Past where clamp cuts an estimate off, it may overflow, and its gradient times the clamp's 0 is NaN: r

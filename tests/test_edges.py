@@ -290,3 +290,21 @@ def test_temperatures_near_0(backend: str, kind: str, temperatures: tuple[float,
             student[fine], teacher[fine], tuple(g[fine] for g in grads), kind, backend, f"T={temperatures}",
             **options,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("temperatures", [(0.5, 0.5), (2.0, 0.3), (2.0, 2.0), (1.0, 0.3)])
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float64).min, -5e307])
+def test_the_lowest_float64_over_a_temperature(
+    backend: str, kind: str, lowest: float, temperatures: tuple[float, float]
+) -> None:
+    # A product of −inf would be a column that does not exist, and 0 · −inf NaN.
+    options = dict(zip(("temperature", "teacher_temperature"), temperatures, strict=True))
+    student, teacher = torch.randn(2, 9, device=DEVICE).double(), torch.randn(2, 9, device=DEVICE).double()
+    student[0, 2] = teacher[1, 4] = lowest
+    for s, t in ((student, teacher), (teacher, student)):
+        got = kl_gpu.divergence(s, t, kind, reduction="none", backend=backend, **options)
+        want = expected(s, t, kind, **options)
+        inside = want < 1e2  # elsewhere the divergence is as large as the logit
+        assert inside.any() == (kind != "jeffreys")
+        np.testing.assert_allclose(to_numpy(got)[inside], want[inside], rtol=5e-6)
+        assert (to_numpy(got)[~inside] > 1e2).all()
