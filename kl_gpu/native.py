@@ -25,8 +25,6 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64:
 _FAMILIES = {"kl": 0, "jeffreys": 1, "js": 2, "skew": 3, "tv": 4}
 _NOWHERE = (0, 0, 0, 0)
 _ALL_ROWS = (0, 0, 0)
-# Named at every new tensor: torch.set_default_device must not choose memory whose address the kernels get.
-_CPU = torch.device("cpu")
 
 
 def available() -> bool:
@@ -44,6 +42,8 @@ def supported_isas() -> list[str]:
     return _native.supported_isas().split(", ")
 
 
+# Named at every new tensor: torch.set_default_device must not choose memory whose address the kernels get.
+_CPU = torch.device("cpu")
 _LARGE = 1 << 22
 
 
