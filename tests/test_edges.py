@@ -308,3 +308,30 @@ def test_the_lowest_float64_over_a_temperature(
         assert inside.any() == (kind != "jeffreys")
         np.testing.assert_allclose(to_numpy(got)[inside], want[inside], rtol=5e-6)
         assert (to_numpy(got)[~inside] > 1e2).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperatures", [(1e-6, 1.0), (1.0, 1e-6), (1e-6, 1e-6)])
+def test_scaled_logits_past_2_to_the_31(
+    backend: str, kind: str, dtype: torch.dtype, temperatures: tuple[float, float]
+) -> None:
+    """Scaled to 4e9, where float32 numbers lie 256 apart; such a side is one column, or those that tie."""
+    options = {"temperature": temperatures[0], "teacher_temperature": temperatures[1]}
+    student, teacher = (
+        logits * (300.0 if t < 1 else 1.0)
+        for logits, t in zip(pair(4, 70, dtype=dtype), temperatures, strict=True)
+    )
+    student[1, 7], teacher[1, 7] = (4000.0 if t < 1 else 10.0 for t in temperatures)
+    student[2, 9] = student[2, 60] = student[2].max() * 1.5  # a tie on both sides
+    teacher[2, 9] = teacher[2, 60] = teacher[2].max() * 1.5
+    value, *grads = evaluate(student, teacher, kind, backend, **options)
+    want = expected(student, teacher, kind, **options)
+    where = f"vast T={temperatures}"
+    check_value(value, student, teacher, kind, backend, where, **options)
+    far = want > 1e2
+    np.testing.assert_allclose(to_numpy(value)[far], want[far], rtol=5e-6)
+    near = torch.as_tensor(~far, device=DEVICE)
+    if near.any():
+        check_gradients(
+            student[near], teacher[near], tuple(g[near] for g in grads), kind, backend, where, **options
+        )

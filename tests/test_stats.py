@@ -110,6 +110,19 @@ def test_the_ends_of_the_range_of_temperatures(backend: str, temperatures: tuple
     check(found, student, teacher, labels, backend, f"T={temperatures}", **options)
 
 
+@pytest.mark.parametrize("temperatures", [(1e-6, 1.0), (1.0, 1e-6), (1e-6, 1e-6)])
+def test_scaled_logits_past_2_to_the_31(backend: str, temperatures: tuple[float, float]) -> None:
+    options = {"temperature": temperatures[0], "teacher_temperature": temperatures[1]}
+    student, teacher = (
+        logits * (300.0 if t < 1 else 1.0) for logits, t in zip(pair(4, 70), temperatures, strict=True)
+    )
+    student[1, 7], teacher[1, 7] = (4000.0 if t < 1 else 10.0 for t in temperatures)
+    student[2, 9] = student[2, 60] = student[2].max() * 2  # a tie
+    labels = tokens_of(student)
+    found = token_stats(student, teacher, labels, backend=backend, **options)
+    check(found, student, teacher, labels, backend, f"vast T={temperatures}", **options)
+
+
 @pytest.mark.parametrize("offset", [100.0, 1000.0, -1000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_far_from_zero(backend: str, offset: float, dtype: torch.dtype) -> None:

@@ -109,10 +109,14 @@ def _plain_kl_tile(
 
 @triton.jit
 def _gradient_tile(
-    a, b, side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
+    a, b, shift_a, side_a, near_a, shift_b, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
+    scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, PLAIN: tl.constexpr,
     DIRECT: tl.constexpr, LOG2: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
 ):  # fmt: skip
+    if not PLAIN:
+        a -= shift_a
+        b -= shift_b
     if FAMILY == "kl" and PLAIN:
         return _plain_kl_tile(
             a, b, side_a, near_a, side_b, c, lam, mean_a, up_a, up_b, scale, a_scale, b_scale,
@@ -151,7 +155,8 @@ def _gradient_tile(
 @triton.jit
 def write_gradient(
     a_row, b_row, grad_a, grad_b, first, last, V,
-    side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
+    shift_a, side_a, near_a, shift_b, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
+    scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, PLAIN: tl.constexpr,
     DIRECT: tl.constexpr, LOG2: tl.constexpr, CT: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
@@ -163,7 +168,7 @@ def write_gradient(
         a = load_one(a_row + start, CT)
         b = load_one(b_row + start, CT)
         to_a, to_b = _gradient_tile(
-            a, b, side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
+            a, b, shift_a, side_a, near_a, shift_b, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
             scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, PLAIN, DIRECT, LOG2, TO_A, TO_B,
         )  # fmt: skip
         if TO_A:
@@ -175,7 +180,7 @@ def write_gradient(
         a = unpacked(load_tile(a_row, start, R, VEC, LAYOUT), a_row, CT, R, VEC)
         b = unpacked(load_tile(b_row, start, R, VEC, LAYOUT), b_row, CT, R, VEC)
         to_a, to_b = _gradient_tile(
-            a, b, side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
+            a, b, shift_a, side_a, near_a, shift_b, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
             scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, PLAIN, DIRECT, LOG2, TO_A, TO_B,
         )  # fmt: skip
         if TO_A:
@@ -186,7 +191,7 @@ def write_gradient(
         a = load_ragged(a_row, full, end, 0.0, CT, R, VEC, LAYOUT)
         b = load_ragged(b_row, full, end, 0.0, CT, R, VEC, LAYOUT)
         to_a, to_b = _gradient_tile(
-            a, b, side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
+            a, b, shift_a, side_a, near_a, shift_b, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
             scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, PLAIN, DIRECT, LOG2, TO_A, TO_B,
         )  # fmt: skip
         if TO_A:

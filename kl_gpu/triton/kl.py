@@ -22,6 +22,7 @@ from .tiles import (
     tile_ahead,
     tile_offsets,
     unpacked,
+    vast_shift,
     weights,
 )
 
@@ -150,6 +151,12 @@ def _added(
 
 
 @triton.jit
+def is_held(n):
+    """Whether float32 holds a side's n to a fraction of 1."""
+    return tl.abs(n) <= 16777216.0 if n.dtype == tl.float32 else n == n
+
+
+@triton.jit
 def finish(z, a1, a2):
     """Value and lam = log(Z_b/(Z_a e^c)) from a row's sums in float64, and whether they were good enough."""
     a1 = a1 / z
@@ -175,6 +182,7 @@ def careful_row(
     """A row that the one-pass sums cannot do: −inf logits, disjoint supports, overflow. Three sweeps.
 
     Sides are normalised by their own maxima, and columns where x is large add b's mass instead of w·g(x).
+    n and c are those of logits less shift_a and shift_b, which are 0 in all but vast rows.
     """
     INF: tl.constexpr = float("inf")
     top_a = tl.full([R, VEC], -INF, CT)
@@ -184,6 +192,10 @@ def careful_row(
         top_b = tl.maximum(top_b, load_ragged(b_row, start, V, -INF, CT, R, VEC, LAYOUT))
     m_a = tl.max(top_a)
     m_b = tl.max(top_b)
+    shift_a = vast_shift(m_a, k_a)
+    shift_b = vast_shift(m_b, k_b)
+    m_a -= shift_a
+    m_b -= shift_b
     n_a = level(m_a, k_a)
     n_b = level(m_b, k_b)
 
@@ -196,8 +208,8 @@ def careful_row(
     shift = tl.zeros([R, VEC], CT)
     holes = tl.zeros([R, VEC], tl.int32)
     for start in range(0, V, R * VEC):
-        a = load_ragged(a_row, start, V, -INF, CT, R, VEC, LAYOUT)
-        b = load_ragged(b_row, start, V, -INF, CT, R, VEC, LAYOUT)
+        a = load_ragged(a_row, start, V, -INF, CT, R, VEC, LAYOUT) - shift_a
+        b = load_ragged(b_row, start, V, -INF, CT, R, VEC, LAYOUT) - shift_b
         w = weights(a, k_a, n_a)
         z_a += w
         z_b += weights(b, k_b, n_b)
@@ -217,8 +229,8 @@ def careful_row(
     a2 = tl.zeros([R, VEC], CT)
     mass_b = tl.zeros([R, VEC], CT)
     for start in range(0, V, R * VEC):
-        a = load_ragged(a_row, start, V, -INF, CT, R, VEC, LAYOUT)
-        b = load_ragged(b_row, start, V, -INF, CT, R, VEC, LAYOUT)
+        a = load_ragged(a_row, start, V, -INF, CT, R, VEC, LAYOUT) - shift_a
+        b = load_ragged(b_row, start, V, -INF, CT, R, VEC, LAYOUT) - shift_b
         w = weights(a, k_a, n_a)
         x = log_probability_ratio(a, b, c, c_rest, scale, a_scale, b_scale, SAME_SCALE, EXACT)
         x = tl.where((a == -INF) | (b == -INF), 0.0, x)  # a NaN stays
@@ -249,7 +261,7 @@ def careful_row(
     value = tl.where(near, a2 + rest, lam - a1)
     # NaN sums (a NaN, a +inf, a row of −inf) must stay NaN where there is a hole too.
     value = tl.where(hole, tl.where(value == value, INF, value), value)
-    return n_a, z_a, n_b, z_b, c, lam + c_rest.to(tl.float64), value
+    return shift_a, n_a, z_a, shift_b, n_b, z_b, c, lam + c_rest.to(tl.float64), value
 
 
 @triton.jit
@@ -346,10 +358,16 @@ def store_row(
         # larger than the usual x.
         shift = furthest.to(tl.float64)
         good = good & (value >= 4.5e-4 * shift * shift)
+    good = good & is_held(n) & is_held(n_b)
     if not good:
-        n, z_a, n_b, z_b, c, lam, value = careful_row(
+        shift_a, n, z_a, shift_b, n_b, z_b, c, lam, value = careful_row(
             a_row, b_row, V, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, False, CT, R, VEC, LAYOUT
         )
+        # `stored_side` tells them apart.
+        n = tl.where(shift_a != 0, shift_a, n)
+        z_a = tl.where(shift_a != 0, -z_a, z_a)
+        n_b = tl.where(shift_b != 0, shift_b, n_b)
+        z_b = tl.where(shift_b != 0, -z_b, z_b)
     # max keeps NaN out only by the comparison's direction: NaN < 0 is false, so NaN stays.
     value = tl.where(value < 0, 0.0, value)
     tl.store(value_out, value.to(value_out.dtype.element_ty))

@@ -46,6 +46,8 @@ from .tiles import (
 _STATS = tl.constexpr(STATS)
 # From here on float32 does not hold n to a power of 2.
 _VAST = tl.constexpr(16777216.0)
+# By how much the sums' n lies above the `level` that the gradient starts from.
+_RAISED = tl.constexpr(7.0)
 
 
 @triton.jit
@@ -78,7 +80,8 @@ def _is_given(marks, start, R: tl.constexpr, VEC: tl.constexpr):
 @triton.jit
 def _accumulate(x, gone, n, z, t, k, ENTROPY: tl.constexpr):
     x = tl.where(gone, -float("inf"), x)
-    n_tile = level(tl.max(x), k)
+    # Exponents near 0 where the weight lies: at level's 7, t's rounding would be an entropy off by 3e-6.
+    n_tile = level(tl.max(x), k) + _RAISED
     if n_tile > n:
         h = n - n_tile
         s = tl.exp2(h)
@@ -192,8 +195,8 @@ def remainder_kernel(
             # The sums were taken with the scale rounded to CT, which shows where all logits are large.
             u = n / LOG2E + log_z + drift * (n + t) / LOG2E
             stats = stats_ptr + tl.full([], row, tl.int64) * _STATS
-            tl.store(stats, n)
-            tl.store(stats + 1, tl.where(vast, -1.0, 1.0) / z)
+            tl.store(stats, tl.where(vast, n, n - _RAISED))
+            tl.store(stats + 1, tl.where(vast, -1.0, 0.0078125) / z)
             tl.store(stats + 2, tl.where(z == 0, 0.0, log_z - t / LOG2E) if ENTROPY else z * 0.0)
             u = tl.where(z == 0, -float("inf"), u)
             if tl.float64 == CT:

@@ -30,7 +30,7 @@ from .launch import (
 )
 from .plain import is_plain, logarithm, near_coefficients
 from .sums import formula_sums, plain_sums
-from .tiles import LOG2E, NO_REFERENCE, normalised, row_start, wide, write_zeros
+from .tiles import LOG2E, NO_REFERENCE, normalised, row_start, stored_side, wide, write_zeros
 
 # Row statistics: n_a, 1/Z_a, n_b, 1/Z_b (so that a_i = 2^(k_a·logit − n_a)/Z_a), then c and lam with
 # log(b_i/a_i) = x_i − lam, the value, and what a·∂D/∂a and b·∂D/∂b sum to. They come zeroed: behind them
@@ -145,8 +145,10 @@ def _second_sweep(
 ):  # fmt: skip
     _wait(stats, 1)
     kl = _statistic(stats, 6)
-    side_a = normalised(_statistic(stats, 0), _statistic(stats, 1), k_a, a_scale, 15, CT)
-    side_b = normalised(_statistic(stats, 2), _statistic(stats, 3), k_b, b_scale, 15, CT)
+    shift_a, n_a, inv_a = stored_side(_statistic(stats, 0), _statistic(stats, 1))
+    shift_b, n_b, inv_b = stored_side(_statistic(stats, 2), _statistic(stats, 3))
+    side_a = normalised(n_a, inv_a, k_a, a_scale, 15, CT)
+    side_b = normalised(n_b, inv_b, k_b, b_scale, 15, CT)
     c = _statistic(stats, 4)
     lam = _statistic(stats, 5)
     if _is_plain(stats, 1.0, beta, rest, FAMILY, False, LOG2):
@@ -156,7 +158,7 @@ def _second_sweep(
         )  # fmt: skip
     else:
         value, mean_a, mean_b = formula_sums(
-            a_row, b_row, first, last, side_a, side_b, c, lam, beta, rest,
+            a_row, b_row, first, last, shift_a, side_a, shift_b, side_b, c, lam, beta, rest,
             scale, a_scale, b_scale, SAME_SCALE, FAMILY, CT, R, VEC, LAYOUT,
         )  # fmt: skip
     complete = True
@@ -206,24 +208,26 @@ def _gradient(
     # The b − a of kl and tv subtracts exponentials that must be good far down; a (r + KL) multiplies one,
     # whose error near the top counts KL times.
     FAR: tl.constexpr = 31 if FAMILY == "kl" or FAMILY == "tv" else 15
-    n_a = _statistic(stats, 0)
-    inv_a = _statistic(stats, 1)
+    shift_a, n_a, inv_a = stored_side(_statistic(stats, 0), _statistic(stats, 1))
+    shift_b, n_b, inv_b = stored_side(_statistic(stats, 2), _statistic(stats, 3))
     side_a = normalised(n_a, inv_a, k_a, a_scale, FAR, CT)
     near_a = normalised(n_a, inv_a, k_a, a_scale, 15, CT)
-    side_b = normalised(_statistic(stats, 2), _statistic(stats, 3), k_b, b_scale, FAR, CT)
+    side_b = normalised(n_b, inv_b, k_b, b_scale, FAR, CT)
     c = _statistic(stats, 4)
     lam = _statistic(stats, 5)
     DIRECT: tl.constexpr = TO_B and SAME_SCALE and grad_b.dtype.element_ty.primitive_bitwidth == 16
     if _is_plain(stats, upstream, beta, rest, FAMILY, DIRECT, LOG2):
         write_gradient(
             a_row, b_row, grad_a, grad_b, first, last, V,
-            side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
+            shift_a, side_a, near_a, shift_b, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
+            scale, a_scale, b_scale,
             SAME_SCALE, EXACT, FAMILY, True, DIRECT, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
         )  # fmt: skip
     else:
         write_gradient(
             a_row, b_row, grad_a, grad_b, first, last, V,
-            side_a, near_a, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest, scale, a_scale, b_scale,
+            shift_a, side_a, near_a, shift_b, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
+            scale, a_scale, b_scale,
             SAME_SCALE, EXACT, FAMILY, False, DIRECT, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
         )  # fmt: skip
 

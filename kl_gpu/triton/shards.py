@@ -14,7 +14,7 @@ from ..problem import Problem
 from .launch import configuration, geometry, high_low, parts_of, step_of
 from .rows import _STATS, FORMULA_SHAPES
 from .sums import formula_sums as sums_of_columns
-from .tiles import LOG2E, normalised, row_start, wide
+from .tiles import LOG2E, normalised, row_start, stored_side, wide
 
 _LN2 = math.log(2)
 # Below the whole row's normaliser by this many powers of 2, a part's own level would make 1/Z underflow.
@@ -39,14 +39,16 @@ def formula_sums_kernel(
     if counts:
         first = part * part_columns
         stats = stats_ptr + row.to(tl.int64) * _STATS
+        shift_a, n_a, inv_a = stored_side(tl.load(stats), tl.load(stats + 1))
+        shift_b, n_b, inv_b = stored_side(tl.load(stats + 2), tl.load(stats + 3))
         a_scale = wide(a_scale_high, a_scale_low)
         b_scale = wide(b_scale_high, b_scale_low)
         beta = wide(beta_high, beta_low)
         value, mean_a, mean_b = sums_of_columns(
             row_start(a_ptr, row, n_inner, a_outer, a_inner),
             row_start(b_ptr, row, n_inner, b_outer, b_inner), first, tl.minimum(first + part_columns, V),
-            normalised(tl.load(stats), tl.load(stats + 1), (a_scale * LOG2E).to(CT), a_scale, 15, CT),
-            normalised(tl.load(stats + 2), tl.load(stats + 3), (b_scale * LOG2E).to(CT), b_scale, 15, CT),
+            shift_a, normalised(n_a, inv_a, (a_scale * LOG2E).to(CT), a_scale, 15, CT),
+            shift_b, normalised(n_b, inv_b, (b_scale * LOG2E).to(CT), b_scale, 15, CT),
             tl.load(stats + 4), tl.load(stats + 5), beta.to(CT), (1.0 - beta).to(CT),
             a_scale.to(CT), a_scale, b_scale, SAME_SCALE, FAMILY, CT, R, VEC, LAYOUT,
         )  # fmt: skip
@@ -88,11 +90,19 @@ def _unit(a_scale: float, b_scale: float, dtype: torch.dtype) -> float:
     return _over_rounded(a_scale, dtype) if a_scale == b_scale else 1.0
 
 
+def _side(n: Tensor, inv: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As `stored_side`, and the shift in nats."""
+    vast = inv < 0
+    return torch.where(vast, n * scale, 0.0), torch.where(vast, -7.0, n), inv.abs()
+
+
 def normalisers(stats: Tensor, a_scale: float, b_scale: float) -> tuple[Tensor, Tensor]:
     """Of rows whose statistics these are, in float64 nats: log Σ e^a, and log Σ e^b less that."""
-    n_a, inv_a, _, _, c, lam = stats[..., :6].double().unbind(-1)
+    n_a, inv_a, n_b, inv_b, c, lam = stats[..., :6].double().unbind(-1)
+    shift_a, n_a, inv_a = _side(n_a, inv_a, a_scale)
+    shift_b, _, _ = _side(n_b, inv_b, b_scale)
     log_a = (n_a - inv_a.log2()) * (_LN2 * _stretch(a_scale, stats.dtype))
-    return log_a, (c + lam) * _unit(a_scale, b_scale, stats.dtype)
+    return log_a + shift_a, (c + lam) * _unit(a_scale, b_scale, stats.dtype) + (shift_b - shift_a)
 
 
 def _level(own: Tensor, inv: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,13 +120,22 @@ def statistics(
     local: Tensor, a_scale: float, b_scale: float, family: str, log_a: Tensor, ratio: Tensor, sums: Tensor
 ) -> Tensor:
     """As `kl_gpu.eager.statistics`, in the order of `rows.py`."""
-    n_a, inv_a, n_b, inv_b = local[..., :4].double().unbind(-1)
-    lse_a, lse_b = (
-        x / (_LN2 * _stretch(scale, local.dtype)) for x, scale in ((log_a, a_scale), (log_a + ratio, b_scale))
-    )
-    shift = ratio / _unit(a_scale, b_scale, local.dtype)
+    sides, shifts = [], []
+    for at, log_z, scale in ((0, log_a, a_scale), (2, log_a + ratio, b_scale)):
+        stored, inv = local[..., at].double(), local[..., at + 1].double()
+        shift, _, _ = _side(stored, inv, scale)
+        lse = (log_z - shift) / (_LN2 * _stretch(scale, local.dtype))
+        n, whole = _level(stored, inv, lse)
+        # A side taken about its own largest logit here stays so; 0 would not be negative.
+        vast = inv < 0
+        sides += [
+            torch.where(vast, stored, n),
+            torch.where(vast, -torch.exp2(-7.0 - lse).clamp(min=2.0**-126), whole),
+        ]
+        shifts.append(shift)
+    shift = (ratio - (shifts[1] - shifts[0])) / _unit(a_scale, b_scale, local.dtype)
     c = shift.to(local.dtype).double()
-    numbers = [*_level(n_a, inv_a, lse_a), *_level(n_b, inv_b, lse_b), c, shift - c]
+    numbers = [*sides, c, shift - c]
     numbers += sums.unbind(-1)
     numbers += [torch.zeros_like(ratio)] * (STATS - len(numbers))
     return torch.stack([x.to(local.dtype) for x in numbers], -1)

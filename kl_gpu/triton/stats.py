@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import TOKEN_STATS, Problem
-from .kl import careful_row, finish, other_level
+from .kl import careful_row, finish, is_held, other_level
 from .launch import ProgramShape, configuration, geometry, parts_of
 from .tiles import (
     LOG2E,
@@ -318,12 +318,12 @@ def _folded(states, parts, PARTS: tl.constexpr):
 
 @triton.jit
 def _weighted_exponents(
-    row, n, k, V, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr
+    row, shift, n, k, V, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr
 ):
-    """Σ 2^e e over a row's columns, e = k·logit − n."""
+    """Σ 2^e e over a row's columns, e = k·(logit − shift) − n."""
     total = tl.zeros([R, VEC], CT)
     for start in range(0, V, R * VEC):
-        logit = load_ragged(row, start, V, -float("inf"), CT, R, VEC, LAYOUT)
+        logit = load_ragged(row, start, V, -float("inf"), CT, R, VEC, LAYOUT) - shift
         e = tl.maximum(exponent(logit, k, n), -10000.0)  # 0 · −inf has no place in the sum
         total += tl.exp2(e) * e
     return tl.sum(total).to(tl.float64)
@@ -384,25 +384,26 @@ def token_stats_rows_kernel(
         entropy_a = log_a - ea / z
         entropy_b = log_b - eb / zb
         good = good & (a2 + lost_a <= 4.0 * z * forward) & (b2 + lost_b <= 4.0 * zb * reverse)
+        good = good & is_held(n.to(CT)) & is_held(n_b.to(CT))
         good = good & good_b & (entropy_a + entropy_b < float("inf"))
         if EXACT:
             # As in kl.py: fl(b − a) may be off by up to 2^-25·|c|.
             good = good & (tl.minimum(forward, reverse) >= 4.5e-4 * furthest * furthest)
         if not good:
-            n_f, z_f, _, _, _, _, forward = careful_row(
+            shift_a, n_f, z_f, _, _, _, _, _, forward = careful_row(
                 a_row, b_row, V, k_a, k_b, scale, a_scale, b_scale,
                 SAME_SCALE, False, CT, R, VEC, LAYOUT,
             )  # fmt: skip
-            n_r, z_r, _, _, _, _, reverse = careful_row(
+            shift_b, n_r, z_r, _, _, _, _, _, reverse = careful_row(
                 b_row, a_row, V, k_b, k_a, scale, b_scale, a_scale,
                 SAME_SCALE, False, CT, R, VEC, LAYOUT,
             )  # fmt: skip
-            n = n_f.to(tl.float64)
-            n_b = n_r.to(tl.float64)
+            n = shift_a.to(tl.float64) * k_a.to(tl.float64) + n_f.to(tl.float64)
+            n_b = shift_b.to(tl.float64) * k_b.to(tl.float64) + n_r.to(tl.float64)
             log_a = tl.log2(z_f)
             log_b = tl.log2(z_r)
-            entropy_a = log_a - _weighted_exponents(a_row, n_f, k_a, V, CT, R, VEC, LAYOUT) / z_f
-            entropy_b = log_b - _weighted_exponents(b_row, n_r, k_b, V, CT, R, VEC, LAYOUT) / z_r
+            entropy_a = log_a - _weighted_exponents(a_row, shift_a, n_f, k_a, V, CT, R, VEC, LAYOUT) / z_f
+            entropy_b = log_b - _weighted_exponents(b_row, shift_b, n_r, k_b, V, CT, R, VEC, LAYOUT) / z_r
         # max keeps NaN out only by the comparison's direction: NaN < 0 is false, so NaN stays.
         forward = tl.where(forward < 0, 0.0, forward)
         reverse = tl.where(reverse < 0, 0.0, reverse)

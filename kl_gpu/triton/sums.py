@@ -50,7 +50,7 @@ def _add_tile(
 
 @triton.jit
 def formula_sums(
-    a_row, b_row, first, last, side_a, side_b, c, lam, beta, rest, scale, a_scale, b_scale,
+    a_row, b_row, first, last, shift_a, side_a, shift_b, side_b, c, lam, beta, rest, scale, a_scale, b_scale,
     SAME_SCALE: tl.constexpr, FAMILY: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
@@ -63,15 +63,15 @@ def formula_sums(
     mean_b = tl.zeros([R], CT)
     full = last - (last - first) % BLOCK
     for start in range(first, full, BLOCK):
-        a = unpacked(load_tile(a_row, start, R, VEC, LAYOUT), a_row, CT, R, VEC)
-        b = unpacked(load_tile(b_row, start, R, VEC, LAYOUT), b_row, CT, R, VEC)
+        a = unpacked(load_tile(a_row, start, R, VEC, LAYOUT), a_row, CT, R, VEC) - shift_a
+        b = unpacked(load_tile(b_row, start, R, VEC, LAYOUT), b_row, CT, R, VEC) - shift_b
         value, mean_a, mean_b = _add_tile(
             a, b, value, mean_a, mean_b, side_a, side_b, c, lam, beta, rest, scale, a_scale, b_scale,
             SAME_SCALE, EXACT, FAMILY,
         )  # fmt: skip
     if full < last:
-        a = load_ragged(a_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
-        b = load_ragged(b_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
+        a = load_ragged(a_row, full, last, -float("inf"), CT, R, VEC, LAYOUT) - shift_a
+        b = load_ragged(b_row, full, last, -float("inf"), CT, R, VEC, LAYOUT) - shift_b
         value, mean_a, mean_b = _add_tile(
             a, b, value, mean_a, mean_b, side_a, side_b, c, lam, beta, rest, scale, a_scale, b_scale,
             SAME_SCALE, EXACT, FAMILY,

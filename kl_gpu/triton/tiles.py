@@ -267,6 +267,24 @@ def normalised(n, inv, k, scale, TOP: tl.constexpr, CT: tl.constexpr):
 
 
 @triton.jit
+def vast_shift(top, k):
+    """What is taken off a side's logits before all else: its largest one where n would be vast, else 0.
+
+    Past 2^24 float32 does not hold n to a fraction of 1; past 2^31 weights about it overflow.
+    """
+    MOST: tl.constexpr = 16777216.0 if top.dtype == tl.float32 else 1e300
+    vast = (tl.abs(top * k) > MOST) & (tl.abs(top) < float("inf"))
+    return tl.where(vast, top, 0.0)
+
+
+@triton.jit
+def stored_side(n, inv):
+    """(shift, n, 1/Z) of a side from its row statistics: a negative 1/Z says that n is a shift instead."""
+    vast = inv < 0
+    return tl.where(vast, n, 0.0), tl.where(vast, -7.0, n), tl.abs(inv)
+
+
+@triton.jit
 def gain_at(e, gain, drift):
     """What a weight 2^e is to be multiplied by for a probability."""
     return fma(tl.maximum(e, -1000.0), drift, gain)  # −inf would come out of it as NaN
