@@ -171,6 +171,14 @@ inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
     const VF deepest = splat<VF>(-1000);
 
     VF z{}, a1{}, a2{}, size{}, high = splat<VF>(-1), low{};
+    VF run_z{}, run_a1{}, run_a2{};
+    std::int64_t steps = 0;
+    const auto end_run = [&]() KL_INLINE_LAMBDA {
+        z += run_z;
+        a1 += run_a1;
+        a2 += run_a2;
+        run_z = run_a1 = run_a2 = zero;
+    };
     VI bad{}, infinite{}, seen_b{}, large{}, holes{};
     const auto column = [&](VF a, VF b) KL_INLINE_LAMBDA {
         const VI no_a = a == -inf, no_b = b == -inf;
@@ -189,9 +197,9 @@ inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
         VF wg = x > far ? (w_b - w) * log2e - w * x : w * g2(min(x, far));
         wg = no_a ? w_b * log2e : wg;
         wg = (no_b & ~no_a) ? -w * log2e : wg;
-        z += w;
-        a1 = mad(w, x, a1);
-        a2 += wg;
+        run_z += w;
+        run_a1 = mad(w, x, run_a1);
+        run_a2 += wg;
         size += abs(wg);
         high = max(x, high);
         low = min(x, low);
@@ -200,7 +208,10 @@ inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
         const auto a = load_pair(at_a), b = load_pair(at_b);
         column(a.x, b.x);
         column(a.y, b.y);
+        if (++steps % kRun == 0) [[unlikely]]
+            end_run();
     });
+    end_run();
 
     State out;
     out.frame = frame;
