@@ -88,8 +88,8 @@ PairResult finish(const PairState& s) {
     // comparison.
     const auto within = [&](double z, double spent, double y, double kl) {
         const double of_y = kLn2 / z * s.error_of_gap(), of_g = kLn2 / z * spent;
-        const double errors = std::fabs(y) < 0.5 ? length(of_g, y / (1 + y) * of_y)
-                                                 : length(length(of_y / (1 + y), of_y), of_g);
+        const double errors =
+            std::fabs(y) < 0.5 ? length(of_g, y / (1 + y) * of_y) : length(of_y / (1 + y), of_y, of_g);
         return errors <= kWorstError * kl && y > -1;
     };
     const bool finite = s.usable && s.z > 0 && zb > 0 && std::isfinite(out.forward + out.reverse) &&

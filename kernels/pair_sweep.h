@@ -66,19 +66,17 @@ template <bool Exact, class T>
 inline PairSums sweep_pair(const Stretch<T>& in, float scale, Frame frame) {
     const VF k = splat<VF>(scale), m = splat<VF>(frame.m), c = splat<VF>(frame.c);
     PairAccumulators s, total;
-    std::int64_t steps = 0;
     VF top_a = splat<VF>(-__builtin_inff()), top_b = top_a;
-    in.for_each_step([&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
-        prefetch_step(at_a);
-        prefetch_step(at_b);
-        const auto a = load_pair(at_a), b = load_pair(at_b);
-        top_a = max(a.x, max(a.y, top_a));
-        top_b = max(b.x, max(b.y, top_b));
-        accumulate_pair(pair_terms<Exact>(a.x, b.x, k, m, c), pair_terms<Exact>(a.y, b.y, k, m, c), s);
-        if (++steps % kRun == 0) [[unlikely]]
-            total.take(s);
-    });
-    total.take(s);
+    in.for_each_step(
+        [&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
+            prefetch_step(at_a);
+            prefetch_step(at_b);
+            const auto a = load_pair(at_a), b = load_pair(at_b);
+            top_a = max(a.x, max(a.y, top_a));
+            top_b = max(b.x, max(b.y, top_b));
+            accumulate_pair(pair_terms<Exact>(a.x, b.x, k, m, c), pair_terms<Exact>(a.y, b.y, k, m, c), s);
+        },
+        [&]() KL_INLINE_LAMBDA { total.take(s); });
     return {sum(total.z),   sum(total.a1), sum(total.a2), sum(total.zb),
             sum(total.b2),  sum(total.ea), sum(total.eb), static_cast<double>(largest(s.largest_g)),
             largest(top_a), largest(top_b)};
@@ -118,7 +116,8 @@ public:
         const float rise = std::max(piece.top_a.logit * scale_ - piece.frame.m, 0.0f);
         if (!is_central(both) || rise > kHighE) {
             const Frame to = raised(centre(both), rise);
-            const PairState moved = seen_from(to, both), of_piece = seen_from(to, piece);
+            const PairState moved = seen_from(to, both);
+            const PairState of_piece = total_.is_empty() ? moved : seen_from(to, piece);
             const bool exact =
                 of_piece.spent_a <= kWorstError * moved.a2 && of_piece.spent_b <= kWorstError * moved.b2;
             if (!exact || rise > 2 * kHighE || is_far(both)) {

@@ -1,6 +1,7 @@
 #include "state.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 
@@ -8,9 +9,17 @@ namespace kl {
 
 namespace {
 
+// 1/12! ... 1/2!
+constexpr auto kInverseFactorials = [] {
+    std::array<double, 11> out{};
+    double factorial = 1;
+    for (int n = 2; n <= 12; ++n) out[static_cast<std::size_t>(12 - n)] = 1 / (factorial *= n);
+    return out;
+}();
+
 double g_series(double x) {
-    double total = 0, factorial = 479001600;  // 12!
-    for (int n = 12; n >= 2; factorial /= n--) total = total * x + 1 / factorial;
+    double total = 0;
+    for (const double coefficient : kInverseFactorials) total = total * x + coefficient;
     return total * x * x;
 }
 
@@ -27,7 +36,7 @@ Move::Move(double h)
       g_of(is_in_series(h) ? g_series(-h) : less_one + h) {}
 
 double Move::error(double z, double of_a1, double of_a2) const {
-    return length(length(power * of_a2, less_one * of_a1), z * (g_of / kLn2));
+    return length(power * of_a2, less_one * of_a1, z * (g_of / kLn2));
 }
 
 namespace {
@@ -133,6 +142,22 @@ RowResult nan_result() {
     return out;
 }
 
+namespace {
+
+// Errors of the sums as they reach log(1 + y), and the divergence.
+struct SumErrors {
+    double of_shift, of_divergence;
+
+    SumErrors(const State& s, double mean_x, double mean_g, double y) {
+        const double unit = kLn2 / s.z / (1 + y), through_z = (mean_g - y * mean_x) / kLn2 * s.spent_z;
+        const double of_a1 = size_of_a1(s.spent_z, s.a1, s.spent);
+        of_shift = unit * length(s.spent, of_a1);
+        of_divergence = unit * length(s.spent, y * of_a1, through_z);
+    }
+};
+
+}  // namespace
+
 RowResult finish(const State& s) {
     if ((s.flags & kSawNan) || !s.has_mass() || !(s.flags & kSawB)) {
         RowResult out = nan_result();
@@ -153,12 +178,8 @@ RowResult finish(const State& s) {
                   std::isfinite(s.a2) && std::fabs(s.frame.m) < 0x1p20f && std::fabs(s.frame.c) < 0x1p20f;
     // What lse(b) rests on matters where the value is infinite, too: the gradient is q - p there.
     out.sums_b_too = (s.flags & kSawTail) && y >= 0.5;
-    // Errors of the sums as they reach log(1 + y), and the divergence.
-    const double of_a1 = size_of_a1(s.spent_z, s.a1, s.spent), unit = kLn2 / s.z / (1 + y);
-    const double of_shift = unit * length(s.spent, of_a1);
-    const double of_divergence =
-        unit * length(length(s.spent, y * of_a1), (mean_g - y * mean_x) / kLn2 * s.spent_z);
-    out.trusted = out.trusted && of_shift <= kWorstError;
+    const SumErrors errors(s, mean_x, mean_g, y);
+    out.trusted = out.trusted && errors.of_shift <= kWorstError;
     if (s.flags & kSawInfinite) {
         // Columns that b excludes pull y towards -1, where 1 + y is what is left of a subtraction.
         out.divergence = std::numeric_limits<double>::infinity();
@@ -166,7 +187,7 @@ RowResult finish(const State& s) {
         out.trusted = out.trusted && y > -0.5;
         return out;
     }
-    if (!(y > -1) || !(of_divergence <= kWorstError * out.divergence)) out.trusted = false;
+    if (!(y > -1) || !(errors.of_divergence <= kWorstError * out.divergence)) out.trusted = false;
     if ((s.flags & kSawFarTail) && y < 0.5) out.trusted = false;
     // d carries an error of up to 2^-24 |c|; that is nothing as long as the typical x is not far below c.
     const double c = static_cast<double>(s.frame.c) * kLn2;

@@ -58,7 +58,7 @@ constexpr double kWorstError = 8;
 constexpr double kFp64 = 0x1p-28;
 
 // Independent errors add up like this; std::hypot, whose squares cannot overflow, takes ten times as long.
-inline double length(double x, double y) { return std::sqrt(x * x + y * y); }
+inline double length(double x, double y, double z = 0) { return std::sqrt(x * x + y * y + z * z); }
 
 // expm1(x) - x without cancellation.
 double g(double x);

@@ -68,6 +68,20 @@ struct Stretch {
         for (std::int64_t i = 0; i < columns; i += kStep<T>) f(a + i, b + i);
         if (rest > 0) f(last_a, last_b);
     }
+
+    // The same, with end_run() after every kRun steps and at the end. As in in_two_stages, it stands outside
+    // the inner loop.
+    template <class F, class EndRun>
+    KL_INLINE void for_each_step(F f, EndRun end_run) const {
+        for (std::int64_t i = 0; i < columns;) {
+            const std::int64_t stop = std::min(columns, i + kRun * kStep<T>);
+            for (; i < stop; i += kStep<T>) f(a + i, b + i);
+            end_run();
+        }
+        if (rest == 0) return;
+        f(last_a, last_b);
+        end_run();
+    }
 };
 
 // The lines of one step, far enough ahead to come in time.
@@ -137,11 +151,8 @@ inline Sums sweep(const Stretch<T>& in, float scale, Frame frame) {
             prefetch_step(in.b + i);
             return see_step(in.a + i, in.b + i);
         },
-        [&](std::int64_t i, const Pair<Seen>& step) KL_INLINE_LAMBDA {
-            accumulate(step, s);
-            if (i % (kRun * kStep<T>) == 0) [[unlikely]]
-                total.take(s);
-        });
+        [&](std::int64_t, const Pair<Seen>& step) KL_INLINE_LAMBDA { accumulate(step, s); }, kRun,
+        [&]() KL_INLINE_LAMBDA { total.take(s); });
     if (in.rest > 0) accumulate(see_step(in.last_a, in.last_b), s);
     total.take(s);
     return {sum(total.z), sum(total.a1), sum(total.a2), static_cast<double>(largest(s.largest_g))};
@@ -172,7 +183,6 @@ inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
 
     VF z{}, a1{}, a2{}, size{}, high = splat<VF>(-1), low{};
     VF run_z{}, run_a1{}, run_a2{};
-    std::int64_t steps = 0;
     const auto end_run = [&]() KL_INLINE_LAMBDA {
         z += run_z;
         a1 += run_a1;
@@ -204,14 +214,13 @@ inline State sweep_holes(const Stretch<T>& in, float scale, Frame frame) {
         high = max(x, high);
         low = min(x, low);
     };
-    in.for_each_step([&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
-        const auto a = load_pair(at_a), b = load_pair(at_b);
-        column(a.x, b.x);
-        column(a.y, b.y);
-        if (++steps % kRun == 0) [[unlikely]]
-            end_run();
-    });
-    end_run();
+    in.for_each_step(
+        [&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
+            const auto a = load_pair(at_a), b = load_pair(at_b);
+            column(a.x, b.x);
+            column(a.y, b.y);
+        },
+        end_run);
 
     State out;
     out.frame = frame;
@@ -382,10 +391,11 @@ private:
     bool expect_holes_ = false;
 };
 
-// Feeds `n` columns to `take`, tile by tile.
+// Feeds `n` columns to `take`, tile by tile. A short row begins with a small tile, too: three in ten first
+// tiles are swept twice.
 template <class T, class Take>
 inline void for_each_tile(const T* a, const T* b, std::int64_t n, Take take) {
-    std::int64_t length = n > kTile ? kFirstTile : n;
+    std::int64_t length = n > 4 * kFirstTile ? kFirstTile : n;
     for (std::int64_t i = 0; i < n; i += length, length = n - i < kTile ? n - i : kTile)
         take(Stretch<T>(a + i, b + i, length));
 }
