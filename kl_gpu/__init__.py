@@ -3,18 +3,18 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .backends.registry import BACKENDS
 from .functional import divergence, js_div, kl_div
 from .kinds import KINDS
 from .logprobs import token_logprobs
 from .nn import DivergenceLoss
-from .ops import BACKENDS
 from .rl import kl_penalty
 from .stats import TokenStats, token_stats
-from .topk import TAILS, topk_div
-from .topk_teacher import TopkLogprobs, topk_logprobs
+from .topk.api import TAILS, topk_div
+from .topk.teacher import TopkLogprobs, topk_logprobs
 
 if TYPE_CHECKING:
-    from .linear import linear_div
+    from .linear.api import linear_div
 
 __all__ = [
     "BACKENDS",
@@ -42,6 +42,6 @@ def __getattr__(name: str) -> Any:
         return import_module("kl_gpu.distributed")
     if name == "linear_div":
         # Kept, so that torch.compile finds it like any other function.
-        globals()[name] = import_module("kl_gpu.linear").linear_div
+        globals()[name] = import_module("kl_gpu.linear.api").linear_div
         return globals()[name]
     raise AttributeError(f"module 'kl_gpu' has no attribute {name!r}")

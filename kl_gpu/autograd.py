@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops, transforms
-from .rows import Window
-from .transforms import ordinary
-
-
-class Call(NamedTuple):
-    """What stays the same between forward and backward, tensors apart."""
-
-    kind: str
-    beta: float
-    student_scale: float
-    teacher_scale: float
-    backend: str
-    window: Window
-    inplace: bool
-
-    @property
-    def numbers(self) -> tuple[str, float, float, float, str]:
-        return self[:5]
+from . import transforms
+from .arguments.params import DivergenceCall
+from .inference_tensors import ordinary
+from .ops import pair as ops
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -47,7 +32,7 @@ class _FirstDerivative(torch.autograd.Function):
 Grads = tuple[Tensor | None, Tensor | None]
 
 
-def _buffers(student: Tensor, teacher: Tensor, call: Call, needs: tuple[bool, bool]) -> Grads:
+def _buffers(student: Tensor, teacher: Tensor, call: DivergenceCall, needs: tuple[bool, bool]) -> Grads:
     """Where the gradients go, with what does not count already 0."""
     to_student = (student.detach() if call.inplace else torch.empty_like(student)) if needs[0] else None
     return to_student, torch.empty_like(teacher) if needs[1] else None
@@ -56,10 +41,10 @@ def _buffers(student: Tensor, teacher: Tensor, call: Call, needs: tuple[bool, bo
 def _gradients(
     student: Tensor,
     teacher: Tensor,
-    rows: Tensor | None,
+    valid: Tensor | None,
     stats: Tensor,
     row_scale: Tensor,
-    call: Call,
+    call: DivergenceCall,
     needs: tuple[bool, bool],
 ) -> Grads:
     """row_scale · ∂value/∂logits of whole tensors, from the saved row statistics."""
@@ -67,7 +52,7 @@ def _gradients(
         grads = _buffers(student, teacher, call, needs)
         narrow = [None if grad is None else call.window.of(grad) for grad in grads]
         sides = call.window.of(student), call.window.of(teacher)
-        ops.gradient(*sides, rows, stats, row_scale.to(stats.dtype), None, *call.numbers, *narrow)
+        ops.gradient(*sides, valid, stats, row_scale.to(stats.dtype), None, *call.params, *narrow)
         for grad in grads:
             if grad is not None:
                 call.window.zero_rest(grad)
@@ -77,23 +62,11 @@ def _gradients(
     return grads
 
 
-def once_differentiable(grads: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tensor | None, ...]:
+def forbid_double_backward(grads: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients, such that differentiating them raises."""
     if not torch.is_grad_enabled():
         return grads
     return tuple(None if grad is None else _FirstDerivative.apply(grad, *sources) for grad in grads)
-
-
-def ordinary_rows(tensor: Tensor) -> Tensor:
-    """`ordinary` for what has a number or K per row, and is saved by other operators than ours.
-
-    torch.compile cannot ask how it was made: there it is a copy, of a kind that the graph does not save what
-    was copied in its place.
-    """
-    if torch.compiler.is_compiling():
-        copied: Tensor = tensor if tensor.requires_grad else ops.copy(tensor)
-        return copied
-    return tensor if tensor.requires_grad else ordinary(tensor)  # type: ignore[return-value]
 
 
 def keep(ctx: Any, *tensors: Tensor | None) -> None:
@@ -141,23 +114,25 @@ def are_saved_tensors_managed() -> bool:
     return False
 
 
-def _row_values(call: Call, student: Tensor, teacher: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+def _row_values(
+    call: DivergenceCall, student: Tensor, teacher: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Values `[N]`, and the statistics that their gradient needs."""
     found: tuple[Tensor, Tensor] = ops.value(
-        call.window.of(student), call.window.of(teacher), rows, *call.numbers
+        call.window.of(student), call.window.of(teacher), valid, *call.params
     )
     return found
 
 
-def _row_gradients(call: Call, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
-    student, teacher, rows = tensors
-    return *_gradients(student, teacher, rows, kept[0], incoming[0], call, needs[:2]), None
+def _row_gradients(call: DivergenceCall, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
+    student, teacher, valid = tensors
+    return *_gradients(student, teacher, valid, kept[0], incoming[0], call, needs[:2]), None
 
 
 _STEP = transforms.Step(_row_values, _row_gradients)
 
 
-def per_row(student: Tensor, teacher: Tensor, rows: Tensor | None, call: Call) -> Tensor:
+def per_row(student: Tensor, teacher: Tensor, valid: Tensor | None, call: DivergenceCall) -> Tensor:
     """Per-row divergence `[N]`, differentiable; its value alone where nobody will ask for a derivative, for
     a Function costs 10 µs.
 
@@ -165,11 +140,11 @@ def per_row(student: Tensor, teacher: Tensor, rows: Tensor | None, call: Call) -
     would answer them with a derivative of 0.
     """
     if transforms.are_active():
-        return transforms.run(_STEP, call, student, teacher, rows)[0]
+        return transforms.run(_STEP, call, student, teacher, valid)[0]
     if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-        value: Tensor = RowDivergence.apply(student, teacher, rows, call)
+        value: Tensor = RowDivergence.apply(student, teacher, valid, call)
         return value
-    return ops.divergence(call.window.of(student), call.window.of(teacher), rows, *call.numbers)
+    return ops.divergence(call.window.of(student), call.window.of(teacher), valid, *call.params)
 
 
 class RowDivergence(torch.autograd.Function):
@@ -180,18 +155,20 @@ class RowDivergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, rows: Tensor | None, call: Call) -> Tensor:
-        value, stats = _row_values(call, student, teacher, rows)
-        keep(ctx, student, teacher, rows, stats)
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, valid: Tensor | None, call: DivergenceCall
+    ) -> Tensor:
+        value, stats = _row_values(call, student, teacher, valid)
+        keep(ctx, student, teacher, valid, stats)
         ctx.call = call
         return value
 
     @staticmethod
     def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, rows, stats = kept(ctx)
+        student, teacher, valid, stats = kept(ctx)
         needs = ctx.needs_input_grad[:2]
-        grads = _gradients(student, teacher, rows, stats, row_gradient, ctx.call, needs)
-        return (*once_differentiable(grads, row_gradient, student, teacher), None, None)
+        grads = _gradients(student, teacher, valid, stats, row_gradient, ctx.call, needs)
+        return (*forbid_double_backward(grads, row_gradient, student, teacher), None, None)
 
 
 class WeightedSum(torch.autograd.Function):
@@ -205,36 +182,41 @@ class WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, rows: Tensor | None, row_scale: Tensor, call: Call
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        valid: Tensor | None,
+        row_scale: Tensor,
+        call: DivergenceCall,
     ) -> Tensor:
         grads: Grads | None = None
         if are_saved_tensors_managed():
-            value, stats = _row_values(call, student, teacher, rows)
+            value, stats = _row_values(call, student, teacher, valid)
         else:
             grads = _buffers(student, teacher, call, ctx.needs_input_grad[:2])
             narrow = [None if grad is None else call.window.of(grad) for grad in grads]
             sides = call.window.of(student), call.window.of(teacher)
-            value, stats = ops.value_and_gradient(*sides, rows, row_scale, *call.numbers, *narrow)
+            value, stats = ops.value_and_gradient(*sides, valid, row_scale, *call.params, *narrow)
             for grad in grads:
                 if grad is not None:
                     call.window.zero_rest(grad)
         # The logits too: modifying them before backward must raise, as it does everywhere else.
-        keep(ctx, student, teacher, rows, row_scale, stats)
+        keep(ctx, student, teacher, valid, row_scale, stats)
         ctx.call, ctx.grads = call, grads
         return (value * row_scale).sum()
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, rows, row_scale, stats = kept(ctx)
+        student, teacher, valid, row_scale, stats = kept(ctx)
         call = ctx.call
         # Given away once: a second backward must not write over what the first one returned.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             needs = ctx.needs_input_grad[:2]
-            grads = _gradients(student, teacher, rows, stats, incoming * row_scale, call, needs)
+            grads = _gradients(student, teacher, valid, stats, incoming * row_scale, call, needs)
         else:
             with torch.no_grad():
                 narrow = [None if grad is None else call.window.of(grad) for grad in grads]
                 sides = call.window.of(student), call.window.of(teacher)
-                ops.gradient(*sides, rows, stats, row_scale, incoming, *call.numbers, *narrow)
-        return (*once_differentiable(grads, incoming, student, teacher), None, None, None)
+                ops.gradient(*sides, valid, stats, row_scale, incoming, *call.params, *narrow)
+        return (*forbid_double_backward(grads, incoming, student, teacher), None, None, None)

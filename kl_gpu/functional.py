@@ -1,19 +1,14 @@
-"""Public functions: they check arguments, settle which rows count, and reduce."""
+"""The public functions of two sides of logits: signatures, documentation, and the hand-off of DTensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import checks, ops, transforms
-from .autograd import Call, WeightedSum, per_row
-from .kinds import KINDS
-from .options import Options
-from .problem import arithmetic
-from .rows import Rows, Window, last_contiguous
+from .arguments import validation
+from .arguments.options import Options
+from .dense import run_divergence
 
 _DIRECTIONS = {"forward": "forward_kl", "reverse": "reverse_kl"}
 
@@ -39,7 +34,7 @@ def kl_div(
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, range, name or combination is wrong; the message names the argument.
     """
-    checks.name("direction", direction, _DIRECTIONS)
+    validation.name("direction", direction, _DIRECTIONS)
     return divergence(student_logits, teacher_logits, _DIRECTIONS[direction], **options)
 
 
@@ -128,61 +123,14 @@ def divergence(
         RuntimeError: from backward, when a second derivative is asked for, or when logits were modified
             since the call.
     """
-    options = Options(  # by place: by name it takes half a microsecond more
-        beta, temperature, teacher_temperature, t_squared, mask, labels, ignore_index, shift, weight,
-        reduction, normalizer, vocab_size, inplace, backend,
+    options = Options(
+        beta=beta, temperature=temperature, teacher_temperature=teacher_temperature, t_squared=t_squared,
+        mask=mask, labels=labels, ignore_index=ignore_index, shift=shift, weight=weight, reduction=reduction,
+        normalizer=normalizer, vocab_size=vocab_size, inplace=inplace, backend=backend,
     )  # fmt: skip
-    if checks.is_shared(student_logits) or checks.is_shared(teacher_logits):
+    if validation.is_shared(student_logits) or validation.is_shared(teacher_logits):
         # DTensor takes a second to import, so only who has one pays for it.
         from .distributed import dtensors
 
         return dtensors.divergence(student_logits, teacher_logits, kind, **options._asdict())
-    return settle(student_logits, teacher_logits, kind, options)
-
-
-# What turns logits `[N, V]`, the rows that count and the call into values `[N]`.
-PerRow = Callable[[Tensor, Tensor, "Tensor | None", Call], Tensor]
-
-
-def settle(
-    student_logits: Tensor, teacher_logits: Tensor, kind: str, options: Options, rows_of: PerRow | None = None
-) -> Tensor:
-    """`divergence`, with the rows' values from `rows_of` where it is given."""
-    teacher_temperature = options.check(kind)
-    vocab_size = checks.logits(student_logits, teacher_logits, options.vocab_size, options.shift)
-    rows = options.rows(student_logits)
-    chosen = ops.resolve_backend(options.backend, student_logits.device)
-    inplace = options.overwrites("student_logits", student_logits, "teacher_logits", teacher_logits)
-
-    student, teacher = last_contiguous(student_logits), last_contiguous(teacher_logits)
-    scales = 1.0 / float(options.temperature), 1.0 / float(teacher_temperature)
-    window = Window(vocab_size, options.shift)
-    call = Call(*KINDS[kind].at(options.beta), *scales, chosen, window, inplace)
-    # float64 with a narrower side: computed in float64, returned in float32.
-    mixed = student.dtype != teacher.dtype
-
-    if rows_of is None and _gradient_at_once(student, teacher, rows, call):
-        row_scale = rows.scale(window.of(student).shape[:-1], arithmetic(student, teacher), student.device)
-        total = WeightedSum.apply(student, teacher, rows.counts, row_scale, call)
-        return total.float() if mixed else total
-
-    of = rows_of or per_row
-    value = of(student, teacher, rows.counts, call)
-    value = rows.completed(value, lambda others: of(student, teacher, others, call))
-    return rows.reduced(value.float() if mixed else value)
-
-
-def _gradient_at_once(student: Tensor, teacher: Tensor, rows: Rows, call: Call) -> bool:
-    """Whether forward can write the gradient: it knows each row's factor, and it pays."""
-    return (
-        torch.is_grad_enabled()
-        and (student.requires_grad or teacher.requires_grad)
-        and ops.fuses(call.backend)
-        # In place the logits would be gone before an incoming gradient other than 1 needs them.
-        and not call.inplace
-        # A compiled backward cannot decide on the incoming gradient's value.
-        and not torch.compiler.is_compiling()
-        # Of a Function's own two derivatives torch.func takes none.
-        and not transforms.are_active()
-        and rows.has_scale
-    )
+    return run_divergence(student_logits, teacher_logits, kind, options)

@@ -1,7 +1,7 @@
-"""The family of divergences: names, parameters, definitions. No torch here.
+"""The kinds of divergence: names, parameters, definitions. No torch here.
 
-A *family* is one formula in two distributions a and b; a kind says which side plays a. Each backend holds one
-small formula per family (docs/numerics.md) over sweeps that all families share.
+A *formula* is one divergence of two distributions a and b; a kind says which side plays a. Each backend holds one
+small function per formula (docs/numerics.md) over sweeps that all formulas share.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Numbers kept per row between value and gradient. What they mean is each backend's own affair.
-STATS = 12
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -21,23 +18,23 @@ class Kind:
 
     Attributes:
         name: what callers say.
-        family: the formula backends implement.
-        weights: the side, "student" or "teacher", that plays a in the family's formula.
-        formula: the definition, p being the teacher and q the student.
+        formula: the name of the formula that backends implement.
+        expectation_under: the side, "student" or "teacher", that plays a in the formula.
+        definition: in symbols, p being the teacher and q the student.
         beta: default of the parameter β in [0, 1], or None where there is none.
-        ends: the kinds that this one equals at β = 0 and at β = 1; None at 1 means that 1 is not allowed.
+        limits: the kinds that this one equals at β = 0 and at β = 1; None at 1 means that 1 is not allowed.
     """
 
     name: str
-    family: str
-    weights: str
     formula: str
+    expectation_under: str
+    definition: str
     beta: float | None = None
-    ends: tuple[str | None, str | None] = (None, None)
+    limits: tuple[str | None, str | None] = (None, None)
 
-    def order(self, student: T, teacher: T) -> tuple[T, T]:
+    def as_ab(self, student: T, teacher: T) -> tuple[T, T]:
         """(a, b) from the two sides; the swap is its own inverse."""
-        return (teacher, student) if self.weights == "teacher" else (student, teacher)
+        return (teacher, student) if self.expectation_under == "teacher" else (student, teacher)
 
     def at(self, beta: float | None) -> tuple[str, float]:
         """The kind and β to evaluate: at an end of β's range, the kind that it equals there."""
@@ -45,10 +42,10 @@ class Kind:
         if beta is None:
             return self.name, 0.0
         # Not a table nor `==`, and never a plain 0.0: each would tie torch.compile's graph to this β.
-        if beta <= 0 and self.ends[0] is not None:
-            return self.ends[0], beta
-        if beta >= 1 and self.ends[1] is not None:
-            return self.ends[1], 1.0 - beta
+        if beta <= 0 and self.limits[0] is not None:
+            return self.limits[0], beta
+        if beta >= 1 and self.limits[1] is not None:
+            return self.limits[1], 1.0 - beta
         return self.name, beta
 
 

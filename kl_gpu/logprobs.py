@@ -7,21 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, ops, tails, transforms
-from .autograd import ordinary_rows
-from .options import Options
-from .remainder import Call, SplitRows, present, split
-from .rows import Window, last_contiguous
+from . import transforms
+from .arguments import validation
+from .arguments.options import Options
+from .arguments.params import ComplementParams
+from .arguments.reduction import LogitsWindow, last_contiguous
+from .backends import registry
+from .complement import SplitRows, split
+from .inference_tensors import ordinary_rows
+from .ops.complement import present
+from .topk import formulas
 
 
 def _values(
-    columns: int, s: Tensor, rest: Tensor, spread: Tensor, ids: Tensor, rows: Tensor | None
+    columns: int, s: Tensor, rest: Tensor, spread: Tensor, ids: Tensor, valid: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """log q of the token, the entropy, and the five derivatives that `tails.token` names."""
+    """log q of the token, the entropy, and the five derivatives that `topk.formulas.token` names."""
     # A token outside the vocabulary has no probability to report: NaN, never a plausible number.
     s = torch.where(present(ids, columns), s, torch.nan)
-    found: list[Tensor] = tails.token(s, rest, spread)
-    return tuple(found) if rows is None else tuple(torch.where(rows, x, 0.0) for x in found)
+    found: list[Tensor] = formulas.token(s, rest, spread)
+    return tuple(found) if valid is None else tuple(torch.where(valid, x, 0.0) for x in found)
 
 
 def _to_split(derivatives: Any, to_logprob: Tensor, to_entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,13 +46,13 @@ _STEP = transforms.Step(_values, _pull, values=2)
 
 
 class _Token(torch.autograd.Function):
-    """From a row's split (`remainder.Split`) to log q of its token and the entropy, `[*]` each."""
+    """From a row's split (`complement.Split`) to log q of its token and the entropy, `[*]` each."""
 
     @staticmethod
     def forward(
-        ctx: Any, s: Tensor, rest: Tensor, spread: Tensor, ids: Tensor, rows: Tensor | None, columns: int
+        ctx: Any, s: Tensor, rest: Tensor, spread: Tensor, ids: Tensor, valid: Tensor | None, columns: int
     ) -> tuple[Tensor, Tensor]:
-        logprob, entropy, *derivatives = _values(columns, s, rest, spread, ids, rows)
+        logprob, entropy, *derivatives = _values(columns, s, rest, spread, ids, valid)
         ctx.save_for_backward(*derivatives)
         return logprob, entropy
 
@@ -106,33 +111,33 @@ def token_logprobs(
         RuntimeError: from backward, when a second derivative is asked for, or when logits were modified
             since the call.
     """
-    checks.of_one_rank("token_logprobs", logits)
-    return settle(
+    validation.of_one_rank("token_logprobs", logits)
+    return run_token_logprobs(
         logits, token_ids, temperature=temperature, entropy=entropy, mask=mask, ignore_index=ignore_index,
         shift=shift, vocab_size=vocab_size, inplace=inplace, backend=backend,
     )  # fmt: skip
 
 
-def settle(
+def run_token_logprobs(
     logits: Tensor, token_ids: Tensor, split: SplitRows = split, columns: int | None = None, *,
     entropy: bool, **shared: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """`token_logprobs`, whatever splits the rows, of a vocabulary of `columns` or just these."""
+    """`token_logprobs`, whatever splits the valid, of a vocabulary of `columns` or just these."""
     options = Options(**shared)
     shift = options.shift
-    checks.booleans(entropy=entropy, shift=shift, inplace=options.inplace)
-    checks.temperature("temperature", options.temperature)
-    vocab_size = checks.one_sided_logits("logits", logits, options.vocab_size, shift)
-    checks.token_ids(logits, token_ids)
-    rows = options._replace(labels=token_ids).rows(logits).counts
-    chosen = ops.resolve_backend(options.backend, logits.device)
+    validation.booleans(entropy=entropy, shift=shift, inplace=options.inplace)
+    validation.temperature("temperature", options.temperature)
+    vocab_size = validation.one_sided_logits("logits", logits, options.vocab_size, shift)
+    validation.token_ids(logits, token_ids)
+    valid = options._replace(labels=token_ids).reduction_of(logits).computed
+    chosen = registry.resolve(options.backend, logits.device)
     inplace = options.overwrites("logits", logits)
 
     ids = (ordinary_rows(token_ids)[:, 1:] if shift else token_ids).long()
     validate = logits.device.type == "cpu"
-    scale, window = 1.0 / float(options.temperature), Window(vocab_size, shift)
-    call = Call(scale, True, entropy, validate, "token_ids", chosen, window, inplace)
-    given, rest, spread = split(last_contiguous(logits), ids[..., None], rows, call)
-    logprob, spread = _token(given[..., 0], rest, spread, ids, rows, columns=columns or vocab_size)
+    scale, window = 1.0 / float(options.temperature), LogitsWindow(vocab_size, shift)
+    params = ComplementParams(scale, True, entropy, validate, "token_ids", chosen, window, inplace)
+    given, rest, spread = split(last_contiguous(logits), ids[..., None], valid, params)
+    logprob, spread = _token(given[..., 0], rest, spread, ids, valid, columns=columns or vocab_size)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return (logprob.to(dtype), spread.to(dtype)) if entropy else logprob.to(dtype)

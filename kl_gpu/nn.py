@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import checks
+from .arguments import validation
 from .functional import divergence
 from .kinds import KINDS
 
 _PER_CALL = ("mask", "labels", "weight", "normalizer")
-_OPTIONS = tuple(name for name in checks.options_of(divergence) if name not in _PER_CALL)
+_OPTIONS = tuple(name for name in validation.options_of(divergence) if name not in _PER_CALL)
 
 
 class DivergenceLoss(nn.Module):
@@ -28,7 +28,7 @@ class DivergenceLoss(nn.Module):
 
     def __init__(self, kind: str = "forward_kl", **options: Any) -> None:
         super().__init__()
-        checks.name("kind", kind, KINDS)
+        validation.name("kind", kind, KINDS)
         unknown = sorted(set(options) - set(_OPTIONS))
         if unknown:
             raise TypeError(f"DivergenceLoss takes {', '.join(_OPTIONS)}; got {', '.join(unknown)}")
@@ -70,7 +70,7 @@ class DivergenceLoss(nn.Module):
         counterparts of the teacher, and chunk_rows. The option `inplace` has no meaning here and is ignored:
         the logits are nobody's.
         """
-        from .linear import linear_div  # later: a fifth of the package's import time
+        from .linear.api import linear_div  # later: a fifth of the package's import time
 
         options = {name: value for name, value in self.options.items() if name != "inplace"}
         return linear_div(

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, symbols
-from .autograd import ordinary_rows
+from .arguments import validation
+from .inference_tensors import ordinary_rows
+from .ops import symbols
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
@@ -78,11 +79,11 @@ def kl_penalty(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices differ, `estimator` is unknown, or `clamp` is not a finite number > 0.
     """
-    checks.name("estimator", estimator, ESTIMATORS)
-    checks.booleans(straight_through=straight_through)
-    checks.log_probabilities(policy_logprobs, ref_logprobs, mask)
+    validation.name("estimator", estimator, ESTIMATORS)
+    validation.booleans(straight_through=straight_through)
+    validation.log_probabilities(policy_logprobs, ref_logprobs, mask)
     if clamp is not None:
-        checks.positive("clamp", clamp)
+        validation.positive("clamp", clamp)
         clamp = float(clamp)
 
     wide = policy_logprobs.dtype == ref_logprobs.dtype == torch.float64

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, ops, transforms
-from .problem import arithmetic
-from .rows import Window, last_contiguous, that_count
+from . import transforms
+from .arguments import validation
+from .arguments.reduction import LogitsWindow, compute_dtype, last_contiguous, valid_rows
+from .backends import registry
+from .ops import pair as ops
 
 _PERCENTILES = ("1", "5", "10", "90", "95", "99", "99.9")
 
@@ -166,29 +168,29 @@ def token_stats(
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, range, name or combination is wrong; the message names the argument.
     """
-    checks.of_one_rank("token_stats", student_logits, teacher_logits)
-    checks.booleans(shift=shift)
-    scales = checks.scales(temperature, teacher_temperature)
-    vocab_size = checks.logits(student_logits, teacher_logits, vocab_size, shift)
-    checks.rows(student_logits, mask, labels, ignore_index, None)
-    chosen = ops.resolve_backend(backend, student_logits.device)
+    validation.of_one_rank("token_stats", student_logits, teacher_logits)
+    validation.booleans(shift=shift)
+    scales = validation.scales(temperature, teacher_temperature)
+    vocab_size = validation.logits(student_logits, teacher_logits, vocab_size, shift)
+    validation.rows(student_logits, mask, labels, ignore_index, None)
+    chosen = registry.resolve(backend, student_logits.device)
 
-    window = Window(vocab_size, shift)
+    window = LogitsWindow(vocab_size, shift)
     student, teacher = (window.of(last_contiguous(x.detach())) for x in (student_logits, teacher_logits))
-    counts, _ = that_count(mask, labels, ignore_index, None, shift)
+    valid, _ = valid_rows(mask, labels, ignore_index, None, shift)
     if shift and labels is not None:
         labels = labels[:, 1:]
-    if labels is not None and counts is not None:
-        checks.labels_are_columns(labels, counts, vocab_size)
+    if labels is not None and valid is not None:
+        validation.labels_are_columns(labels, valid, vocab_size)
         labels = labels.long()
 
-    tensors = student, teacher, counts, labels
+    tensors = student, teacher, valid, labels
     if transforms.are_active():
         fields = transforms.run(_STEP, (*scales, chosen), *tensors)
     else:
         fields = ops.token_stats(*tensors, *scales, chosen).unbind(0)
     # float64 with a narrower side: computed in float64, returned in float32.
-    if student.dtype != teacher.dtype and arithmetic(student, teacher) == torch.float64:
+    if student.dtype != teacher.dtype and compute_dtype(student.dtype, teacher.dtype) == torch.float64:
         fields = tuple(x.float() for x in fields)
-    counted = torch.ones_like(fields[0]) if counts is None else counts.to(fields[0].dtype)
+    counted = torch.ones_like(fields[0]) if valid is None else valid.to(fields[0].dtype)
     return TokenStats._make((*fields, counted))

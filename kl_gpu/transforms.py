@@ -15,6 +15,8 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
+from .inference_tensors import ordinary
+
 # Function.apply itself asks this. Should PyTorch no longer answer it, every call takes the Function.
 _are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
@@ -32,21 +34,6 @@ def refuse(entry: str) -> None:
             f"kl_gpu.{entry} has no rule for torch.func's transforms or forward-mode AD (vmap, grad, jvp): "
             "differentiate it by backward()"
         )
-
-
-def ordinary(tensor: Tensor | None) -> Tensor | None:
-    """A tensor that autograd will save: of one made under `torch.inference_mode` an alias, anything else as
-    it is.
-
-    The alias shares the memory and counts its own versions, so nothing is copied, and nobody notices when
-    the tensor is modified before backward: an inference tensor keeps no count.
-    """
-    if tensor is None or not tensor.is_inference():
-        return tensor
-    with torch.no_grad():
-        alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        alias.set_(tensor)  # type: ignore[call-overload]
-    return alias
 
 
 @dataclass(frozen=True)

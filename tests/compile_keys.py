@@ -14,8 +14,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from kl_gpu import kinds, triton
-from kl_gpu.problem import Problem
+from kl_gpu import kinds
+from kl_gpu.backends import triton
+from kl_gpu.backends.interface import RowPair
 
 KEYS: dict[str, set[str]] = defaultdict(set)
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
@@ -34,12 +35,12 @@ def main() -> None:
         beta, temperature = (torch.rand(2, generator=generator) * 0.98 + 0.01).tolist()
         sides = torch.empty(2, 1, 1 + i % 7, 4096)
         for kind in ("jeffreys", "js", "skew_forward_kl", "skew_reverse_kl"):
-            problem = Problem.of(sides[0], sides[1], None, kind, beta, 1 / temperature, 1 / temperature)
+            problem = RowPair.of(sides[0], sides[1], None, kind, beta, 1 / temperature, 1 / temperature)
             _, stats = triton.value(problem)
             scale, grad = stats[:, 0].contiguous(), torch.empty_like(sides[0])
             triton.gradient(problem, stats, scale, grad, None)
             triton.value_and_gradient(problem, scale, grad, None)
-    print(json.dumps({"families": len({kinds.KINDS[k].family for k in ("jeffreys", "js", "skew_forward_kl")}),
+    print(json.dumps({"families": len({kinds.KINDS[k].formula for k in ("jeffreys", "js", "skew_forward_kl")}),
                       "keys": {name: len(keys) for name, keys in KEYS.items()}}))  # fmt: skip
 
 

@@ -17,13 +17,13 @@ if not torch.cuda.is_available():
 import pytest
 
 import kl_gpu
-from kl_gpu import ops
+from kl_gpu.backends import registry
 from support import DEVICE, WORST, record
 
 
 def _runs_here(backend: str) -> bool:
     try:
-        ops.resolve_backend(backend, DEVICE)
+        registry.resolve(backend, DEVICE)
     except ValueError:
         return False
     return True
@@ -43,7 +43,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 def wide_triton_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16384 columns under the interpreter, which takes as long for a small one."""
     if DEVICE.type == "cpu":
-        from kl_gpu.triton import launch
+        from kl_gpu.backends.triton import launch
 
         monkeypatch.setattr(launch, "WARPS", 64)
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kl_gpu
-from kl_gpu import distributed, reference, reference_topk
+from kl_gpu import distributed, reference
 from kl_gpu.distributed import vocab_parallel_div
+from kl_gpu.reference import topk as reference_topk
 from realistic import CASES, MODEL_VOCAB, trained
 from realistic import realistic as realistic_rows
 from support import DEVICE, check_gradients, check_value, expected, normalisers, pair, to_numpy

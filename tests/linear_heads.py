@@ -102,7 +102,7 @@ def expected(
     moved = sum(2.0**-24 * cap for cap in (softcap, teacher_softcap) if cap) / t_s
     value_bound = RELATIVE * value + 4 * moved + (2e-7 * (1 + 10) if kind == "tv" else 0)
     ratio = np.maximum(1, np.maximum(np.abs(log_q - log_p), value[..., None]))
-    if kind == "tv" or (KINDS[kind].family == "kl" and KINDS[kind].weights != "student"):
+    if kind == "tv" or (KINDS[kind].formula == "kl" and KINDS[kind].expectation_under != "student"):
         ratio = np.ones_like(ratio)
     inner = logit_scale * (1 - (s / softcap) ** 2 if softcap else 1)
     to_z = reference.gradients(s, t, kind, **options)[0] * factor[..., None] * inner

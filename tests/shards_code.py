@@ -1,4 +1,4 @@
-"""Compiles the kernel of kl_gpu.triton.shards without a GPU; one JSON object per compilation."""
+"""Compiles the kernel of kl_gpu.backends.triton.shard without a GPU; one JSON object per compilation."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def check_gradients(
     of = KINDS[name]
     # Where one side lacks a column, a mixture is as far from the other as its share of it says; what else is
     # finite there has no logarithm.
-    lacking = -math.log(min(beta, 1 - beta)) if of.family in ("js", "skew") else 0.0
+    lacking = -math.log(min(beta, 1 - beta)) if of.formula in ("js", "skew") else 0.0
     ratio = np.maximum(1.0, np.maximum(np.nan_to_num(r, nan=0.0, posinf=lacking), value))
     tie = (r < 1e-5) if kind == "tv" else np.zeros(r.shape, bool)
     moved = (largest * tie).sum(-1, keepdims=True)
@@ -129,7 +129,7 @@ def check_gradients(
         ("student", "teacher"), grads, want, (temperature, teacher_temperature), strict=True
     ):
         exact = exact * scale
-        plain = of.name == "tv" or (of.family == "kl" and of.weights != side)
+        plain = of.name == "tv" or (of.formula == "kl" and of.expectation_under != side)
         bound = largest * np.abs(scale) / t_side * (GRADIENT * (1.0 if plain else ratio) + moved)
         slack = np.abs(exact) * ROUNDING[grad.dtype] + TINY[grad.dtype]
         with np.errstate(divide="ignore"):  # a column that neither side has: no error but 0 is allowed

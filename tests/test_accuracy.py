@@ -70,7 +70,7 @@ def test_beta(backend: str, with_beta: str, beta: float) -> None:
 
 @pytest.mark.parametrize(
     ("with_beta", "beta", "equal"),
-    [(k.name, float(i), end) for k in KINDS.values() for i, end in enumerate(k.ends) if end is not None],
+    [(k.name, float(i), end) for k in KINDS.values() for i, end in enumerate(k.limits) if end is not None],
 )
 def test_the_ends_of_beta_are_the_kls_to_the_bit(
     backend: str, with_beta: str, beta: float, equal: str

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import kl_gpu
-from kl_gpu import ops
+from kl_gpu.ops import pair as ops
 
 S, T = torch.zeros(2, 3, 8), torch.ones(2, 3, 8)
 ROWS = torch.ones(2, 3)

@@ -12,7 +12,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import kl_gpu
-from kl_gpu import ops
+from kl_gpu.backends import registry
 from support import DEVICE, pair
 
 ROWS, COLUMNS, HIDDEN, STEPS = 3, 33, 8, 12
@@ -143,7 +143,7 @@ def _follow(case: Case, compiler: str = "aot_eager", **options: Any) -> None:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("backend", ["native", "eager"])
 def test_two_graphs(backend: str, name: str) -> None:
-    if backend == "native" and not ops._has_native():
+    if backend == "native" and not registry._has_native():
         pytest.skip("installed without compiled kernels")
     _follow(CASES[name], backend=backend)
 

@@ -19,9 +19,9 @@ ROWS, VOCAB = 8, 40001  # three parts of a row
 
 def test_kernels_are_compiled_not_interpreted() -> None:
     pytest.importorskip("triton")
-    from kl_gpu.triton import tiles
+    from kl_gpu.backends.triton import device_math
 
-    assert not tiles.INTERPRETED.value
+    assert not device_math.INTERPRETED.value
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 
 import kl_gpu
 from distributed_world import World
-from kl_gpu import ops
+from kl_gpu.backends import registry
 from realistic import trained
 from support import DEVICE, is_slow
 
@@ -30,7 +30,7 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
 
 @pytest.fixture
 def backend(backend: str, world: World) -> str:
-    if world.ranks > 2 and backend != ops.resolve_backend(None, torch.device(DEVICE)):
+    if world.ranks > 2 and backend != registry.resolve(None, torch.device(DEVICE)):
         pytest.skip("what ranks exchange is not the backend's affair, and two ranks try them all")
     return backend
 

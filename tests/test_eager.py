@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kl_gpu
-from kl_gpu import eager
+from kl_gpu.backends.eager import pair as eager
 from support import DEVICE, check_value, pair
 
 

@@ -31,11 +31,17 @@ KLS = ("forward_kl", "reverse_kl")
 
 def sides(kind: str, weights, other):
     """(student, teacher) where `weights` plays a of KL(a‖b); its own inverse."""
-    return KINDS[kind].order(weights, other) if KINDS[kind].weights == "student" else (other, weights)
+    return (
+        KINDS[kind].as_ab(weights, other) if KINDS[kind].expectation_under == "student" else (other, weights)
+    )
 
 
 def by_weights(kind: str, grad_student, grad_teacher):
-    return (grad_student, grad_teacher) if KINDS[kind].weights == "student" else (grad_teacher, grad_student)
+    return (
+        (grad_student, grad_teacher)
+        if KINDS[kind].expectation_under == "student"
+        else (grad_teacher, grad_student)
+    )
 
 
 @pytest.mark.parametrize("kind", KLS)

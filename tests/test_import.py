@@ -60,19 +60,19 @@ def test_without_the_compiled_kernels() -> None:
 
 def test_a_triton_too_old_for_the_kernels_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("triton")
-    from kl_gpu import ops
+    from kl_gpu.backends import registry
 
     monkeypatch.setattr(triton, "__version__", "3.3.1")
-    ops._usable.clear()
+    registry._usable.clear()
     try:
-        assert ops.resolve_backend(None, torch.device("cuda")) == "eager"
+        assert registry.resolve(None, torch.device("cuda")) == "eager"
         with pytest.raises(ValueError, match=r"triton.*3\.4"):
-            ops.resolve_backend("triton", torch.device("cuda"))
+            registry.resolve("triton", torch.device("cuda"))
         monkeypatch.setattr(triton, "__version__", "3.10.0+git1")
-        ops._usable.clear()
-        assert ops.resolve_backend(None, torch.device("cuda")) == "triton"
+        registry._usable.clear()
+        assert registry.resolve(None, torch.device("cuda")) == "triton"
     finally:
-        ops._usable.clear()
+        registry._usable.clear()
 
 
 def test_import_brings_in_no_more_than_it_needs() -> None:
@@ -86,7 +86,12 @@ print(json.dumps(sorted(set(sys.modules) - at_hand)))
 """
     brought = set(json.loads(run(code)))
     assert "kl_gpu.functional" in brought
-    assert not brought & {"kl_gpu.triton", "kl_gpu.native", "kl_gpu.linear", "kl_gpu.distributed"}
+    assert not brought & {
+        "kl_gpu.backends.triton",
+        "kl_gpu.backends.native",
+        "kl_gpu.linear",
+        "kl_gpu.distributed",
+    }
     packages = {name.partition(".")[0] for name in brought}
     assert packages - sys.stdlib_module_names == {"kl_gpu"}
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import kl_gpu
-from kl_gpu import linear_chunks, linear_ops, linear_sums
+from kl_gpu.arguments.params import LinearParams
+from kl_gpu.linear import accumulate, chunks, op
 from linear_heads import Heads, check, expected, heads
 from support import DEVICE, is_slow, to_numpy
 
@@ -92,7 +93,7 @@ def test_value_and_gradients(backend: str, kind: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["mask and labels, none", "capped", "bias, mask, sum"])
 def test_rows_that_may_not_be_looked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # As on a GPU, where looking would wait for the device: they are computed, and their result is 0.
-    monkeypatch.setattr(linear_chunks, "_FINDS_ROWS", frozenset())
+    monkeypatch.setattr(chunks, "_FINDS_ROWS", frozenset())
     _against_the_reference(CASES[name], "reverse_kl", None, torch.float32)
 
 
@@ -102,7 +103,7 @@ def test_what_a_masked_row_holds_does_not_matter(
     finds: bool, reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not finds:
-        monkeypatch.setattr(linear_chunks, "_FINDS_ROWS", frozenset())
+        monkeypatch.setattr(chunks, "_FINDS_ROWS", frozenset())
     given = heads((6,), bias=True)
     mask = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.bool, device=DEVICE)
     spoilt = Heads(*(x.clone() if x is not None else None for x in given))
@@ -217,14 +218,14 @@ def test_factors_that_need_a_gradient_get_one() -> None:
 def test_only_what_asks_gets_a_gradient(which: int, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = heads((6,), bias=True)
     computed: list[list[int]] = []
-    linear = linear_ops.linear
+    linear = op.linear
 
     def watched(*arguments: Any) -> tuple[Tensor, ...]:
         found = linear(*arguments)
         computed.append([grad.numel() for grad in found[1:]])
         return found
 
-    monkeypatch.setattr(linear_ops, "linear", watched)
+    monkeypatch.setattr(op, "linear", watched)
     leaf = given.leaves[which].requires_grad_()
     given.div("forward_kl", reduction=reduction).sum().backward()
     assert leaf.grad.abs().max() > 1e-4
@@ -328,9 +329,7 @@ def test_one_graph_under_compile(reduction: str) -> None:
 def test_opcheck(backend: str) -> None:
     given = heads((4,), bias=True)
     rows = torch.tensor([True, False, True, True], device=DEVICE)
-    call = linear_chunks.Call(
-        torch.float32, torch.float32, 1.0, 2.0, 0.0, 5.0, 57, 3, "forward_kl", 0.0, 0.5, 1.0, backend
-    )
+    call = (torch.float32, torch.float32, 1.0, 2.0, 0.0, 5.0, 57, 3, "forward_kl", 0.0, 0.5, 1.0, backend)
     sides = *given[:2], given.student_bias, *given[2:4], given.teacher_bias, rows
     for row_scale, needs in ((torch.rand(4, device=DEVICE), [True, True, True]), (None, [False] * 3)):
         torch.library.opcheck(torch.ops.kl_gpu.linear.default, (*sides, row_scale, needs, *call))
@@ -384,7 +383,7 @@ def test_the_weights_gradient_is_summed_in_float32(chunks: int, weight_dtype: to
     v, h, rows = 37, 11, 6
     parts = [(torch.randn(rows, v).bfloat16(), torch.randn(rows, h).bfloat16()) for _ in range(chunks)]
     # Some columns past the vocabulary.
-    gradient = linear_sums.WeightGradient(torch.ones(v + 2, h, dtype=weight_dtype), torch.bfloat16, v, chunks)
+    gradient = accumulate.WeightGradient(torch.ones(v + 2, h, dtype=weight_dtype), torch.bfloat16, v, chunks)
     total = torch.zeros(v, h)
     for to_logits, states in parts:
         gradient.add(to_logits, states)
@@ -422,7 +421,7 @@ def test_no_rows_and_no_rows_that_count(
     backend: str, reduction: str, finds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not finds:
-        monkeypatch.setattr(linear_chunks, "_FINDS_ROWS", frozenset())
+        monkeypatch.setattr(chunks, "_FINDS_ROWS", frozenset())
     for n in (0, 3):
         given = heads((n,), bias=True).require_grad()
         mask = torch.zeros(n, dtype=torch.bool, device=DEVICE)
@@ -505,7 +504,7 @@ def test_rows_of_a_chunk() -> None:
 
     def rows(n: int, device: torch.device, columns: int = 128256, dtype: torch.dtype = torch.bfloat16) -> int:
         numbers = 1.0, 1.0, 0.0, 0.0, columns, 0, "forward_kl", 0.0, 1.0, 1.0, "native"
-        return linear_chunks.chosen_rows(n, linear_chunks.Call(dtype, dtype, *numbers), device)
+        return chunks.chosen_rows(n, LinearParams.from_arguments(dtype, dtype, *numbers), device)
 
     assert rows(1, cpu) == 1
     assert rows(0, cpu) == 1
@@ -519,12 +518,12 @@ def test_rows_of_a_chunk() -> None:
 
 def test_fewer_rows_where_a_gpu_is_short_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = 1.0, 1.0, 0.0, 0.0, 128256, 0, "forward_kl", 0.0, 1.0, 1.0, "triton"
-    call = linear_chunks.Call(torch.bfloat16, torch.bfloat16, *numbers)
-    monkeypatch.setattr(linear_chunks, "_free_bytes", lambda device: float("inf"))
-    usual = linear_chunks.chosen_rows(8192, call, torch.device("cuda"))
+    call = LinearParams.from_arguments(torch.bfloat16, torch.bfloat16, *numbers)
+    monkeypatch.setattr(chunks, "_free_bytes", lambda device: float("inf"))
+    usual = chunks.chosen_rows(8192, call, torch.device("cuda"))
     assert 1024 <= usual <= 4096
-    monkeypatch.setattr(linear_chunks, "_free_bytes", lambda device: 2**29)
-    few = linear_chunks.chosen_rows(8192, call, torch.device("cuda"))
+    monkeypatch.setattr(chunks, "_free_bytes", lambda device: 2**29)
+    few = chunks.chosen_rows(8192, call, torch.device("cuda"))
     assert few * 128256 * 4 <= 2**28
     assert few < usual
 

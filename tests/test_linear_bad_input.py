@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kl_gpu
-from kl_gpu import linear_ops
+from kl_gpu.linear import op
 
 H, W, B = torch.zeros(2, 3, 4), torch.ones(8, 4), torch.ones(8)
 GOOD = {"student_hidden": H, "student_weight": W, "teacher_hidden": H[..., :2], "teacher_weight": W[:, :2]}
@@ -91,7 +91,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("work was started")
 
-    monkeypatch.setattr(linear_ops, "linear", refuse)
+    monkeypatch.setattr(op, "linear", refuse)
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import kl_gpu
-from kl_gpu import reference, reference_topk, remainder
+from kl_gpu import reference
+from kl_gpu.ops import complement as complement_ops
+from kl_gpu.reference import topk as reference_topk
 from support import DEVICE, DTYPES, GRADIENT, RELATIVE, ROUNDING, TINY, is_slow, record, to_numpy
 
 INF, NAN = float("inf"), float("nan")
@@ -288,7 +290,7 @@ def test_one_graph(backend: str) -> None:
 
 
 def test_an_id_outside_is_nan_where_it_is_not_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remainder, "check_ids", lambda *_: None)
+    monkeypatch.setattr(complement_ops, "check_ids", lambda *_: None)
     logits, ids = given(3, 300)
     ids[1] = 300
     logprob = kl_gpu.token_logprobs(logits, ids, backend=backend)
@@ -327,7 +329,7 @@ def test_refused(
     def refuse(*_: object) -> None:
         raise AssertionError("a kernel was started")
 
-    monkeypatch.setattr(remainder, "remainder", refuse)
+    monkeypatch.setattr(complement_ops, "complement", refuse)
     with pytest.raises(AssertionError, match="started"):
         kl_gpu.token_logprobs(X, I)
     with pytest.raises(error, match=re.compile(message, re.DOTALL)):

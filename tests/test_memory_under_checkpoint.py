@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kl_gpu
 from kl_gpu import autograd
-from kl_gpu.ops import resolve_backend
+from kl_gpu.backends.registry import resolve
 from support import DEVICE
 
 CHUNKS = 8
@@ -132,4 +132,4 @@ def test_hooks_are_found_without_asking_pytorch(monkeypatch: pytest.MonkeyPatch)
             with torch.no_grad():
                 assert autograd.are_saved_tensors_managed()
         assert not autograd.are_saved_tensors_managed()
-    test_checkpoint_holds_nothing(resolve_backend(None, DEVICE), divergence_chunk, False)
+    test_checkpoint_holds_nothing(resolve(None, DEVICE), divergence_chunk, False)

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from kl_gpu import native
 from kl_gpu import reference as specification
-from kl_gpu.kinds import KINDS, STATS
-from kl_gpu.problem import Problem
+from kl_gpu.backends import native
+from kl_gpu.backends.interface import STATS, RowPair
+from kl_gpu.kinds import KINDS
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without compiled kernels")
 
@@ -36,11 +36,11 @@ class Divergence(NamedTuple):
         return self.kind if KINDS[self.kind].beta is None else f"{self.kind}-{self.beta}"
 
     @property
-    def family(self) -> str:
-        return KINDS[self.kind].family
+    def formula(self) -> str:
+        return KINDS[self.kind].formula
 
-    def order(self, student, teacher):
-        return KINDS[self.kind].order(student, teacher)
+    def as_ab(self, student, teacher):
+        return KINDS[self.kind].as_ab(student, teacher)
 
 
 DEFAULTS = [Divergence(*kind.at(None)) for kind in KINDS.values()]
@@ -81,7 +81,7 @@ def reference(student, teacher, of=FORWARD, student_scale=1.0, teacher_scale=1.0
 
 
 def problem(student, teacher, of=FORWARD, rows=None, student_scale=1.0, teacher_scale=1.0):
-    return Problem.of(student, teacher, rows, of.kind, of.beta, student_scale, teacher_scale)
+    return RowPair.of(student, teacher, rows, of.kind, of.beta, student_scale, teacher_scale)
 
 
 def evaluate(student, teacher, of=FORWARD, rows=None, student_scale=1.0, teacher_scale=1.0, row_scale=None):
@@ -90,7 +90,7 @@ def evaluate(student, teacher, of=FORWARD, rows=None, student_scale=1.0, teacher
     value, stats = native.value(p)
     scale = torch.ones_like(value) if row_scale is None else row_scale
     grad_s, grad_t = torch.full_like(student, 7), torch.full_like(teacher, 7)
-    native.gradient(p, stats, scale, *of.order(grad_s, grad_t))
+    native.gradient(p, stats, scale, *of.as_ab(grad_s, grad_t))
     return value, grad_s, grad_t
 
 
@@ -154,7 +154,7 @@ def check(s, t, of, student_scale=1.0, teacher_scale=1.0, where=""):
         size = np.nan_to_num(np.asarray(expected, np.float64).reshape(s.shape[:-1]), posinf=1.0)
     steep = np.maximum(np.maximum(1, apart), size[..., None])
     slack = 0.0
-    if of.family == "tv":
+    if of.formula == "tv":
         with np.errstate(invalid="ignore"):
             lse = [np.logaddexp.reduce(as_np(x) * k, -1) for x, k in [(s, student_scale), (t, teacher_scale)]]
             slack = np.nan_to_num(2e-7 * (1 + np.abs(lse[0] - lse[1]))).ravel()
@@ -163,14 +163,14 @@ def check(s, t, of, student_scale=1.0, teacher_scale=1.0, where=""):
         mass = np.where(tied, np.exp(np.maximum(log_s, log_t)), 0)
         steep = 1.0
     assert_value(value, expected, where, slack)
-    _, plays_b = of.order("student", "teacher")
+    _, plays_b = of.as_ab("student", "teacher")
     for side, grad, want, scale, log_p in [
         ("student", grad_s, want_s, student_scale, log_s),
         ("teacher", grad_t, want_t, teacher_scale, log_t),
     ]:
         # KL(a||b) has the one gradient that stays of the order of the probabilities.
-        allowed = bound * scale * (1.0 if of.family == "kl" and side == plays_b else steep)
-        if of.family == "tv":
+        allowed = bound * scale * (1.0 if of.formula == "kl" and side == plays_b else steep)
+        if of.formula == "tv":
             allowed = allowed + scale * (mass + np.exp(log_p) * mass.sum(-1, keepdims=True))
         assert_gradient(grad, want, allowed)
     return value, grad_s, grad_t
@@ -332,10 +332,10 @@ def test_an_excluded_token_of_hardly_any_probability_still_counts(of, dtype):
     none = torch.tensor([[[-INF, 0.3, 1.0, 1.0]]]).to(dtype)
     for s, t in [(low, none), (none, low)]:
         value, grad_s, grad_t = check(s, t, of)
-        a_alone = of.order(s, t)[0] is low
-        infinite = {"kl": a_alone, "jeffreys": True}.get(of.family, False)
+        a_alone = of.as_ab(s, t)[0] is low
+        infinite = {"kl": a_alone, "jeffreys": True}.get(of.formula, False)
         assert bool(value.isinf()) == infinite
-        grad_a, grad_b = of.order(grad_s, grad_t)
+        grad_a, grad_b = of.as_ab(grad_s, grad_t)
         assert bool(grad_a.isnan().all()) == (infinite and a_alone)
         assert bool(grad_b.isnan().all()) == (infinite and not a_alone)
         assert (grad_a if infinite and not a_alone else grad_b).isfinite().all()
@@ -363,7 +363,7 @@ def test_masked_vocabulary(of, dtype, mask):
     s, t = pair(4, 9000, 0.2, 0.7, dtype)
     t[0, 0, 8000:], s[0, 0, 8000:] = low, low
     t[0, 1, :8900], s[0, 1, :8900] = low, low
-    of.order(s, t)[0][0, 2, ::3] = low
+    of.as_ab(s, t)[0][0, 2, ::3] = low
     check(s, t, of)
 
 
@@ -436,17 +436,17 @@ def test_fused_and_in_place_give_the_bits_of_the_separate_calls(of, dtype, shape
     scale = torch.linspace(-1, 2, s.shape[0] * s.shape[1]).to(torch.promote_types(dtype, torch.float32))
     value, grad_s, grad_t = evaluate(s, t, of, row_scale=scale)
     to_s, to_t = torch.empty_like(s), torch.empty_like(t)
-    fused, _ = native.value_and_gradient(problem(s, t, of), scale, *of.order(to_s, to_t))
+    fused, _ = native.value_and_gradient(problem(s, t, of), scale, *of.as_ab(to_s, to_t))
     assert bits(fused) == bits(value)
     assert bits(to_s) == bits(grad_s)
     assert bits(to_t) == bits(grad_t)
     for only_s in [True, False]:
         only = (to_s.fill_(9), None) if only_s else (None, to_t.fill_(9))
-        native.value_and_gradient(problem(s, t, of), scale, *of.order(*only))
+        native.value_and_gradient(problem(s, t, of), scale, *of.as_ab(*only))
     assert bits(to_s) == bits(grad_s)
     assert bits(to_t) == bits(grad_t)
     u, w = s.clone(), t.clone()
-    native.value_and_gradient(problem(u, w, of), scale, *of.order(u, w))
+    native.value_and_gradient(problem(u, w, of), scale, *of.as_ab(u, w))
     assert bits(u) == bits(grad_s)
     assert bits(w) == bits(grad_t)
 
@@ -514,13 +514,13 @@ def test_after_fork():
     """In a fresh interpreter, because pytest's own threads have no business in the child."""
     code = """
         import os, signal, torch
-        from kl_gpu import native
-        from kl_gpu.problem import Problem
+        from kl_gpu.backends import native
+        from kl_gpu.backends.interface import RowPair
         torch.set_num_threads(4)
         s, t = torch.randn(1, 64, 40000), torch.randn(1, 64, 40000)
 
         def bits():
-            return native.value(Problem.of(s, t, None, "js", 0.5, 1.0, 1.0))[0].numpy().tobytes()
+            return native.value(RowPair.of(s, t, None, "js", 0.5, 1.0, 1.0))[0].numpy().tobytes()
 
         want = bits()
         for generation in range(3):
@@ -655,16 +655,16 @@ def test_stores_round_to_nearest_even(isa):
 
 def test_forcing_an_instruction_set():
     for isa in native.supported_isas():
-        assert run_with_isa(isa, "from kl_gpu import native; print(native.isa())").strip() == isa
+        assert run_with_isa(isa, "from kl_gpu.backends import native; print(native.isa())").strip() == isa
     with pytest.raises(AssertionError, match="KL_GPU_ISA=v9: expected one of"):
-        run_with_isa("v9", "from kl_gpu import native; print(native.isa())")
+        run_with_isa("v9", "from kl_gpu.backends import native; print(native.isa())")
 
 
 FUZZ = """
     import numpy as np, torch
-    from kl_gpu import native
+    from kl_gpu.backends import native
     from kl_gpu.kinds import KINDS
-    from kl_gpu.problem import Problem
+    from kl_gpu.backends.interface import RowPair
     g = torch.Generator().manual_seed(SEED)
     out, slack = [], []
     for dtype, raw in [
@@ -679,13 +679,13 @@ FUZZ = """
                 tame = x[:, ::2]
                 tame[tame.isnan() | (tame == float("inf"))] = 1.0
             for kind in KINDS.values():
-                p = Problem.of(s, t, None, *kind.at(None), 1.0, 1.0)
+                p = RowPair.of(s, t, None, *kind.at(None), 1.0, 1.0)
                 value, stats = native.value(p)
                 grads = torch.empty_like(s), torch.empty_like(t)
                 # The bound on the weights' side grows with the row's divergence; without this fp16 overflows.
                 scale = 1 / value.nan_to_num(posinf=1.0).clamp(min=1.0)
-                native.gradient(p, stats, scale, *kind.order(*grads))
-                if kind.family == "tv":
+                native.gradient(p, stats, scale, *kind.as_ab(*grads))
+                if kind.formula == "tv":
                     # At a tie the gradient jumps, and rounding decides where to.
                     logs = (x.double().log_softmax(-1) for x in (s, t))
                     tied = (next(logs) - next(logs)).abs().lt(1e-5).any(-1)

@@ -19,8 +19,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kl_gpu import divergence, kl_div, native, ops, reference, token_logprobs, token_stats
+from kl_gpu import divergence, kl_div, reference, token_logprobs, token_stats
+from kl_gpu.backends import native
 from kl_gpu.kinds import KINDS
+from kl_gpu.ops import pair as ops
 from support import RELATIVE, check_gradients, check_value, expected, to_numpy
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without its kernels")

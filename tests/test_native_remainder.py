@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kl_gpu import native
+from kl_gpu.backends import native
 
 if not native.available():
     pytest.skip("the compiled kernels are not installed", allow_module_level=True)
@@ -13,7 +13,7 @@ from test_native import run_with_isa
 
 AGAINST_EAGER = """
     import torch
-    from kl_gpu import remainder
+    from kl_gpu.ops import complement as complement_ops
     g = torch.Generator().manual_seed(0)
     worst = 0.0
     for dtype, raw in [
@@ -40,9 +40,9 @@ AGAINST_EAGER = """
             turn = torch.rand(rows, generator=g).double()
             found = {}
             for backend in ("native", "eager"):
-                u, spread, stats = remainder.remainder(x, ids, None, 0.8, True, backend)
+                u, spread, stats = complement_ops.complement(x, ids, None, 0.8, True, backend)
                 grad = torch.empty_like(x)
-                remainder.remainder_gradient(x, ids, None, stats, *flows, turn, 0.8, backend, grad)
+                complement_ops.complement_gradient(x, ids, None, stats, *flows, turn, 0.8, backend, grad)
                 found[backend] = u, spread, grad.double()
             for ours, exact in zip(found["native"], found["eager"]):
                 assert torch.equal(ours.isnan(), exact.isnan()), (dtype, columns)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import kl_gpu
-from kl_gpu import ops
+from kl_gpu.backends import registry
+from kl_gpu.ops import pair as ops
 from support import DEVICE, pair
 
 
@@ -34,7 +35,7 @@ def test_opcheck(backend: str, kind: str, with_rows: bool) -> None:
     ):
         arguments = (student, teacher, rows, stats, row_scale, None, kind, beta, 1.0, 0.5, backend, *grads)
         torch.library.opcheck(torch.ops.kl_gpu.gradient.default, arguments)
-        if ops.fuses(backend):
+        if registry.load(backend).fuses:
             incoming = torch.tensor(0.5, device=DEVICE)
             arguments = (*arguments[:5], incoming, *arguments[6:])
             torch.library.opcheck(torch.ops.kl_gpu.gradient.default, arguments)
@@ -93,6 +94,6 @@ def test_module_under_compile(backend: str) -> None:
 
 def test_default_backend() -> None:
     compiled = importlib.util.find_spec("kl_gpu._native") is not None
-    assert ops.resolve_backend(None, torch.device("cpu")) == ("native" if compiled else "eager")
-    assert ops.resolve_backend(None, torch.device("cuda")) == "triton"
-    assert ops.resolve_backend(None, torch.device("mps")) == "eager"
+    assert registry.resolve(None, torch.device("cpu")) == ("native" if compiled else "eager")
+    assert registry.resolve(None, torch.device("cuda")) == "triton"
+    assert registry.resolve(None, torch.device("mps")) == "eager"

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kl_gpu
-from kl_gpu import checks, reference
-from kl_gpu.options import Options
+from kl_gpu import reference
+from kl_gpu.arguments import validation
+from kl_gpu.arguments.options import Options
 from support import DEVICE, check_gradients, check_value, expected, is_slow, pair, to_numpy
 
 
@@ -280,7 +281,7 @@ def test_a_normalizer_that_cannot_be_looked_at_makes_nan_and_no_flipped_loss(
     backend: str, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a device, where asking for its value would wait."""
-    monkeypatch.setattr(checks, "readable", lambda _: False)
+    monkeypatch.setattr(validation, "readable", lambda _: False)
     student, teacher = pair(3, 30)
     divisor = torch.tensor(value, device=DEVICE)
     mask = torch.tensor([True, False, True], device=DEVICE)

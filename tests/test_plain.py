@@ -10,9 +10,9 @@ pytest.importorskip("triton")
 
 import kl_gpu
 from kl_gpu import reference
+from kl_gpu.backends.triton.device_math import INTERPRETED
+from kl_gpu.backends.triton.fast_formulas import NEAR, near_coefficients
 from kl_gpu.kinds import KINDS
-from kl_gpu.triton.plain import NEAR, near_coefficients
-from kl_gpu.triton.tiles import INTERPRETED
 from support import DEVICE, ROUNDING, check_gradients, check_value, normalisers, pair, to_numpy
 
 BETAS = {
@@ -39,7 +39,7 @@ def test_logits_masked_by_the_lowest_number(kind: str, dtype: torch.dtype) -> No
     lowest = torch.finfo(dtype).min
     student[2, 7] = teacher[2, 7] = lowest
     if kind != "jeffreys":  # past float32 where one side alone is masked
-        (student if KINDS[kind].weights == "student" else teacher)[:2, 3] = lowest
+        (student if KINDS[kind].expectation_under == "student" else teacher)[:2, 3] = lowest
     student, teacher = student.requires_grad_(), teacher.requires_grad_()
     value = kl_gpu.divergence(student, teacher, kind, reduction="none", backend="triton")
     value.sum().backward()

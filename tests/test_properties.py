@@ -22,7 +22,7 @@ from torch import Tensor
 
 import kl_gpu
 from kl_gpu import reference
-from kl_gpu.checks import SMALLEST_BETA
+from kl_gpu.arguments.validation import SMALLEST_BETA
 from kl_gpu.kinds import KINDS
 from support import DEVICE, DTYPES, GRADIENT, RELATIVE, ROUNDING, TINY, record, to_numpy
 
@@ -85,7 +85,7 @@ def cases(draw: st.DrawFn) -> Case:
     kind = draw(st.sampled_from(list(KINDS)))
     beta = None
     if KINDS[kind].beta is not None:
-        end = KINDS[kind].ends[1] is not None
+        end = KINDS[kind].limits[1] is not None
         beta = draw(
             st.none()
             | st.sampled_from([0.0, 0.1, 0.5, 0.9] + [1.0] * end)
@@ -240,7 +240,7 @@ def judged(s: np.ndarray, t: np.ndarray, case: Case) -> Rows:
         absent = np.isneginf(s) & np.isneginf(t)
         # The logarithms that weigh the terms. Where one side has no mass, the mixture's stay finite ...
         apart = np.abs(log_p - log_q)
-        one_sided = -math.log(min(beta, 1 - beta)) if KINDS[kind].family in ("js", "skew") else 1.0
+        one_sided = -math.log(min(beta, 1 - beta)) if KINDS[kind].formula in ("js", "skew") else 1.0
         # ... and where one half of Jeffreys is infinite, the other still weighs its side's gradient.
         halves = [value]
         if kind == "jeffreys":
@@ -254,7 +254,7 @@ def judged(s: np.ndarray, t: np.ndarray, case: Case) -> Rows:
             ("student", "teacher"), gradients, (log_q, log_p), (own_t, other_t), strict=True
         ):
             bound = fine * GRADIENT * np.maximum(np.exp(np.maximum(log_p, log_q)), LEAST)
-            if kind != "tv" and (KINDS[kind].family != "kl" or KINDS[kind].weights == name):
+            if kind != "tv" and (KINDS[kind].formula != "kl" or KINDS[kind].expectation_under == name):
                 bound = bound * np.maximum(1.0, ratio)  # logarithms weigh a term
             if kind == "tv":
                 # A tie may fall either way: its column is free, and its mass moves every other column's mean.

@@ -28,7 +28,7 @@ def exact(of: Kind, a: np.ndarray, b: np.ndarray) -> mpmath.mpf:
             "js": lambda: beta * kl(p, m) + (1 - beta) * kl(q, m),
             "skew": lambda: kl(p, m),
             "tv": lambda: mpmath.fsum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2,
-        }[of.family]()
+        }[of.formula]()
 
 
 @pytest.mark.parametrize("spread", [1e-7, 1e-6, 1e-3, 0.1, 1.0, 10.0, 100.0])
@@ -37,7 +37,7 @@ def test_values_against_mpmath(kind: str, spread: float, shift: float) -> None:
     rng = np.random.default_rng(1)
     teacher = 3 * rng.standard_normal(9)
     student = teacher + shift + spread * rng.standard_normal(9)
-    want = exact(KINDS[kind], *KINDS[kind].order(student, teacher))
+    want = exact(KINDS[kind], *KINDS[kind].as_ab(student, teacher))
     got = reference.divergence(student, teacher, kind)
     # float64 log-probabilities of size |shift| carry an error of |shift|·2⁻⁵³, against a spread of `spread`.
     tolerance = 1e-13 + 2e-16 * (30 + abs(shift)) / min(spread, 1.0) * 10
@@ -56,7 +56,7 @@ def test_values_against_rel_entr(kind: str) -> None:
     teacher, student = 3 * rng.standard_normal((4, 500)), 3 * rng.standard_normal((4, 500))
     teacher[0, :9] = -np.inf
     student[0, :9] = -np.inf
-    a, b = KINDS[kind].order(softmax(student / 2, axis=-1), softmax(teacher / 0.5, axis=-1))
+    a, b = KINDS[kind].as_ab(softmax(student / 2, axis=-1), softmax(teacher / 0.5, axis=-1))
     got = reference.divergence(student, teacher, kind, temperature=2.0, teacher_temperature=0.5)
     beta = KINDS[kind].beta or 0.0
     m = beta * a + (1 - beta) * b
@@ -66,7 +66,7 @@ def test_values_against_rel_entr(kind: str) -> None:
         "js": beta * rel_entr(a, m) + (1 - beta) * rel_entr(b, m),
         "skew": rel_entr(a, m),
         "tv": np.abs(a - b) / 2,
-    }[KINDS[kind].family].sum(-1)
+    }[KINDS[kind].formula].sum(-1)
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kl_gpu.kinds import KINDS, STATS
-from kl_gpu.problem import Problem
+from kl_gpu.backends.interface import STATS, RowPair
+from kl_gpu.kinds import KINDS
 from support import DEVICE, check_gradients, check_value, pair
 
 pytest.importorskip("triton")
@@ -17,22 +17,22 @@ on_interpreter = pytest.mark.skipif(DEVICE.type != "cpu", reason="steers Triton'
 VOCAB = 40001
 
 
-def problem(student: Tensor, teacher: Tensor, kind: str, rows: Tensor | None = None) -> Problem:
-    return Problem.of(student, teacher, rows, *KINDS[kind].at(None), 1.0, 1.0)
+def problem(student: Tensor, teacher: Tensor, kind: str, rows: Tensor | None = None) -> RowPair:
+    return RowPair.of(student, teacher, rows, *KINDS[kind].at(None), 1.0, 1.0)
 
 
-def both(p: Problem, row_scale: Tensor, to_a: bool = True, to_b: bool = True) -> tuple[Tensor, ...]:
+def both(p: RowPair, row_scale: Tensor, to_a: bool = True, to_b: bool = True) -> tuple[Tensor, ...]:
     """Value, statistics and gradients in one launch."""
-    from kl_gpu import triton
+    from kl_gpu.backends import triton
 
     grads = [torch.full_like(x, 7) if wanted else None for x, wanted in ((p.a, to_a), (p.b, to_b))]
     value, stats = triton.value_and_gradient(p, row_scale, *grads)
     return value, stats, *(grad for grad in grads if grad is not None)
 
 
-def apart(p: Problem, row_scale: Tensor) -> tuple[Tensor, ...]:
+def apart(p: RowPair, row_scale: Tensor) -> tuple[Tensor, ...]:
     """The same in two."""
-    from kl_gpu import triton
+    from kl_gpu.backends import triton
 
     value, stats = triton.value(p)
     grads = torch.full_like(p.a, 7), torch.full_like(p.b, 7)
@@ -72,7 +72,7 @@ def test_shared_rows_keep_the_promises(kind: str) -> None:
     teacher[0, 3, 30000], student[0, 3, 30000] = -float("inf"), -float("inf")
     student[0, 4, 39999] = float("nan")
     value, _, *grads = both(problem(student, teacher, kind), torch.ones(5, device=DEVICE))
-    to_student, to_teacher = KINDS[kind].order(*grads)
+    to_student, to_teacher = KINDS[kind].as_ab(*grads)
     good = slice(0, 3)
     check_value(value[good], student[0, good], teacher[0, good], kind, "triton", "shared row")
     check_gradients(
@@ -96,7 +96,7 @@ def test_parts_are_folded_in_their_order_whoever_comes_last(
 ) -> None:
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from kl_gpu import triton
+    from kl_gpu.backends import triton
 
     # A KL's value: what has more sweeps than one takes its work from the queue, in the queue's order.
     p = problem(*pair(1, 1, VOCAB), "forward_kl")
@@ -120,12 +120,12 @@ def test_parts_are_folded_in_their_order_whoever_comes_last(
 def test_bits_do_not_depend_on_how_far_sweeps_lie_apart(
     kind: str, resident: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kl_gpu.triton import rows
+    from kl_gpu.backends.triton import pair as kernels
 
     student, teacher = pair(1, 3, VOCAB, dtype=torch.bfloat16)
     p, row_scale = problem(student, teacher, kind), torch.ones(3, device=DEVICE)
     want = both(p, row_scale)
-    monkeypatch.setattr(rows, "resident_programs", lambda device: resident)
+    monkeypatch.setattr(kernels, "resident_programs", lambda device: resident)
     assert same(both(p, row_scale), want)
 
 
@@ -134,11 +134,11 @@ def test_bits_do_not_depend_on_how_far_sweeps_lie_apart(
 def test_an_incoming_gradient_of_one_leaves_the_buffers_alone(
     incoming: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kl_gpu import triton
-    from kl_gpu.triton import rows
+    from kl_gpu.backends import triton
+    from kl_gpu.backends.triton import pair as kernels
 
     # Fewer programs than parts: each takes several.
-    monkeypatch.setattr(rows, "resident_programs", lambda device: 2)
+    monkeypatch.setattr(kernels, "resident_programs", lambda device: 2)
     student, teacher = pair(1, 3, VOCAB)
     p, row_scale = problem(student, teacher, "forward_kl"), torch.rand(3, device=DEVICE)
     _, stats = triton.value(p)
@@ -153,7 +153,7 @@ def test_an_incoming_gradient_of_one_leaves_the_buffers_alone(
 
 
 def test_how_a_row_is_shared_depends_on_its_columns_alone() -> None:
-    from kl_gpu.triton import launch
+    from kl_gpu.backends.triton import launch
 
     for columns in (1, 1000, 16384, 16385, 32000, 50257, 128256, 151936, 262144, 1_000_003):
         count, width = launch.parts_of(columns, 1024)
@@ -168,7 +168,7 @@ def test_how_a_row_is_shared_depends_on_its_columns_alone() -> None:
 
 def test_rows_at_odd_addresses_are_not_read_in_words() -> None:
     # A 32-bit load from a multiple of two bytes ends a GPU's context.
-    from kl_gpu.triton.launch import Layout, gradient_layout, layout
+    from kl_gpu.backends.triton.launch import Layout, gradient_layout, layout
 
     whole = torch.zeros(1, 4, 2048, dtype=torch.bfloat16)
     padded = torch.zeros(1, 4, 2049, dtype=torch.bfloat16)
@@ -238,7 +238,7 @@ def test_no_bit_depends_on_where_a_row_lies(dtype: torch.dtype, vocab: int) -> N
 @pytest.mark.parametrize("vocab", [1101, 1102])
 @pytest.mark.parametrize("at", [0, 1])
 def test_gradients_stay_within_their_rows(kind: str, vocab: int, at: int) -> None:
-    from kl_gpu import triton
+    from kl_gpu.backends import triton
 
     student, teacher = pair(1, 3, vocab, dtype=torch.bfloat16)
     p, row_scale = problem(student, teacher, kind), torch.ones(3, device=DEVICE)
@@ -255,7 +255,7 @@ def test_gradients_stay_within_their_rows(kind: str, vocab: int, at: int) -> Non
 @pytest.mark.usefixtures("wide_triton_programs")
 @pytest.mark.parametrize("kind", ["forward_kl", "js"])
 def test_odd_rows_take_their_gradient_in_place(kind: str) -> None:
-    from kl_gpu import triton
+    from kl_gpu.backends import triton
 
     student, teacher = pair(1, 3, VOCAB, dtype=torch.bfloat16)
     p, row_scale = problem(student, teacher, kind), torch.ones(3, device=DEVICE)

@@ -10,8 +10,9 @@ import torch
 
 pytest.importorskip("torch.distributed")
 
-from kl_gpu import native, ops
+from kl_gpu.backends import native
 from kl_gpu.distributed import states
+from kl_gpu.ops import pair as ops
 from support import DEVICE, RELATIVE, expected, is_slow, pair, to_numpy
 
 compiled = pytest.mark.skipif(not native.available(), reason="installed without its kernels")

@@ -14,7 +14,9 @@ from test_views import VIEWS
 from torch import Tensor
 
 import kl_gpu
-from kl_gpu import TokenStats, native, ops, reference, token_stats
+from kl_gpu import TokenStats, reference, token_stats
+from kl_gpu.backends import native
+from kl_gpu.ops import pair as ops
 from support import DEVICE, DTYPES, check_value, pair, record, to_numpy
 
 INF, NAN = math.inf, math.nan

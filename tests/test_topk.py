@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kl_gpu
-from kl_gpu import reference, reference_topk, remainder, tails
-from kl_gpu.tails import RESOLUTION, TAIL_KINDS
+from kl_gpu import reference
+from kl_gpu.ops import complement as complement_ops
+from kl_gpu.reference import topk as reference_topk
+from kl_gpu.topk import formulas
+from kl_gpu.topk.formulas import RESOLUTION, TAIL_KINDS
 from support import DEVICE, DTYPES, GRADIENT, RELATIVE, ROUNDING, TINY, is_slow, record, to_numpy
 
 TAILS = [(tail, kind) for tail, kinds in TAIL_KINDS.items() for kind in kinds]
@@ -470,15 +473,15 @@ def test_ids_outside_never_read_memory(backend: str, split: bool) -> None:
     student, _, _ = known(1 if split else 3, 900, 4)
     ids = torch.tensor([5, 900, -7, 2**40, -(2**62), 899, 2**31 + 5, -1], device=DEVICE)
     ids = ids.expand(len(student), 8)
-    given = remainder.given_columns(student, ids, None, False, "teacher_ids")
+    given = complement_ops.picked_logits(student, ids, None, False, "teacher_ids")
     assert torch.equal(torch.isneginf(given), (ids < 0) | (ids >= 900))
-    rest, _, stats = remainder.remainder(student, ids, None, 1.0, False, backend)
+    rest, _, stats = complement_ops.complement(student, ids, None, 1.0, False, backend)
     left = student.double()
     left[:, [5, 899]] = -INF
     torch.testing.assert_close(rest, left.logsumexp(-1), rtol=1e-6, atol=0)
     grad = torch.empty_like(student)
     flows = torch.ones_like(given), torch.zeros_like(rest)
-    remainder.remainder_gradient(student, ids, None, stats, *flows, None, 1.0, backend, grad)
+    complement_ops.complement_gradient(student, ids, None, stats, *flows, None, 1.0, backend, grad)
     assert grad.sum(-1).tolist() == [2] * len(student)
 
 
@@ -596,15 +599,15 @@ def test_one_graph_asks_for_the_rest_of_the_teacher() -> None:
 def test_opcheck(backend: str, with_rows: bool) -> None:
     student, logprobs, ids = (x.view(2, 3, -1) for x in known(6, 70, 5))
     rows = torch.rand(2, 3, device=DEVICE) > 0.5 if with_rows else None
-    torch.library.opcheck(remainder.given_columns, (student, ids, rows, True, "teacher_ids"))
-    torch.library.opcheck(remainder.check_mass, (logprobs.double(), rows))
-    torch.library.opcheck(remainder.check_tail, (logprobs[..., 0].double() - 9, logprobs.double(), rows))
+    torch.library.opcheck(complement_ops.picked_logits, (student, ids, rows, True, "teacher_ids"))
+    torch.library.opcheck(complement_ops.check_mass, (logprobs.double(), rows))
+    torch.library.opcheck(complement_ops.check_tail, (logprobs[..., 0].double() - 9, logprobs.double(), rows))
     padded = torch.where(ids % 2 == 0, 0, ids), torch.where(ids % 2 == 0, -INF, logprobs)
     for entries in ((ids, logprobs), padded):
-        torch.library.opcheck(remainder.without_padding, (*entries, 70))
+        torch.library.opcheck(complement_ops.without_padding, (*entries, 70))
     arguments = (student, ids, rows, 0.5, True, backend)
     torch.library.opcheck(torch.ops.kl_gpu.remainder.default, arguments)
-    *_, stats = remainder.remainder(*arguments)
+    *_, stats = complement_ops.complement(*arguments)
     to_given, flow = torch.rand(2, 3, 5, device=DEVICE).double(), torch.rand(2, 3, device=DEVICE).double()
     for to_entropy in (None, flow):
         grad = torch.empty_like(student)
@@ -622,7 +625,7 @@ def test_opcheck_of_the_formulas(tail: str) -> None:
     for rest_log_p in (None, rest - 4):
         arguments = (given, rest, log_p, rest_log_p, has_rest, "forward_kl", 0.0, tail, 1.0, 2.0**-24)
         torch.library.opcheck(torch.ops.kl_gpu.topk.default, arguments)
-    torch.library.opcheck(tails.token, (given[..., 0], rest, rest.abs()))
+    torch.library.opcheck(formulas.token, (given[..., 0], rest, rest.abs()))
 
 
 class _Largest(TorchDispatchMode):
@@ -768,7 +771,7 @@ def test_refused(
     def refuse(*_: object) -> None:
         raise AssertionError("a kernel was started")
 
-    monkeypatch.setattr(remainder, "remainder", refuse)
+    monkeypatch.setattr(complement_ops, "complement", refuse)
     call = {"student_logits": S, "teacher_logprobs": P, "teacher_ids": I}
     with pytest.raises(AssertionError, match="started"):
         kl_gpu.topk_div(**call)

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kl_gpu
-from kl_gpu import reference_topk, remainder, tails
+from kl_gpu.ops import complement as complement_ops
+from kl_gpu.reference import topk as reference_topk
+from kl_gpu.topk import formulas
 from support import DEVICE, DTYPES, RELATIVE, is_slow, record, to_numpy
 
 INF, NAN = float("inf"), float("nan")
@@ -269,7 +271,7 @@ def test_one_graph(backend: str) -> None:
 
 def test_opcheck() -> None:
     given, rest = torch.randn(2, 3, 5, device=DEVICE).double(), torch.randn(2, 3, device=DEVICE).double()
-    torch.library.opcheck(tails.best, (given, rest))
+    torch.library.opcheck(formulas.best, (given, rest))
 
 
 X = torch.zeros(2, 3, 8)
@@ -303,7 +305,7 @@ def test_refused(
     def refuse(*_: object) -> None:
         raise AssertionError("a kernel was started")
 
-    monkeypatch.setattr(remainder, "remainder", refuse)
+    monkeypatch.setattr(complement_ops, "complement", refuse)
     with pytest.raises(AssertionError, match="started"):
         kl_gpu.topk_logprobs(X, 2)
     with pytest.raises(error, match=re.compile(message, re.DOTALL)):

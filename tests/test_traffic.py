@@ -74,7 +74,7 @@ def test_value(kind: str, touched: Counter[str]) -> None:
     student, teacher = pair(ROWS, VOCAB)
     watch(touched, student=student, teacher=teacher)
     kl_gpu.divergence(student, teacher, kind, backend="triton")
-    sweeps = 1 if KINDS[kind].family == "kl" else 2  # 2 U, or 4 U where both normalisers come first
+    sweeps = 1 if KINDS[kind].formula == "kl" else 2  # 2 U, or 4 U where both normalisers come first
     for side in ("student", "teacher"):
         assert touched[f"read {side}"] == sweeps * student.numel()
         assert touched[f"write {side}"] == 0
@@ -115,7 +115,7 @@ def test_value_and_gradient_in_one_call(kind: str, touched: Counter[str]) -> Non
     loss = kl_gpu.divergence(student, teacher, kind, backend="triton")
     swept = Counter(touched)
     loss.backward()
-    stages = 2 if KINDS[kind].family == "kl" else 3  # all but the first from the L2
+    stages = 2 if KINDS[kind].formula == "kl" else 3  # all but the first from the L2
     for side in ("student", "teacher"):
         assert swept[f"read {side}"] == stages * student.numel()
     # An incoming gradient of 1 finds everything done.

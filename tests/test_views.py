@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import kl_gpu
-from kl_gpu import ops
+from kl_gpu.backends import registry
+from kl_gpu.ops import pair as ops
 from support import DEVICE, pair
 
 
@@ -91,7 +92,7 @@ def test_a_last_dimension_that_is_not_contiguous_is_copied_not_refused(backend: 
 @pytest.mark.parametrize("make", [*VIEWS, lambda x: x[:1, :1].expand(x.shape)])
 def test_a_view_is_not_copied(backend: str, kind: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
     # What reaches the backend must be the caller's own memory, in value and in gradient.
-    module = ops._module(backend)
+    module = registry.load(backend)
     seen: list[set[int]] = []
     for name in ("value", "gradient", "value_and_gradient"):
         if not hasattr(module, name):

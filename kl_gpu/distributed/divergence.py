@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import checks, ops
-from ..autograd import Call, RowDivergence, keep
-from ..functional import settle
+from ..arguments import validation
+from ..arguments.options import Options
+from ..arguments.params import DivergenceCall, DivergenceParams
+from ..autograd import RowDivergence, keep
+from ..backends import registry
+from ..dense import run_divergence
 from ..kinds import KINDS
-from ..options import Options
-from . import agreement, collectives, shards, states
+from ..ops import pair as ops
+from . import collectives, consistency, shards, states
 
 
 class _Shards(RowDivergence):
@@ -21,12 +24,12 @@ class _Shards(RowDivergence):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, student: Tensor, teacher: Tensor, rows: Tensor | None, call: Call, group: Any
+        ctx: Any, student: Tensor, teacher: Tensor, valid: Tensor | None, call: DivergenceCall, group: Any
     ) -> Tensor:
         sides = call.window.of(student), call.window.of(teacher)
-        value, stats, backend = whole_rows(*sides, rows, call, group, any(ctx.needs_input_grad[:2]))
-        keep(ctx, student, teacher, rows, stats)
-        ctx.call = call._replace(backend=backend)
+        value, stats, backend = whole_rows(*sides, valid, call.params, group, any(ctx.needs_input_grad[:2]))
+        keep(ctx, student, teacher, valid, stats)
+        ctx.call = call._replace(params=call.params._replace(backend=backend))
         return value
 
     @staticmethod
@@ -34,74 +37,62 @@ class _Shards(RowDivergence):
         return *RowDivergence.backward(ctx, row_gradient), None
 
 
-def _per_row(student: Tensor, teacher: Tensor, rows: Tensor | None, call: Call, *, group: Any) -> Tensor:
-    value: Tensor = _Shards.apply(student, teacher, rows, call, group)
+def _per_row(
+    student: Tensor, teacher: Tensor, valid: Tensor | None, call: DivergenceCall, *, group: Any
+) -> Tensor:
+    value: Tensor = _Shards.apply(student, teacher, valid, call, group)
     return value
 
 
-class Numbers(Protocol):
-    """What rows depend on: `autograd.Call` and `linear_chunks.Call` have it."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def beta(self) -> float: ...
-    @property
-    def student_scale(self) -> float: ...
-    @property
-    def teacher_scale(self) -> float: ...
-    @property
-    def backend(self) -> str: ...
-    @property
-    def numbers(self) -> tuple[str, float, float, float, str]: ...
-    def _replace(self, *, backend: str) -> Any: ...
-
-
 def whole_rows(
-    student: Tensor, teacher: Tensor, rows: Tensor | None, call: Numbers, group: Any, needs_stats: bool
+    student: Tensor,
+    teacher: Tensor,
+    valid: Tensor | None,
+    params: DivergenceParams,
+    group: Any,
+    needs_stats: bool,
 ) -> tuple[Tensor, Tensor, str]:
     """Value `[N]` and statistics `[N, STATS]` of whole rows, and the backend whose statistics these are.
 
     The statistics are those of the shard where nobody needs others.
     """
-    of, backend = KINDS[call.kind], call.backend
-    order, scales = of.order, of.order(call.student_scale, call.teacher_scale)
-    numbers = (0.0, call.student_scale, call.teacher_scale, backend)
-    forward = states.kl_kind(call.kind)
-    inside, local = ops.value(student, teacher, rows, forward, *numbers)
-    kls = [inside] if of.family in ("kl", "jeffreys") else []
-    if of.family == "jeffreys":
-        other = "reverse_kl" if forward == "forward_kl" else "forward_kl"
-        kls.append(ops.divergence(student, teacher, rows, other, *numbers))
-    own, _ = states.packed(*order(student, teacher), rows, local, kls, scales, backend)
-    found = collectives.gather(own, group, f"{call.kind}'s row states")
+    of, backend = KINDS[params.kind], params.backend
+    order, scales = of.as_ab, of.as_ab(params.student_scale, params.teacher_scale)
+    forward = params._replace(kind=states.kl_kind(params.kind), beta=0.0)
+    inside, local = ops.value(student, teacher, valid, *forward)
+    kls = [inside] if of.formula in ("kl", "jeffreys") else []
+    if of.formula == "jeffreys":
+        other = forward._replace(kind="reverse_kl" if forward.kind == "forward_kl" else "forward_kl")
+        kls.append(ops.divergence(student, teacher, valid, *other))
+    own, _ = states.packed(*order(student, teacher), valid, local, kls, scales, backend)
+    found = collectives.gather(own, group, f"{params.kind}'s row states")
     (log_a, ratio, *kls), fit = states.merged(found, backend)
     if not fit:
         # The kernels would look at such a row again, and see no more of it than this shard.
-        return whole_rows(student, teacher, rows, call._replace(backend="eager"), group, needs_stats)
+        return whole_rows(student, teacher, valid, params._replace(backend="eager"), group, needs_stats)
 
     def of_whole_rows(of_shard: Tensor, *sums: Tensor) -> Tensor:
-        whole = of_shard, *scales, of.family, log_a, ratio, torch.stack(sums, -1)
-        stats: Tensor = ops.implementation(backend).statistics(*whole)
+        whole = of_shard, *scales, of.formula, log_a, ratio, torch.stack(sums, -1)
+        stats: Tensor = registry.load(backend).statistics(*whole)
         return stats
 
     nothing = torch.zeros_like(ratio)
-    if of.family == "kl":
+    if of.formula == "kl":
         value, mean_a, mean_b = kls[0], nothing, nothing
-    elif of.family == "jeffreys":
+    elif of.formula == "jeffreys":
         # Σ −a r and Σ b r are the two KLs; Σ (b − a) is 0.
-        mean_a, mean_b = kls[0] * (1 - call.beta), kls[1] * call.beta
+        mean_a, mean_b = kls[0] * (1 - params.beta), kls[1] * params.beta
         value = mean_a + mean_b
     else:
         local = of_whole_rows(local, nothing, nothing, nothing)
-        here = ops.formula_sums(student, teacher, rows, local, *call.numbers)
-        sums = collectives.gather(here, group, f"{call.kind}'s row sums").sum(0)
+        here = ops.formula_sums(student, teacher, valid, local, *params)
+        sums = collectives.gather(here, group, f"{params.kind}'s row sums").sum(0)
         sums = torch.where((ratio + log_a).isnan()[..., None], torch.nan, sums)
         value, mean_a, mean_b = sums.unbind(-1)
         value = value.clamp_min(0.0)
     stats = of_whole_rows(local, value, mean_a, mean_b) if needs_stats else local
-    if rows is not None:
-        value = torch.where(rows, value, 0.0)
+    if valid is not None:
+        value = torch.where(valid, value, 0.0)
     return value.to(inside.dtype), stats, backend
 
 
@@ -148,17 +139,17 @@ def vocab_parallel_div(
         RuntimeError: a collective failed; from backward, when a second derivative is asked for, or when
             logits were modified since the call.
     """
-    checks.known("vocab_parallel_div", options, _OPTIONS)
+    validation.known("vocab_parallel_div", options, _OPTIONS)
     group = collectives.resolve(group)
     sides = {"student_shard": student_shard, "teacher_shard": teacher_shard}
-    agreement.agree(
+    consistency.agree(
         "vocab_parallel_div", group, check, tuple(sides.values()), vocab_start, kind=kind,
         **{name: value for name, value in options.items() if name != "inplace"},
     )  # fmt: skip
-    checks.beside_each_other(sides, columns=0)
+    validation.beside_each_other(sides, columns=0)
     shard = shards.locate(sides, vocab_start, options.pop("vocab_size", None), group)
     student, teacher = (shard.of(side) for side in sides.values())
-    return settle(student, teacher, kind, Options(**options), partial(_per_row, group=group))
+    return run_divergence(student, teacher, kind, Options(**options), partial(_per_row, group=group))
 
 
 _OPTIONS = Options._fields

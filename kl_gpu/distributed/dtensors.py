@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from .. import checks, functional, rows
-from ..options import Options
+from ..arguments import validation
+from ..arguments.options import Options
+from ..arguments.reduction import Reduction, valid_rows
+from ..dense import run_divergence
 from .divergence import vocab_parallel_div
 
 _PER_ROW = ("mask", "labels", "weight")
@@ -81,13 +83,13 @@ def divergence(student: Any, teacher: Any, kind: str, **options: Any) -> Tensor:
         options[argument] = _local_rows(argument, options[argument], student, rows_of)
     if options["shift"] and Shard(1) in rows_of:
         raise ValueError("shift=True needs whole sequences on every rank: labels are of the next position")
-    checks.name("reduction", options["reduction"], ("none", "sum", "mean", "batchmean"))
-    checks.normalizer(options["normalizer"], options["reduction"], student.device, shared=True)
+    validation.name("reduction", options["reduction"], ("none", "sum", "mean", "batchmean"))
+    validation.normalizer(options["normalizer"], options["reduction"], student.device, shared=True)
     reduction, normalizer = options.pop("reduction"), options.pop("normalizer")
 
     sides = student.to_local(), teacher.to_local()
     if across is None:
-        local = functional.settle(*sides, kind, Options(reduction="none", **options))
+        local = run_divergence(*sides, kind, Options(reduction="none", **options))
     else:
         group = student.device_mesh.get_group(across)
         # Told, so that vocab_size costs no collective; DTensor cuts as torch.chunk does.
@@ -103,14 +105,12 @@ def divergence(student: Any, teacher: Any, kind: str, **options: Any) -> Tensor:
     )
     if reduction == "none":
         return value
-    counts, _ = rows.that_count(
-        options["mask"], options["labels"], options["ignore_index"], None, options["shift"]
-    )
-    if counts is not None:
-        counts = DTensor.from_local(
-            counts, student.device_mesh, rows_of, run_check=False, shape=lead, stride=_strides(lead)
+    valid, _ = valid_rows(options["mask"], options["labels"], options["ignore_index"], None, options["shift"])
+    if valid is not None:
+        valid = DTensor.from_local(
+            valid, student.device_mesh, rows_of, run_check=False, shape=lead, stride=_strides(lead)
         )
-    return rows.Rows(counts, None, None, reduction, normalizer).reduced(value)
+    return Reduction(valid, None, None, reduction, normalizer).reduced(value)
 
 
 def _lead(shape: torch.Size, shift: bool) -> torch.Size:

@@ -9,8 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import checks, linear, linear_chunks, linear_ops, ops
-from . import agreement, collectives, shards
+from ..arguments import validation
+from ..arguments.params import LinearParams
+from ..linear import api, chunks, op
+from ..ops import pair as ops
+from . import collectives, consistency, shards
 from .divergence import whole_rows
 
 
@@ -58,15 +61,15 @@ def _sum_over_ranks(gradient: Tensor, group: Any) -> Tensor:
 
 
 def _sweep_rows(
-    call: linear_chunks.Call, student: Tensor, teacher: Tensor, keep: Tensor | None,
+    params: LinearParams, student: Tensor, teacher: Tensor, keep: Tensor | None,
     row_scale: Tensor | None, *, group: Any,
 ) -> Tensor:  # fmt: skip
     """`linear_sweep.SweepRows` of rows of which this rank has some columns."""
     s, t = shards.two_at_least(student), shards.two_at_least(teacher)
-    value, stats, backend = whole_rows(s, t, keep, call, group, row_scale is not None)
+    value, stats, backend = whole_rows(s, t, keep, params.divergence, group, row_scale is not None)
     if row_scale is not None:
-        numbers = call._replace(backend=backend).numbers
-        ops.gradient(s, t, keep, stats, row_scale, None, *numbers, s, None)
+        of = params.divergence._replace(backend=backend)
+        ops.gradient(s, t, keep, stats, row_scale, None, *of, s, None)
         if s is not student:
             student.copy_(s[:, : student.shape[1]])
     return value
@@ -74,15 +77,18 @@ def _sweep_rows(
 
 def _linear(*arguments: Any, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`linear_ops.over_chunks` in chunks that all ranks agree on, whatever their shards and their memory."""
-    heads, call = arguments[:9], linear_chunks.Call(*arguments[9:])
+    heads, params = arguments[:9], LinearParams.from_arguments(*arguments[9:])
     hidden = heads[0]
-    some = call._replace(vocab_size=max(1, call.vocab_size))
-    rows = linear_chunks.chosen_rows(len(hidden), some, hidden.device)
-    own = torch.tensor([call.vocab_size, rows], dtype=torch.int64, device=hidden.device)
+    some = params._replace(vocab_size=max(1, params.vocab_size))
+    rows = chunks.chosen_rows(len(hidden), some, hidden.device)
+    own = torch.tensor([params.vocab_size, rows], dtype=torch.int64, device=hidden.device)
     found = collectives.gather(own, group, "the sizes of the chunks").tolist()
     widest, rows = max(columns for columns, _ in found), min(rows for _, rows in found)
-    return linear_ops.over_chunks(
-        *heads, *call._replace(chunk_rows=rows), sweep_rows=partial(_sweep_rows, group=group), widest=widest
+    return op.over_chunks(
+        *heads,
+        *params._replace(chunk_rows=rows).as_arguments(),
+        sweep_rows=partial(_sweep_rows, group=group),
+        widest=widest,
     )
 
 
@@ -132,20 +138,20 @@ def vocab_parallel_linear_div(
         RuntimeError: a collective failed; from backward, when a second derivative is asked for, or when a
             tensor was modified since the call.
     """
-    checks.known("vocab_parallel_linear_div", options, _OPTIONS)
+    validation.known("vocab_parallel_linear_div", options, _OPTIONS)
     group = collectives.resolve(group)
     weights = {"student_weight": student_weight_shard, "teacher_weight": teacher_weight_shard}
     biases = options.get("student_bias"), options.get("teacher_bias")
     hidden = student_hidden, teacher_hidden
     tensors = [x for x in (*hidden, *weights.values(), *biases) if isinstance(x, Tensor)]
-    agreement.agree(
+    consistency.agree(
         "vocab_parallel_linear_div", group, check, hidden, vocab_start,
-        columns=len(student_weight_shard) if agreement.is_plain(student_weight_shard) else 0, kind=kind,
-        hidden_sizes=[x.shape[-1:] for x in hidden if agreement.is_plain(x)], sequence_dim=sequence_dim,
+        columns=len(student_weight_shard) if consistency.is_plain(student_weight_shard) else 0, kind=kind,
+        hidden_sizes=[x.shape[-1:] for x in hidden if consistency.is_plain(x)], sequence_dim=sequence_dim,
         gradients=[torch.is_grad_enabled(), *(x.requires_grad for x in tensors)],
         **{name: value for name, value in options.items() if not name.endswith("_bias")},
     )  # fmt: skip
-    checks.heads(
+    validation.heads(
         student_hidden, student_weight_shard, biases[0], teacher_hidden, teacher_weight_shard, biases[1],
         bool(options.get("shift")) and sequence_dim is None, least=0,
     )  # fmt: skip
@@ -155,13 +161,13 @@ def vocab_parallel_linear_div(
     if sequence_dim is None:
         student_hidden = _Replicated.apply(student_hidden, group)
     else:
-        checks.dimension("sequence_dim", sequence_dim, student_hidden.dim() - 1)
+        validation.dimension("sequence_dim", sequence_dim, student_hidden.dim() - 1)
         student_hidden = _Gathered.apply(student_hidden, sequence_dim, group)
         teacher_hidden = _gather_rows(teacher_hidden, sequence_dim, group)
-    return linear.settle(
+    return api.run_linear(
         student_hidden, student_weight_shard, teacher_hidden, teacher_weight_shard, kind,
         partial(_linear, group=group), shard.columns, **(_OPTIONS | options),
     )  # fmt: skip
 
 
-_OPTIONS = checks.options_of(linear.linear_div)
+_OPTIONS = validation.options_of(api.linear_div)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checks
+from ..arguments import validation
 from . import collectives
 
 
@@ -66,7 +66,7 @@ def locate(
     widths = {name: x.shape[-1] for name, x in sides.items()}
     for name, value, low in (("vocab_start", vocab_start, 0), ("vocab_size", vocab_size, 1)):
         if value is not None:
-            checks.whole(name, value, low)
+            validation.whole(name, value, low)
     narrow = min(widths.values())
     if len(set(widths.values())) > 1 and (vocab_start is None or vocab_size is None):
         shown = " and ".join(f"{name} {width}" for name, width in widths.items())

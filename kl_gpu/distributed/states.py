@@ -1,48 +1,16 @@
-"""What a shard says about its rows, and how the shards of a row become one.
-
-With P_r and Q_r the mass that a and b give to the columns of rank r, and a|r, b|r what they are there,
-
-    KL(a‖b) = Σ_r P_r KL(a|r ‖ b|r) + KL(P‖Q)
-
-(Cover and Thomas, Elements of Information Theory, theorem 2.5.3). Both parts are sums of non-negative terms,
-so nothing cancels, and log Q_r/P_r comes from each shard's own log(Z_b/Z_a), which is good relative to the
-ratios b/a themselves: a difference of two normalisers near 10 could not tell a ratio of 1 + 1e-6.
-"""
+"""What a shard says about its rows, and what follows for whole rows (mathematics: `backends.shard_merge`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import ops, remainder
-from ..eager import formula
+from ..backends import registry
+from ..backends.shard_merge import log_sum
 from ..kinds import KINDS
-
-
-class _Masses(NamedTuple):
-    """How a and b share their mass among the ranks.
-
-    Attributes:
-        log_a, ratio: `[N]`, of the whole row: log Σ e^a, and log Σ e^b less that.
-        a, b: `[ranks, N]`, the shares, each side's adding up to 1.
-        r: `[ranks, N]`, log b/a of a rank's shares; −inf and +inf where one has no mass, 0 where neither.
-    """
-
-    log_a: Tensor
-    ratio: Tensor
-    a: Tensor
-    b: Tensor
-    r: Tensor
-
-
-def log_sum(x: Tensor) -> Tensor:
-    """log Σ e^x over the ranks; NaN where none has mass. The order of the ranks is that of the sum."""
-    top = x.amax(0)
-    top = torch.where(torch.isfinite(top), top, torch.nan)
-    return top + torch.log(torch.exp(x - top).sum(0))
+from ..ops import complement
 
 
 def packed(
@@ -55,13 +23,7 @@ def packed(
     none, and the second is log Σ e^b itself then, −inf where b has none. A NaN that remains stands for one
     among the logits. The second tensor, `[N]`, is log Σ e^b, also beside a NaN in a.
     """
-    of = ops.implementation(backend)
-    if backend == "native":
-        state, finite = of.shard_states(stats, inside, *scales)
-    else:
-        state = torch.stack([*of.normalisers(stats, *scales), *(x.double() for x in inside)])
-        # Elsewhere asking would wait for the device; a kernel that finds no such row returns at once.
-        finite = state.device.type == "cpu" and bool(torch.isfinite(state[:2].sum(0)).all())
+    state, finite = registry.load(backend).shard_states(stats, inside, *scales)
     log_b = state[0] + state[1]
     return (state, log_b) if finite else _looked_at_again(state, log_b, a, b, rows, scales, backend)
 
@@ -75,7 +37,7 @@ def _looked_at_again(
         odd = odd & rows
     none = torch.full((*a.shape[:-1], 1), -1, dtype=torch.int64, device=a.device)
     own_a, own_b = (
-        remainder.remainder(x, none, odd, scale, False, backend)[0]
+        complement.complement(x, none, odd, scale, False, backend)[0]
         for x, scale in zip((a, b), scales, strict=True)
     )
     own_ratio = torch.where(own_a.isneginf(), own_b, own_b - own_a)
@@ -84,56 +46,8 @@ def _looked_at_again(
 
 
 def merged(found: Tensor, backend: str) -> tuple[Tensor, bool]:
-    """The state `[2 + n, N]` of whole rows from the ranks' `packed` ones, `[ranks, 2 + n, N]`.
-
-    n = 1 has KL(a‖b) behind the normalisers, n = 2 also KL(b‖a). And whether the backend's statistics can say
-    where the normalisers lie.
-    """
-    if backend == "native":
-        whole: tuple[Tensor, bool] = ops.implementation(backend).merge_ranks(found)
-        return whole
-    of = _shared(found[:, 0], found[:, 1])
-    ways = (of.a, of.b, of.r), (of.b, of.a, -of.r)
-    # A row in which a side has no distribution is NaN, also where its terms are infinite.
-    nowhere = of.ratio.isnan() | of.log_a.isnan()
-    kls = [
-        torch.where(nowhere, torch.nan, _chain(*way, inside))
-        for way, inside in zip(ways, found[:, 2:].unbind(1), strict=False)
-    ]
-    return torch.stack([of.log_a, of.ratio, *kls]), True
-
-
-def _shared(log_a: Tensor, second: Tensor) -> _Masses:
-    """From the first two numbers of every rank's state, `[ranks, N]` each."""
-    no_a = log_a.isneginf()
-    log_b = torch.where(no_a, second, log_a + second)
-    no_b = log_b.isneginf()
-    both = ~no_a & ~no_b
-    whole_a, whole_b = log_sum(log_a), log_sum(log_b)
-    a = torch.where(no_a, 0.0, torch.exp(log_a - whole_a))
-    # The whole row's ratio about the mean of the shards', so that ratios of 1 + 1e-6 keep their digits
-    # beside normalisers of a thousand.
-    c = torch.where(both, a * second, 0.0).sum(0)
-    x = torch.where(both, second - c, 0.0)
-    grown = torch.where(x.abs() < 1, a * torch.expm1(x), torch.exp(log_b - whole_a - c) - a)
-    y = torch.where(both, grown, torch.exp(log_b - whole_a - c) - a).sum(0)
-    ratio = torch.where(y.abs() < 0.5, c + torch.log1p(y), whole_b - whole_a)
-    # log1p makes a number of a side without mass.
-    ratio = torch.where(torch.isfinite(whole_a) & torch.isfinite(whole_b), ratio, torch.nan)
-    r = torch.where(both, second - ratio, 0.0)
-    r = torch.where(no_a & ~no_b, torch.inf, torch.where(no_b & ~no_a, -torch.inf, r))
-    b = torch.where(no_b, 0.0, torch.exp(log_b - (whole_a + ratio)))
-    return _Masses(whole_a, ratio, a, b, r)
-
-
-def _chain(a: Tensor, b: Tensor, r: Tensor, inside: Tensor) -> Tensor:
-    """KL of the whole rows, `[N]`, from the shares of the ranks and the KL inside each."""
-    between = formula("kl", (a, b), r, 0.0)[0]
-    # A token that a allows and b excludes makes it infinite, however little a gives to that shard. Otherwise
-    # a shard without mass says nothing, not even where its logits are too far down for a number of its own.
-    own = torch.where(inside.isposinf(), torch.inf, torch.where(a == 0, 0.0, a * inside))
-    own = torch.where(r.isinf(), 0.0, own)
-    return (between + own).sum(0).clamp_min(0.0)
+    """The states of whole rows from the ranks' `packed` ones, as `Backend.merge_shards` has it."""
+    return registry.load(backend).merge_shards(found)
 
 
 def entropy(log_masses: Tensor, inside: Tensor) -> Tensor:
@@ -148,4 +62,4 @@ def entropy(log_masses: Tensor, inside: Tensor) -> Tensor:
 
 def kl_kind(kind: str) -> str:
     """The KL whose a and b are those of this kind."""
-    return "forward_kl" if KINDS[kind].weights == "teacher" else "reverse_kl"
+    return "forward_kl" if KINDS[kind].expectation_under == "teacher" else "reverse_kl"

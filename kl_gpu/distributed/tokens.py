@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks, logprobs, ops
-from ..problem import arithmetic
-from ..rows import Window, last_contiguous, that_count
+from .. import logprobs
+from ..arguments import validation
+from ..arguments.reduction import LogitsWindow, compute_dtype, last_contiguous, valid_rows
+from ..backends import registry
+from ..backends.shard_merge import log_sum
+from ..ops import pair as ops
 from ..stats import TokenStats
-from . import agreement, collectives, shards, splits, states
+from . import collectives, complement, consistency, shards, states
 
 
 def vocab_parallel_token_logprobs(
@@ -44,16 +47,16 @@ def vocab_parallel_token_logprobs(
         ValueError: a shape, range or name is wrong, or the ranks disagree; the message names the argument.
         RuntimeError: a collective failed; from backward, when a second derivative is asked for.
     """
-    checks.known("vocab_parallel_token_logprobs", options, _LOGPROB_OPTIONS)
+    validation.known("vocab_parallel_token_logprobs", options, _LOGPROB_OPTIONS)
     group = collectives.resolve(group)
     entry = "vocab_parallel_token_logprobs"
-    agreement.agree(entry, group, check, (logits_shard,), vocab_start, token_ids=token_ids, **options)
-    checks.one_side("logits_shard", logits_shard)
+    consistency.agree(entry, group, check, (logits_shard,), vocab_start, token_ids=token_ids, **options)
+    validation.one_side("logits_shard", logits_shard)
     shard = shards.locate(
         {"logits_shard": logits_shard}, vocab_start, options.pop("vocab_size", None), group, whole=True
     )
-    return logprobs.settle(
-        shard.of(logits_shard), token_ids, partial(splits.split, shard=shard, group=group), shard.total,
+    return logprobs.run_token_logprobs(
+        shard.of(logits_shard), token_ids, partial(complement.split, shard=shard, group=group), shard.total,
         **(_LOGPROB_OPTIONS | options),
     )  # fmt: skip
 
@@ -78,14 +81,14 @@ def _leader(tops: Tensor, columns: Tensor) -> Tensor:
 
 
 def _merged(
-    student: Tensor, teacher: Tensor, counts: Tensor | None, labels: Tensor | None, shard: shards.Shard,
+    student: Tensor, teacher: Tensor, valid: Tensor | None, labels: Tensor | None, shard: shards.Shard,
     scales: tuple[float, float], backend: str, group: Any,
 ) -> Tensor:  # fmt: skip
     """The seven fields of `problem.TOKEN_STATS` of whole rows, `[7, N]` in float64."""
     own = None if labels is None else shard.own(labels)
-    inside = ops.token_stats(student, teacher, counts, own, *scales, backend)
-    local = ops.value(student, teacher, counts, "forward_kl", 0.0, *scales, backend)[1]
-    state, log_q = states.packed(teacher, student, counts, local, inside[:2], scales[::-1], backend)
+    inside = ops.token_stats(student, teacher, valid, own, *scales, backend)
+    local = ops.value(student, teacher, valid, "forward_kl", 0.0, *scales, backend)[1]
+    state, log_q = states.packed(teacher, student, valid, local, inside[:2], scales[::-1], backend)
     inside = inside.double()
     tokens = [_scaled_logit(inside[4], log_q, own), _scaled_logit(inside[5], state[0], own)]
     leaders = [x for side in (student, teacher) for x in _first_largest(side, shard.start)]
@@ -94,7 +97,7 @@ def _merged(
     )
     (whole_p, _, forward, reverse), _ = states.merged(found[:, :4].contiguous(), backend)
     log_q, entropy_q, entropy_p, token_q, token_p = found[:, 4:9].unbind(1)
-    whole_q = states.log_sum(log_q)
+    whole_q = log_sum(log_q)
     agree = (_leader(found[:, 9], found[:, 10]) == _leader(found[:, 11], found[:, 12])).double()
     fields = [
         forward,
@@ -151,35 +154,35 @@ def vocab_parallel_token_stats(
     """
     group = collectives.resolve(group)
     sides = {"student_shard": student_shard, "teacher_shard": teacher_shard}
-    agreement.agree(
+    consistency.agree(
         "vocab_parallel_token_stats", group, check, tuple(sides.values()), vocab_start, labels=labels,
         temperature=temperature, teacher_temperature=teacher_temperature, mask=mask,
         ignore_index=ignore_index, shift=shift, vocab_size=vocab_size, backend=backend,
     )  # fmt: skip
-    checks.booleans(shift=shift)
-    scales = checks.scales(temperature, teacher_temperature)
-    checks.beside_each_other(sides, columns=0)
-    checks.shifted("shards [batch, time, V]", student_shard, shift)
-    checks.rows(student_shard, mask, labels, ignore_index, None)
-    chosen = ops.resolve_backend(backend, student_shard.device)
+    validation.booleans(shift=shift)
+    scales = validation.scales(temperature, teacher_temperature)
+    validation.beside_each_other(sides, columns=0)
+    validation.shifted("shards [batch, time, V]", student_shard, shift)
+    validation.rows(student_shard, mask, labels, ignore_index, None)
+    chosen = registry.resolve(backend, student_shard.device)
     shard = shards.locate(sides, vocab_start, vocab_size, group, whole=True)
 
     student, teacher = (last_contiguous(shard.of(x.detach())) for x in sides.values())
-    counts, _ = that_count(mask, labels, ignore_index, None, shift)
-    window = Window(student.shape[-1], shift)
+    valid, _ = valid_rows(mask, labels, ignore_index, None, shift)
+    window = LogitsWindow(student.shape[-1], shift)
     student, teacher = window.of(student), window.of(teacher)
-    if labels is not None and counts is not None:
+    if labels is not None and valid is not None:
         labels = (labels[:, 1:] if shift else labels).long()
-        checks.labels_are_columns(labels, counts, shard.total)
+        validation.labels_are_columns(labels, valid, shard.total)
     with torch.no_grad():
-        found = _merged(student, teacher, counts, labels, shard, scales, chosen, group)
-    if counts is not None:
-        found = torch.where(counts, found, 0.0)
-    wide = student.dtype == teacher.dtype and arithmetic(student, teacher) == torch.float64
+        found = _merged(student, teacher, valid, labels, shard, scales, chosen, group)
+    if valid is not None:
+        found = torch.where(valid, found, 0.0)
+    wide = student.dtype == teacher.dtype and compute_dtype(student.dtype, teacher.dtype) == torch.float64
     found = found if wide else found.float()
     fields = found.unbind(0)
-    counted = torch.ones_like(fields[0]) if counts is None else counts.to(found.dtype)
+    counted = torch.ones_like(fields[0]) if valid is None else valid.to(found.dtype)
     return TokenStats._make((*fields, counted))
 
 
-_LOGPROB_OPTIONS = checks.options_of(logprobs.token_logprobs)
+_LOGPROB_OPTIONS = validation.options_of(logprobs.token_logprobs)

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import checks, topk
-from . import agreement, collectives, shards, splits
+from ..arguments import validation
+from ..topk import api
+from . import collectives, complement, consistency, shards
 
 
 def vocab_parallel_topk_div(
@@ -44,21 +45,21 @@ def vocab_parallel_topk_div(
             the argument.
         RuntimeError: a collective failed; from backward, when a second derivative is asked for.
     """
-    checks.known("vocab_parallel_topk_div", options, _OPTIONS)
+    validation.known("vocab_parallel_topk_div", options, _OPTIONS)
     group = collectives.resolve(group)
-    agreement.agree(
+    consistency.agree(
         "vocab_parallel_topk_div", group, check, (student_shard,), vocab_start, kind=kind,
         teacher_logprobs=teacher_logprobs, teacher_ids=teacher_ids,
         **{name: value for name, value in options.items() if name != "validate"},
     )  # fmt: skip
-    checks.one_side("student_shard", student_shard)
+    validation.one_side("student_shard", student_shard)
     shard = shards.locate(
         {"student_shard": student_shard}, vocab_start, options.pop("vocab_size", None), group, whole=True
     )
-    return topk.settle(
+    return api.run_topk(
         shard.of(student_shard), teacher_logprobs, teacher_ids, kind,
-        partial(splits.split, shard=shard, group=group), shard.total, **(_OPTIONS | options),
+        partial(complement.split, shard=shard, group=group), shard.total, **(_OPTIONS | options),
     )  # fmt: skip
 
 
-_OPTIONS = checks.options_of(topk.topk_div)
+_OPTIONS = validation.options_of(api.topk_div)

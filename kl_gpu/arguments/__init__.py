@@ -1,0 +1,1 @@
+"""What the entries are given: options, their validation, and which rows count."""

@@ -1,0 +1,67 @@
+"""The options that the entries share: their names, their defaults, and what they come to."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import transforms
+from ..inference_tensors import ordinary_rows
+from ..kinds import KINDS
+from . import validation
+from .reduction import Reduction, valid_rows
+
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+
+class Options(NamedTuple):
+    """Those of :func:`kl_gpu.divergence`, as given. What an entry does not take keeps its default."""
+
+    beta: float | None = None
+    temperature: float = 1.0
+    teacher_temperature: float | None = None
+    t_squared: bool = False
+    mask: Tensor | None = None
+    labels: Tensor | None = None
+    ignore_index: int = -100
+    shift: bool = False
+    weight: Tensor | None = None
+    reduction: str = "mean"
+    normalizer: float | Tensor | None = None
+    vocab_size: int | None = None
+    inplace: bool = False
+    backend: str | None = None
+
+    def check(self, kind: str) -> float:
+        """Check what needs no tensor, of two sides compared by `kind`; returns the teacher's temperature."""
+        validation.name("kind", kind, KINDS)
+        validation.name("reduction", self.reduction, REDUCTIONS)
+        validation.beta(self.beta, kind)
+        validation.booleans(shift=self.shift, inplace=self.inplace, t_squared=self.t_squared)
+        return validation.temperatures(self.temperature, self.teacher_temperature, self.t_squared)
+
+    def reduction_of(self, logits: Tensor) -> Reduction:
+        """Check what is given per row against the logits; returns what becomes of their divergences."""
+        validation.rows(logits, self.mask, self.labels, self.ignore_index, self.weight)
+        validation.normalizer(self.normalizer, self.reduction, logits.device)
+        mask, weight, normalizer = self.mask, self.weight, self.normalizer
+        if weight is not None:
+            weight = ordinary_rows(weight)
+        if isinstance(normalizer, Tensor):
+            normalizer = ordinary_rows(normalizer)
+        if mask is not None and self.shift:  # what a mask is cut from may be saved in its place
+            mask = ordinary_rows(mask)
+        valid, weight = valid_rows(mask, self.labels, self.ignore_index, weight, self.shift)
+        validation.divides(normalizer, valid, logits.shape[:-1], self.shift)
+        factor = float(self.temperature) ** 2 if self.t_squared else None
+        return Reduction(valid, weight, factor, self.reduction, normalizer)
+
+    def overwrites(self, argument: str, logits: Tensor, *also_needed: Any) -> bool:
+        """Whether the gradient goes over the logits' memory; `also_needed`: as `checks.inplace` has it."""
+        # Under torch.compile and torch.func the permission goes unused: whose memory it is, they know.
+        if not self.inplace or torch.compiler.is_compiling() or transforms.are_active():
+            return False
+        validation.inplace(argument, logits, *also_needed)
+        return True

@@ -1,0 +1,488 @@
+"""What the public functions accept. Every refusal names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .. import transforms
+from ..kinds import KINDS
+
+LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LABEL_DTYPES = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64
+)  # fmt: skip
+_INTEGERS = "an integer tensor, of int8 to int64 or uint8 to uint64"
+# Below, the float32 kernels' exponents of logits that models have overflow; above, T² times a divergence that
+# shrinks with 1/T² loses its digits. Within, every backend keeps the promises.
+TEMPERATURE_RANGE = (1e-6, 1e9)
+# So must β and its products with a probability that counts.
+SMALLEST_BETA = 1e-30
+
+
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether its numbers can be looked at here and now: they exist, and no device has to be waited for.
+
+    A traced, fake or mapped tensor stands for numbers that are not there.
+    """
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(tensor) in _ORDINARY
+        and not transforms.are_active()
+    )
+
+
+def _type_name(x: object) -> str:
+    return f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def name(argument: str, value: object, allowed: Collection[str]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{argument} must be a string, got {_type_name(value)}")
+    if value not in allowed:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def booleans(**flags: object) -> None:
+    for argument, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{argument} must be True or False, got {_type_name(value)}")
+
+
+def _is_real(value: object) -> bool:
+    # The plain type first: asking an abstract class takes four times as long.
+    return type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
+
+
+def backend(value: object) -> None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"backend must be a string or None, got {_type_name(value)}")
+
+
+def beta(value: Any, kind: str) -> None:
+    of = KINDS[kind]
+    if value is None:
+        return
+    if of.beta is None:
+        raise ValueError(f"beta is not a parameter of kind {kind!r}, got {value!r}")
+    if not _is_real(value):
+        raise TypeError(f"beta must be a float, got {_type_name(value)}")
+    one = of.limits[1] is not None
+    if not (0 <= value <= 1 if one else 0 <= value < 1):  # NaN fails every comparison
+        raise ValueError(f"beta must be within [0, 1{']' if one else ')'} for kind {kind!r}, got {value}")
+    if 0 < value < SMALLEST_BETA:
+        raise ValueError(f"beta must be 0 or at least {SMALLEST_BETA:g}, got {value}")
+
+
+def temperature(argument: str, value: Any) -> None:
+    if not _is_real(value):
+        raise TypeError(f"{argument} must be a float, got {_type_name(value)}")
+    low, high = TEMPERATURE_RANGE
+    if not low <= float(value) <= high:  # NaN fails every comparison
+        raise ValueError(f"{argument} must be a number > 0, within [{low:g}, {high:g}], got {value}")
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for tensors there; of devices that it does not know it will not be asked."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def temperatures(temperature_: Any, teacher_temperature: Any, t_squared: bool = False) -> float:
+    """Check both sides' temperatures and what T² means for them; returns the teacher's."""
+    temperature("temperature", temperature_)
+    if teacher_temperature is None:
+        return temperature_
+    temperature("teacher_temperature", teacher_temperature)
+    # Not `!=`: torch.compile would take two symbols that are equal once for two constants.
+    if t_squared and (temperature_ < teacher_temperature or temperature_ > teacher_temperature):
+        raise ValueError(
+            "t_squared needs one temperature: T² has no meaning for "
+            f"temperature={temperature_} with teacher_temperature={teacher_temperature}"
+        )
+    return teacher_temperature
+
+
+def _integer(argument: str, value: object) -> None:
+    if type(value) is int:  # as in _is_real
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
+        raise TypeError(f"{argument} must be an int, got {_type_name(value)}")
+
+
+def scales(student: Any, teacher: Any) -> tuple[float, float]:
+    """Check both temperatures, a teacher's None being the student's; returns what multiplies each side."""
+    teacher = temperatures(student, teacher)
+    return 1.0 / float(student), 1.0 / float(teacher)
+
+
+def options_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """What it takes by name only, with the defaults, which all have."""
+    return dict(function.__kwdefaults__ or {})
+
+
+def known(function: str, options: Collection[str], allowed: Collection[str]) -> None:
+    if unknown := sorted(set(options) - set(allowed)):
+        raise TypeError(f"{function} takes {', '.join(allowed)}; got {', '.join(unknown)}")
+
+
+def whole(argument: str, value: Any, low: int) -> None:
+    _integer(argument, value)
+    if value < low:
+        raise ValueError(f"{argument} must be at least {low}, got {value}")
+
+
+def count(argument: str, value: Any, most: int) -> None:
+    _integer(argument, value)
+    if not 1 <= value <= most:
+        raise ValueError(f"{argument} must be within [1, {most}], got {value}")
+
+
+def dimension(argument: str, value: Any, dimensions: int) -> None:
+    _integer(argument, value)
+    if not 0 <= value < dimensions:
+        raise ValueError(f"{argument} must be within [0, {dimensions}), got {value}")
+
+
+def is_shared(value: object) -> bool:
+    """Whether this is a DTensor; by name, since importing it takes a second."""
+    return type(value).__name__ == "DTensor"
+
+
+def of_one_rank(entry: str, *tensors: object) -> None:
+    """Refuse DTensors where the entry does not hand them on."""
+    for value in tensors:
+        if is_shared(value):
+            raise TypeError(
+                f"{entry} must be given plain tensors, got a DTensor: give each rank's to_local(), where the "
+                f"vocabulary is sharded to kl_gpu.distributed.vocab_parallel_{entry}"
+            )
+
+
+def _tensor(
+    argument: str, value: object, dtypes: Collection[torch.dtype], what: str, shared: bool = False
+) -> None:
+    """Check a tensor's kind and dtype; `shared`: a DTensor will do."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument} must be a tensor, got {_type_name(value)}")
+    if value.is_nested:  # asked first: it has no shape, and one of its two layouts calls itself strided
+        raise TypeError(f"{argument} must be a dense tensor, got a nested one: pad it, and mask the padding")
+    if not shared and is_shared(value):
+        raise TypeError(f"{argument} must be a plain tensor, got a DTensor: give its to_local()")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{argument} must be {what}, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{argument} must be a dense tensor, got layout {value.layout}")
+
+
+def _same_rows(sides: dict[str, Tensor]) -> None:
+    student, teacher = sides.values()
+    if student.device != teacher.device:
+        raise ValueError(
+            f"{' and '.join(sides)} must be on one device, got {student.device} and {teacher.device}"
+        )
+    if student.shape != teacher.shape and student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"{' and '.join(sides)} must have the same leading shape, "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+
+
+def shifted(needed: str, value: Tensor, shift: bool) -> None:
+    if shift and value.dim() != 3:
+        raise ValueError(f"shift=True needs {needed}, got {tuple(value.shape)}")
+    if shift and value.shape[1] < 1:
+        raise ValueError(f"shift=True needs at least one time step, got {tuple(value.shape)}")
+
+
+def beside_each_other(sides: dict[str, Any], columns: int = 1) -> None:
+    """Check two tensors of logits against each other but for V; each has so many columns at least."""
+    for argument, side in sides.items():
+        one_side(argument, side, columns)
+    _same_rows(sides)
+
+
+def logits(student: Any, teacher: Any, vocab_size: Any, shift: bool) -> int:
+    """Check both sides against each other; returns the number of columns that count."""
+    beside_each_other({"student_logits": student, "teacher_logits": teacher})
+    shifted("logits [batch, time, V]", student, shift)
+    return vocabulary(
+        "student_logits", student.shape[-1], "teacher_logits", teacher.shape[-1], "columns", vocab_size
+    )
+
+
+def vocabulary(
+    argument: str, columns: int, other_argument: str, other_columns: int, unit: str, vocab_size: Any
+) -> int:
+    """Check what both sides have against vocab_size; returns the number of columns that count."""
+    if vocab_size is None:
+        if columns != other_columns:
+            raise ValueError(
+                f"vocab_size must be given where the vocabularies differ: {argument} has {columns} "
+                f"{unit}, {other_argument} {other_columns}"
+            )
+        return columns
+    _integer("vocab_size", vocab_size)
+    largest = min(columns, other_columns)
+    if not 1 <= vocab_size <= largest:
+        raise ValueError(f"vocab_size must be within [1, {largest}], got {vocab_size}")
+    return int(vocab_size)
+
+
+def one_side(argument: str, side: Any, columns: int = 0) -> None:
+    """Check that these are logits, of so many columns at least."""
+    _tensor(argument, side, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
+    if side.dim() < 1 or side.shape[-1] < columns:
+        least = " with at least one column" if columns else ""
+        raise ValueError(f"{argument} must be [N, V]{least}, got {tuple(side.shape)}")
+
+
+def one_sided_logits(argument: str, value: Any, vocab_size: Any, shift: bool) -> int:
+    """Check logits that stand alone; returns the number of columns that count."""
+    one_side(argument, value, columns=1)
+    shifted(f"{argument} [batch, time, V]", value, shift)
+    columns: int = value.shape[-1]
+    if vocab_size is None:
+        return columns
+    _integer("vocab_size", vocab_size)
+    if not 1 <= vocab_size <= columns:
+        raise ValueError(f"vocab_size must be within [1, {columns}], got {vocab_size}")
+    return int(vocab_size)
+
+
+def _head(side: str, hidden: Any, weight: Any, bias: Any, least: int) -> None:
+    """Check one model's hidden states against its LM head, of so many rows at least."""
+    names = f"{side}_hidden", f"{side}_weight", f"{side}_bias"
+    for argument, value, shape in zip(
+        names, (hidden, weight, bias), ("[N, H]", "[V, H]", "[V]"), strict=True
+    ):
+        if argument == names[2] and value is None:
+            continue
+        _tensor(argument, value, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
+        few = value.dim() < 1 if argument == names[0] else value.dim() != shape.count(",") + 1
+        if (
+            few
+            or value.shape[-1] < (least if value is bias else 1)
+            or (value is weight and len(value) < least)
+        ):
+            what = "neither V nor H 0" if least else "H not 0"
+            raise ValueError(f"{argument} must be {shape}, {what}, got {tuple(value.shape)}")
+        if value.device != hidden.device:
+            raise ValueError(f"{argument} must be on {hidden.device}, as {names[0]} is, got {value.device}")
+        # What autocast casts may differ; it leaves float64 alone.
+        cast = autocasts(hidden.device)
+        if value.dtype != hidden.dtype and not (cast and torch.float64 not in (value.dtype, hidden.dtype)):
+            raise TypeError(f"{argument} must have {names[0]}'s dtype, {hidden.dtype}, got {value.dtype}")
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{names[1]} must be [V, {hidden.shape[-1]}], as {names[0]} has {hidden.shape[-1]} columns, "
+            f"got {tuple(weight.shape)}"
+        )
+    if bias is not None and len(bias) != len(weight):
+        raise ValueError(
+            f"{names[2]} must be [{len(weight)}], a number per row of {names[1]}, got [{len(bias)}]"
+        )
+
+
+def heads(
+    student_hidden: Any, student_weight: Any, student_bias: Any,
+    teacher_hidden: Any, teacher_weight: Any, teacher_bias: Any, shift: bool, least: int = 1,
+) -> None:  # fmt: skip
+    """Check both models' hidden states and LM heads, of so many rows at least."""
+    _head("student", student_hidden, student_weight, student_bias, least)
+    _head("teacher", teacher_hidden, teacher_weight, teacher_bias, least)
+    _same_rows({"student_hidden": student_hidden, "teacher_hidden": teacher_hidden})
+    shifted("hidden states [batch, time, H]", student_hidden, shift)
+    for argument, value in (
+        ("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight), ("teacher_bias", teacher_bias)
+    ):  # fmt: skip
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{argument} gets no gradient here, got one that requires it: detach it")
+
+
+def softcap(argument: str, value: Any) -> float:
+    """Returns the cap, 0 where there is none."""
+    if value is None:
+        return 0.0
+    positive(argument, value, "a number or None")
+    return float(value)
+
+
+def logit_scale(argument: str, value: Any, temperature: float) -> float:
+    positive(argument, value)
+    low, high = TEMPERATURE_RANGE
+    if not low <= float(temperature) / float(value) <= high:
+        raise ValueError(
+            f"the temperature over {argument} must be within [{low:g}, {high:g}], "
+            f"got {temperature} over {value}"
+        )
+    return float(value)
+
+
+def chunk_rows(value: Any) -> None:
+    if value is None:
+        return
+    _integer("chunk_rows", value)
+    if value < 1:
+        raise ValueError(f"chunk_rows must be at least 1 or None, got {value}")
+
+
+def _beside(argument: str, value: Tensor, shape: tuple[int, ...], what: str, device: torch.device) -> None:
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{argument} must have {what} {shape}, got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{argument} must be on {device}, as the logits are, got {value.device}")
+
+
+def token_ids(logits: Tensor, value: Any) -> None:
+    _tensor("token_ids", value, LABEL_DTYPES, _INTEGERS)
+    _beside("token_ids", value, tuple(logits.shape[:-1]), "the logits' leading shape", logits.device)
+
+
+def topk(student: Tensor, logprobs: Any, ids: Any, tail_logprob: Any, tail: str) -> None:
+    """Check what is known of the teacher against the student's logits, before any shift."""
+    _tensor("teacher_ids", ids, LABEL_DTYPES, _INTEGERS)
+    lead = tuple(student.shape[:-1])
+    if ids.dim() != student.dim() or tuple(ids.shape[:-1]) != lead or ids.shape[-1] < 1:
+        raise ValueError(
+            f"teacher_ids must be [N, K] with the logits' leading shape {lead} and K at least 1, "
+            f"got {tuple(ids.shape)}"
+        )
+    if ids.device != student.device:
+        raise ValueError(f"teacher_ids must be on {student.device}, as the logits are, got {ids.device}")
+    _tensor("teacher_logprobs", logprobs, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
+    _beside("teacher_logprobs", logprobs, tuple(ids.shape), "the shape of teacher_ids", student.device)
+    if tail_logprob is not None:
+        if tail != "bucket":
+            raise ValueError(f"teacher_tail_logprob belongs to tail='bucket', got tail={tail!r}")
+        _tensor("teacher_tail_logprob", tail_logprob, LOGIT_DTYPES, "a floating tensor")
+        _beside("teacher_tail_logprob", tail_logprob, lead, "the logits' leading shape", student.device)
+    for argument, value in (("teacher_logprobs", logprobs), ("teacher_tail_logprob", tail_logprob)):
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{argument} gets no gradient here, got one that requires it: detach it")
+
+
+def rows(student: Tensor, mask: Any, labels: Any, ignore_index: Any, weight: Any) -> None:
+    """Check what is given per row against the logits' leading shape, before any shift."""
+    _integer("ignore_index", ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be within int64, got {ignore_index}")
+    if mask is None and labels is None and weight is None:
+        return
+    for argument, value, dtypes, what in (
+        ("mask", mask, (torch.bool,), "bool"),
+        ("labels", labels, LABEL_DTYPES, _INTEGERS),
+        ("weight", weight, LOGIT_DTYPES, "a floating tensor"),
+    ):
+        if value is None:
+            continue
+        _tensor(argument, value, dtypes, what)
+        if value.shape != student.shape[:-1]:
+            raise ValueError(
+                f"{argument} must have the logits' leading shape {tuple(student.shape[:-1])}, "
+                f"got {tuple(value.shape)}"
+            )
+        if value.device != student.device:
+            raise ValueError(f"{argument} must be on {student.device}, as the logits are, got {value.device}")
+
+
+def labels_are_columns(labels: Tensor, counts: Tensor, columns: int) -> None:
+    """Refuse labels that are no column, where rows count, if their values can be looked at."""
+    if not readable(labels):
+        return
+    labels = labels.long()  # lest the number of columns wrap around in a narrower type
+    wrong = counts & ((labels < 0) | (labels >= columns))
+    if wrong.any():
+        raise ValueError(
+            f"labels must be within [0, {columns}) or be ignore_index in rows that count, "
+            f"got {labels[wrong][0].item()}"
+        )
+
+
+def positive(argument: str, value: Any, expected: str = "a number") -> None:
+    if not _is_real(value):
+        raise TypeError(f"{argument} must be {expected}, got {_type_name(value)}")
+    if not 0 < float(value) < math.inf:  # NaN fails every comparison; isfinite does not trace
+        raise ValueError(f"{argument} must be a finite number > 0, got {value}")
+
+
+def log_probabilities(policy: Any, ref: Any, mask: Any) -> None:
+    """Check the policy's and the reference's log-probabilities of the same tokens against each other."""
+    for argument, value in (("policy_logprobs", policy), ("ref_logprobs", ref)):
+        _tensor(argument, value, LOGIT_DTYPES, "float16, bfloat16, float32 or float64", shared=True)
+    for what, ours, theirs in (
+        ("the same shape", tuple(policy.shape), tuple(ref.shape)),
+        ("one device", policy.device, ref.device),
+    ):
+        if ours != theirs:
+            raise ValueError(f"policy_logprobs and ref_logprobs must have {what}, got {ours} and {theirs}")
+    if mask is not None:
+        _tensor("mask", mask, (torch.bool,), "bool", shared=True)
+        if mask.shape != policy.shape:
+            raise ValueError(
+                f"mask must have the log-probabilities' shape {tuple(policy.shape)}, got {tuple(mask.shape)}"
+            )
+        if mask.device != policy.device:
+            raise ValueError(f"mask must be on {policy.device}, as they are, got {mask.device}")
+
+
+def normalizer(value: Any, reduction: str, device: torch.device, shared: bool = False) -> None:
+    """Check the denominator of a mean; `shared`: it may be a DTensor."""
+    if value is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"normalizer is the denominator of reduction='mean', got reduction={reduction!r}")
+    if isinstance(value, Tensor):
+        _tensor("normalizer", value, (*LOGIT_DTYPES, *LABEL_DTYPES), "a real number", shared)
+        if value.dim() != 0:
+            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+        if value.device != device and value.device.type != "cpu":
+            raise ValueError(f"normalizer must be on {device} or the CPU, got {value.device}")
+        if readable(value) and not 0 <= value.item() < math.inf:  # NaN fails every comparison
+            raise ValueError(f"normalizer must be a finite number > 0, got a tensor of {value.item()}")
+        return
+    positive("normalizer", value, "a number or a 0-d tensor")
+
+
+def divides(normalizer_: Any, counts: Tensor | None, lead: torch.Size, shift: bool) -> None:
+    """Refuse a normalizer of 0 where rows count, if both can be looked at."""
+    if not isinstance(normalizer_, Tensor) or not readable(normalizer_) or normalizer_.item() != 0:
+        return
+    if counts is not None and not readable(counts):
+        return
+    of_all = math.prod(lead) - (lead[0] if shift else 0)
+    if of_all > 0 if counts is None else bool(counts.any()):
+        raise ValueError("normalizer may be 0 only where no row counts, got a tensor of 0 for rows that do")
+
+
+def inplace(argument: str, logits: Tensor, other: str = "", also_needed: Tensor | None = None) -> None:
+    """Refuse to write the gradient where the logits' memory is needed or shared."""
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return
+    owner = logits if logits._base is None else logits._base
+    if owner.is_leaf and owner.requires_grad:
+        raise ValueError(
+            f"inplace=True would overwrite {argument}, a leaf that requires grad or a view of one; "
+            "give the output of a model"
+        )
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(f"inplace=True needs {argument} with a contiguous last dimension")
+    if any(step == 0 and size > 1 for size, step in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(f"inplace=True needs {argument} with memory of its own, got an expanded view")
+    if also_needed is None:
+        return
+    if isinstance(logits, FakeTensor):
+        return
+    # Null where there is no memory to share: no rows, the meta device.
+    memory = logits.untyped_storage().data_ptr()
+    if memory and memory == also_needed.untyped_storage().data_ptr():
+        raise ValueError(f"inplace=True would overwrite {other}, which shares {argument}' memory")

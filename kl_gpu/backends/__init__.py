@@ -1,0 +1,1 @@
+"""The backends, their interface, and the registry that loads them."""

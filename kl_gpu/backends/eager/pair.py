@@ -1,0 +1,368 @@
+"""Plain PyTorch backend: any device, chunked so that its extra memory stays small whatever N and V are.
+
+Works in float64, which makes the plain formulas accurate enough for the library's promises; where the device
+has none, the chunks visit the CPU. Exponentials are powers of 2: PyTorch computes those three times as fast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ...formulas import Terms, column_terms, kl_terms
+from ..interface import TOKEN_STATS, RowPair
+
+# 512 Ki float64 elements are 4 MiB: the few buffers a chunk needs stay in a last cache of 32 MiB, and each
+# operation is long enough to hide what starting it costs.
+CHUNK = 1 << 19
+# A formula holds a dozen of them at once.
+_FORMULA_CHUNK = CHUNK // 4
+# Below this the plain sum of terms w·x, good to some 1e-15 in float64, gives way to one that does not cancel.
+_CANCELS = 1e-6
+_NO_FLOAT64 = frozenset({"mps"})
+_LOG2E = 1 / math.log(2)
+_LARGEST = 2.0**1000
+
+
+def _chunk(p: RowPair) -> int:
+    return CHUNK if p.formula == "kl" else _FORMULA_CHUNK
+
+
+def blocks_of(logits: Tensor, chunk: int) -> Iterator[tuple[int, slice]]:
+    """Row blocks of `[A, B, V]`: an outer index and a run of inner rows, about a chunk each."""
+    outer, inner, columns = logits.shape
+    step = max(1, chunk // columns)
+    for i in range(outer):
+        for j in range(0, inner, step):
+            yield i, slice(j, min(j + step, inner))
+
+
+def columns_of(n: int, chunk: int) -> Iterator[slice]:
+    for start in range(0, n, chunk):
+        yield slice(start, min(start + chunk, n))
+
+
+def worker_for(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type in _NO_FLOAT64 else device
+
+
+def row_sum(x: Tensor) -> Tensor:
+    """Σ over columns, `[R, 1]`.
+
+    A row alone goes twice: PyTorch would split one long sum over its threads, and the row's bits would
+    differ from those it has among others.
+    """
+    total = (x.expand(2, -1) if x.shape[0] == 1 else x).sum(-1, keepdim=True)
+    return total[: x.shape[0]]
+
+
+def _widen(out: Tensor, logits: Tensor) -> Tensor:
+    """Logits in float64, over `out`; a finite one stays finite over a temperature below 1."""
+    out.copy_(logits)
+    if logits.dtype == torch.float64:
+        finite = torch.isfinite(out)
+        torch.where(finite, out.clamp(-_LARGEST, _LARGEST), out, out=out)
+    return out
+
+
+class _Side:
+    """One side of a chunk of rows: its logits in float64, and 2^(scaled logit − top) beside them."""
+
+    def __init__(self, rows: Tensor, scale: float, buffers: Tensor) -> None:
+        self.rows, self.scale, self.buffers = rows, scale, buffers
+        tops = [rows[:, c].amax(-1, keepdim=True) for c in self.columns()]
+        top = torch.cat(tops, -1).amax(-1, keepdim=True).to(buffers)
+        # NaN where the row has no distribution: the largest logit is NaN or infinite.
+        top = torch.where(torch.isfinite(top), top.clamp(-_LARGEST, _LARGEST), torch.nan)
+        self.top = top * scale * _LOG2E
+        self.total = torch.zeros_like(self.top)
+        for c in self.columns():
+            self.total += row_sum(self.load(c)[1])
+
+    def columns(self) -> Iterator[slice]:
+        return columns_of(self.rows.shape[-1], self.buffers.shape[-1])
+
+    def load(self, columns: slice) -> tuple[Tensor, Tensor]:
+        logits, powers = self.buffers[:, : self.rows.shape[0], : columns.stop - columns.start]
+        _widen(logits, self.rows[:, columns])
+        torch.add(-self.top, logits, alpha=self.scale * _LOG2E, out=powers)
+        return logits, powers.exp2_()
+
+    def log_normalizer(self) -> Tensor:
+        """ln Σ exp(scaled logit), `[R, 1]`."""
+        return (self.top + self.total.log2()) / _LOG2E
+
+
+def _log_ratio(a: Tensor, b: Tensor, shift: Tensor, a_scale: float, b_scale: float) -> Tensor:
+    """(scaled b − scaled a) − shift, over the memory of a; exactly 0 for equal logits."""
+    torch.sub(b, a, alpha=a_scale / b_scale, out=a)
+    return torch.add(-shift, a, alpha=b_scale, out=a)
+
+
+def _kl(a: _Side, b: _Side) -> Tensor:
+    """KL(a‖b) of a chunk of rows, `[R, 1]`."""
+    shift = b.log_normalizer() - a.log_normalizer()
+    blocks = list(a.columns())
+    again = len(blocks) > 1  # the buffers still hold a row's only block
+    plain = torch.zeros_like(shift)
+    for c in blocks:
+        (logits_a, powers_a), (logits_b, _) = (
+            (side.load(c) if again else side.buffers[:, : shift.shape[0], : c.stop]) for side in (a, b)
+        )
+        x = _log_ratio(logits_a, logits_b, shift, a.scale, b.scale)
+        plain -= row_sum(torch.mul(powers_a, x, out=logits_b))
+    plain /= a.total
+    # On a GPU the question would wait for the device. And the answer must be each row's own, or its bits
+    # would depend on its neighbours.
+    enough = (plain > _CANCELS) & torch.isfinite(plain)
+    if plain.device.type == "cpu" and bool(enough.all()):
+        return plain
+    careful = torch.zeros_like(shift)
+    for c in blocks:
+        (logits_a, w), (logits_b, q) = a.load(c), b.load(c)
+        no_weight, no_other = torch.isneginf(logits_a), torch.isneginf(logits_b)
+        x = _log_ratio(logits_a, logits_b, shift, a.scale, b.scale)
+        careful += row_sum(kl_terms(x, w.div_(a.total), q.div_(b.total), no_weight, no_other))
+    # Times 0: a row without a distribution is NaN also where its columns summed to +inf.
+    return torch.where(enough, plain, careful + shift * 0)
+
+
+def _formula(
+    p: RowPair, logits: tuple[Tensor, Tensor], probabilities: tuple[Tensor, Tensor], shift: Tensor
+) -> Terms:
+    """The formula's terms and flows on a chunk; takes over the memory of the logits."""
+    neither = torch.isneginf(logits[0]) & torch.isneginf(logits[1])
+    r = torch.where(neither, 0, _log_ratio(*logits, shift, p.a_scale, p.b_scale))
+    return column_terms(p.formula, probabilities, r, p.beta)
+
+
+def _formula_totals(p: RowPair, a: _Side, b: _Side) -> tuple[Tensor, Tensor, Tensor]:
+    """The row sums of the formula's three parts, `[R, 1]` each."""
+    shift = b.log_normalizer() - a.log_normalizer()
+    totals = [torch.zeros_like(shift) for _ in range(3)]
+    for c in a.columns():
+        (logits_a, w), (logits_b, q) = a.load(c), b.load(c)
+        parts = _formula(p, (logits_a, logits_b), (w.div_(a.total), q.div_(b.total)), shift)
+        for total, part in zip(totals, parts, strict=True):
+            total += row_sum(part)
+    # Times 0: sign(NaN) is 0, and a row without a distribution must be NaN in every sum.
+    return totals[0] + shift * 0, totals[1] + shift * 0, totals[2] + shift * 0
+
+
+def _split(x: Tensor, n: int, dtype: torch.dtype) -> list[Tensor]:
+    """x as a sum of n numbers of `dtype`: three float32 hold all of a float64."""
+    parts = []
+    for _ in range(n):
+        part = x.to(dtype)
+        parts.append(part)
+        x = torch.where(torch.isfinite(part), x - part.to(x.dtype), 0)
+    return parts
+
+
+# Row statistics: log normaliser of a and of b, the divergence, then the sums of the formula's other two
+# parts, each as a sum of so many numbers.
+_STATS = (3, 3, 2, 2, 2)
+
+
+def value(p: RowPair) -> tuple[Tensor, Tensor]:
+    """Per-row divergence `[A*B]` and row statistics `[A*B, STATS]`."""
+    shape = p.a.shape
+    worker = worker_for(p.a.device)
+    found = torch.zeros((*shape[:2], len(_STATS)), dtype=torch.float64, device=worker)
+    rows_at_once = max((block.stop - block.start for _, block in blocks_of(p.a, _chunk(p))), default=0)
+    buffers = torch.empty((2, 2, rows_at_once, min(shape[2], _chunk(p))), dtype=torch.float64, device=worker)
+    for i, j in blocks_of(p.a, _chunk(p)):
+        a, b = _Side(p.a[i, j], p.a_scale, buffers[0]), _Side(p.b[i, j], p.b_scale, buffers[1])
+        parts = (_kl(a, b),) if p.formula == "kl" else _formula_totals(p, a, b)
+        found[i, j, : 2 + len(parts)] = torch.cat((a.log_normalizer(), b.log_normalizer(), *parts), -1)
+    found[..., 2].clamp_min_(0)
+    if shape[2] == 1:
+        found[..., 2:].mul_(0)  # as in `gradient`, and NaN where there is no distribution
+    found = found.view(-1, len(_STATS))
+    stats = [part for k, n in enumerate(_STATS) for part in _split(found[:, k : k + 1], n, p.dtype)]
+    result = stats[6][:, 0]
+    if p.valid is not None:
+        result = torch.where(p.valid.reshape(-1).to(worker), result, 0)
+    return result.to(p.a.device), torch.cat(stats, -1).to(p.a.device)
+
+
+def divergence(p: RowPair) -> Tensor:
+    """`value` without the statistics."""
+    return value(p)[0]
+
+
+def value_and_gradient(
+    p: RowPair, row_scale: Tensor, grad_a: Tensor | None, grad_b: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`value`, then `gradient`."""
+    found, stats = value(p)
+    gradient(p, stats, row_scale, grad_a, grad_b)
+    return found, stats
+
+
+def normalisers(stats: Tensor, a_scale: float, b_scale: float) -> tuple[Tensor, Tensor]:
+    """Of rows whose statistics these are, in float64 nats: log Σ e^a, and log Σ e^b less that."""
+    log_a, log_b = (part.double().sum(-1) for part in stats.split(_STATS, -1)[:2])
+    return log_a, log_b - log_a
+
+
+def statistics(
+    local: Tensor, a_scale: float, b_scale: float, formula: str, log_a: Tensor, ratio: Tensor, sums: Tensor
+) -> Tensor:
+    """What `gradient` and `formula_sums` need of a part of a row whose other columns lie elsewhere.
+
+    Args:
+        local: the statistics of the part.
+        log_a, ratio: the whole row's normalisers, as `normalisers` has them.
+        sums: float64 `[N, 3]`, the whole row's value, mean_a and mean_b.
+    """
+    numbers = torch.cat((torch.stack((log_a, log_a + ratio), -1), sums), -1)
+    parts = [part for k, n in enumerate(_STATS) for part in _split(numbers[..., k], n, local.dtype)]
+    return torch.stack(parts, -1)
+
+
+def formula_sums(p: RowPair, stats: Tensor) -> Tensor:
+    """The formula's terms and its two flows, summed over the columns: float64 `[A*B, 3]`."""
+    worker, inner = worker_for(p.a.device), p.a.shape[1]
+    found = torch.zeros((p.n_rows, 3), dtype=torch.float64, device=worker)
+    for i, j in blocks_of(p.a, _FORMULA_CHUNK):
+        flat = slice(i * inner + j.start, i * inner + j.stop)
+        log_a, log_b = (
+            x.sum(-1, keepdim=True) for x in stats[flat].to(worker).double().split(_STATS, -1)[:2]
+        )
+        for c in columns_of(p.a.shape[-1], _FORMULA_CHUNK):
+            a, b = (
+                _widen(torch.empty_like(x, dtype=torch.float64, device=worker), x)
+                for x in (p.a[i, j, c], p.b[i, j, c])
+            )
+            sides = _normalised(a.clone(), log_a, p.a_scale), _normalised(b.clone(), log_b, p.b_scale)
+            parts = _formula(p, (a, b), sides, log_b - log_a)
+            found[flat] += torch.cat([row_sum(part) for part in parts], -1)
+    if p.valid is not None:
+        found = torch.where(p.valid.reshape(-1, 1).to(worker), found, 0)
+    return found.to(p.a.device)
+
+
+def _kl_gradients(
+    p: RowPair, a: Tensor, b: Tensor, sums: tuple[Tensor, ...], needs_a: bool
+) -> tuple[Tensor | None, Tensor]:
+    """∂KL/∂(scaled logits) of a chunk, over the memory of a and b."""
+    log_a, log_b, kl = sums[:3]
+    to_a = None
+    if needs_a:
+        to_a = _log_ratio(a.clone(), b, log_b - log_a, p.a_scale, p.b_scale).add_(kl).neg_()
+        # Times 0: a NaN row stays NaN. Nothing flows to a logit of −inf.
+        to_a = torch.where(torch.isneginf(a), kl * 0, to_a)
+    w, q = _normalised(a, log_a, p.a_scale), _normalised(b, log_b, p.b_scale)
+    if to_a is not None:
+        to_a = torch.where(torch.isinf(kl), torch.nan, to_a.mul_(w))
+    return to_a, q.sub_(w)
+
+
+def _normalised(logits: Tensor, log_normalizer: Tensor, scale: float) -> Tensor:
+    """Probabilities, over the memory of the logits."""
+    return torch.add(log_normalizer * -_LOG2E, logits, alpha=scale * _LOG2E, out=logits).exp2_()
+
+
+def _formula_gradients(p: RowPair, a: Tensor, b: Tensor, sums: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """∂D/∂(scaled logits) of a chunk: each side's part of the formula less its own share of the row's sum."""
+    log_a, log_b, _, *means = sums
+    sides = _normalised(a.clone(), log_a, p.a_scale), _normalised(b.clone(), log_b, p.b_scale)
+    _, *flows = _formula(p, (a, b), sides, log_b - log_a)
+    # An infinite divergence has no gradient to the side whose mean is infinite: NaN, never a silent 0.
+    grads = [
+        torch.where(torch.isfinite(mean), flow.sub_(side * mean), torch.nan)
+        for side, flow, mean in zip(sides, flows, means, strict=True)
+    ]
+    return grads[0], grads[1]
+
+
+def gradient(
+    p: RowPair,
+    stats: Tensor,
+    row_scale: Tensor,
+    grad_a: Tensor | None,
+    grad_b: Tensor | None,
+    incoming: Tensor | None = None,
+) -> None:
+    """Write incoming · row_scale · ∂divergence/∂logits into the given `[A, B, V]` buffers; either may be None."""
+    if incoming is not None:
+        row_scale = row_scale * incoming
+    worker = worker_for(p.a.device)
+    inner = p.a.shape[1]
+    buffers: dict[torch.Size, Tensor] = {}
+    for i, j in blocks_of(p.a, _chunk(p)):
+        flat = slice(i * inner + j.start, i * inner + j.stop)
+        parts = stats[flat].to(worker, torch.float64).split(_STATS, -1)
+        sums = tuple(part.sum(-1, keepdim=True) for part in parts)
+        scale = row_scale[flat, None].to(worker, torch.float64)
+        keep = None if p.valid is None else p.valid[i, j, None].to(worker)
+        for c in columns_of(p.a.shape[-1], _chunk(p)):
+            a_rows, b_rows = p.a[i, j, c], p.b[i, j, c]
+            if a_rows.shape not in buffers:
+                buffers[a_rows.shape] = torch.empty((2, *a_rows.shape), dtype=torch.float64, device=worker)
+            a, b = buffers[a_rows.shape]
+            _widen(a, a_rows)
+            _widen(b, b_rows)
+            if p.formula == "kl":
+                grads = _kl_gradients(p, a, b, sums, grad_a is not None)
+            else:
+                grads = _formula_gradients(p, a, b, sums)
+            # Both are ready before either is stored: a buffer may be the very memory a or b was read from.
+            for out, grad, side_scale in zip((grad_a, grad_b), grads, (p.a_scale, p.b_scale), strict=True):
+                if out is not None and grad is not None:
+                    if p.a.shape[-1] == 1:
+                        grad = sums[2] * 0  # a probability of 1 that two exponentials would round
+                    grad = grad * (scale * side_scale)
+                    out[i, j, c] = grad if keep is None else torch.where(keep, grad, 0)
+
+
+def _entropy(side: _Side) -> Tensor:
+    """−Σ p ln p of a chunk of rows, `[R, 1]`."""
+    weighted = torch.zeros_like(side.total)
+    for c in side.columns():
+        logits, powers = side.load(c)
+        exponents = logits.mul_(side.scale * _LOG2E).sub_(side.top)
+        weighted += row_sum(torch.where(powers == 0, 0, exponents.mul_(powers)))
+    return ((side.total.log2() - weighted / side.total) / _LOG2E).clamp_min_(0)
+
+
+def _log_probability(side: _Side, tokens: Tensor) -> Tensor:
+    """ln p of one token of each row, `[R, 1]`; NaN for a token that is no column."""
+    inside = (tokens >= 0) & (tokens < side.rows.shape[-1])
+    logits = side.rows.gather(-1, torch.where(inside, tokens, 0)).to(side.total)
+    exponents = logits * (side.scale * _LOG2E) - side.top
+    # At most 0, which one column's rounding might pass.
+    found = ((exponents - side.total.log2()) / _LOG2E).clamp_max_(0)
+    return torch.where(inside.to(found.device), found, torch.nan)
+
+
+def token_stats(p: RowPair, tokens: Tensor | None) -> Tensor:
+    """`[TOKEN_STATS, A*B]`, in the order of `kl_gpu.backends.interface`; tokens `[A, B]` where there are any."""
+    shape = p.a.shape
+    worker = worker_for(p.a.device)
+    found = torch.empty((*shape[:2], TOKEN_STATS), dtype=torch.float64, device=worker)
+    rows_at_once = max((block.stop - block.start for _, block in blocks_of(p.a, _chunk(p))), default=0)
+    buffers = torch.empty((2, 2, rows_at_once, min(shape[2], _chunk(p))), dtype=torch.float64, device=worker)
+    for i, j in blocks_of(p.a, _chunk(p)):
+        a, b = _Side(p.a[i, j], p.a_scale, buffers[0]), _Side(p.b[i, j], p.b_scale, buffers[1])
+        of_tokens = [torch.full_like(a.total, torch.nan)] * 2
+        if tokens is not None:
+            of_tokens = [_log_probability(side, tokens[i, j, None]) for side in (b, a)]
+        agree = (a.rows.argmax(-1, keepdim=True) == b.rows.argmax(-1, keepdim=True)).to(a.total)
+        parts = [_entropy(b), _entropy(a), *of_tokens, torch.where((a.top + b.top).isnan(), torch.nan, agree)]
+        kls = []
+        for weights, other in ((a, b), (b, a)):
+            for side in (a, b):
+                side.load(next(side.columns()))  # `_kl` finds a row's only block in the buffers
+            kls.append(_kl(weights, other).clamp_min_(0))
+        found[i, j] = torch.cat((*kls, *parts), -1)
+    if shape[2] == 1:
+        found[..., :2].mul_(0)
+    found = found.view(-1, TOKEN_STATS)
+    if p.valid is not None:
+        found = torch.where(p.valid.reshape(-1, 1).to(worker), found, 0)
+    return found.T.to(p.a.device, p.dtype).contiguous()

@@ -1,0 +1,169 @@
+"""What a backend is asked to compute, and what it must offer: all that `ops` and `distributed` know of one.
+
+A backend is a module with these functions. It knows tensors and numbers; masks, labels, weights and reductions have
+become `valid` rows and row factors before anything gets here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..arguments.reduction import compute_dtype
+from ..kinds import KINDS
+
+# Numbers kept per row between value and gradient, of a pair of sides and of a complement. What they mean is each
+# backend's own affair.
+STATS = 12
+COMPLEMENT_STATS = 4
+# Numbers per row that a backend's `token_stats` gives, a being the teacher. In this order: KL(a‖b), KL(b‖a),
+# the entropies of b and of a, the log-probabilities of the row's token under b and under a (NaN where there
+# is no such token), and whether the first largest logit of both is in one column.
+TOKEN_STATS = 7
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """What is computed per picked column: float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class RowPair(NamedTuple):
+    """The two sides of a divergence, row by row, already turned to the roles a and b of its formula.
+
+    Attributes:
+        a, b: logits `[A, B, V]`, last stride 1, the other two anything; for a viewless backend also `[B, V]`.
+        valid: bool `[A, B]` or `[B]`, or None where every row counts. A row that is False has value and
+            gradient 0.
+        formula: its name, as `kl_gpu.kinds` has it.
+        beta: its parameter, strictly between 0 and 1; 0 where it has none.
+        a_scale, b_scale: 1/temperature of each side.
+        dtype: what its rows are computed in, as `compute_dtype` has it.
+    """
+
+    a: Tensor
+    b: Tensor
+    valid: Tensor | None
+    formula: str
+    beta: float
+    a_scale: float
+    b_scale: float
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        student: Tensor,
+        teacher: Tensor,
+        valid: Tensor | None,
+        kind: str,
+        beta: float,
+        student_scale: float,
+        teacher_scale: float,
+    ) -> RowPair:
+        """From the caller's two sides; `kind` is a name in `KINDS`."""
+        of, dtype = KINDS[kind], compute_dtype(student.dtype, teacher.dtype)
+        if of.expectation_under == "teacher":
+            return cls(teacher, student, valid, of.formula, beta, teacher_scale, student_scale, dtype)
+        return cls(student, teacher, valid, of.formula, beta, student_scale, teacher_scale, dtype)
+
+    @property
+    def n_rows(self) -> int:
+        return math.prod(self.a.shape[:-1])
+
+
+class ComplementArgs(NamedTuple):
+    """Rows whose complement is asked for: log Σ exp(scale · logit) over the columns not in `ids`.
+
+    Attributes:
+        logits: `[A, B, V]`, last stride 1, the other two anything.
+        ids: int64 `[A*B, K]`, contiguous; what lies outside [0, V) names no column.
+        valid: bool `[A, B]`, or None where every row counts. A row that is False has gradient 0.
+        scale: 1/temperature.
+    """
+
+    logits: Tensor
+    ids: Tensor
+    valid: Tensor | None
+    scale: float
+
+    @property
+    def n_rows(self) -> int:
+        return self.ids.shape[0]
+
+
+class Backend(Protocol):
+    """The functions and attributes of a backend; `registry.load` checks every module against this list."""
+
+    @property
+    def fuses(self) -> bool:
+        """Whether `value_and_gradient` moves less memory than `value` and `gradient` one after the other."""
+
+    @property
+    def viewless(self) -> bool:
+        """Whether a `RowPair` may be `[N, V]`, too: on a small problem a view takes as long as the kernel."""
+
+    def value(self, p: RowPair) -> tuple[Tensor, Tensor]:
+        """Per-row divergence `[A*B]` and the row statistics `[A*B, STATS]` that `gradient` needs."""
+
+    def divergence(self, p: RowPair) -> Tensor:
+        """`value` without the statistics."""
+
+    def gradient(
+        self, p: RowPair, stats: Tensor, row_scale: Tensor, grad_a: Tensor | None, grad_b: Tensor | None,
+        incoming: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Write incoming · row_scale · ∂value/∂logits. A gradient may lie over the very logits it belongs to.
+
+        With an incoming gradient (0-d) of 1 the buffers stay as they are: `value_and_gradient` filled them.
+        """
+
+    def value_and_gradient(
+        self, p: RowPair, row_scale: Tensor, grad_a: Tensor | None, grad_b: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`value` and `gradient`, for callers who know row_scale beforehand; the bits are those of the two."""
+
+    def token_stats(self, p: RowPair, tokens: Tensor | None) -> Tensor:
+        """`[TOKEN_STATS, A*B]`; tokens int64 `[A, B]` where there are any."""
+
+    def complement(self, args: ComplementArgs, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The complement's log-sum-exp and entropy, `[A*B]` each, and row statistics `[A*B, COMPLEMENT_STATS]`."""
+
+    def complement_gradient(
+        self, args: ComplementArgs, stats: Tensor, grad_picked: Tensor, grad_rest: Tensor,
+        grad_entropy: Tensor | None, grad: Tensor,
+    ) -> None:  # fmt: skip
+        """Write scale · (what flows to each logit) into the `[A, B, V]` buffer."""
+
+    def formula_sums(self, p: RowPair, stats: Tensor) -> Tensor:
+        """The formula's terms and its two flows, summed over the columns: float64 `[A*B, 3]`."""
+
+    def statistics(
+        self, local: Tensor, a_scale: float, b_scale: float, formula: str, log_a: Tensor, ratio: Tensor,
+        sums: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Row statistics of whole rows from a shard's own and the whole rows' normalisers and formula sums.
+
+        Args:
+            local: `[N, STATS]`, those of the shard.
+            log_a, ratio: `[N]`, log Σ e^a of the whole row, and log Σ e^b less that.
+            sums: float64 `[N, 3]`.
+        """
+
+    def shard_states(
+        self, stats: Tensor, inside: Sequence[Tensor], a_scale: float, b_scale: float
+    ) -> tuple[Tensor, bool]:
+        """A shard's state, float64 `[2 + len(inside), N]`: log Σ e^a, log Σ e^b less that, and `inside`.
+
+        And whether all normalisers are known to be finite; False where asking would wait for the device.
+        """
+
+    def merge_shards(self, found: Tensor) -> tuple[Tensor, bool]:
+        """The states `[2 + n, N]` of whole rows from those of all shards, `[shards, 2 + n, N]`.
+
+        n = 1 has KL(a‖b) behind the normalisers, n = 2 also KL(b‖a). And whether `statistics` can say where
+        the normalisers lie.
+        """

@@ -1,0 +1,56 @@
+"""Backend "native" of rows whose columns lie in several shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import extension
+from .extension import CPU, FORMULAS
+
+
+def _unit(dtype: torch.dtype, a_scale: float, b_scale: float) -> float:
+    """The nats in a unit of the statistics' exponents: ln 2, but for how the kernels round log2(e)/T."""
+    k = a_scale * math.log2(math.e)
+    rounds = dtype == torch.float32 and a_scale == b_scale  # as Row::fits_fp32
+    return math.log(2) * (k / float(np.float32(k)) if rounds else 1.0)
+
+
+def shard_states(
+    stats: Tensor, inside: Sequence[Tensor], a_scale: float, b_scale: float
+) -> tuple[Tensor, bool]:
+    """As `kl_gpu.distributed.states.packed` at its first look, and whether all normalisers are finite."""
+    # By name: copies must outlive the call.
+    inside = [value.to(stats.dtype).contiguous() for value in inside]
+    out = torch.empty((2 + len(inside), *stats.shape[:-1]), dtype=torch.float64, device=CPU)
+    finite = extension._native.shard_states(
+        stats.data_ptr(), stats.dtype == torch.float64, _unit(stats.dtype, a_scale, b_scale), out[0].numel(),
+        [value.data_ptr() for value in inside], out.data_ptr(),
+    )  # fmt: skip
+    return out, finite
+
+
+def merge_shards(found: Tensor) -> tuple[Tensor, bool]:
+    """As `kl_gpu.distributed.states.merged`."""
+    out = torch.empty(found.shape[1:], dtype=torch.float64, device=CPU)
+    ranks, numbers = found.shape[:2]
+    fit = extension._native.merge_ranks(found.data_ptr(), ranks, out[0].numel(), numbers - 2, out.data_ptr())
+    return out, fit
+
+
+def statistics(
+    local: Tensor, a_scale: float, b_scale: float, formula: str, log_a: Tensor, ratio: Tensor, sums: Tensor
+) -> Tensor:
+    """As `kl_gpu.eager.statistics`, in the order of kernels/api.h."""
+    out = torch.empty_like(local)
+    # By name: copies must outlive the call.
+    log_a, ratio, sums = log_a.contiguous(), ratio.contiguous(), sums.contiguous()
+    extension._native.whole_row_stats(
+        local.data_ptr(), local.dtype == torch.float64, _unit(local.dtype, a_scale, b_scale), log_a.numel(),
+        FORMULAS[formula], log_a.data_ptr(), ratio.data_ptr(), sums.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out

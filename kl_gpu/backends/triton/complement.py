@@ -1,0 +1,351 @@
+"""Log-sum-exp and entropy of the columns of a row that are not given, and the gradient of both.
+
+The given columns are left out of the sums, not taken off them again: where they hold nearly all the mass the
+difference would be rounding. Each program owns a bit per column, sets the bits of its row's ids, sweeps the
+row with −inf in their places, and clears them: V/8 bytes a program that runs, whatever the number of rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..interface import COMPLEMENT_STATS, ComplementArgs, RowPair
+from .device_math import (
+    LOG2E,
+    NO_REFERENCE,
+    exponent,
+    fma,
+    level,
+    load_one,
+    load_ragged,
+    load_tile,
+    narrow,
+    normalised,
+    own_columns,
+    place,
+    probability,
+    row_start,
+    store_one,
+    store_ragged,
+    store_tile,
+    tile_ahead,
+    unpacked,
+    wide,
+    write_zeros,
+)
+from .launch import LANES, ProgramShape, configuration, gradient_layout, high_low, parts_of, resident_programs
+
+# Row statistics, in float64: n and 1/Z, so that pi_j = 2^(k·logit − n)/Z, the entropy in nats, and u. In a
+# vast row 1/Z is negative, and n belongs to the largest logit itself.
+_STATS = tl.constexpr(COMPLEMENT_STATS)
+# From here on float32 does not hold n to a power of 2.
+_VAST = tl.constexpr(16777216.0)
+# By how much the sums' n lies above the `level` that the gradient starts from.
+_RAISED = tl.constexpr(7.0)
+
+
+@triton.jit
+def _mark(
+    words, ids, n_ids, V, ON: tl.constexpr, IDS: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Set the bits of a row's ids, or clear the words they lie in; a thread's bits of a tile lie together."""
+    for start in range(0, n_ids, IDS):
+        which = start + tl.arange(0, IDS)
+        column = tl.load(ids + which, mask=which < n_ids, other=-1)
+        inside = (column >= 0) & (column < V)
+        # An id outside must not become an address, not even a masked one.
+        bit = place(tl.where(inside, column, 0).to(tl.int32), R, VEC, LAYOUT)
+        if ON:
+            tl.atomic_or(words + (bit >> 5), tl.full([IDS], 1, tl.int32) << (bit & 31), mask=inside)
+        else:
+            tl.store(words + (bit >> 5), 0, mask=inside)
+
+
+@triton.jit
+def _is_given(marks, start, R: tl.constexpr, VEC: tl.constexpr):
+    """Which columns of the tile at `start` are given; `marks` are the words' bytes."""
+    # Past the L1, which knows nothing of the atomics.
+    bit = tl.arange(0, R) * VEC
+    eight = tl.load(marks + start // 8 + bit // 8, cache_modifier=".cg").to(tl.int32)
+    return (eight[:, None] >> ((bit % 8)[:, None] + tl.arange(0, VEC)[None, :])) & 1 != 0
+
+
+@triton.jit
+def _accumulate(x, gone, n, z, t, k, ENTROPY: tl.constexpr):
+    x = tl.where(gone, -float("inf"), x)
+    # Exponents near 0 where the weight lies: at level's 7, t's rounding would be an entropy off by 3e-6.
+    n_tile = level(tl.max(x), k) + _RAISED
+    if n_tile > n:
+        h = n - n_tile
+        s = tl.exp2(h)
+        if ENTROPY:
+            t = s * (t + h * z)
+        z = s * z
+        n = n_tile
+    y = exponent(x, k, n)
+    w = tl.exp2(y)
+    z += tl.sum(w, axis=1)
+    if ENTROPY:
+        t += tl.sum(w * tl.maximum(y, -10000.0), axis=1)  # 0 · −inf has no place in the sum
+    return n, z, t
+
+
+@triton.jit
+def _sweep(
+    row, marks, V, k, CT: tl.constexpr, ENTROPY: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    BLOCK: tl.constexpr = R * VEC
+    n = tl.full([], NO_REFERENCE, CT)
+    z = tl.zeros([R], CT)
+    t = tl.zeros([R], CT)
+    full = V - V % BLOCK
+    if full > 0:
+        ahead = load_tile(row, 0, R, VEC, LAYOUT)
+        for start in range(0, full, BLOCK):
+            x = unpacked(ahead, row, CT, R, VEC)
+            ahead = load_tile(row, tile_ahead(start, full, BLOCK), R, VEC, LAYOUT)
+            n, z, t = _accumulate(x, _is_given(marks, start, R, VEC), n, z, t, k, ENTROPY)
+    if full < V:
+        x = load_ragged(row, full, V, -float("inf"), CT, R, VEC, LAYOUT)
+        n, z, t = _accumulate(x, _is_given(marks, full, R, VEC), n, z, t, k, ENTROPY)
+    return n, tl.sum(z), tl.sum(t)
+
+
+@triton.jit
+def _vast_weights(x, top, k, k_rest):
+    """2^((k + k_rest) (x − top)) and its exponent: the difference is exact where the products are not."""
+    d = tl.maximum(x - top, -1e30)  # the lowest number less a large one is −inf, and −inf − top too
+    y = d * k
+    return tl.exp2(y) * (1.0 + (fma(d, k, -y) + d * k_rest) * 0.6931471805599453), tl.maximum(y, -10000.0)
+
+
+@triton.jit
+def _vast_sweep(
+    row, marks, V, k, k_rest, CT: tl.constexpr, ENTROPY: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """The largest logit of the columns that are not given, and the sums about it. Two sweeps."""
+    top = tl.full([R, VEC], -float("inf"), CT)
+    for start in range(0, V, R * VEC):
+        x = load_ragged(row, start, V, -float("inf"), CT, R, VEC, LAYOUT)
+        x = tl.where(_is_given(marks, start, R, VEC), -float("inf"), x)
+        top = tl.maximum(top, x)
+    top = tl.max(top)
+    top = tl.where(top == -float("inf"), 0.0, top)  # no column: weights of 0, not of NaN
+    z = tl.zeros([R], CT)
+    t = tl.zeros([R], CT)
+    for start in range(0, V, R * VEC):
+        x = load_ragged(row, start, V, -float("inf"), CT, R, VEC, LAYOUT)
+        x = tl.where(_is_given(marks, start, R, VEC), -float("inf"), x)
+        w, y = _vast_weights(x, top, k, k_rest)
+        w = tl.where(x == -float("inf"), 0.0, tl.where(x == x, w, x))
+        z += tl.sum(w, axis=1)
+        if ENTROPY:
+            t += tl.sum(w * y, axis=1)
+    return top, tl.sum(z), tl.sum(t)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_inner", "n_ids", "words"])
+def remainder_kernel(
+    x_ptr, ids_ptr, rows_ptr, stats_ptr, words_ptr, marks_ptr,
+    n_rows, n_inner, x_outer, x_inner, V, n_ids, words, scale_high, scale_low,
+    HAS_ROWS: tl.constexpr, ENTROPY: tl.constexpr, IDS: tl.constexpr,
+    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Statistics of every row; a program takes rows in strides of their number."""
+    own = tl.program_id(0).to(tl.int64) * words
+    exact = wide(scale_high, scale_low) * LOG2E
+    k = exact.to(CT)
+    for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        counts = True
+        if HAS_ROWS:
+            counts = tl.load(rows_ptr + row) != 0
+        if counts:
+            ids = ids_ptr + tl.full([], row, tl.int64) * n_ids
+            _mark(words_ptr + own, ids, n_ids, V, True, IDS, R, VEC, LAYOUT)
+            tl.debug_barrier()
+            x_row = row_start(x_ptr, tl.full([], row, tl.int64), n_inner, x_outer, x_inner)
+            n, z, t = _sweep(x_row, marks_ptr + own * 4, V, k, CT, ENTROPY, R, VEC, LAYOUT)
+            n = n.to(tl.float64)
+            drift = exact / k.to(tl.float64) - 1.0
+            vast = False
+            if tl.float32 == CT:
+                vast = tl.abs(n) > _VAST
+                if vast:
+                    k_rest = (exact - k.to(tl.float64)).to(CT)
+                    top, z, t = _vast_sweep(
+                        x_row, marks_ptr + own * 4, V, k, k_rest, CT, ENTROPY, R, VEC, LAYOUT
+                    )
+                    n = top.to(tl.float64) * exact
+                    drift = 0.0 * drift
+            tl.debug_barrier()  # no thread may still read the bits
+            _mark(words_ptr + own, ids, n_ids, V, False, IDS, R, VEC, LAYOUT)
+            tl.debug_barrier()
+            z = z.to(tl.float64)
+            t = tl.where(z == 0, 0.0, t.to(tl.float64) / z)
+            log_z = tl.log(z)
+            # The sums were taken with the scale rounded to CT, which shows where all logits are large.
+            u = n / LOG2E + log_z + drift * (n + t) / LOG2E
+            stats = stats_ptr + tl.full([], row, tl.int64) * _STATS
+            tl.store(stats, tl.where(vast, n, n - _RAISED))
+            tl.store(stats + 1, tl.where(vast, -1.0, 0.0078125) / z)
+            tl.store(stats + 2, tl.where(z == 0, 0.0, log_z - t / LOG2E) if ENTROPY else z * 0.0)
+            u = tl.where(z == 0, -float("inf"), u)
+            if tl.float64 == CT:
+                # Past 1e15 the rounding of n is an exponent: NaN rather than noise.
+                u = tl.where((n > 0.5 * NO_REFERENCE) & (tl.abs(n) > 1e15), float("nan"), u)
+            tl.store(stats + 3, u)
+
+
+@triton.jit
+def _gradient_tile(x, side, n, flow, turn, log_z, k, ENTROPY: tl.constexpr):
+    """π (flow − turn · log2 π); log_z is log2 Z."""
+    share = probability(x, *side)
+    if ENTROPY:
+        flow = flow - turn * (tl.maximum(exponent(x, k, n), -10000.0) - log_z)
+    return share * flow
+
+
+@triton.jit
+def _vast_gradient_tile(x, top, total, flow, turn, log_z, k, k_rest, ENTROPY: tl.constexpr):
+    w, y = _vast_weights(x, top, k, k_rest)
+    if ENTROPY:
+        flow = flow - turn * (y - log_z)
+    return w * total * flow
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_inner", "n_ids", "parts"])
+def remainder_gradient_kernel(
+    x_ptr, ids_ptr, rows_ptr, stats_ptr, given_ptr, rest_ptr, entropy_ptr, grad_ptr,
+    n_rows, n_inner, x_outer, x_inner, grad_outer, grad_inner, V, n_ids, parts, part_columns,
+    scale_high, scale_low,
+    HAS_ROWS: tl.constexpr, ENTROPY: tl.constexpr, IDS: tl.constexpr,
+    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Columns of one part of a row: first as if none were given, then what flows to those that are."""
+    BLOCK: tl.constexpr = R * VEC
+    row = tl.program_id(0).to(tl.int64) // parts
+    first = (tl.program_id(0) % parts) * part_columns
+    last = tl.minimum(first + part_columns, V)
+    x_row = row_start(x_ptr, row, n_inner, x_outer, x_inner)
+    grad = row_start(grad_ptr, row, n_inner, grad_outer, grad_inner)
+    scale = wide(scale_high, scale_low)
+    k = (scale * LOG2E).to(CT)
+    counts = True
+    if HAS_ROWS:
+        counts = tl.load(rows_ptr + row) != 0
+    stats = stats_ptr + row * _STATS
+    n = tl.load(stats)
+    total = tl.load(stats + 1)  # 1/Z
+    vast = total < 0
+    total = tl.abs(total)
+    top = (n / (scale * LOG2E)).to(CT)
+    n = n.to(CT)
+    flow = tl.load(rest_ptr + row) * scale
+    turn = tl.zeros([], tl.float64)
+    if ENTROPY:
+        turn = tl.load(entropy_ptr + row) * scale
+    flow = flow - turn * tl.load(stats + 2)
+    moves = counts & ((flow != 0) | (turn != 0)) & (total != float("inf"))
+    log_z = (-tl.log(total) * LOG2E).to(CT)
+    side = normalised(n, total.to(CT), k, scale, 15, CT)
+    to_rest = flow.to(CT)
+    to_log = (turn / LOG2E).to(CT)
+    begin, start, end = own_columns(grad, first, last, V, LAYOUT)
+    if moves & vast:
+        k_rest = (scale * LOG2E - k.to(tl.float64)).to(CT)
+        inverse = total.to(CT)
+        if start < begin:
+            x = load_one(x_row + start, CT)
+            store_one(
+                grad + start,
+                _vast_gradient_tile(x, top, inverse, to_rest, to_log, log_z, k, k_rest, ENTROPY),
+            )
+        for at in range(begin, end, BLOCK):
+            x = load_ragged(x_row, at, end, -float("inf"), CT, R, VEC, LAYOUT)
+            out = _vast_gradient_tile(x, top, inverse, to_rest, to_log, log_z, k, k_rest, ENTROPY)
+            store_ragged(grad, at, end, out, R, VEC, LAYOUT)
+    elif moves:
+        if start < begin:
+            out = _gradient_tile(load_one(x_row + start, CT), side, n, to_rest, to_log, log_z, k, ENTROPY)
+            store_one(grad + start, out)
+        full = end - (end - begin) % BLOCK
+        for at in range(begin, full, BLOCK):
+            x = unpacked(load_tile(x_row, at, R, VEC, LAYOUT), x_row, CT, R, VEC)
+            out = _gradient_tile(x, side, n, to_rest, to_log, log_z, k, ENTROPY)
+            store_tile(grad, at, out, R, VEC, LAYOUT)
+        if full < end:
+            x = load_ragged(x_row, full, end, -float("inf"), CT, R, VEC, LAYOUT)
+            out = _gradient_tile(x, side, n, to_rest, to_log, log_z, k, ENTROPY)
+            store_ragged(grad, full, end, out, R, VEC, LAYOUT)
+    else:
+        write_zeros(grad, start, end, R, VEC, LAYOUT)
+    tl.debug_barrier()  # the given columns are written over what other threads have just stored
+    if counts:
+        for at in range(0, n_ids, IDS):
+            which = at + tl.arange(0, IDS)
+            here = which < n_ids
+            column = tl.load(ids_ptr + row * n_ids + which, mask=here, other=-1)
+            value = tl.load(given_ptr + row * n_ids + which, mask=here, other=0.0) * scale
+            inside = (column >= start) & (column < end)
+            column = tl.where(inside, column, 0)
+            tl.store(grad + column, narrow(value.to(CT), grad.dtype.element_ty), mask=inside)
+
+
+# By the logit's bytes: 8 columns are one access of 16 bytes in 16 bits, two in float32. Left alone, ptxas
+# holds the form for odd V to 128 registers on sm_80 and spills.
+SHAPES = {2: ProgramShape(16, 160), 4: ProgramShape(8), 8: ProgramShape(4)}
+_FROM_CONFIGURATION = ("CT", "R", "VEC", "LAYOUT", "num_warps", "maxnreg")
+
+
+def program(logits: Tensor, n_ids: int, lanes: int = LANES) -> dict[str, Any]:
+    """What both kernels are compiled for: dtype and V, never the number of rows, and ids by powers of two."""
+    config = configuration(RowPair.of(logits, logits, None, "forward_kl", 0.0, 1.0, 1.0), SHAPES, lanes)
+    # Fewer than a warp of ids is more programs to compile for nothing.
+    ids = min(max(triton.next_power_of_2(n_ids), 32), 1024)
+    return {name: config[name] for name in _FROM_CONFIGURATION if name in config} | {"IDS": ids}
+
+
+def complement(args: ComplementArgs, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """As `Backend.complement` has it."""
+    x = args.logits
+    config = program(x, args.ids.shape[1])
+    stats = torch.zeros((args.n_rows, COMPLEMENT_STATS), dtype=torch.float64, device=x.device)
+    programs = min(args.n_rows, resident_programs(x.device))
+    block = config["R"] * config["VEC"]
+    words = triton.cdiv(x.shape[-1], block) * block // 32
+    bits = torch.zeros((programs, words), dtype=torch.int32, device=x.device)
+    remainder_kernel[(programs,)](
+        x, args.ids, args.valid, stats, bits, bits.view(torch.uint8),
+        args.n_rows, x.shape[1], x.stride(0), x.stride(1), x.shape[2], args.ids.shape[1], words,
+        *high_low(args.scale), HAS_ROWS=args.valid is not None, ENTROPY=entropy, **config,
+    )  # fmt: skip
+    return stats[:, 3].clone(), stats[:, 2].clone(), stats
+
+
+def complement_gradient(
+    args: ComplementArgs,
+    stats: Tensor,
+    grad_picked: Tensor,
+    grad_rest: Tensor,
+    grad_entropy: Tensor | None,
+    grad: Tensor,
+) -> None:
+    """Write scale · (what flows to each logit) into the `[A, B, V]` buffer."""
+    x = args.logits
+    config = program(x, args.ids.shape[1])
+    config["LAYOUT"] = gradient_layout(config["LAYOUT"], x, grad)
+    parts = parts_of(x.shape[-1], config["R"] * config["VEC"])
+    remainder_gradient_kernel[(args.n_rows * parts.number,)](
+        x, args.ids, args.valid, stats, grad_picked, grad_rest, grad_rest if grad_entropy is None else grad_entropy, grad,
+        args.n_rows, x.shape[1], x.stride(0), x.stride(1), grad.stride(0), grad.stride(1), x.shape[2],
+        args.ids.shape[1], parts.number, parts.columns, *high_low(args.scale),
+        HAS_ROWS=args.valid is not None, ENTROPY=grad_entropy is not None, **config,
+    )  # fmt: skip

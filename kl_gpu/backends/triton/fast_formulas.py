@@ -1,0 +1,171 @@
+"""The families' formulas for plain rows: float32, no −inf, no sum that cancelled, β away from its ends.
+
+There logarithms may be good to 2^-22 of 1, and no column needs a case of its own, so that one costs a quarter
+of what it does in `formulas`. Three things keep the promise all the same (docs/numerics.md): terms near r = 0
+come from a polynomial, flows are exactly 0 at r = 0, and where a mixture is nearly one side itself no row
+counts as plain.
+
+r = log(b/a), and a and b come times their `shares`, factors that a whole row has in common.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import libdevice
+
+from ...formulas import column_terms
+from .device_math import LOG2E, expm1_near, fma, log_probability_ratio
+
+LN2 = tl.constexpr(math.log(2))
+# Where terms come from their polynomial: beyond it what cancels is at most four times the term, within it 8
+# coefficients reach 4e-7.
+NEAR = 1.25
+_NEAR = tl.constexpr(NEAR)
+# Families that have a plain form; any other takes the one it has in `formulas` everywhere.
+_FAMILIES = ("jeffreys", "js", "skew", "tv")
+
+
+def logarithm(family: str, dtype: torch.dtype, nvidia: bool) -> str:
+    """LOG2: NVIDIA's instruction "lg2" or Triton's "log2" for plain rows, "" where there are none."""
+    if family not in _FAMILIES or dtype != torch.float32:
+        return ""
+    return "lg2" if nvidia else "log2"
+
+
+@lru_cache(maxsize=256)
+def near_coefficients(family: str, beta: float) -> tuple[float, ...]:
+    """T of term = a·r²·T(r) for |r| < NEAR, highest power first.
+
+    Through the definition at Chebyshev's points.
+    """
+    if family not in _FAMILIES or family == "tv":
+        return (0.0,) * 8
+    share = beta if family == "js" else 1.0
+    r = NEAR * np.cos(np.pi * (np.arange(8) + 0.5) / 8)
+    ratios = torch.from_numpy(r)
+    terms = column_terms(family, (torch.ones_like(ratios), ratios.exp()), ratios, beta)[0].numpy()
+    coefficients = np.linalg.solve(np.vander(r), terms / (share * r**2))
+    return tuple(coefficients.astype(np.float32).tolist())
+
+
+@triton.jit
+def is_plain(beta, rest, FAMILY: tl.constexpr):
+    """Whether β keeps far enough from where all but one side drowns in rounding."""
+    if FAMILY == "js":
+        return (beta > 0.01) & (rest > 0.01)
+    elif FAMILY == "skew":
+        return rest > 0.66
+    else:
+        return rest == rest
+
+
+@triton.jit
+def shares(beta, rest, FAMILY: tl.constexpr):
+    """What a and b are multiplied by before a plain form sees them."""
+    if FAMILY == "js":  # noqa: SIM116
+        return beta, rest
+    elif FAMILY == "skew":
+        return 1.0, rest
+    elif FAMILY == "tv":
+        return 0.5, 0.5
+    else:
+        return 1.0, 1.0
+
+
+@triton.jit
+def plain_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr):
+    """log(b_i/a_i) of logits a and b, finite in a plain row."""
+    if SAME_SCALE and EXACT:
+        # c + lam is rounded, by the same for all columns: in D that is of fourth order where D is small
+        # beside c², and such rows are not plain.
+        return fma(b - a, scale, -(c + lam))
+    else:
+        return log_probability_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE, EXACT)
+
+
+@triton.jit
+def _log2(x, LOG2: tl.constexpr):
+    if LOG2 == "lg2":
+        return libdevice.fast_log2f(x)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def _logs(r, beta, LOG2: tl.constexpr):
+    """log(a/m) and log(b/m), m = βa + (1 − β)b: by m over the larger of a and b, which lies near 1."""
+    rest = 1.0 - beta  # not rounded by itself: the two sum to 1, so that equal logits give exactly 0
+    up = r > 0
+    log = _log2(fma(tl.where(up, beta, rest), tl.exp2(tl.abs(r) * -LOG2E), tl.where(up, rest, beta)), LOG2)
+    return log * -LN2 - tl.maximum(r, 0.0), log * -LN2 + tl.minimum(r, 0.0)
+
+
+@triton.jit
+def _lopsided(a, b, r, beta, rest, flow_a, flow_b):
+    """The sum of js's flows where one side x is most of the mixture: log(x/m) relative to itself near 0.
+
+    Otherwise the other side's few per cent would drown in the rounding of x's own logarithm.
+    """
+    heavy_a = beta > rest
+    z = tl.minimum(beta, rest) * (tl.exp2(tl.where(heavy_a, r, -r) * LOG2E) - 1.0)  # m/x − 1; r is not near 0
+    # −log1p(z)/z, minimax on [−1/3, 1/2]: relative error 1.8e-7.
+    p = -8.047387009e-02 * z + 1.476304026e-01
+    p = p * z - 1.542494763e-01
+    p = p * z + 1.653500997e-01
+    p = p * z - 1.990202708e-01
+    p = p * z + 2.500166878e-01
+    p = p * z - 3.333592815e-01
+    p = p * z + 5.000000759e-01
+    p = p * z - 9.999999037e-01
+    series = tl.where(heavy_a, a, b) * (z * p) + tl.where(heavy_a, flow_b, flow_a)
+    return tl.where(z < 0.5, series, flow_a + flow_b)
+
+
+@triton.jit
+def plain_flows(a, b, r, mean_a, mean_b, beta, rest, FAMILY: tl.constexpr, LOG2: tl.constexpr):
+    """a·(∂D/∂a − mean_a) and b·(∂D/∂b − mean_b).
+
+    Without means their sum is the column's term: divergences are homogeneous in (a, b).
+    """
+    if FAMILY == "js":
+        log_a, log_b = _logs(r, beta, LOG2)
+        return a * (log_a - mean_a), b * (log_b - mean_b)
+    elif FAMILY == "skew":
+        log_a, _ = _logs(r, beta, LOG2)
+        n = 1.0 - tl.exp2(log_a * LOG2E)  # 1 − a/m
+        return a * (log_a + (beta * n - mean_a)), b * (n - mean_b)
+    elif FAMILY == "jeffreys":
+        d = tl.where(r == 0, 0.0, b - a)
+        flow_a = a * (r * -rest - mean_a) - beta * d
+        return flow_a, b * (r * beta - mean_b) + rest * d
+    else:
+        tl.static_assert(FAMILY == "tv")
+        sign = tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, 0.0))
+        return a * (-sign - mean_a), b * (sign - mean_b)
+
+
+@triton.jit
+def plain_terms(a, b, r, beta, rest, near, FAMILY: tl.constexpr, LOG2: tl.constexpr):
+    """The divergence's terms, and b·∂D/∂b."""
+    flow_a, flow_b = plain_flows(a, b, r, 0.0, 0.0, beta, rest, FAMILY, LOG2)
+    if FAMILY == "tv":
+        return tl.abs(tl.where(tl.abs(r) < 0.5, a * expm1_near(r), b - a)), flow_b
+    t0, t1, t2, t3, t4, t5, t6, t7 = near
+    t = r * t0 + t1
+    t = t * r + t2
+    t = t * r + t3
+    t = t * r + t4
+    t = t * r + t5
+    t = t * r + t6
+    t = t * r + t7
+    far = flow_a + flow_b
+    if FAMILY == "js":
+        if tl.minimum(beta, rest) < 0.33:
+            far = _lopsided(a, b, r, beta, rest, flow_a, flow_b)
+    return tl.where(tl.abs(r) < _NEAR, a * (r * r) * t, far), flow_b

@@ -1,0 +1,142 @@
+"""What the launcher needs: program shapes, compile-time configuration, arguments of both sides."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..interface import RowPair
+
+_TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+WARPS = 4
+LANES = 64 if torch.version.hip else 32  # threads of a warp
+# Columns that one program sweeps; a longer row is shared. At 16384 one row of 128256 keeps 8 programs busy,
+# and the 264 of them that sweep at once on 132 SMs have 17 MB of bfloat16 in flight, which an L2 holds until
+# the gradient reads them again.
+PART = 16384
+
+
+def high_low(x: float) -> tuple[float, float]:
+    """x as a sum of two float32: Triton passes Python floats as float32."""
+    high = float(np.float32(x))
+    return high, float(np.float32(x - high))
+
+
+class ProgramShape(NamedTuple):
+    """Columns a thread holds, and the registers ptxas may use for it (None: its own choice)."""
+
+    columns: int
+    registers: int | None = None
+
+
+class Parts(NamedTuple):
+    """How a row is shared: by V alone, so that no bit of it depends on how many rows there are."""
+
+    number: int
+    columns: int
+
+
+def parts_of(columns: int, step: int) -> Parts:
+    """Parts of nearly equal width, whole steps each but for the row's last."""
+    count = triton.cdiv(columns, PART)
+    width = triton.cdiv(triton.cdiv(columns, count), step) * step
+    return Parts(triton.cdiv(columns, width), width)
+
+
+def starts_in_words(logits: Tensor) -> bool:
+    """Whether every row starts at a multiple of four bytes, as loads in 32-bit words must."""
+    steps = [stride for stride, size in zip(logits.stride(), logits.shape[:2], strict=False) if size > 1]
+    return logits.data_ptr() % 4 == 0 and all(step * logits.element_size() % 4 == 0 for step in steps)
+
+
+class Layout(IntEnum):
+    """Which columns of a tile a thread owns, by V and the dtypes alone, and how 16-bit logits are loaded.
+
+    Who owns a column must not depend on where a row starts, or its bits would.
+    """
+
+    SINGLES = 0  # neighbouring threads own neighbouring columns
+    RUNS = 1  # a thread owns neighbouring columns, one access of 16 bytes
+    RUNS_IN_WORDS = 2  # the same where rows start at multiples of four bytes: loads are words
+    PAIRS_IN_WORDS = 3  # neighbouring threads own neighbouring pairs, each a 32-bit word
+    PAIRS = 4  # the same where a pair may lie in two words
+
+
+def layout(a: Tensor, b: Tensor) -> Layout:
+    """Where V is not a multiple of 16 bytes, runs would be accesses that take many cache lines each."""
+    sizes = {a.element_size(), b.element_size()}
+    runs = a.shape[-1] * max(sizes) % 16 == 0
+    if not runs and sizes != {2}:
+        return Layout.SINGLES
+    in_words = starts_in_words(a) and starts_in_words(b)
+    if runs:
+        return Layout.RUNS_IN_WORDS if in_words else Layout.RUNS
+    return Layout.PAIRS_IN_WORDS if in_words else Layout.PAIRS
+
+
+def gradient_layout(layout: int, *tensors: Tensor | None) -> int:
+    """How gradients are written: nothing is summed there, so it may depend on where rows start.
+
+    Pairs are words of the gradient, and of the logits, where all rows start at the same half of a word.
+    """
+    if layout not in (Layout.PAIRS, Layout.PAIRS_IN_WORDS):
+        return layout
+    starts = {(x.element_size(), *_halves(x)) for x in tensors if x is not None}
+    return int(Layout.PAIRS_IN_WORDS if len(starts) == 1 else Layout.SINGLES)
+
+
+def _halves(logits: Tensor) -> tuple[int, ...]:
+    """At which half of a 32-bit word the first row starts, in 16 bits, and the next in each dimension."""
+    steps = zip(logits.stride(), logits.shape[:2], strict=False)
+    return tuple(at % 2 for at in (logits.data_ptr() // 2, *(step * (size > 1) for step, size in steps)))
+
+
+def configuration(p: RowPair, shapes: dict[int, ProgramShape], lanes: int = LANES) -> dict[str, Any]:
+    """What the compiled kernel depends on: dtypes and the size of V, never N or any float."""
+    a, b = p.a, p.b
+    itemsize = max(a.element_size(), b.element_size())
+    shape = shapes[itemsize]
+    vec = 16 // itemsize
+    per_warp = lanes * shape.columns
+    block = min(max(triton.next_power_of_2(a.shape[-1]), per_warp), WARPS * per_warp)
+    # Only NVIDIA's compiler knows the option.
+    limit = shape.registers is not None and a.device.type != "xpu" and not torch.version.hip
+    return {
+        **({"maxnreg": shape.registers} if limit else {}),
+        "SAME_SCALE": p.a_scale == p.b_scale,
+        "EXACT": a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16),
+        "CT": _TRITON_DTYPE[p.dtype],
+        "R": block // vec,
+        "VEC": vec,
+        "LAYOUT": int(layout(a, b)),
+        "num_warps": block // per_warp,
+    }
+
+
+def step_of(p: RowPair, configuration: dict[str, Any]) -> int:
+    """Columns that a pass of the first sweep takes: two tiles where `kl.sweep` does."""
+    sizes = {p.a.element_size(), p.b.element_size()}
+    tiles = 2 if sizes == {2} else 1
+    return int(tiles * configuration["R"] * configuration["VEC"])
+
+
+def geometry(p: RowPair) -> tuple[Any, ...]:
+    """Sizes, strides and temperatures of both sides, as the kernel takes them."""
+    strides = (p.a.stride(0), p.a.stride(1), p.b.stride(0), p.b.stride(1))
+    return p.a.shape[1], *strides, p.a.shape[2], *high_low(p.a_scale), *high_low(p.b_scale)
+
+
+@cache
+def resident_programs(device: torch.device) -> int:
+    """About how many programs of four warps run at a time; a wrong guess costs waiting, not correctness."""
+    if device.type != "cuda":
+        return 8
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,119 @@
+"""A row of logits split in picked columns and their complement: the picked logits, the log-sum-exp of all others.
+
+What `token_logprobs` and `topk_div` are made of. With s the scaled logits and u = log Σ e^{s_j} over the complement,
+a function of the picked columns' s and of u is all they need, and its gradient is sparse but for one term:
+∂u/∂s_j = e^{s_j − u} in every column of the complement. u is summed without the picked columns, never by taking them
+off again: where they hold nearly all the mass, nothing would be left but rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import autograd, transforms
+from .arguments.params import ComplementParams
+from .autograd import forbid_double_backward
+from .backends.interface import COMPLEMENT_STATS
+from .ops import complement as ops
+
+
+def _constant(*_: object) -> Any:
+    raise RuntimeError("kl_gpu has no gradient to the teacher's log-probabilities")
+
+
+def _of_the_teacher(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An operator of tensors and constants that is not differentiable, also under torch.func."""
+    step = transforms.Step(lambda constants, *tensors: (function(*tensors, *constants),), _constant, values=0)
+
+    def run(*tensors: Tensor | None, constants: tuple[Any, ...] = ()) -> Tensor:
+        if transforms.are_active():
+            return transforms.run(step, constants, *tensors)[0]
+        return function(*tensors, *constants)
+
+    return run
+
+
+checked_mass = _of_the_teacher(ops.check_mass)
+checked_tail = _of_the_teacher(ops.check_tail)
+unpadded = _of_the_teacher(ops.without_padding)
+
+
+def _split(
+    params: ComplementParams, logits: Tensor, ids: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `Split` gives, and the row statistics."""
+    x = params.window.of(logits)
+    picked = ops.picked_logits(x, ids, valid, params.validate, params.argument) * params.scale
+    if params.sweeps:
+        return picked, *ops.complement(x, ids, valid, params.scale, params.entropy, params.backend)
+    rest_lse, rest_entropy = (picked.new_zeros(x.shape[:-1]) for _ in range(2))
+    return picked, rest_lse, rest_entropy, picked.new_zeros((*x.shape[:-1], COMPLEMENT_STATS))
+
+
+def _to_logits(
+    params: ComplementParams, logits: Tensor, ids: Tensor, valid: Tensor | None, stats: Tensor, incoming: Any
+) -> Tensor:
+    grad_picked, grad_rest, grad_entropy = incoming
+    with torch.no_grad():
+        grad = logits.detach() if params.inplace else torch.empty_like(logits)
+        ops.complement_gradient(
+            params.window.of(logits), ids, valid, stats, grad_picked, grad_rest,
+            grad_entropy if params.entropy else None, params.scale, params.backend, params.window.of(grad),
+        )  # fmt: skip
+        params.window.zero_rest(grad)
+        if params.inplace:
+            # A second backward would read gradients as logits: the version counter makes it raise.
+            torch.autograd.graph.increment_version(logits)
+    return grad
+
+
+def _pull(params: ComplementParams, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
+    logits, ids, valid = tensors
+    return _to_logits(params, logits, ids, valid, kept[0], incoming), None, None
+
+
+_STEP = transforms.Step(_split, _pull, values=3)
+
+
+class Split(torch.autograd.Function):
+    """From logits `[*, V]` and ids `[*, K]` to the ids' scaled logits, and the complement's log-sum-exp and entropy.
+
+    In float64. −inf for an absent id, and for the log-sum-exp where no other column has mass. Without `sweeps` it
+    and the entropy are 0.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, ids: Tensor, valid: Tensor | None, params: ComplementParams
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        picked, rest_lse, rest_entropy, stats = _split(params, logits, ids, valid)
+        autograd.keep(ctx, logits, ids, valid, stats)
+        ctx.params = params
+        return picked, rest_lse, rest_entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_picked: Tensor, grad_rest: Tensor, grad_entropy: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        logits, ids, valid, stats = autograd.kept(ctx)
+        grad = _to_logits(ctx.params, logits, ids, valid, stats, (grad_picked, grad_rest, grad_entropy))
+        (tied,) = forbid_double_backward((grad,), grad_picked, grad_rest, logits)
+        return tied, None, None, None
+
+
+def split(
+    logits: Tensor, ids: Tensor, valid: Tensor | None, params: ComplementParams
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Split`, also under torch.func."""
+    if transforms.are_active():
+        return transforms.run(_STEP, params, logits, ids, valid)[:3]  # type: ignore[return-value]
+    found: tuple[Tensor, Tensor, Tensor] = Split.apply(logits, ids, valid, params)
+    return found
+
+
+# What gives `Split`'s three, from logits, ids, the rows that count and the parameters.
+SplitRows = Callable[[Tensor, Tensor, "Tensor | None", ComplementParams], "tuple[Tensor, Tensor, Tensor]"]

@@ -1,0 +1,67 @@
+"""What `kl_div`, `js_div` and `divergence` run: checks, the choice of autograd function, the reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import transforms
+from .arguments import validation
+from .arguments.options import Options
+from .arguments.params import DivergenceCall, DivergenceParams
+from .arguments.reduction import LogitsWindow, Reduction, compute_dtype, last_contiguous
+from .autograd import WeightedSum, per_row
+from .backends import registry
+from .kinds import KINDS
+
+# What turns logits `[N, V]`, the rows that count and the call into values `[N]`.
+PerRow = Callable[[Tensor, Tensor, "Tensor | None", DivergenceCall], Tensor]
+
+
+def run_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, kind: str, options: Options, rows_of: PerRow | None = None
+) -> Tensor:
+    """`divergence`, with the rows' values from `rows_of` where it is given."""
+    teacher_temperature = options.check(kind)
+    vocab_size = validation.logits(student_logits, teacher_logits, options.vocab_size, options.shift)
+    reduction = options.reduction_of(student_logits)
+    chosen = registry.resolve(options.backend, student_logits.device)
+    inplace = options.overwrites("student_logits", student_logits, "teacher_logits", teacher_logits)
+
+    student, teacher = last_contiguous(student_logits), last_contiguous(teacher_logits)
+    scales = 1.0 / float(options.temperature), 1.0 / float(teacher_temperature)
+    window = LogitsWindow(vocab_size, options.shift)
+    params = DivergenceParams(*KINDS[kind].at(options.beta), *scales, chosen)
+    call = DivergenceCall(params, window, inplace)
+    # float64 with a narrower side: computed in float64, returned in float32.
+    mixed = student.dtype != teacher.dtype
+
+    if rows_of is None and _gradient_at_once(student, teacher, reduction, call):
+        row_scale = reduction.scale(
+            window.of(student).shape[:-1], compute_dtype(student.dtype, teacher.dtype), student.device
+        )
+        total = WeightedSum.apply(student, teacher, reduction.computed, row_scale, call)
+        return total.float() if mixed else total
+
+    of = rows_of or per_row
+    value = of(student, teacher, reduction.computed, call)
+    value = reduction.completed(value, lambda others: of(student, teacher, others, call))
+    return reduction.reduced(value.float() if mixed else value)
+
+
+def _gradient_at_once(student: Tensor, teacher: Tensor, reduction: Reduction, call: DivergenceCall) -> bool:
+    """Whether forward can write the gradient: it knows each row's factor, and it pays."""
+    return (
+        torch.is_grad_enabled()
+        and (student.requires_grad or teacher.requires_grad)
+        and registry.load(call.params.backend).fuses
+        # In place the logits would be gone before an incoming gradient other than 1 needs them.
+        and not call.inplace
+        # A compiled backward cannot decide on the incoming gradient's value.
+        and not torch.compiler.is_compiling()
+        # Of a Function's own two derivatives torch.func takes none.
+        and not transforms.are_active()
+        and reduction.has_scale
+    )

@@ -1,0 +1,1 @@
+"""Divergences from hidden states and LM heads."""

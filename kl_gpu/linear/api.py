@@ -1,0 +1,312 @@
+"""Divergences from hidden states and LM heads: the logits of all tokens never exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import transforms
+from ..arguments import validation
+from ..arguments.options import Options
+from ..arguments.params import DivergenceParams, LinearParams
+from ..arguments.reduction import compute_dtype
+from ..autograd import are_saved_tensors_managed, forbid_double_backward, keep, kept
+from ..backends import registry
+from ..kinds import KINDS
+from . import op
+
+_NO_GRADIENTS = [False, False, False]
+
+
+class _Heads(NamedTuple):
+    """The tensors of both sides as the operator takes them: hidden states `[N, H]`, weight `[V, H]`, bias."""
+
+    student_hidden: Tensor
+    student_weight: Tensor
+    student_bias: Tensor | None
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    teacher_bias: Tensor | None
+
+    @property
+    def needs(self) -> list[bool]:
+        return [x is not None and x.requires_grad for x in self[:3]]
+
+
+def _asked_for(grads: Sequence[Tensor], needs: list[bool]) -> list[Tensor | None]:
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+def _tied(grads: list[Tensor | None], incoming: Tensor, heads: _Heads) -> tuple[Tensor | None, ...]:
+    """What backward returns for the six tensors of both heads."""
+    sources = (x for x in heads[:3] if x is not None)
+    return (*forbid_double_backward(tuple(grads), incoming, *sources), None, None, None)
+
+
+# The operator `linear.op.linear`, or what takes its place.
+Linear = Callable[..., "tuple[Tensor, Tensor, Tensor, Tensor]"]
+
+
+def _values(how: tuple[LinearParams, Linear], *tensors: Tensor | None) -> tuple[Tensor]:
+    params, linear = how
+    return (linear(*tensors, None, _NO_GRADIENTS, *params.as_arguments())[0],)
+
+
+def _gradients(
+    how: tuple[LinearParams, Linear], tensors: Any, row_scale: Tensor, needs: list[bool]
+) -> list[Tensor | None]:
+    """Of the student's three tensors; from the logits, computed again."""
+    params, linear = how
+    return _asked_for(linear(*tensors, row_scale.contiguous(), needs, *params.as_arguments())[1:], needs)
+
+
+def _pull(how: tuple[LinearParams, Linear], needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
+    return *_gradients(how, tensors, incoming[0], list(needs[:3])), *(None,) * 4
+
+
+# Weights have no rows: the samples of a vmap run one after another.
+_STEP = transforms.Step(_values, _pull, rowwise=False)
+
+
+class _Rows(torch.autograd.Function):
+    """Per-row divergence `[N]`. Backward computes the logits again, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, params, needs, linear = arguments
+        keep(ctx, *tensors)
+        ctx.how, ctx.needs = (params, linear), needs
+        return _values(ctx.how, *tensors)[0]
+
+    @staticmethod
+    def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = kept(ctx)
+        grads = _gradients(ctx.how, tensors, row_gradient, ctx.needs)
+        return (*_tied(grads, row_gradient, _Heads(*tensors[:6])), *(None,) * 4)
+
+
+class _Sum(torch.autograd.Function):
+    """Σ row_scale · divergence, 0-d, for row factors `[N]` known beforehand.
+
+    Gradients come in forward, unless what forward saves is managed by others.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, params, needs, linear = arguments
+        how, row_scale, grads = (params, linear), tensors[-1], None
+        if are_saved_tensors_managed():
+            (value,) = _values(how, *tensors[:-1])
+        else:
+            value, *found = linear(*tensors, needs, *params.as_arguments())
+            grads = _asked_for(found, needs)
+        # The inputs too: modifying them before backward must raise, as it does everywhere else.
+        keep(ctx, *tensors)
+        ctx.how, ctx.needs, ctx.grads = how, needs, grads
+        return (value * row_scale).sum()
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, row_scale = kept(ctx)
+        # Given away once: a second backward must not find them scaled, and .grad takes them without a copy.
+        grads, ctx.grads = ctx.grads, None
+        with torch.no_grad():
+            if grads is None:
+                grads = _gradients(ctx.how, tensors, incoming * row_scale, ctx.needs)
+            elif not validation.readable(incoming) or incoming.item() != 1:
+                grads = [None if grad is None else grad.mul_(incoming) for grad in grads]
+        return (*_tied(grads, incoming, _Heads(*tensors[:6])), *(None,) * 5)
+
+
+class _CompiledSum(torch.autograd.Function):
+    """`_Sum` for torch.compile, which keeps what is saved by its own rules."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, params, needs, linear = arguments
+        value, *grads = linear(*tensors, needs, *params.as_arguments())
+        ctx.save_for_backward(*grads)
+        ctx.needs = needs
+        return (value * tensors[-1]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        grads = [
+            (grad * incoming).to(grad.dtype) if need else None
+            for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        ]
+        return (*grads, *(None,) * 8)
+
+
+def linear_div(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    kind: str = "forward_kl",
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+    beta: float | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    t_squared: bool = False,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Divergence of `kind` between two models known by their hidden states and LM heads, per token, in nats.
+
+    That of :func:`kl_gpu.divergence` for the logits
+
+        z = hidden · weightᵀ + bias,    logits = softcap · tanh(logit_scale · z / softcap)
+
+    (logit_scale · z without a soft cap), of which only `chunk_rows` rows exist at a time. With a reduction
+    the gradients are computed in forward; with "none" and in float16, where a loss scale must come first, in
+    backward, from the products again. The cap is computed in float32 at least. The student's hidden states,
+    weight and bias are differentiable, the teacher is a constant.
+
+    Rows that do not count cost nothing on the CPU; elsewhere they are computed with the others, since finding
+    them would wait for the device. How the products round is the vendor library's affair: a row's last bits
+    may depend on the size of its chunk, so on N. A NaN in a row that counts stays in that row of the values
+    and of the hidden states' gradient, but reaches all of the weight's and the bias's.
+
+    Args:
+        student_hidden: `[N, H_s]`, N any leading shape; float16, bfloat16, float32 or float64.
+        student_weight: `[V_s, H_s]`, of the same dtype. Under autocast both are cast as `F.linear` would; a
+            gradient has its input's dtype. The weight's is summed over chunks in float32 at least.
+        teacher_hidden, teacher_weight: `[N, H_t]` and `[V_t, H_t]`; H and dtype may differ from the
+            student's. Nothing of the teacher may require a gradient.
+        kind: a name in `kl_gpu.KINDS`.
+        student_bias, teacher_bias: `[V]`, of the weight's dtype.
+        softcap, teacher_softcap: each model's cap, a float > 0; None for none.
+        logit_scale, teacher_logit_scale: each model's factor, a float > 0; the temperature over it must be
+            within [1e-6, 1e9].
+        chunk_rows: rows of logits held at once; None chooses by V, dtype and device, and takes fewer where a
+            GPU is short of memory.
+        beta, temperature, teacher_temperature, t_squared, mask, labels, ignore_index, weight, reduction,
+            normalizer, backend: as in :func:`kl_gpu.divergence`.
+        shift: hidden states at t go with entry t+1 of labels, mask and weight; needs `[batch, time, H]` and
+            gives `[batch, time − 1]`.
+        vocab_size: rows of the weights at and past it are ignored on both sides; required where the two V
+            differ.
+
+    Returns:
+        float32 (float64 where both sides' logits are); `[N]` for reduction="none", else 0-d. Never negative.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, range, name or combination is wrong, or the teacher requires a gradient; the
+            message names the argument.
+        RuntimeError: from backward, when a second derivative is asked for, or when a tensor was modified
+            since the call.
+    """
+    validation.of_one_rank("linear_div", student_hidden, student_weight, teacher_hidden, teacher_weight)
+    return run_linear(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, kind,
+        student_bias=student_bias, teacher_bias=teacher_bias, softcap=softcap,
+        teacher_softcap=teacher_softcap, logit_scale=logit_scale, teacher_logit_scale=teacher_logit_scale,
+        chunk_rows=chunk_rows, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
+        t_squared=t_squared, mask=mask, labels=labels, ignore_index=ignore_index, shift=shift, weight=weight,
+        reduction=reduction, normalizer=normalizer, vocab_size=vocab_size, backend=backend,
+    )  # fmt: skip
+
+
+def run_linear(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, kind: str,
+    linear: Linear | None = None, columns: int | None = None, *, student_bias: Tensor | None,
+    teacher_bias: Tensor | None, softcap: float | None, teacher_softcap: float | None, logit_scale: float,
+    teacher_logit_scale: float, chunk_rows: int | None, **shared: Any,
+) -> Tensor:  # fmt: skip
+    """`linear_div`, whatever computes it, of the heads' first `columns` rows, or those `vocab_size` says."""
+    linear = linear or op.linear
+    options = Options(**shared)
+    temperature, teacher_temperature = options.temperature, options.check(kind)
+    caps = validation.softcap("softcap", softcap), validation.softcap("teacher_softcap", teacher_softcap)
+    factors = (
+        validation.logit_scale("logit_scale", logit_scale, temperature),
+        validation.logit_scale("teacher_logit_scale", teacher_logit_scale, teacher_temperature),
+    )
+    validation.chunk_rows(chunk_rows)
+    validation.heads(
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
+        options.shift, least=1 if columns is None else 0,
+    )  # fmt: skip
+    device, sizes = student_hidden.device, (len(student_weight), len(teacher_weight))
+    if columns is None:
+        columns = validation.vocabulary(
+            "student_weight", sizes[0], "teacher_weight", sizes[1], "rows", options.vocab_size
+        )
+    reduction = options.reduction_of(student_hidden)
+    chosen = registry.resolve(options.backend, device)
+
+    states = [x[:, :-1] if options.shift else x for x in (student_hidden, teacher_hidden)]
+    lead = states[0].shape[:-1]
+    student, teacher = (x.reshape(-1, x.shape[-1]) for x in states)
+    heads = _Heads(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias)
+    dtypes = _logits_dtype(student), _logits_dtype(teacher)
+    divergence = DivergenceParams(
+        *KINDS[kind].at(options.beta),
+        student_scale=(1.0 if caps[0] else factors[0]) / float(temperature),
+        teacher_scale=(1.0 if caps[1] else factors[1]) / float(teacher_temperature),
+        backend=chosen,
+    )
+    params = LinearParams(
+        *dtypes,
+        # Without a cap the factor is part of the scale, which the sweep multiplies by anyway.
+        student_inner=factors[0] if caps[0] else 1.0,
+        teacher_inner=factors[1] if caps[1] else 1.0,
+        student_cap=caps[0],
+        teacher_cap=caps[1],
+        vocab_size=columns,
+        chunk_rows=chunk_rows or 0,
+        divergence=divergence,
+    )
+    needs = heads.needs
+    # float64 with a narrower side: computed in float64, returned in float32.
+    mixed = dtypes[0] != dtypes[1]
+
+    # In float16 a gradient divided by N vanishes unless a loss scale comes first, and that comes in backward.
+    in_range = torch.float16 not in (dtypes[0], student.dtype, student_weight.dtype)
+    transformed = transforms.are_active()
+    if reduction.has_scale and in_range and torch.is_grad_enabled() and any(needs) and not transformed:
+        row_scale = reduction.scale(lead, compute_dtype(*dtypes), device)
+        valid = _flat(reduction.computed)
+        function = _CompiledSum if torch.compiler.is_compiling() else _Sum
+        total = function.apply(*heads, valid, row_scale.reshape(-1), params, needs, linear)
+        return total.float() if mixed else total
+
+    def of(some: Tensor | None) -> Tensor:
+        if transformed:
+            (found,) = transforms.run(_STEP, (params, linear), *heads, _flat(some))
+        else:
+            found = _Rows.apply(*heads, _flat(some), params, needs, linear)
+        return found.view(lead)
+
+    value = reduction.completed(of(reduction.computed), of)
+    return reduction.reduced(value.float() if mixed else value)
+
+
+def _flat(valid: Tensor | None) -> Tensor | None:
+    return None if valid is None else valid.reshape(-1)
+
+
+def _logits_dtype(hidden: Tensor) -> torch.dtype:
+    """What `F.linear` would compute in: under autocast everything but float64 is cast."""
+    if validation.autocasts(hidden.device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
+    return hidden.dtype

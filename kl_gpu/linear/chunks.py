@@ -1,0 +1,85 @@
+"""Which rows of a call of `linear_div` are computed together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arguments.params import LinearParams
+
+# Bytes of logits, both sides, that are held at once, and the rows between which they may come to lie. Fewer
+# make the products slow and a GPU wait for launches, and each chunk reads and writes the weight's gradient.
+_LOGITS = {"cpu": 512 << 20}
+_LOGITS_ON_A_GPU = 768 << 20
+_FEWEST = {"cpu": 64}
+_FEWEST_ON_A_GPU = 512
+_MOST = 4096
+# Rows of a chunk are a multiple of this, where it was not the caller who chose them.
+_STEP = 32
+# Elsewhere looking which rows count would wait for the device: they are computed, and their result is 0.
+_FINDS_ROWS = frozenset({"cpu"})
+
+
+class Chunk(NamedTuple):
+    """Rows that are computed together: a run of all, or those at `places`.
+
+    Attributes:
+        rows: their place among the rows that are computed.
+        places: int64, where they lie among all rows; None where all are computed.
+        keep: bool, which of them count; None where all do.
+    """
+
+    rows: slice
+    places: Tensor | None
+    keep: Tensor | None
+
+    def put(self, into: Tensor, what: Tensor) -> None:
+        if self.places is None:
+            into[self.rows] = what
+        else:
+            into.index_copy_(0, self.places, what.to(into.dtype))
+
+
+def chunks_of(valid: Tensor | None, n: int, params: LinearParams, device: torch.device) -> Iterator[Chunk]:
+    """Where it costs nothing to find them, rows that do not count are left out."""
+    index = None
+    if valid is not None and device.type in _FINDS_ROWS:
+        index = valid.nonzero()[:, 0]
+        n, valid, index = len(index), None, None if len(index) == n else index
+    chunk_rows = chosen_rows(n, params, device)
+    for start in range(0, n, chunk_rows):
+        part = slice(start, min(start + chunk_rows, n))
+        yield Chunk(part, None if index is None else index[part], None if valid is None else valid[part])
+
+
+def _bytes_a_row(params: LinearParams) -> int:
+    return params.vocab_size * (params.student_dtype.itemsize + params.teacher_dtype.itemsize)
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return math.inf
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def chosen_rows(n: int, params: LinearParams, device: torch.device) -> int:
+    """Rows of a chunk: by the sizes alone, so that the bits repeat, unless memory is short.
+
+    The chunks are made equal, lest the last one be a few rows whose products take as long as many.
+    """
+    if params.chunk_rows:
+        return params.chunk_rows
+    a_row = _bytes_a_row(params)
+    least = _FEWEST.get(device.type, _FEWEST_ON_A_GPU)
+    rows = min(_MOST, max(least, _LOGITS.get(device.type, _LOGITS_ON_A_GPU) // a_row))
+    free = _free_bytes(device)
+    while rows > _STEP and rows * a_row > free / 2:
+        rows //= 2
+    rows = max(_STEP, rows // _STEP * _STEP)
+    equal = math.ceil(n / max(1, math.ceil(n / rows)))
+    return max(1, min(n, _STEP * math.ceil(equal / _STEP)))

@@ -1,0 +1,148 @@
+"""From a chunk's hidden states to its divergences, and their gradient in place of the student's logits."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..arguments.params import LinearParams
+from ..arguments.reduction import compute_dtype
+from ..backends import registry
+from ..backends.native.memory import on_huge_pages
+from ..ops import pair as ops
+from .chunks import Chunk
+
+# Elements of what passes through a soft cap at once: three such buffers, in float32, stay in a last cache.
+_CAPPED = {"cpu": 1 << 20}
+_CAPPED_ON_A_GPU = 1 << 23
+
+
+class Head:
+    """One side: its products in their dtype, and the memory of a chunk's logits."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, columns: int, rows: int
+    ) -> None:
+        self.hidden, self.dtype = hidden, dtype
+        self.weight = weight[:columns].to(dtype)
+        self.bias = None if bias is None else bias[:columns].to(dtype)
+        self.buffer = on_huge_pages(hidden.new_empty((rows, columns), dtype=dtype))
+
+    def states(self, chunk: Chunk) -> Tensor:
+        """The chunk's hidden states, those of rows that do not count replaced by 0: they may hold NaN."""
+        if chunk.places is not None:
+            hidden = self.hidden.index_select(0, chunk.places)
+        else:
+            hidden = self.hidden[chunk.rows]
+            if chunk.keep is not None:
+                hidden = hidden.masked_fill(~chunk.keep[:, None], 0)
+        return hidden.to(self.dtype)
+
+    def logits(self, states: Tensor) -> Tensor:
+        out = self.buffer[: states.shape[0]]
+        if self.bias is None:
+            return torch.mm(states, self.weight.t(), out=out)
+        return torch.addmm(self.bias, states, self.weight.t(), out=out)
+
+
+class _Cap:
+    """cap·tanh(inner·z/cap) of some rows, in the dtype that rows are computed in."""
+
+    def __init__(self, inner: float, cap: float, like: Tensor, dtype: torch.dtype, rows: int) -> None:
+        self.inner, self.cap = inner, cap
+        self.tanh, self.out = (like.new_empty((rows, like.shape[1]), dtype=dtype) for _ in range(2))
+
+    def of(self, logits: Tensor) -> Tensor:
+        n = len(logits)
+        tanh = self.tanh[:n].copy_(logits).mul_(self.inner / self.cap).tanh_()
+        return torch.mul(tanh, self.cap, out=self.out[:n])
+
+    def pull_back(self, gradient: Tensor) -> Tensor:
+        """The gradient to z from that to the result of the last call, over both."""
+        return gradient.mul_(self.tanh[: len(gradient)].square_().neg_().add_(1)).mul_(self.inner)
+
+
+class SweepRows(Protocol):
+    """Divergences `[n]` of logits `[n, V]`, of which `keep` says which rows count; with factors `[n]` of the
+    rows their gradient, too, in place of the student's logits."""
+
+    def __call__(
+        self,
+        params: LinearParams,
+        student: Tensor,
+        teacher: Tensor,
+        keep: Tensor | None,
+        row_scale: Tensor | None,
+    ) -> Tensor: ...
+
+
+def sweep_rows(
+    params: LinearParams, student: Tensor, teacher: Tensor, keep: Tensor | None, row_scale: Tensor | None
+) -> Tensor:
+    """`SweepRows` of rows that are all here."""
+    of = params.divergence
+    if row_scale is None:
+        return ops.divergence(student, teacher, keep, *of)
+    if registry.load(of.backend).fuses:
+        return ops.value_and_gradient(student, teacher, keep, row_scale, *of, student, None)[0]
+    value, stats = ops.value(student, teacher, keep, *of)
+    ops.gradient(student, teacher, keep, stats, row_scale, None, *of, student, None)
+    return value
+
+
+class Sweep:
+    """The divergences of a chunk's logits, and their gradient in place of the student's.
+
+    `widest` is the number of columns that the rows of a soft cap are chosen by.
+    """
+
+    def __init__(
+        self,
+        params: LinearParams,
+        student: Tensor,
+        teacher: Tensor,
+        rows: SweepRows = sweep_rows,
+        widest: int = 0,
+    ) -> None:
+        self.params, self.rows = params, rows
+        dtype = compute_dtype(student.dtype, teacher.dtype)
+        elements = _CAPPED.get(student.device.type, _CAPPED_ON_A_GPU)
+        self.at_once = max(1, elements // max(widest, student.shape[1], 1))
+        at_once = min(len(student), self.at_once)
+        self.caps = [
+            _Cap(inner, cap, side, dtype, at_once) if cap else None
+            for inner, cap, side in (
+                (params.student_inner, params.student_cap, student),
+                (params.teacher_inner, params.teacher_cap, teacher),
+            )
+        ]
+
+    def __call__(
+        self, student: Tensor, teacher: Tensor, keep: Tensor | None, row_scale: Tensor | None
+    ) -> Tensor:
+        if self.caps == [None, None]:
+            return self.rows(self.params, student, teacher, keep, row_scale)
+        # A few rows at a time: what the caps make of them stays in a cache.
+        parts = [slice(i, i + self.at_once) for i in range(0, len(student), self.at_once)]
+        return torch.cat(
+            [
+                self._capped(
+                    student[p], teacher[p], None if keep is None else keep[p],
+                    None if row_scale is None else row_scale[p],
+                )
+                for p in parts
+            ]
+        )  # fmt: skip
+
+    def _capped(
+        self, student: Tensor, teacher: Tensor, keep: Tensor | None, row_scale: Tensor | None
+    ) -> Tensor:
+        cap, teacher_cap = self.caps
+        s = student if cap is None else cap.of(student)
+        t = teacher if teacher_cap is None else teacher_cap.of(teacher)
+        value = self.rows(self.params, s, t, keep, row_scale)
+        if cap is not None and row_scale is not None:
+            student.copy_(cap.pull_back(s))
+        return value

@@ -1,0 +1,122 @@
+"""From hidden states and two LM heads to divergences and gradients, some rows of logits at a time.
+
+One operator, a single node under torch.compile. A chunk is two products, the fused sweep that writes the
+gradient over the student's logits, and the products that carry it on. All products are the vendor's.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments.params import LinearParams
+from ..arguments.reduction import compute_dtype
+from ..arguments.validation import autocasts
+from ..ops import symbols
+from ..ops.register import Implementations, register
+from .accumulate import BiasGradient, WeightGradient
+from .chunks import chunks_of
+from .heads import Head, Sweep, SweepRows, sweep_rows
+
+_library = torch.library.Library("kl_gpu", "FRAGMENT")
+_library.define(
+    "linear(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor teacher_hidden, "
+    "Tensor teacher_weight, Tensor? teacher_bias, Tensor? rows, Tensor? row_scale, bool[] needs, "
+    "ScalarType student_dtype, ScalarType teacher_dtype, float student_inner, float teacher_inner, "
+    "float student_cap, float teacher_cap, SymInt vocab_size, SymInt chunk_rows, str kind, float beta, "
+    "float student_scale, float teacher_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """The dtypes are settled: autocast must not choose others for the products in here."""
+    if autocasts(device):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def over_chunks(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    valid: Tensor | None,
+    row_scale: Tensor | None,
+    needs: list[bool],
+    *arguments: Any,
+    sweep_rows: SweepRows = sweep_rows,
+    widest: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator `linear`, whatever sweeps the rows; `widest` as in `Sweep`."""
+    params = LinearParams.from_arguments(*arguments)
+    device, n = student_hidden.device, len(student_hidden)
+    with torch.no_grad(), _without_autocast(device):
+        value, to_hidden, *_ = _outputs(
+            student_hidden, student_weight, None, [needs[0], False, False], params
+        )
+        chunks = list(chunks_of(valid, n, params, device))
+        if not chunks or chunks[0].places is not None:
+            value.zero_()
+            to_hidden.zero_()
+        longest = max((c.rows.stop - c.rows.start for c in chunks), default=0)
+        columns = params.vocab_size
+        student = Head(student_hidden, student_weight, student_bias, params.student_dtype, columns, longest)
+        teacher = Head(teacher_hidden, teacher_weight, teacher_bias, params.teacher_dtype, columns, longest)
+        sweep = Sweep(params, student.buffer, teacher.buffer, sweep_rows, widest)
+        to_weight = WeightGradient(student_weight, student.dtype, columns, len(chunks)) if needs[1] else None
+        to_bias = None if student_bias is None or not needs[2] else BiasGradient(
+            student_bias, student.dtype, columns
+        )  # fmt: skip
+        for chunk in chunks:
+            states = student.states(chunk)
+            s, t = student.logits(states), teacher.logits(teacher.states(chunk))
+            scale = None
+            if row_scale is not None:
+                scale = row_scale[chunk.rows] if chunk.places is None else row_scale[chunk.places]
+            chunk.put(value, sweep(s, t, chunk.keep, scale))
+            if needs[0]:
+                chunk.put(to_hidden, torch.mm(s, student.weight))
+            if to_weight is not None:
+                to_weight.add(s, states)
+            if to_bias is not None:
+                to_bias.add(s)
+        nothing = student_hidden.new_empty(0)
+        return (
+            value,
+            to_hidden,
+            nothing if to_weight is None else to_weight.result(),
+            nothing.clone() if to_bias is None else to_bias.result(),
+        )
+
+
+def _outputs(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    needs: list[bool],
+    params: LinearParams,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows' values, and the gradients that are asked for; the others have no elements."""
+    dtype = compute_dtype(params.student_dtype, params.teacher_dtype)
+    value = student_hidden.new_empty(len(student_hidden), dtype=dtype)
+    grads = [
+        student_hidden.new_empty(0) if x is None or not need else x.new_empty(x.shape)
+        for x, need in zip((student_hidden, student_weight, student_bias), needs, strict=True)
+    ]
+    return value, *grads  # type: ignore[return-value]
+
+
+def _linear_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, weight, bias = arguments[:3]
+    return _outputs(hidden, weight, bias, arguments[8], LinearParams.from_arguments(*arguments[9:]))
+
+
+_IMPLEMENTATIONS: Implementations = {"linear": (over_chunks, _linear_fake)}
+register(_library, _IMPLEMENTATIONS)
+
+linear = symbols.operator("linear")

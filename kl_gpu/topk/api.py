@@ -1,0 +1,247 @@
+"""Divergences from a teacher of whom only the K best tokens are known."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import complement, transforms
+from ..arguments import validation
+from ..arguments.options import REDUCTIONS, Options
+from ..arguments.params import ComplementParams, TopkParams
+from ..arguments.reduction import LogitsWindow, last_contiguous
+from ..backends import registry
+from ..backends.interface import wide_dtype
+from ..complement import SplitRows, split
+from ..inference_tensors import ordinary_rows
+from ..kinds import KINDS
+from ..ops.complement import present
+from . import formulas
+
+TAILS = tuple(formulas.TAIL_KINDS)
+
+
+class _Call(NamedTuple):
+    params: TopkParams
+    dtype: torch.dtype
+
+
+def _values(
+    call: _Call, given: Tensor, rest: Tensor, log_p: Tensor, rest_log_p: Tensor | None,
+    has_rest: Tensor, rows: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The divergence, and its derivatives to `given` and `rest`."""
+    value, to_given, to_rest = formulas.topk(given, rest, log_p, rest_log_p, has_rest, *call.params)
+    if rows is not None:
+        value, to_rest = torch.where(rows, value, 0.0), torch.where(rows, to_rest, 0.0)
+        to_given = torch.where(rows[..., None], to_given, 0.0)
+    return value.to(call.dtype), to_given, to_rest
+
+
+def _to_split(row_gradient: Tensor, to_given: Tensor, to_rest: Tensor) -> tuple[Tensor, Tensor]:
+    scale = row_gradient.to(to_rest.dtype)
+    return scale[..., None] * to_given, scale * to_rest
+
+
+def _pull(call: _Call, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
+    return *_to_split(*incoming, *kept), None, None, None, None
+
+
+_STEP = transforms.Step(_values, _pull)
+
+
+class _Divergence(torch.autograd.Function):
+    """From a row's split (`complement.Split`) to the divergence `[*]`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, given: Tensor, rest: Tensor, log_p: Tensor, rest_log_p: Tensor | None, has_rest: Tensor,
+        rows: Tensor | None, call: _Call,
+    ) -> Tensor:  # fmt: skip
+        value, *derivatives = _values(call, given, rest, log_p, rest_log_p, has_rest, rows)
+        ctx.save_for_backward(*derivatives)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *_to_split(row_gradient, *ctx.saved_tensors), None, None, None, None, None
+
+
+def _divergence(*tensors: Tensor | None, call: _Call) -> Tensor:
+    """`_Divergence`, also under torch.func."""
+    if transforms.are_active():
+        return transforms.run(_STEP, call, *tensors)[0]
+    value: Tensor = _Divergence.apply(*tensors, call)
+    return value
+
+
+def topk_div(
+    student_logits: Tensor,
+    teacher_logprobs: Tensor,
+    teacher_ids: Tensor,
+    kind: str = "forward_kl",
+    *,
+    tail: str = "bucket",
+    teacher_tail_logprob: Tensor | None = None,
+    beta: float | None = None,
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    inplace: bool = False,
+    validate: bool = False,
+    return_mass: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Divergence between a student's logits and the K tokens known of a teacher, per token, in nats.
+
+    With p the teacher, q = softmax(student), Σ_K over the ids and P, Q what each side has outside them:
+
+    - "bucket": the divergence of K + 1 outcomes, the rest of each side in one. Never more than that of the
+      full distributions (data processing inequality; Cover and Thomas, section 2.8), and equal for K = V.
+    - "renormalize": of both sides conditioned on the ids: p̂ ∝ p^(1/T), q̂ ∝ e^(s/T). The only one for
+      temperature ≠ 1, and the only one that tells the student nothing about the rest of the vocabulary.
+    - "student_full": KL(p̂‖q), p̂ = p/Σ_K p and q over the whole vocabulary. Forward KL only.
+    - "truncate": Σ_K p (log p − log q), not renormalised. Can be negative. Forward KL only.
+    - "generalized": Σ_K [p log(p/q) − p + q], the KL of two measures, and its reverse; jeffreys and js are
+      made of these. Never negative.
+
+    One read of the student's logits for the value ("renormalize" reads only the ids), one more and one write
+    for the gradient. Extra memory is O(N·K).
+
+    Args:
+        student_logits: `[N, V]`, N any leading shape; float16, bfloat16, float32 or float64.
+        teacher_logprobs: `[N, K]`, K ≥ 1, log-probabilities under the teacher's full softmax at temperature
+            1; the same dtypes. It gets no gradient: one that requires it is refused.
+        teacher_ids: int `[N, K]`, the columns they belong to, in any order; −1 marks an absent entry, whose
+            log-probability is not looked at. An entry of log-probability −inf whose id stands elsewhere in
+            its row is absent too: padding with (0, −inf). Rows without any entry are NaN under "renormalize"
+            and "student_full".
+        kind: "forward_kl", "reverse_kl", "jeffreys" or "js".
+        tail: what to make of the rest of the vocabulary, see above.
+        teacher_tail_logprob: `[N]`, log P for "bucket", as :func:`kl_gpu.topk_logprobs` gives it. Without it
+            P = 1 − Σ_K p, but never less than what the rounding of teacher_logprobs may hide, lest KL(q‖p)
+            be infinite (where the student has no mass outside the ids, such a P is 0). Where the ids are the
+            whole vocabulary P is 0, whatever was given.
+        beta: as in :func:`kl_gpu.divergence`.
+        temperature: divides the student's logits and the teacher's log-probabilities; 1 but for
+            "renormalize".
+        t_squared: multiply value and gradient by T².
+        mask, labels, ignore_index, shift, weight, reduction, normalizer: as in :func:`kl_gpu.divergence`;
+            with `shift` the teacher's entries at t go with the student's logits at t.
+        vocab_size: the student's columns at and past it are ignored.
+        inplace: allow the gradient to be written over the memory of `student_logits` in backward.
+        validate: refuse ids outside [0, V) (but −1) and ids given twice in a row that valid, and for tails
+            other than "renormalize" probabilities that sum to more than 1.05, with P where it is given, or a
+            given P that is NaN. On the CPU always; on a GPU it waits for the device. Not validated, an id
+            outside valid as absent and is never read, and one given twice valid twice.
+        return_mass: also return the probability of the ids, Σ_K p and Σ_K q at temperature 1, `[N]`, not
+            differentiable; rows that do not count have 0.
+        backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
+
+    Returns:
+        float32 (float64 where logits and log-probabilities are); `[N]` for reduction="none", else 0-d. With
+        `return_mass` a triple: that, the teacher's mass, the student's mass.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, range, name or combination is wrong; the message names the argument.
+        RuntimeError: from backward, when a second derivative is asked for, or when logits were modified
+            since the call.
+    """
+    validation.of_one_rank("topk_div", student_logits)
+    return run_topk(
+        student_logits, teacher_logprobs, teacher_ids, kind, tail=tail,
+        teacher_tail_logprob=teacher_tail_logprob, beta=beta, temperature=temperature, t_squared=t_squared,
+        mask=mask, labels=labels, ignore_index=ignore_index, shift=shift, weight=weight, reduction=reduction,
+        normalizer=normalizer, vocab_size=vocab_size, inplace=inplace, validate=validate,
+        return_mass=return_mass, backend=backend,
+    )  # fmt: skip
+
+
+def run_topk(
+    student_logits: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, kind: str,
+    split: SplitRows = split, columns: int | None = None, *, tail: str,
+    teacher_tail_logprob: Tensor | None, validate: bool, return_mass: bool, **shared: Any,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`topk_div`, whatever splits the rows, of a vocabulary of `columns` or just these."""
+    options = Options(**shared)
+    validation.name("tail", tail, TAILS)
+    validation.name("kind", kind, KINDS)
+    allowed = formulas.TAIL_KINDS[tail]
+    if kind not in allowed:
+        names = ", ".join(map(repr, allowed))
+        raise ValueError(f"kind must be one of {names} for tail={tail!r}, got {kind!r}")
+    validation.name("reduction", options.reduction, REDUCTIONS)
+    validation.beta(options.beta, kind)
+    temperature, shift = options.temperature, options.shift
+    validation.booleans(
+        t_squared=options.t_squared, shift=shift, inplace=options.inplace, validate=validate,
+        return_mass=return_mass,
+    )  # fmt: skip
+    validation.temperature("temperature", temperature)
+    if tail != "renormalize" and temperature != 1:
+        raise ValueError(
+            "temperature must be 1 but for tail='renormalize': p^(1/T) cannot be normalised without the rest "
+            f"of p, got temperature={temperature} with tail={tail!r}"
+        )
+    vocab_size = validation.one_sided_logits("student_logits", student_logits, options.vocab_size, shift)
+    validation.topk(student_logits, teacher_logprobs, teacher_ids, teacher_tail_logprob, tail)
+    reduction_ = options.reduction_of(student_logits)
+    chosen = registry.resolve(options.backend, student_logits.device)
+    inplace = options.overwrites("student_logits", student_logits, "teacher_logprobs", teacher_logprobs)
+
+    logits, device, valid = last_contiguous(student_logits), student_logits.device, reduction_.computed
+    if shift:
+        teacher_logprobs, teacher_ids = teacher_logprobs[:, :-1], ordinary_rows(teacher_ids)[:, :-1]
+        teacher_tail_logprob = None if teacher_tail_logprob is None else teacher_tail_logprob[:, :-1]
+    wide = wide_dtype(device)
+    columns = columns or vocab_size
+    ids = complement.unpadded(teacher_ids.long(), teacher_logprobs, constants=(columns,))
+    here = present(ids, columns)
+    has_rest = here.sum(-1) < columns
+    log_p = torch.where(here, teacher_logprobs.to(wide), -torch.inf)
+    rest_log_p = None
+    if teacher_tail_logprob is not None:
+        # A rest without a column has no mass, whatever was given.
+        rest_log_p = torch.where(has_rest, teacher_tail_logprob.to(wide), -torch.inf)
+    validate = validate or device.type == "cpu"
+    if validate and tail != "renormalize":
+        log_p = complement.checked_mass(log_p, valid)
+        if rest_log_p is not None:
+            rest_log_p = complement.checked_tail(rest_log_p, log_p, valid)
+
+    scale = 1.0 / float(temperature)
+    sweeps, window = tail != "renormalize", LogitsWindow(vocab_size, shift)
+    params = ComplementParams(scale, sweeps, False, validate, "teacher_ids", chosen, window, inplace)
+    given, rest, _ = split(logits, ids, valid, params)
+    both_wide = student_logits.dtype == teacher_logprobs.dtype == torch.float64
+    dtype = torch.float64 if both_wide else torch.float32
+    resolution = formulas.RESOLUTION[teacher_logprobs.dtype]
+    call = _Call(TopkParams(*KINDS[kind].at(options.beta), tail, scale, resolution), dtype)
+
+    def of(given: Tensor, rest: Tensor, some: Tensor | None) -> Tensor:
+        return _divergence(given, rest, log_p, rest_log_p, has_rest, some, call=call)
+
+    per_row = reduction_.completed(
+        of(given, rest, valid), lambda others: of(*split(logits, ids, others, params)[:2], others)
+    )
+    value = reduction_.reduced(per_row)
+    if not return_mass:
+        return value
+    with torch.no_grad():
+        if tail == "renormalize":
+            given, rest, _ = split(logits, ids, valid, params._replace(scale=1.0, sweeps=True))
+        masses = formulas.mass_of(log_p), formulas.student_mass(given, rest)
+        teacher_mass, student_mass = (
+            (x if valid is None else torch.where(valid, x, 0.0)).to(dtype) for x in masses
+        )
+    return value, teacher_mass, student_mass

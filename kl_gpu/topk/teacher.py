@@ -1,0 +1,93 @@
+"""What `topk_div` has to know of a teacher, from the teacher's logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arguments import validation
+from ..arguments.options import Options
+from ..arguments.reduction import LogitsWindow, last_contiguous
+from ..backends import registry
+from ..ops import complement as ops
+from . import formulas
+
+
+class TopkLogprobs(NamedTuple):
+    """A teacher's K best tokens, row by row, as :func:`kl_gpu.topk_div` takes them.
+
+    Attributes:
+        logprobs: `[N, K]`, log-probabilities under the full softmax, the largest first.
+        ids: int64 `[N, K]`, the columns they belong to.
+        tail_logprob: `[N]`, the log of the summed probability of all other columns.
+    """
+
+    logprobs: Tensor
+    ids: Tensor
+    tail_logprob: Tensor
+
+
+def topk_logprobs(
+    logits: Tensor,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+) -> TopkLogprobs:
+    """The K largest log-probabilities of each row, their columns, and the log of what all others have.
+
+    With p = softmax(logits/T): log p_i is −log(1 + Σ_{j≠i} p_j/p_i), and the tail is the log of the *sum* of
+    the other probabilities. Neither is a difference, so both are good to 5e-6 of themselves however peaked
+    the row is, where 1 − Σ p of rounded numbers is noise or negative. No gradient: logits that require one
+    are fine, the result is detached. `torch.topk` and one read of the logits; beside what `torch.topk` takes
+    the extra memory is O(N·K).
+
+    Args:
+        logits: `[N, V]`, N any leading shape; float16, bfloat16, float32 or float64. Any view whose last
+            dimension is contiguous is read without a copy.
+        k: how many, within [1, V].
+        temperature: divides the logits, as in :func:`kl_gpu.token_logprobs`. `topk_div` wants
+            log-probabilities at temperature 1.
+        mask: bool `[N]`, True counts. A row that does not count is a teacher of whom nothing is known:
+            logprobs 0, ids −1 (absent), tail_logprob 0, whatever its logits hold.
+        vocab_size: columns at and past it are ignored.
+        backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
+
+    Returns:
+        TopkLogprobs: logprobs and tail_logprob in float32 (float64 for float64 logits), ids in int64, those
+        that `torch.topk` of the logits gives, ties included. A column at −inf has log p = −inf, and so has a
+        tail without mass (K = V). A row with NaN, with +inf or with nothing but −inf is NaN, and its ids
+        mean nothing.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, range or name is wrong; the message names the argument.
+    """
+    options = Options(temperature=temperature, mask=mask, vocab_size=vocab_size, backend=backend)
+    validation.temperature("temperature", temperature)
+    if validation.is_shared(logits):
+        # Not to_local(): the best of one rank's columns are not the best of all.
+        raise TypeError("logits must be a plain tensor, got a DTensor: give its full_tensor()")
+    columns = validation.one_sided_logits("logits", logits, vocab_size, shift=False)
+    validation.count("k", k, columns)
+    valid = options.reduction_of(logits).computed
+    chosen = registry.resolve(backend, logits.device)
+
+    x, scale = (
+        LogitsWindow(columns, shift=False).of(last_contiguous(logits.detach())),
+        1.0 / float(temperature),
+    )
+    ids = x.topk(k, -1).indices
+    picked = ops.picked_logits(x, ids, valid, False, "ids") * scale
+    rest_lse, *_ = ops.complement(x, ids, valid, scale, False, chosen)
+    logprobs, tail_logprob = formulas.best(picked, rest_lse)
+    if valid is not None:
+        each = valid[..., None]
+        logprobs, ids = torch.where(each, logprobs, 0.0), torch.where(each, ids, -1)
+        tail_logprob = torch.where(valid, tail_logprob, 0.0)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return TopkLogprobs(logprobs.to(dtype), ids, tail_logprob.to(dtype))
