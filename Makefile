@@ -23,6 +23,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run --Werror $(wildcard kernels/*.h kernels/*.cpp kernels/bindings/*.cpp)
 
 bench: $(READY)  ## ours against plain PyTorch and torch.compile on the device at hand

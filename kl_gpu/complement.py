@@ -1,9 +1,9 @@
-"""A row of logits split in picked columns and their complement: the picked logits, the log-sum-exp of all others.
+"""A row of logits split in picked columns and their complement, the log-sum-exp of all others.
 
-What `token_logprobs` and `topk_div` are made of. With s the scaled logits and u = log Σ e^{s_j} over the complement,
-a function of the picked columns' s and of u is all they need, and its gradient is sparse but for one term:
-∂u/∂s_j = e^{s_j − u} in every column of the complement. u is summed without the picked columns, never by taking them
-off again: where they hold nearly all the mass, nothing would be left but rounding.
+What `token_logprobs` and `topk_div` are made of. With s the scaled logits and u = log Σ e^{s_j} over the
+complement, a function of the picked columns' s and of u is all they need, and its gradient is sparse but for
+one term: ∂u/∂s_j = e^{s_j − u} in every column of the complement. u is summed without the picked columns,
+never by taking them off again: where they hold nearly all the mass, nothing would be left but rounding.
 """
 
 from __future__ import annotations
@@ -80,10 +80,11 @@ _STEP = transforms.Step(_split, _pull, values=3)
 
 
 class Split(torch.autograd.Function):
-    """From logits `[*, V]` and ids `[*, K]` to the ids' scaled logits, and the complement's log-sum-exp and entropy.
+    """From logits `[*, V]` and ids `[*, K]` to the picked scaled logits, and the complement's log-sum-exp and
+    entropy.
 
-    In float64. −inf for an absent id, and for the log-sum-exp where no other column has mass. Without `sweeps` it
-    and the entropy are 0.
+    In float64. −inf for an absent id, and for the log-sum-exp where no other column has mass. Without
+    `sweeps` it and the entropy are 0.
     """
 
     @staticmethod

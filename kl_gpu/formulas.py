@@ -1,8 +1,9 @@
 """The formulas of all divergences, column by column, in float64 torch.
 
-With a and b the two probabilities of a column and r = log b/a (−inf where b has no mass, +inf where a has none, 0 in a
-column without either), a formula gives the divergence's term, which is never negative, and the two flows a·∂D/∂a and
-b·∂D/∂b up to a multiple of a and of b, which softmax takes off again (docs/numerics.md).
+With a and b the two probabilities of a column and r = log b/a (−inf where b has no mass, +inf where a has
+none, 0 in a column without either), a formula gives the divergence's term, which is never negative, and the
+two flows a·∂D/∂a and b·∂D/∂b up to a multiple of a and of b, which softmax takes off again
+(docs/numerics.md).
 """
 
 from __future__ import annotations

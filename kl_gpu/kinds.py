@@ -1,7 +1,7 @@
 """The kinds of divergence: names, parameters, definitions. No torch here.
 
-A *formula* is one divergence of two distributions a and b; a kind says which side plays a. Each backend holds one
-small function per formula (docs/numerics.md) over sweeps that all formulas share.
+A *formula* is one divergence of two distributions a and b; a kind says which side plays a. Each backend holds
+one small function per formula (docs/numerics.md) over sweeps that all formulas share.
 """
 
 from __future__ import annotations

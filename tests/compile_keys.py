@@ -40,8 +40,8 @@ def main() -> None:
             scale, grad = stats[:, 0].contiguous(), torch.empty_like(sides[0])
             triton.gradient(problem, stats, scale, grad, None)
             triton.value_and_gradient(problem, scale, grad, None)
-    print(json.dumps({"families": len({kinds.KINDS[k].formula for k in ("jeffreys", "js", "skew_forward_kl")}),
-                      "keys": {name: len(keys) for name, keys in KEYS.items()}}))  # fmt: skip
+    formulas = {kinds.KINDS[k].formula for k in ("jeffreys", "js", "skew_forward_kl")}
+    print(json.dumps({"families": len(formulas), "keys": {name: len(keys) for name, keys in KEYS.items()}}))
 
 
 if __name__ == "__main__":

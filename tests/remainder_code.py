@@ -1,4 +1,4 @@
-"""Compiles the kernels of kl_gpu.backends.triton.complement without a GPU; one JSON object per compilation."""
+"""Compiles the kernels of backends.triton.complement without a GPU; one JSON object per compilation."""
 
 from __future__ import annotations
 

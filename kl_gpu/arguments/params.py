@@ -1,6 +1,6 @@
-"""What an operation is asked for besides its tensors: one object each, from the public function to the backend.
+"""What an operation is asked for besides its tensors: one object each, from public function to backend.
 
-Each is also the tail of its operator's arguments, in the order of the schema (`kl_gpu.ops`, `kl_gpu.linear.op`).
+Each is also the tail of its operator's arguments, in the order of the schema (`kl_gpu.ops`).
 """
 
 from __future__ import annotations

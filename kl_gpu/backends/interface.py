@@ -1,7 +1,7 @@
 """What a backend is asked to compute, and what it must offer: all that `ops` and `distributed` know of one.
 
-A backend is a module with these functions. It knows tensors and numbers; masks, labels, weights and reductions have
-become `valid` rows and row factors before anything gets here.
+A backend is a module with these functions. It knows tensors and numbers; masks, labels, weights and
+reductions have become `valid` rows and row factors before anything gets here.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from ..arguments.reduction import compute_dtype
 from ..kinds import KINDS
 
-# Numbers kept per row between value and gradient, of a pair of sides and of a complement. What they mean is each
-# backend's own affair.
+# Numbers kept per row between value and gradient, of a pair of sides and of a complement. What they mean is
+# each backend's own affair.
 STATS = 12
 COMPLEMENT_STATS = 4
 # Numbers per row that a backend's `token_stats` gives, a being the teacher. In this order: KL(a‖b), KL(b‖a),
@@ -124,13 +124,13 @@ class Backend(Protocol):
     def value_and_gradient(
         self, p: RowPair, row_scale: Tensor, grad_a: Tensor | None, grad_b: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """`value` and `gradient`, for callers who know row_scale beforehand; the bits are those of the two."""
+        """`value` and `gradient` for callers who know row_scale beforehand; the same bits."""
 
     def token_stats(self, p: RowPair, tokens: Tensor | None) -> Tensor:
         """`[TOKEN_STATS, A*B]`; tokens int64 `[A, B]` where there are any."""
 
     def complement(self, args: ComplementArgs, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The complement's log-sum-exp and entropy, `[A*B]` each, and row statistics `[A*B, COMPLEMENT_STATS]`."""
+        """The complement's log-sum-exp and entropy `[A*B]`, and row statistics `[A*B, COMPLEMENT_STATS]`."""
 
     def complement_gradient(
         self, args: ComplementArgs, stats: Tensor, grad_picked: Tensor, grad_rest: Tensor,

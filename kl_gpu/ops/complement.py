@@ -130,7 +130,7 @@ def _check_tail_fake(rest_log_p: Tensor, *_: object) -> Tensor:
 def _blocks(
     logits: Tensor, ids: Tensor, valid: Tensor | None, scale: float, grad: Tensor | None = None
 ) -> Iterator[tuple[slice, ComplementArgs, Any]]:
-    """Each block of rows with two leading strides: its flat row numbers, what a backend is asked, its gradient."""
+    """Each block of rows of two strides: its flat row numbers, what a backend is asked, its gradient."""
     tensors = [logits, ids.contiguous(), None if valid is None else valid.contiguous(), grad]
     start = 0
     for x, some_ids, keep, to in views(logits.shape[:-1], tensors):

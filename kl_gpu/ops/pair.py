@@ -1,7 +1,7 @@
 """The operators of two sides of logits, registered with torch.library.
 
-Schemas and fakes let `torch.compile` treat each call as one node. An operator sees logits, the rows that count and
-numbers; masks by label, weights and reductions stay with the public functions.
+Schemas and fakes let `torch.compile` treat each call as one node. An operator sees logits, the rows that
+count and numbers; masks by label, weights and reductions stay with the public functions.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _over_blocks(
     ask: Callable[..., Any], student: Tensor, teacher: Tensor, valid: Tensor | None, params: DivergenceParams,
     per_row: Sequence[Tensor] = (), strided: Sequence[Tensor | None] = (),
 ) -> list[Any]:  # fmt: skip
-    """What `ask(backend, row_pair, *per_row, *strided)` answers for each block of rows with two leading strides.
+    """What `ask(backend, row_pair, *per_row, *strided)` answers for each block of rows of two strides.
 
     A block has its own rows of what is given `per_row`, flat, and of the `strided` tensors as views.
     """

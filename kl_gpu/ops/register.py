@@ -1,4 +1,4 @@
-"""Registration with torch.library: schemas, implementations and fakes, one node per call under torch.compile."""
+"""Registration with torch.library: one node per call under torch.compile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The specification: every entry in NumPy float64, by definition. It imports no torch, and no backend imports it."""
+"""The specification: every entry in NumPy float64, by definition. No backend imports it."""
 
 from .pair import column_terms, divergence, g, gradients, log_softmax, token_stats
 

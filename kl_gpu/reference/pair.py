@@ -64,23 +64,25 @@ def _log_mixture(log_a: Array, log_b: Array, beta: float) -> Array:
     return np.logaddexp(log_a + math.log(beta), log_b + math.log1p(-beta))
 
 
-def _value(log_a: Array, log_b: Array, family: str, beta: float) -> Array:
-    if family == "kl":
+def _value(log_a: Array, log_b: Array, formula: str, beta: float) -> Array:
+    if formula == "kl":
         return _kl(log_a, log_b)
-    if family == "jeffreys":
+    if formula == "jeffreys":
         return (1 - beta) * _kl(log_a, log_b) + beta * _kl(log_b, log_a)
-    if family == "tv":
+    if formula == "tv":
         return 0.5 * np.abs(np.exp(log_a) - np.exp(log_b)).sum(axis=-1, keepdims=True)
     log_m = _log_mixture(log_a, log_b, beta)
-    if family == "skew":
+    if formula == "skew":
         return _kl(log_a, log_m)
-    return beta * _kl(log_a, log_m) + (1 - beta) * _kl(log_b, log_m)
+    if formula == "js":
+        return beta * _kl(log_a, log_m) + (1 - beta) * _kl(log_b, log_m)
+    raise NotImplementedError(f"the specification has no formula {formula!r}")
 
 
-def column_terms(r: ArrayLike, family: str, beta: float) -> Array:
-    """The term ≥ 0 that a column with a = 1 and b = eʳ adds to a family's divergence."""
+def column_terms(r: ArrayLike, formula: str, beta: float) -> Array:
+    """The term ≥ 0 that a column with a = 1 and b = eʳ adds to a formula's divergence."""
     r = _wide(r)[..., None]
-    return _value(np.zeros_like(r), r, family, beta)[..., 0]
+    return _value(np.zeros_like(r), r, formula, beta)[..., 0]
 
 
 def _kl_gradients(log_a: Array, log_b: Array) -> tuple[Array, Array]:
@@ -94,25 +96,27 @@ def _kl_gradients(log_a: Array, log_b: Array) -> tuple[Array, Array]:
     return np.where(np.isinf(kl), np.nan, to_a), np.where(np.isneginf(log_a) & np.isneginf(log_b), 0.0, to_b)
 
 
-def _gradients(log_a: Array, log_b: Array, family: str, beta: float) -> tuple[Array, Array]:
-    if family == "kl":
+def _gradients(log_a: Array, log_b: Array, formula: str, beta: float) -> tuple[Array, Array]:
+    if formula == "kl":
         return _kl_gradients(log_a, log_b)
-    if family == "jeffreys":
+    if formula == "jeffreys":
         forward, reverse = _kl_gradients(log_a, log_b), _kl_gradients(log_b, log_a)
         to_a, to_b = ((1 - beta) * f + beta * r for f, r in zip(forward, reversed(reverse), strict=True))
         return to_a, to_b
     a, b = np.exp(log_a), np.exp(log_b)
     # Partial derivatives of D in a and in b, up to a constant, which the projection below removes.
-    if family == "tv":
+    if formula == "tv":
         d_a, d_b = np.sign(a - b) / 2, np.sign(b - a) / 2
     else:
         log_m = _log_mixture(log_a, log_b, beta)
         with np.errstate(invalid="ignore"):
-            if family == "skew":
+            if formula == "skew":
                 a_over_m = np.exp(log_a - log_m)
                 d_a, d_b = log_a - log_m - beta * a_over_m, -(1 - beta) * a_over_m
-            else:
+            elif formula == "js":
                 d_a, d_b = beta * (log_a - log_m), (1 - beta) * (log_b - log_m)
+            else:
+                raise NotImplementedError(f"the specification has no formula {formula!r}")
     return _through_softmax(a, d_a), _through_softmax(b, d_b)
 
 

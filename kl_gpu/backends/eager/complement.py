@@ -46,7 +46,7 @@ def _row_blocks(args: ComplementArgs) -> Iterator[tuple[int, slice, slice]]:
 
 
 def complement(args: ComplementArgs, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """u and the entropy of the columns not given, `[A*B]` each, and row statistics `[A*B, COMPLEMENT_STATS]`."""
+    """As `Backend.complement` has it."""
     device, worker = args.logits.device, worker_for(args.logits.device)
     found = torch.zeros((args.n_rows, COMPLEMENT_STATS), dtype=torch.float64, device=worker)
     buffer = _buffer(args, worker)
@@ -79,7 +79,7 @@ def complement_gradient(
     grad_entropy: Tensor | None,
     grad: Tensor,
 ) -> None:
-    """Write scale · (what flows to each logit) into the `[A, B, V]` buffer."""
+    """As `Backend.complement_gradient` has it."""
     worker = worker_for(args.logits.device)
     buffer = _buffer(args, worker)
     for i, j, flat in _row_blocks(args):

@@ -288,7 +288,7 @@ def gradient(
     grad_b: Tensor | None,
     incoming: Tensor | None = None,
 ) -> None:
-    """Write incoming · row_scale · ∂divergence/∂logits into the given `[A, B, V]` buffers; either may be None."""
+    """As `Backend.gradient` has it; the buffers are written whatever the incoming gradient is."""
     if incoming is not None:
         row_scale = row_scale * incoming
     worker = worker_for(p.a.device)
@@ -341,7 +341,7 @@ def _log_probability(side: _Side, tokens: Tensor) -> Tensor:
 
 
 def token_stats(p: RowPair, tokens: Tensor | None) -> Tensor:
-    """`[TOKEN_STATS, A*B]`, in the order of `kl_gpu.backends.interface`; tokens `[A, B]` where there are any."""
+    """As `Backend.token_stats` has it."""
     shape = p.a.shape
     worker = worker_for(p.a.device)
     found = torch.empty((*shape[:2], TOKEN_STATS), dtype=torch.float64, device=worker)

@@ -20,7 +20,7 @@ def _arguments(args: ComplementArgs) -> tuple[Side, Valid, Sizes, int, int]:
 
 
 def complement(args: ComplementArgs, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The log-sum-exp and the entropy of the complement, `[A*B]` each, and row statistics `[A*B, COMPLEMENT_STATS]`."""
+    """As `Backend.complement` has it."""
     # zeros: what the kernels leave unused must be the same on every run too.
     rest_lse, rest_entropy = (torch.empty(args.n_rows, dtype=torch.float64, device=CPU) for _ in range(2))
     stats = torch.zeros((args.n_rows, COMPLEMENT_STATS), dtype=torch.float64, device=CPU)

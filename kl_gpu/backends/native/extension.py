@@ -1,7 +1,7 @@
 """The compiled CPU kernels of `kernels/`, where they are installed, and how tensors are handed to them.
 
-The extension gets raw addresses. Whoever makes a copy for it keeps a reference until the call returns: a temporary would
-be freed during the call.
+The extension gets raw addresses. Whoever makes a copy for it keeps a reference until the call returns: a
+temporary would be freed during the call.
 """
 
 from __future__ import annotations

@@ -338,13 +338,14 @@ def complement_gradient(
     grad_entropy: Tensor | None,
     grad: Tensor,
 ) -> None:
-    """Write scale · (what flows to each logit) into the `[A, B, V]` buffer."""
+    """As `Backend.complement_gradient` has it."""
     x = args.logits
     config = program(x, args.ids.shape[1])
     config["LAYOUT"] = gradient_layout(config["LAYOUT"], x, grad)
     parts = parts_of(x.shape[-1], config["R"] * config["VEC"])
     remainder_gradient_kernel[(args.n_rows * parts.number,)](
-        x, args.ids, args.valid, stats, grad_picked, grad_rest, grad_rest if grad_entropy is None else grad_entropy, grad,
+        x, args.ids, args.valid, stats, grad_picked, grad_rest,
+        grad_rest if grad_entropy is None else grad_entropy, grad,
         args.n_rows, x.shape[1], x.stride(0), x.stride(1), grad.stride(0), grad.stride(1), x.shape[2],
         args.ids.shape[1], parts.number, parts.columns, *high_low(args.scale),
         HAS_ROWS=args.valid is not None, ENTROPY=grad_entropy is not None, **config,
