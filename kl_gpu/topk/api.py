@@ -29,20 +29,20 @@ class _Call(NamedTuple):
 
 
 def _values(
-    call: _Call, given: Tensor, rest: Tensor, log_p: Tensor, rest_log_p: Tensor | None,
-    has_rest: Tensor, rows: Tensor | None,
+    call: _Call, picked: Tensor, rest_lse: Tensor, log_p: Tensor, rest_log_p: Tensor | None,
+    has_rest: Tensor, valid: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The divergence, and its derivatives to `given` and `rest`."""
-    value, to_given, to_rest = formulas.topk(given, rest, log_p, rest_log_p, has_rest, *call.params)
-    if rows is not None:
-        value, to_rest = torch.where(rows, value, 0.0), torch.where(rows, to_rest, 0.0)
-        to_given = torch.where(rows[..., None], to_given, 0.0)
-    return value.to(call.dtype), to_given, to_rest
+    """The divergence, and its derivatives to `picked` and `rest_lse`."""
+    value, grad_picked, grad_rest = formulas.topk(picked, rest_lse, log_p, rest_log_p, has_rest, *call.params)
+    if valid is not None:
+        value, grad_rest = torch.where(valid, value, 0.0), torch.where(valid, grad_rest, 0.0)
+        grad_picked = torch.where(valid[..., None], grad_picked, 0.0)
+    return value.to(call.dtype), grad_picked, grad_rest
 
 
-def _to_split(row_gradient: Tensor, to_given: Tensor, to_rest: Tensor) -> tuple[Tensor, Tensor]:
-    scale = row_gradient.to(to_rest.dtype)
-    return scale[..., None] * to_given, scale * to_rest
+def _to_split(row_gradient: Tensor, grad_picked: Tensor, grad_rest: Tensor) -> tuple[Tensor, Tensor]:
+    scale = row_gradient.to(grad_rest.dtype)
+    return scale[..., None] * grad_picked, scale * grad_rest
 
 
 def _pull(call: _Call, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
@@ -57,10 +57,10 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, given: Tensor, rest: Tensor, log_p: Tensor, rest_log_p: Tensor | None, has_rest: Tensor,
-        rows: Tensor | None, call: _Call,
+        ctx: Any, picked: Tensor, rest_lse: Tensor, log_p: Tensor, rest_log_p: Tensor | None, has_rest: Tensor,
+        valid: Tensor | None, call: _Call,
     ) -> Tensor:  # fmt: skip
-        value, *derivatives = _values(call, given, rest, log_p, rest_log_p, has_rest, rows)
+        value, *derivatives = _values(call, picked, rest_lse, log_p, rest_log_p, has_rest, valid)
         ctx.save_for_backward(*derivatives)
         return value
 
@@ -139,10 +139,10 @@ def topk_div(
             with `shift` the teacher's entries at t go with the student's logits at t.
         vocab_size: the student's columns at and past it are ignored.
         inplace: allow the gradient to be written over the memory of `student_logits` in backward.
-        validate: refuse ids outside [0, V) (but −1) and ids given twice in a row that valid, and for tails
+        validate: refuse ids outside [0, V) (but −1) and ids given twice in a row that counts, and for tails
             other than "renormalize" probabilities that sum to more than 1.05, with P where it is given, or a
             given P that is NaN. On the CPU always; on a GPU it waits for the device. Not validated, an id
-            outside valid as absent and is never read, and one given twice valid twice.
+            outside counts as absent and is never read, and one given twice counts twice.
         return_mass: also return the probability of the ids, Σ_K p and Σ_K q at temperature 1, `[N]`, not
             differentiable; rows that do not count have 0.
         backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
@@ -195,11 +195,11 @@ def run_topk(
         )
     vocab_size = validation.one_sided_logits("student_logits", student_logits, options.vocab_size, shift)
     validation.topk(student_logits, teacher_logprobs, teacher_ids, teacher_tail_logprob, tail)
-    reduction_ = options.reduction_of(student_logits)
+    reduction = options.reduction_of(student_logits)
     chosen = registry.resolve(options.backend, student_logits.device)
     inplace = options.overwrites("student_logits", student_logits, "teacher_logprobs", teacher_logprobs)
 
-    logits, device, valid = last_contiguous(student_logits), student_logits.device, reduction_.computed
+    logits, device, valid = last_contiguous(student_logits), student_logits.device, reduction.computed
     if shift:
         teacher_logprobs, teacher_ids = teacher_logprobs[:, :-1], ordinary_rows(teacher_ids)[:, :-1]
         teacher_tail_logprob = None if teacher_tail_logprob is None else teacher_tail_logprob[:, :-1]
@@ -222,25 +222,25 @@ def run_topk(
     scale = 1.0 / float(temperature)
     sweeps, window = tail != "renormalize", LogitsWindow(vocab_size, shift)
     params = ComplementParams(scale, sweeps, False, validate, "teacher_ids", chosen, window, inplace)
-    given, rest, _ = split(logits, ids, valid, params)
+    picked, rest_lse, _ = split(logits, ids, valid, params)
     both_wide = student_logits.dtype == teacher_logprobs.dtype == torch.float64
     dtype = torch.float64 if both_wide else torch.float32
     resolution = formulas.RESOLUTION[teacher_logprobs.dtype]
     call = _Call(TopkParams(*KINDS[kind].at(options.beta), tail, scale, resolution), dtype)
 
-    def of(given: Tensor, rest: Tensor, some: Tensor | None) -> Tensor:
-        return _divergence(given, rest, log_p, rest_log_p, has_rest, some, call=call)
+    def of(picked: Tensor, rest_lse: Tensor, some: Tensor | None) -> Tensor:
+        return _divergence(picked, rest_lse, log_p, rest_log_p, has_rest, some, call=call)
 
-    per_row = reduction_.completed(
-        of(given, rest, valid), lambda others: of(*split(logits, ids, others, params)[:2], others)
+    per_row = reduction.completed(
+        of(picked, rest_lse, valid), lambda others: of(*split(logits, ids, others, params)[:2], others)
     )
-    value = reduction_.reduced(per_row)
+    value = reduction.reduced(per_row)
     if not return_mass:
         return value
     with torch.no_grad():
         if tail == "renormalize":
-            given, rest, _ = split(logits, ids, valid, params._replace(scale=1.0, sweeps=True))
-        masses = formulas.mass_of(log_p), formulas.student_mass(given, rest)
+            picked, rest_lse, _ = split(logits, ids, valid, params._replace(scale=1.0, sweeps=True))
+        masses = formulas.mass_of(log_p), formulas.student_mass(picked, rest_lse)
         teacher_mass, student_mass = (
             (x if valid is None else torch.where(valid, x, 0.0)).to(dtype) for x in masses
         )
