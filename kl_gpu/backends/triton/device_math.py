@@ -458,6 +458,12 @@ def log_probability_ratio(
 
 @triton.jit
 def rebase(z, a1, a2, h, s):
-    """Bring sums taken about c to c + h and from weights e^{a−m} to s·e^{a−m}."""
+    """Bring sums taken about c to c + h and from weights e^{a−m} to s·e^{a−m}.
+
+    h may be wider than the sums: in float32 one of 32 to 64 is rounded by 1.9e-6, and e^−h with it.
+    """
     g_h = g(-h)
-    return z * s, (a1 - h * z) * s, (tl.exp2(-h * LOG2E) * a2 + (g_h - h) * a1 + z * g_h) * s
+    to_a2 = tl.exp2(-h * LOG2E).to(a2.dtype)
+    from_a1 = (g_h - h).to(a2.dtype)
+    from_z = g_h.to(a2.dtype)
+    return z * s, (a1 - h.to(z.dtype) * z) * s, (to_a2 * a2 + from_a1 * a1 + z * from_z) * s

@@ -98,7 +98,8 @@ def _moved(
     c_step = _tile_reference(a, b, w_top, valid, scale, a_scale, b_scale, SAME_SCALE)
     rise = tl.floor(tl.log2(tl.max(mass))) - (_FILLED - 1.0)
     n_step += rise
-    h = tl.where(n == NO_REFERENCE, 0.0, c_step - c)
+    # In float64: what e^−h is off by, one column that outweighs the others hands on to Z_b, and so to all of b.
+    h = tl.where(n == NO_REFERENCE, 0.0, c_step.to(tl.float64) - c.to(tl.float64))
     z, a1, a2 = rebase(z, a1, a2, h, tl.exp2(n - n_step))
     # b is measured from its own maximum, where exponents are small, and brought to a's by one factor: an
     # exponent of 64 or more would be rounded by 2.6e-6.
@@ -234,7 +235,8 @@ def careful_row(
         w = weights(a, k_a, n_a)
         x = log_probability_ratio(a, b, c, c_rest, scale, a_scale, b_scale, SAME_SCALE, EXACT)
         x = tl.where((a == -INF) | (b == -INF), 0.0, x)  # a NaN stays
-        far = (x > 2.0) | (a == -INF)
+        # A column that b lacks takes all of its p from y, and adds no mass.
+        far = (x > 2.0) | (a == -INF) | (b == -INF)
         mass_b += tl.where(far, weights(b, k_b, n_b), 0.0)
         p = w * inv_a
         # The lowest number over a temperature below 1 is infinite, and what has no weight counts as nothing.
@@ -256,7 +258,7 @@ def careful_row(
     rest = log1p_minus(y)
     hole = tl.max(tl.max(holes, axis=1)) > 0
     # a2 < 1: what is left of two large sums is their rounding, and may be 0.
-    near = (tl.abs(y) < 0.5) & (a2 < 1.0) & (gap < 60.0) & (not hole)
+    near = (tl.abs(y) < 0.5) & (a2 < 1.0) & (gap < 60.0)
     lam = tl.where(near, rest + y, gap + tl.log(z_b / z_a))
     value = tl.where(near, a2 + rest, lam - a1)
     # NaN sums (a NaN, a +inf, a row of −inf) must stay NaN where there is a hole too.
@@ -351,8 +353,15 @@ def store_row(
 ):  # fmt: skip
     """Value and statistics of a row from its state; rows that the state cannot do are swept again here."""
     value, lam, good = finish(z_a, a1, a2)
+    ratio = tl.exp(lam)
+    # lam inherits a 2^24th of a1 over e^lam, which the value does not feel, but all of b.
+    good = good & (tl.abs(a1) <= 6.0 * ratio * z_a)
+    # The sweep leaves n_b where b was when the reference last moved, perhaps 50 nats below b's top: that one's
+    # exponent would be rounded by 2.6e-6. So n_b goes to where b's sum is, as `level` puts a single column.
     n_b_as_a = other_level(n, n_b, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
-    z_b = z_a * tl.exp(lam) * tl.exp2(n_b_as_a - n_b.to(tl.float64))
+    n_b = (tl.floor(n_b_as_a + tl.log2(z_a * ratio)) - 7.0).to(CT)
+    n_b_as_a = other_level(n, n_b, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
+    z_b = z_a * ratio * tl.exp2(n_b_as_a - n_b.to(tl.float64))
     if EXACT:
         # 0.75 − 1e-6 needs 26 bits: fl(b − a) is off by up to 2^-25·|c|, which shows in D where c is far
         # larger than the usual x.
