@@ -65,10 +65,8 @@ def read(path: Path | None) -> Text:
         raise BadInput(f"--text: {root} does not exist")
 
     def is_wanted(file: Path) -> bool:
-        parts = file.relative_to(root).parts
-        return (
-            file.suffix in suffixes and not any(p in skipped or p[0] == "." for p in parts) and file.is_file()
-        )
+        kept = not any(name in skipped or name[0] == "." for name in file.relative_to(root).parts)
+        return kept and file.suffix in suffixes and file.is_file()
 
     documents = []
     # By their POSIX names, because the order of a folder's entries differs between file systems.
@@ -328,18 +326,17 @@ class Head(NamedTuple):
         return cls(head.weight, getattr(head, "bias", None), softcap, scale)
 
     def detach(self) -> Head:
-        return self._replace(
-            weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach()
-        )
+        bias = None if self.bias is None else self.bias.detach()
+        return self._replace(weight=self.weight.detach(), bias=bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = self.scale * F.linear(hidden, self.weight, self.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def behind_heads(loss: Loss, heads: tuple[Head, Head], student: Tensor, teacher: Tensor) -> Tensor:
-    """`loss`, which takes logits, of hidden states."""
-    return loss(heads[0].logits(student), heads[1].logits(teacher))
+def behind_heads(loss: Loss, student_head: Head, teacher_head: Head) -> Loss:
+    """`loss`, which takes logits, of the hidden states that these heads make them of."""
+    return lambda student, teacher: loss(student_head.logits(student), teacher_head.logits(teacher))
 
 
 @torch.no_grad()

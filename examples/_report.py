@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 # Read when torch is first imported.
@@ -211,16 +212,10 @@ def label(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.legend(fontsize="small")
 
 
-@dataclass
-class Outcome:
-    code: int = 0  # of the program's exit
-    seconds: float = 0.0
-
-
 @contextmanager
-def until_interrupted(runs: dict[str, Run]) -> Iterator[Outcome]:
+def until_interrupted(runs: dict[str, Run]) -> Iterator[SimpleNamespace]:
     """Ctrl-C ends early what is within; what was measured until then is reported all the same."""
-    outcome, start = Outcome(), time.perf_counter()
+    outcome, start = SimpleNamespace(code=0, seconds=0.0), time.perf_counter()
     try:
         yield outcome
     except KeyboardInterrupt:
@@ -245,16 +240,14 @@ def save(
     print(path.with_suffix(".png"))
 
 
-def say_models(runs: dict[str, Run]) -> None:
+def show_models(runs: dict[str, Run]) -> Figure:
+    """Prints what the models of `distill.py` came to, and draws how."""
     rows = [
         (name, str(step), "" if last.kl is None else f"{last.kl:.4f}", f"{last.perplexity:,.1f}")
         for name, run in runs.items()
         for step, last in sorted(run.held_out.items())[-1:]
     ]
     say_table(("model", "steps", "KL(teacher‖model), nats/token", "perplexity"), rows)
-
-
-def drawn_models(runs: dict[str, Run]) -> Figure:
     figure = Figure(figsize=(13, 4), layout="constrained")
     loss, kl, perplexity = figure.subplots(1, 3)
     for (name, run), colour in zip(runs.items(), ("tab:gray", "tab:orange", "tab:blue"), strict=True):
@@ -285,12 +278,10 @@ def say_costs(cost: dict[str, Any]) -> None:
     say(f"Memory: beyond the {takes}, gradients included; {cost['memory_method']}.")
 
 
-def titled(form: str, run: Run) -> str:
-    return f"{form}: {run.objective}" if run.objective else form
-
-
-def say_policies(runs: dict[str, Run], beta: float) -> None:
-    found = [(titled(form, run), *max(run.held_out.items())) for form, run in runs.items() if run.held_out]
+def show_policies(runs: dict[str, Run], beta: float) -> Figure:
+    """Prints what the policies of `rlhf_kl.py` came to, and draws how."""
+    titles = {form: f"{form}: {run.objective}" if run.objective else form for form, run in runs.items()}
+    found = [(titles[form], *max(run.held_out.items())) for form, run in runs.items() if run.held_out]
     rows = [
         (
             title, str(step), f"{last.reward:.3f} ± {last.reward_error:.3f}",
@@ -299,16 +290,13 @@ def say_policies(runs: dict[str, Run], beta: float) -> None:
         for title, step, last in [("the reference", "", runs["none"].held_out[0]), *found]
     ]  # fmt: skip
     say_table(("penalty", "steps", "reward", "KL(policy‖ref)", "objective"), rows)
-
-
-def drawn_policies(runs: dict[str, Run], beta: float) -> Figure:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     styles = {"s-": "tab:gray", "o-": "tab:blue", "^-": "tab:orange", "v-": "tab:green", "D-": "tab:red"}
     for (form, run), (marker, colour) in zip(runs.items(), styles.items(), strict=True):
-        if found := run.held_out.values():
-            kl, reward = [one.kl for one in found], [one.reward for one in found]
-            axes.plot(kl, reward, marker, color=colour, label=titled(form, run))
+        if points := run.held_out.values():
+            kl, reward = [point.kl for point in points], [point.reward for point in points]
+            axes.plot(kl, reward, marker, color=colour, label=titles[form])
     title = f"Reward against exact KL while training, β = {beta:g}"
     label(axes, title, "held-out KL(policy‖reference), nats a completion", "held-out reward")
     return figure

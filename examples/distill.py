@@ -93,26 +93,30 @@ class Distillation:
             backend=self.settings.backend, **options,
         )  # fmt: skip
 
-    def fused(self, student: Tensor, teacher: Tensor, model: Any, labels: Tensor, **options: Any) -> Tensor:
-        """The same from hidden states and heads; the logits never exist all at once."""
-        ours, theirs = lm.Head.of(model), lm.Head.of(self.teacher).detach()
-        return linear_div(
-            student, ours.weight, teacher, theirs.weight, student_bias=ours.bias, teacher_bias=theirs.bias,
-            softcap=ours.softcap, teacher_softcap=theirs.softcap, logit_scale=ours.scale,
-            teacher_logit_scale=theirs.scale, labels=labels, shift=True, vocab_size=self.vocab_size,
-            backend=self.settings.backend, **options,
-        )  # fmt: skip
-
     def losses(self, model: Any, batch: lm.Windows) -> dict[str, lm.Loss]:
-        """What trains `model`, and then the same done in other ways, of the `states` of both models."""
-        given: dict[str, Any] = {"labels": batch.labels, "temperature": self.settings.temperature}
-        ours, plain = partial(self.kl, t_squared=True), partial(lm.plain_kl, vocab_size=self.vocab_size)
-        losses: dict[str, Any] = {"kl_gpu": ours, "PyTorch": plain}
-        losses = {name: partial(loss, **given) for name, loss in losses.items()}
+        """What trains `model`, then the same done in other ways; each takes both models' `states`."""
+        labels, temperature, vocab_size = batch.labels, self.settings.temperature, self.vocab_size
+        head, teacher_head = lm.Head.of(model), lm.Head.of(self.teacher).detach()
+
+        def from_logits(student: Tensor, teacher: Tensor) -> Tensor:
+            return self.kl(student, teacher, labels, temperature=temperature, t_squared=True)
+
+        def in_pytorch(student: Tensor, teacher: Tensor) -> Tensor:
+            return lm.plain_kl(student, teacher, labels, temperature, vocab_size)
+
+        def from_hidden_states(student: Tensor, teacher: Tensor) -> Tensor:
+            return linear_div(
+                student, head.weight, teacher, teacher_head.weight, labels=labels, shift=True,
+                temperature=temperature, t_squared=True, vocab_size=vocab_size, backend=self.settings.backend,
+                student_bias=head.bias, softcap=head.softcap, logit_scale=head.scale,
+                teacher_bias=teacher_head.bias, teacher_softcap=teacher_head.softcap,
+                teacher_logit_scale=teacher_head.scale,
+            )  # fmt: skip
+
+        losses = {"kl_gpu": from_logits, "PyTorch": in_pytorch}
         if self.settings.fused_linear:
-            heads = lm.Head.of(model), lm.Head.of(self.teacher).detach()
-            losses = {name: partial(lm.behind_heads, loss, heads) for name, loss in losses.items()}
-            losses = {"kl_gpu, fused": partial(self.fused, model=model, t_squared=True, **given)} | losses
+            on_heads = {name: lm.behind_heads(loss, head, teacher_head) for name, loss in losses.items()}
+            losses = {"kl_gpu, fused": from_hidden_states, **on_heads}
         return {name: lm.autocast(batch)(loss) for name, loss in losses.items()}
 
     def states(self, model: Any, batch: lm.Windows) -> Tensor:
@@ -162,24 +166,24 @@ def study(settings: argparse.Namespace) -> int:
             f"A teacher of {sizes['teacher'] / 1e6:,.1f} M parameters, students of "
             f"{sizes['student'] / 1e6:,.1f} M, {columns:,} columns, on {device}."
         )
-        bench = Distillation(settings, teacher.to(device), held_out, columns)
+        distillation = Distillation(settings, teacher.to(device), held_out, columns)
         label_loss = partial(lm.label_loss, vocab_size=columns)
-        objectives: list[lm.Objective] = [label_loss, label_loss, bench.distillation_loss]
+        objectives: list[lm.Objective] = [label_loss, label_loss, distillation.distillation_loss]
         with report.Progress() as progress:
             notify = [progress.follow(name, run) for name, run in runs.items()]
             for i, (run, objective) in enumerate(zip(runs.values(), objectives, strict=True)):
                 model = copy.deepcopy(student).to(device) if i else teacher
-                lm.train(run, model, objective, training, settings, bench.measure, notify[i])
+                lm.train(run, model, objective, training, settings, distillation.measure, notify[i])
         # With no spinner, which would take time from what is timed.
         report.say("Measuring what the loss costs …")
         batch = held_out[: max(1, COST_TOKENS[kind] // sequence)]
         with torch.no_grad():  # the last model is the distilled one
-            states = [bench.states(each, batch) for each in (model, teacher)]
+            states = [distillation.states(each, batch) for each in (model, teacher)]
         takes = "hidden states" if settings.fused_linear else "logits"
-        cost = lm.compared(takes, bench.losses(model, batch), *states)
+        cost = lm.compared(takes, distillation.losses(model, batch), *states)
 
     report.say(f"\nOn {held_out.predicted:,} tokens held out from training:")
-    report.say_models(runs)
+    plot = report.show_models(runs)
     if cost:
         report.say_costs(cost)
     setup = lm.setup_of(
@@ -188,7 +192,7 @@ def study(settings: argparse.Namespace) -> int:
     )  # fmt: skip
     speeds = {name: run.tokens_per_second for name, run in runs.items()}
     timing = {"total_seconds": outcome.seconds, "tokens_per_second": speeds}
-    report.save("distill", settings, setup, runs, report.drawn_models(runs), cost=cost, timing=timing)
+    report.save("distill", settings, setup, runs, plot, cost=cost, timing=timing)
     return outcome.code
 
 

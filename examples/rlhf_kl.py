@@ -200,13 +200,13 @@ def study(settings: Any) -> int:
 
     beta, each = settings.coefficient, f"{settings.tokens} tokens each"
     report.say(f"\nCompletions of {len(asked)} held-out prompts, {each}; ± is a standard error:")
-    report.say_policies(runs, beta)
+    plot = report.show_policies(runs, beta)
     report.say(f"KL in nats a completion, exact at every token; objective: reward − {beta:g} KL.")
     setup = lm.setup_of(text, training, tokeniser, settings)
     setup |= {"held_out_prompts": len(asked), "parameters": reference.num_parameters()}
     timing: dict[str, Any] = {"total_seconds": outcome.seconds, "pretraining_seconds": pretraining.seconds}
     timing["policy_seconds"] = {form: run.seconds for form, run in runs.items()}
-    start, plot = pretraining.figures | {"tokens": pretraining.tokens}, report.drawn_policies(runs, beta)
+    start = pretraining.figures | {"tokens": pretraining.tokens}
     report.save("rlhf_kl", settings, setup, runs, plot, reference=start, timing=timing)
     return outcome.code
 
