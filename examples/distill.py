@@ -113,10 +113,11 @@ class Distillation:
                 teacher_logit_scale=teacher_head.scale,
             )  # fmt: skip
 
-        losses = {"kl_gpu": from_logits, "PyTorch": in_pytorch}
-        if self.settings.fused_linear:
-            on_heads = {name: lm.behind_heads(loss, head, teacher_head) for name, loss in losses.items()}
-            losses = {"kl_gpu, fused": from_hidden_states, **on_heads}
+        losses: dict[str, lm.Loss] = {"kl_gpu": from_logits, "PyTorch": in_pytorch}
+        if not self.settings.fused_linear:
+            return losses
+        on_heads = {name: lm.behind_heads(loss, head, teacher_head) for name, loss in losses.items()}
+        losses = {"kl_gpu, fused": from_hidden_states, **on_heads}
         return {name: lm.autocast(batch)(loss) for name, loss in losses.items()}
 
     def states(self, model: Any, batch: lm.Windows) -> Tensor:
