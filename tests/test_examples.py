@@ -30,10 +30,10 @@ Main = Callable[[list[str]], int]
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Main]:
     monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
-    import _command
+    import _report
     import distill
 
-    for name in _command.ENVIRONMENT:
+    for name in _report.ENVIRONMENT:
         monkeypatch.setenv(name, os.environ.get(name, ""))  # the example sets them, and pytest puts them back
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # work this small waits for its threads more than it gains by them
@@ -95,24 +95,23 @@ def test_distils_and_repeats(main: Main, tmp_path: Path, capsys: pytest.CaptureF
 
 def test_fused_loss_is_the_usual_one(main: Main) -> None:
     """And so is its gradient to every parameter: what each trains from there is the optimiser's affair."""
-    import _corpus
-    import _models
-    from _settings import Settings, Size
-    from _training import Bench
+    import _language_models
+    from _language_models import Size
+    from distill import Distillation, completed
 
-    text = _corpus.read(TEXT)
-    tokeniser = _corpus.trained_tokeniser(text.training, 512)
-    batch = _corpus.windows(tokeniser, text.held_out, 32).spread(3)
+    text = _language_models.read(TEXT)
+    tokeniser = _language_models.trained_tokeniser(text.training, 512)
+    batch = _language_models.windows(tokeniser, text.held_out, 32).spread(3)
     size = Size(32, 1)
     # In float64 the two round nowhere near the bounds below.
-    teacher, student = (_models.small_llama(size, 520, 32, seed).double() for seed in (0, 1))
+    teacher, student = (_language_models.small_llama(size, 520, 32, seed).double() for seed in (0, 1))
     found = []
     for fused in (False, True):
-        settings = Settings.choose(
+        settings = completed(
             teacher=None, student=None, text=None, steps=None, batch=None, sequence=32, rate=None,
             temperature=2.0, seed=0, device="cpu", backend=None, out=Path(), fused_linear=fused,
         )  # fmt: skip
-        loss = Bench(settings, teacher, batch, len(tokeniser)).distillation_loss(student, batch)
+        loss = Distillation(settings, teacher, batch, len(tokeniser)).distillation_loss(student, batch)
         found.append([loss, *torch.autograd.grad(loss, list(student.parameters()))])
     for usual, ours in zip(*found, strict=True):
         assert usual.norm() > 0
@@ -132,11 +131,11 @@ def test_fused_distillation_learns_in_less_memory(main: Main, tmp_path: Path) ->
 
 
 def test_windows_leave_out_starts_and_padding(main: Main) -> None:
-    import _corpus
+    import _language_models
 
-    text = _corpus.read(TEXT)
-    tokeniser = _corpus.trained_tokeniser(text.training)
-    rows = _corpus.windows(tokeniser, text.held_out, 32)
+    text = _language_models.read(TEXT)
+    tokeniser = _language_models.trained_tokeniser(text.training)
+    rows = _language_models.windows(tokeniser, text.held_out, 32)
     assert rows.labels[0, 0] == -100
     assert (rows.labels[-1] == -100).any()
     counted = rows.labels != -100
@@ -148,16 +147,15 @@ def test_windows_leave_out_starts_and_padding(main: Main) -> None:
 @pytest.fixture
 def folders(main: Main, tmp_path: Path) -> dict[str, str]:
     """A teacher and a student padded to other sizes of the same tokeniser, and a student with another one."""
-    import _corpus
-    import _models
-    from _settings import Size
+    import _language_models
+    from _language_models import Size
 
-    text = _corpus.read(TEXT)
-    tokeniser = _corpus.trained_tokeniser(text.training)
-    other = _corpus.trained_tokeniser(text.held_out)
+    text = _language_models.read(TEXT)
+    tokeniser = _language_models.trained_tokeniser(text.training)
+    other = _language_models.trained_tokeniser(text.held_out)
     plan = {"teacher": (tokeniser, 128), "student": (tokeniser, 64), "stranger": (other, 64)}
     for seed, (name, (its, padding)) in enumerate(plan.items()):
-        model = _models.small_llama(Size(32, 1), len(its) + padding, 32, seed)
+        model = _language_models.small_llama(Size(32, 1), len(its) + padding, 32, seed)
         model.save_pretrained(tmp_path / name)
         its.save_pretrained(tmp_path / name)
     return {name: str(tmp_path / name) for name in plan} | {"columns": str(len(tokeniser) + 64)}

@@ -80,17 +80,17 @@ class Table(torch.nn.Module):
 def game(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The example's own, of completions of two tokens after the prompt "a"."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    import _policy
-    from _rlhf_settings import RlhfSettings
+    import rlhf_kl
+    from rlhf_kl import Settings
 
-    monkeypatch.setattr(_policy, "share_that_parses", in_order)
-    settings = RlhfSettings(
+    monkeypatch.setattr(rlhf_kl, "share_that_parses", in_order)
+    settings = Settings(
         text=None, pretraining=1, steps=300, prompts=64, samples=4, prompt=1, tokens=2, rate=0.03,
         coefficient=COEFFICIENT, held_out=400, seed=0, backend=None, out=Path(),
     )  # fmt: skip
     prompts = torch.zeros(settings.held_out, 1, dtype=torch.long)
     # From this reference the optima of the two objectives below lie far apart.
-    return _policy.Game(settings, Table(253).requires_grad_(False), Letters(), prompts[:1], prompts)
+    return rlhf_kl.Game(settings, Table(253).requires_grad_(False), Letters(), prompts[:1], prompts)
 
 
 def divergence(a: Table, b: Table) -> Tensor:
@@ -155,13 +155,13 @@ def optimum_at_each_token(reference: Table) -> Tensor:
 
 @pytest.mark.parametrize("form", ["none", "exact", "k1", "k2"])
 def test_learns_the_optimum_of_its_form(game: Any, form: str) -> None:
-    from _policy import improve
-    from _rlhf_report import PolicyRun
+    from _report import Run
+    from rlhf_kl import improve
 
     best, best_at_each = optimum(game.reference), optimum_at_each_token(game.reference)
     start = game.reference.logprobs().exp()
     policy = copy.deepcopy(game.reference).requires_grad_()
-    run = PolicyRun("", game.settings.steps)
+    run = Run("", game.settings.steps)
     improve(policy, form, game, run, lambda: None)
     with torch.no_grad():
         end, kl = policy.logprobs().exp(), divergence(policy, game.reference).item()

@@ -31,10 +31,10 @@ Main = Callable[[list[str]], int]
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Main]:
     monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
-    import _command
+    import _report
     import rlhf_kl
 
-    for name in _command.ENVIRONMENT:
+    for name in _report.ENVIRONMENT:
         monkeypatch.setenv(name, "")  # the example sets them, and pytest puts them back
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # work this small waits for its threads more than it gains by them
@@ -47,7 +47,7 @@ def results(out: Path) -> dict[str, Any]:
 
 
 def test_reward_is_the_share_of_finished_lines_that_parse(main: Main) -> None:
-    from _reward import line_parses, share_that_parses
+    from _language_models import line_parses, share_that_parses
 
     for line in [
         "x = f(1)", "  return x", "for i in x:", "elif x:", "else:", "try:", "except E as e:  # why",
@@ -65,12 +65,12 @@ def test_reward_is_the_share_of_finished_lines_that_parse(main: Main) -> None:
 
 
 def test_sampling_draws_from_the_model(main: Main) -> None:
-    from _sampling import _drawn
+    from _language_models import drawn_tokens
 
     logits = torch.randn(7, generator=torch.Generator().manual_seed(1)) * 1.5
     logits[3] = -math.inf
     count = 40_000
-    drawn = _drawn(logits.expand(count, -1), torch.Generator().manual_seed(0))
+    drawn = drawn_tokens(logits.expand(count, -1), torch.Generator().manual_seed(0))
     shares = torch.bincount(drawn.flatten(), minlength=7) / count
     expected = logits.softmax(-1)
     assert shares[3] == 0
@@ -84,7 +84,7 @@ def _tree(first: Tensor, second: Tensor, tokens: Tensor) -> Tensor:
 
 def test_gradient_of_each_form_over_all_completions(main: Main) -> None:
     """What each form trains on average, with no sampling: every completion, weighted by its probability."""
-    from _penalties import FORMS, penalty, token_logprobs
+    from rlhf_kl import FORMS, penalty, token_logprobs
 
     generator = torch.Generator().manual_seed(0)
     policy, reference = (
@@ -129,11 +129,11 @@ def test_gradient_of_each_form_over_all_completions(main: Main) -> None:
 def test_compares_the_forms_and_repeats(
     main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import _policy
+    import rlhf_kl
 
     # A reward that differs among any few completions: so small a model may write no line that parses, and of
     # rewards all alike nothing is learnt.
-    monkeypatch.setattr(_policy, "share_that_parses", lambda _, text: text.count("e") / max(1, len(text)))
+    monkeypatch.setattr(rlhf_kl, "share_that_parses", lambda _, text: text.count("e") / max(1, len(text)))
     assert main([*TINY, "--out", str(tmp_path / "a")]) == 0
     printed = capsys.readouterr().out.splitlines()
     found = results(tmp_path / "a")
