@@ -20,21 +20,21 @@ from .topk import formulas
 
 
 def _values(
-    columns: int, s: Tensor, rest: Tensor, spread: Tensor, ids: Tensor, valid: Tensor | None
+    columns: int, s: Tensor, rest_lse: Tensor, rest_entropy: Tensor, ids: Tensor, valid: Tensor | None
 ) -> tuple[Tensor, ...]:
     """log q of the token, the entropy, and the five derivatives that `topk.formulas.token` names."""
     # A token outside the vocabulary has no probability to report: NaN, never a plausible number.
     s = torch.where(present(ids, columns), s, torch.nan)
-    found: list[Tensor] = formulas.token(s, rest, spread)
+    found: list[Tensor] = formulas.token(s, rest_lse, rest_entropy)
     return tuple(found) if valid is None else tuple(torch.where(valid, x, 0.0) for x in found)
 
 
-def _to_split(derivatives: Any, to_logprob: Tensor, to_entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    logprob_s, logprob_rest, entropy_s, entropy_rest, entropy_spread = derivatives
+def _to_split(derivatives: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logprob_s, logprob_rest, entropy_s, entropy_rest, entropy_rest_entropy = derivatives
     return (
-        to_logprob * logprob_s + to_entropy * entropy_s,
-        to_logprob * logprob_rest + to_entropy * entropy_rest,
-        to_entropy * entropy_spread,
+        grad_logprob * logprob_s + grad_entropy * entropy_s,
+        grad_logprob * logprob_rest + grad_entropy * entropy_rest,
+        grad_entropy * entropy_rest_entropy,
     )
 
 
@@ -50,15 +50,21 @@ class _Token(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, s: Tensor, rest: Tensor, spread: Tensor, ids: Tensor, valid: Tensor | None, columns: int
+        ctx: Any,
+        s: Tensor,
+        rest_lse: Tensor,
+        rest_entropy: Tensor,
+        ids: Tensor,
+        valid: Tensor | None,
+        columns: int,
     ) -> tuple[Tensor, Tensor]:
-        logprob, entropy, *derivatives = _values(columns, s, rest, spread, ids, valid)
+        logprob, entropy, *derivatives = _values(columns, s, rest_lse, rest_entropy, ids, valid)
         ctx.save_for_backward(*derivatives)
         return logprob, entropy
 
     @staticmethod
-    def backward(ctx: Any, to_logprob: Tensor, to_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_to_split(ctx.saved_tensors, to_logprob, to_entropy), None, None, None
+    def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        return *_to_split(ctx.saved_tensors, grad_logprob, grad_entropy), None, None, None
 
 
 def _token(*tensors: Tensor | None, columns: int) -> tuple[Tensor, Tensor]:
@@ -137,7 +143,9 @@ def run_token_logprobs(
     validate = logits.device.type == "cpu"
     scale, window = 1.0 / float(options.temperature), LogitsWindow(vocab_size, shift)
     params = ComplementParams(scale, True, entropy, validate, "token_ids", chosen, window, inplace)
-    given, rest, spread = split(last_contiguous(logits), ids[..., None], valid, params)
-    logprob, spread = _token(given[..., 0], rest, spread, ids, valid, columns=columns or vocab_size)
+    picked, rest_lse, rest_entropy = split(last_contiguous(logits), ids[..., None], valid, params)
+    logprob, rest_entropy = _token(
+        picked[..., 0], rest_lse, rest_entropy, ids, valid, columns=columns or vocab_size
+    )
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return (logprob.to(dtype), spread.to(dtype)) if entropy else logprob.to(dtype)
+    return (logprob.to(dtype), rest_entropy.to(dtype)) if entropy else logprob.to(dtype)

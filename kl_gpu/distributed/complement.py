@@ -27,7 +27,7 @@ class _Merged(torch.autograd.Function):
         ctx: Any, picked: Tensor, rest_lse: Tensor, rest_entropy: Tensor, entropy: bool, group: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         numbers = [picked, rest_lse[..., None]] + ([rest_entropy[..., None]] if entropy else [])
-        found = collectives.gather(torch.cat(numbers, -1), group, "the picked columns and the rest's mass")
+        found = collectives.gather(torch.cat(numbers, -1), group, "the given columns and the rest's mass")
         columns = picked.shape[-1]
         whole_picked, rests = found[..., :columns].amax(0), found[..., columns]
         nothing = rests.isneginf().all(0)

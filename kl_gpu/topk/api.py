@@ -57,8 +57,8 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, picked: Tensor, rest_lse: Tensor, log_p: Tensor, rest_log_p: Tensor | None, has_rest: Tensor,
-        valid: Tensor | None, call: _Call,
+        ctx: Any, picked: Tensor, rest_lse: Tensor, log_p: Tensor, rest_log_p: Tensor | None,
+        has_rest: Tensor, valid: Tensor | None, call: _Call,
     ) -> Tensor:  # fmt: skip
         value, *derivatives = _values(call, picked, rest_lse, log_p, rest_log_p, has_rest, valid)
         ctx.save_for_backward(*derivatives)

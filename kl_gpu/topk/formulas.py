@@ -50,54 +50,54 @@ def _log_sum(log_x: Tensor) -> Tensor:
     return top + torch.log(tree_sum(torch.exp(log_x - top)))
 
 
-def _log_normalizer(given: Tensor, rest: Tensor) -> Tensor:
+def _log_normalizer(picked: Tensor, rest_lse: Tensor) -> Tensor:
     """log Σ e^s over all columns; NaN where there is no distribution."""
-    lse = torch.logaddexp(rest, _log_sum(given))
+    lse = torch.logaddexp(rest_lse, _log_sum(picked))
     return torch.where(torch.isfinite(lse), lse, torch.nan)
 
 
-def student_mass(given: Tensor, rest: Tensor) -> Tensor:
+def student_mass(picked: Tensor, rest_lse: Tensor) -> Tensor:
     """What the student gives to the ids."""
-    return tree_sum(torch.exp(given - _log_normalizer(given, rest[..., None])))[..., 0]
+    return tree_sum(torch.exp(picked - _log_normalizer(picked, rest_lse[..., None])))[..., 0]
 
 
 def mass_of(log_p: Tensor) -> Tensor:
     return tree_sum(torch.exp(log_p))[..., 0]
 
 
-def _token(s: Tensor, rest: Tensor, spread: Tensor) -> tuple[Tensor, ...]:
-    """log q of one column, the row's entropy, and the derivatives of each: to s, to u, and to `spread`.
+def _token(s: Tensor, rest_lse: Tensor, rest_entropy: Tensor) -> tuple[Tensor, ...]:
+    """log q of one column, the row's entropy, and the derivatives of each: to s, to u, and to `rest_entropy`.
 
-    `spread` is the entropy of the other columns among themselves. With Q the probability of those,
-    log q = −log(1 + e^{u − s}) and H = −q log q − Q log Q + Q·spread: only terms of one sign.
+    `rest_entropy` is the entropy of the other columns among themselves. With Q the probability of those,
+    log q = −log(1 + e^{u − s}) and H = −q log q − Q log Q + Q·rest_entropy: only terms of one sign.
     """
-    d = rest - s
-    lse = torch.logaddexp(rest, s)
+    d = rest_lse - s
+    lse = torch.logaddexp(rest_lse, s)
     broken = ~torch.isfinite(lse)
     log_q = torch.where(d < 0, 0.0 - torch.log1p(torch.exp(d)), s - lse)
-    log_rest = torch.where(d > 0, 0.0 - torch.log1p(torch.exp(-d)), rest - lse)
+    log_rest = torch.where(d > 0, 0.0 - torch.log1p(torch.exp(-d)), rest_lse - lse)
     log_q, log_rest = (torch.where(broken, torch.nan, x) for x in (log_q, log_rest))
     q, rest_q = torch.exp(log_q), torch.exp(log_rest)
     own = torch.where(q == 0, 0.0, -log_q)
-    others = torch.where(rest_q == 0, 0.0, spread - log_rest)
+    others = torch.where(rest_q == 0, 0.0, rest_entropy - log_rest)
     # H = q·own + Q·others, so ∂H/∂s = q Q (own − others) = −∂H/∂u.
     turn = q * rest_q * (own - others)
     return log_q, q * own + rest_q * others, rest_q, -rest_q, turn, -turn, rest_q.clone()
 
 
-def _best(given: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """log p of the columns given, which hold the row's largest logit, and of all others together.
+def _best(picked: Tensor, rest_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of the picked columns, which hold the row's largest logit, and of all others together.
 
     Every line is a sum of terms ≤ 0: nothing cancels, however near 0 the result is.
     """
-    top, where = given.max(-1, keepdim=True)
-    u = rest[..., None]
-    behind = given - top
+    top, where = picked.max(-1, keepdim=True)
+    u = rest_lse[..., None]
+    behind = picked - top
     # NaN where there is no distribution: the largest logit is then NaN or infinite.
     odds = tree_sum(torch.exp(behind).scatter(-1, where, 0.0)) + torch.exp(u - top)
     log_top = torch.where(torch.isfinite(top), 0.0 - torch.log1p(odds), torch.nan)
     # A tail heavier than any token may be all but certain itself.
-    heavy = 0.0 - torch.log1p(tree_sum(torch.exp(given - u)))
+    heavy = 0.0 - torch.log1p(tree_sum(torch.exp(picked - u)))
     tail = torch.where(u > top, heavy, (u - top) + log_top)
     return behind + log_top, torch.where(torch.isnan(log_top), torch.nan, tail)[..., 0].clone()
 
@@ -116,11 +116,11 @@ def _remaining(log_p: Tensor, resolution: float, others: Tensor) -> Tensor:
     top, where = log_p.max(-1, keepdim=True)
     p = torch.exp(log_p)
     # The largest apart, so that a mass of 1e-12 beside it survives.
-    rest = -torch.expm1(top) - tree_sum(p.scatter(-1, where, 0.0))
+    rest_p = -torch.expm1(top) - tree_sum(p.scatter(-1, where, 0.0))
     error = log_p.abs() * resolution
     error = torch.where(log_p < 0, error, error.clamp_min(min(resolution, 2.0**-24)))
     hidden = tree_sum(torch.where(p == 0, 0.0, p * error))
-    return torch.log(torch.where(rest > hidden, rest, torch.where(others, hidden, 0.0)))
+    return torch.log(torch.where(rest_p > hidden, rest_p, torch.where(others, hidden, 0.0)))
 
 
 def _divergence(kind: str, beta: float, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,41 +136,41 @@ def _divergence(kind: str, beta: float, log_q: Tensor, log_p: Tensor) -> tuple[T
 
 
 def _topk(
-    given: Tensor, rest: Tensor, log_p: Tensor, rest_log_p: Tensor | None, has_rest: Tensor,
+    picked: Tensor, rest_lse: Tensor, log_p: Tensor, rest_log_p: Tensor | None, has_rest: Tensor,
     kind: str, beta: float, tail: str, scale: float, resolution: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The divergence per row `[*]`, and its derivatives to s `[*, K]` and to u `[*]`.
 
     Args:
-        given: s of each id, −inf where absent.
-        rest: u; "renormalize" does not read it.
+        picked: s of each id, −inf where absent.
+        rest_lse: u; "renormalize" does not read it.
         log_p: the teacher's, −inf where absent.
         rest_log_p: the log of its remaining mass, or None for 1 − Σ p.
         has_rest: bool `[*]`, whether there are columns beside the ids.
         scale: 1/temperature, for "renormalize".
     """
-    rest = rest[..., None]
+    rest_lse = rest_lse[..., None]
     if tail == "renormalize":
-        log_q = given - _log_sum(given)
+        log_q = picked - _log_sum(picked)
         log_p = log_p * scale
         log_p = log_p - _log_sum(log_p)
         terms, flow = _divergence(kind, beta, log_q, log_p)
         q, total = torch.exp(log_q), tree_sum(flow)
-        to_given, to_rest = flow - q * total, torch.zeros_like(rest)
+        grad_picked, grad_rest = flow - q * total, torch.zeros_like(rest_lse)
     else:
-        lse = _log_normalizer(given, rest)
-        log_q, rest_log_q = given - lse, rest - lse
+        lse = _log_normalizer(picked, rest_lse)
+        log_q, rest_log_q = picked - lse, rest_lse - lse
         q, rest_q = torch.exp(log_q), torch.exp(rest_log_q)
         if tail == "student_full":
             log_p = log_p - _log_sum(log_p)
-            rest_log_p = torch.full_like(rest, -torch.inf)
+            rest_log_p = torch.full_like(rest_lse, -torch.inf)
         elif rest_log_p is None:
-            rest_log_p = _remaining(log_p, resolution, ~torch.isneginf(rest))
+            rest_log_p = _remaining(log_p, resolution, ~torch.isneginf(rest_lse))
         else:
             rest_log_p = rest_log_p[..., None]
         # A rest without a column has no mass, whatever rounding says.
         rest_log_p = torch.where(has_rest[..., None], rest_log_p, -torch.inf)
-        columns = given.shape[-1]
+        columns = picked.shape[-1]
         if tail in ("bucket", "student_full"):
             log_q = torch.cat((log_q, rest_log_q), -1)
             log_p = torch.cat((log_p, rest_log_p), -1)
@@ -180,15 +180,15 @@ def _topk(
         else:
             terms, flow = _divergence(kind, beta, log_q, log_p)
         total = tree_sum(flow)
-        to_given = flow[..., :columns] - q * total
-        to_rest = (flow[..., columns:] if flow.shape[-1] > columns else 0.0) - rest_q * total
+        grad_picked = flow[..., :columns] - q * total
+        grad_rest = (flow[..., columns:] if flow.shape[-1] > columns else 0.0) - rest_q * total
     # An infinite divergence has no gradient to the side that weighs its terms: NaN, never a silent 0.
     broken = ~torch.isfinite(total)
     value = tree_sum(terms)
     if tail != "truncate":
         value = value.clamp_min(0.0)  # terms of 1e-31 may be negative
-    to_given, to_rest = (torch.where(broken, torch.nan, x) for x in (to_given, to_rest))
-    return value[..., 0].clone(), to_given, to_rest[..., 0].clone()
+    grad_picked, grad_rest = (torch.where(broken, torch.nan, x) for x in (grad_picked, grad_rest))
+    return value[..., 0].clone(), grad_picked, grad_rest[..., 0].clone()
 
 
 # One node each under torch.compile: Inductor would take tens of seconds over them, and find other last bits.
@@ -205,12 +205,12 @@ def _token_fake(s: Tensor, *_: object) -> list[Tensor]:
     return [torch.empty_like(s) for _ in range(7)]
 
 
-def _best_fake(given: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(given), torch.empty_like(rest)
+def _best_fake(picked: Tensor, rest_lse: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(picked), torch.empty_like(rest_lse)
 
 
-def _topk_fake(given: Tensor, rest: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(rest), torch.empty_like(given), torch.empty_like(rest)
+def _topk_fake(picked: Tensor, rest_lse: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(rest_lse), torch.empty_like(picked), torch.empty_like(rest_lse)
 
 
 def _token_list(*arguments: Tensor) -> list[Tensor]:

@@ -1,7 +1,5 @@
 """Backend "eager": plain PyTorch in float64, on any device."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from ..shard_merge import merge_shards, shard_states_from
@@ -20,19 +18,3 @@ from .pair import (
 fuses = False
 viewless = False
 shard_states = partial(shard_states_from, normalisers)
-
-__all__ = [
-    "complement",
-    "complement_gradient",
-    "divergence",
-    "formula_sums",
-    "fuses",
-    "gradient",
-    "merge_shards",
-    "shard_states",
-    "statistics",
-    "token_stats",
-    "value",
-    "value_and_gradient",
-    "viewless",
-]

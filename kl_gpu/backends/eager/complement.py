@@ -10,12 +10,12 @@ from torch import Tensor
 from ..interface import COMPLEMENT_STATS, ComplementArgs, wide_dtype
 from .pair import CHUNK, blocks_of, columns_of, row_sum, worker_for
 
-# Row statistics: u, the entropy of the columns not given, and 1 where they have a distribution or no mass.
+# Row statistics: log-sum-exp and entropy of the complement.
 _PADDING = COMPLEMENT_STATS - 2
 
 
 class _Chunks:
-    """Scaled logits of a run of rows in float64, −inf at the given columns, chunk by chunk of columns."""
+    """Scaled logits of a run of rows in float64, −inf at the picked columns, chunk by chunk of columns."""
 
     def __init__(self, rows: Tensor, ids: Tensor, scale: float, buffer: Tensor) -> None:
         self.rows, self.ids, self.scale, self.buffer = rows, ids, scale, buffer
@@ -83,19 +83,19 @@ def complement_gradient(
     worker = worker_for(args.logits.device)
     buffer = _buffer(args, worker)
     for i, j, flat in _row_blocks(args):
-        u, spread = (x.to(worker, torch.float64) for x in stats[flat, :2].split(1, -1))
+        rest_lse, rest_entropy = (x.to(worker, torch.float64) for x in stats[flat, :2].split(1, -1))
         flow = grad_rest[flat, None].to(worker, torch.float64)
         turn = torch.zeros_like(flow) if grad_entropy is None else grad_entropy[flat, None].to(flow)
         keep = None if args.valid is None else args.valid[i, j, None].to(worker)
-        still = ((flow == 0) & (turn == 0)) | torch.isneginf(u)
+        still = ((flow == 0) & (turn == 0)) | torch.isneginf(rest_lse)
         ids = args.ids[flat].to(worker)
-        given = grad_picked[flat].to(worker, torch.float64) * args.scale
+        picked = grad_picked[flat].to(worker, torch.float64) * args.scale
         for columns, x in _Chunks(args.logits[i, j], ids, args.scale, buffer):
-            y = x.sub_(torch.where(still, 0.0, u))
+            y = x.sub_(torch.where(still, 0.0, rest_lse))
             share = torch.exp(y)
-            log_share = 0.0 if grad_entropy is None else y.clamp_min_(-1e4) + spread
+            log_share = 0.0 if grad_entropy is None else y.clamp_min_(-1e4) + rest_entropy
             out = torch.where(still, 0.0, share.mul_((flow - turn * log_share) * args.scale))
             inside = (ids >= columns.start) & (ids < columns.stop)
             at = torch.where(inside, ids - columns.start, out.shape[-1])
-            out = torch.nn.functional.pad(out, (0, 1)).scatter_(-1, at, given)[:, :-1]
+            out = torch.nn.functional.pad(out, (0, 1)).scatter_(-1, at, picked)[:, :-1]
             grad[i, j, columns] = (out if keep is None else torch.where(keep, out, 0)).to(grad.dtype)

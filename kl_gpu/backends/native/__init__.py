@@ -1,7 +1,5 @@
 """Backend "native": the compiled CPU kernels of `kernels/`."""
 
-from __future__ import annotations
-
 from .complement import complement, complement_gradient
 from .extension import available, isa, supported_isas
 from .pair import divergence, formula_sums, gradient, token_stats, value, value_and_gradient
@@ -9,22 +7,3 @@ from .shard import merge_shards, shard_states, statistics
 
 fuses = True
 viewless = True
-
-__all__ = [
-    "available",
-    "complement",
-    "complement_gradient",
-    "divergence",
-    "formula_sums",
-    "fuses",
-    "gradient",
-    "isa",
-    "merge_shards",
-    "shard_states",
-    "statistics",
-    "supported_isas",
-    "token_stats",
-    "value",
-    "value_and_gradient",
-    "viewless",
-]
