@@ -1,7 +1,7 @@
-"""The extension that kernels/bindings/module.cpp defines; kl_gpu/native.py says what its arguments are."""
+"""The extension that kernels/bindings.cpp defines; kl_gpu/native.py says what its arguments are."""
 
 _Side = tuple[int, int, int, int, float]
-_Rows = tuple[int, int, int]
+_Valid = tuple[int, int, int]
 _Sizes = tuple[int, int, int, int]
 _Target = tuple[int, int, int, int]
 
@@ -10,9 +10,9 @@ def supported_isas() -> str: ...
 def value(
     a: _Side,
     b: _Side,
-    rows: _Rows,
+    valid: _Valid,
     sizes: _Sizes,
-    family: int,
+    formula: str,
     beta: float,
     wide: bool,
     value: int,
@@ -22,9 +22,9 @@ def value(
 def gradient(
     a: _Side,
     b: _Side,
-    rows: _Rows,
+    valid: _Valid,
     sizes: _Sizes,
-    family: int,
+    formula: str,
     beta: float,
     wide: bool,
     stats: int,
@@ -36,9 +36,9 @@ def gradient(
 def value_and_gradient(
     a: _Side,
     b: _Side,
-    rows: _Rows,
+    valid: _Valid,
     sizes: _Sizes,
-    family: int,
+    formula: str,
     beta: float,
     wide: bool,
     row_scale: int,
@@ -51,9 +51,9 @@ def value_and_gradient(
 def formula_sums(
     a: _Side,
     b: _Side,
-    rows: _Rows,
+    valid: _Valid,
     sizes: _Sizes,
-    family: int,
+    formula: str,
     beta: float,
     wide: bool,
     stats: int,
@@ -63,48 +63,48 @@ def formula_sums(
 def token_stats(
     a: _Side,
     b: _Side,
-    rows: _Rows,
+    valid: _Valid,
     sizes: _Sizes,
-    family: int,
+    formula: str,
     beta: float,
     wide: bool,
     tokens: int,
     out: int,
     /,
 ) -> None: ...
-def remainder(
+def complement(
     x: _Side,
-    rows: _Rows,
+    valid: _Valid,
     sizes: _Sizes,
     ids: int,
     n_ids: int,
     entropy: bool,
-    u: int,
-    spread: int,
+    rest_lse: int,
+    rest_entropy: int,
     stats: int,
     /,
 ) -> None: ...
-def remainder_gradient(
+def complement_gradient(
     x: _Side,
-    rows: _Rows,
+    valid: _Valid,
     sizes: _Sizes,
     ids: int,
     n_ids: int,
     stats: int,
-    to_given: int,
-    to_rest: int,
-    to_entropy: int,
+    grad_picked: int,
+    grad_rest_lse: int,
+    grad_rest_entropy: int,
     to: _Target,
     /,
 ) -> None: ...
 def shard_states(stats: int, wide: bool, unit: float, rows: int, inside: list[int], out: int, /) -> bool: ...
-def merge_ranks(found: int, ranks: int, rows: int, n: int, out: int, /) -> bool: ...
+def merge_shards(found: int, shards: int, rows: int, n: int, out: int, /) -> bool: ...
 def whole_row_stats(
     local: int,
     wide: bool,
     unit: float,
     rows: int,
-    family: int,
+    formula: str,
     log_a: int,
     ratio: int,
     sums: int,
@@ -112,6 +112,6 @@ def whole_row_stats(
     /,
 ) -> None: ...
 def elementary(which: int, x: int, y: int, n: int, /) -> None: ...
-def prefer_large_pages(data: int, size: int, /) -> None: ...
+def prefer_huge_pages(data: int, size: int, /) -> None: ...
 def probe_read(a: int, b: int, size: int, threads: int, /) -> int: ...
 def probe_write(a: int, b: int, to: int, size: int, threads: int, /) -> None: ...

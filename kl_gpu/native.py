@@ -21,8 +21,6 @@ except ImportError:  # installed where no compiler was at hand
     _native = None  # type: ignore[assignment]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-# As kernels/contract.h numbers them.
-_FAMILIES = {"kl": 0, "jeffreys": 1, "js": 2, "skew": 3, "tv": 4}
 _NOWHERE = (0, 0, 0, 0)
 _ALL_ROWS = (0, 0, 0)
 
@@ -56,7 +54,7 @@ def on_large_pages(new: Tensor) -> Tensor:
     """
     size = new.numel() * new.element_size()
     if _native is not None and new.device.type == "cpu" and size >= _LARGE:
-        _native.prefer_large_pages(new.data_ptr(), size)
+        _native.prefer_huge_pages(new.data_ptr(), size)
     return new
 
 
@@ -80,13 +78,13 @@ _Rows = tuple[int, int, int]
 _Sizes = tuple[int, int, int, int]
 
 
-def _arguments(p: Problem) -> tuple[_Side, _Side, _Rows, _Sizes, int, float, bool]:
+def _arguments(p: Problem) -> tuple[_Side, _Side, _Rows, _Sizes, str, float, bool]:
     """What every entry of the extension begins with."""
     rows = _ALL_ROWS if p.rows is None else (p.rows.data_ptr(), *_leading((*p.rows.stride(), 1)))
     *size_a, size_b, columns = p.a.shape
     sizes = (*(size_a or (1,)), size_b, columns, torch.get_num_threads())
     a, b = _side(p.a, p.a_scale), _side(p.b, p.b_scale)
-    return a, b, rows, sizes, _FAMILIES[p.family], p.beta, p.dtype == torch.float64
+    return a, b, rows, sizes, p.family, p.beta, p.dtype == torch.float64
 
 
 def _outputs(p: Problem) -> tuple[Tensor, Tensor]:
@@ -136,20 +134,20 @@ def merge_ranks(found: Tensor) -> tuple[Tensor, bool]:
     """As `kl_gpu.distributed.states.merged`."""
     out = torch.empty(found.shape[1:], dtype=torch.float64, device=_CPU)
     ranks, numbers = found.shape[:2]
-    fit = _native.merge_ranks(found.data_ptr(), ranks, out[0].numel(), numbers - 2, out.data_ptr())
+    fit = _native.merge_shards(found.data_ptr(), ranks, out[0].numel(), numbers - 2, out.data_ptr())
     return out, fit
 
 
 def statistics(
     local: Tensor, a_scale: float, b_scale: float, family: str, log_a: Tensor, ratio: Tensor, sums: Tensor
 ) -> Tensor:
-    """As `kl_gpu.eager.statistics`, in the order of kernels/contract.h."""
+    """As `kl_gpu.eager.statistics`, in the order of kernels/api.h."""
     out = torch.empty_like(local)
     # By name: copies must outlive the call.
     log_a, ratio, sums = log_a.contiguous(), ratio.contiguous(), sums.contiguous()
     _native.whole_row_stats(
         local.data_ptr(), local.dtype == torch.float64, _unit(local.dtype, a_scale, b_scale), log_a.numel(),
-        _FAMILIES[family], log_a.data_ptr(), ratio.data_ptr(), sums.data_ptr(), out.data_ptr(),
+        family, log_a.data_ptr(), ratio.data_ptr(), sums.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out
 
