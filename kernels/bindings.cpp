@@ -21,48 +21,48 @@ namespace nb = nanobind;
 namespace {
 
 using Address = std::uintptr_t;
-using Side = std::tuple<Address, std::int64_t, std::int64_t, int, double>;  // data, strides, dtype, scale
-using Target = std::tuple<Address, std::int64_t, std::int64_t, int>;        // data or 0, strides, dtype
-using Valid = std::tuple<Address, std::int64_t, std::int64_t>;              // data or 0, strides
-using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t, int>;    // A, B, V, threads
+using Side = std::tuple<Address, std::int64_t, std::int64_t, int, double>;     // data, strides, dtype, scale
+using Target = std::tuple<Address, std::int64_t, std::int64_t, int>;           // data or 0, strides, dtype
+using Valid = std::tuple<Address, std::int64_t, std::int64_t>;                 // data or 0, strides
+using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t, int>;       // A, B, V, threads
+using Pair = std::tuple<Side, Side, Valid, Sizes, std::string, double, bool>;  // formula, beta, fp64
+using Complement = std::tuple<Side, Valid, Sizes, Address, std::int64_t>;      // ids, ids per row
 
 template <class T = void>
 T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-kl::Logits logits(const Side& s) {
-    return {pointer(std::get<0>(s)), std::get<1>(s), std::get<2>(s), static_cast<kl::Dtype>(std::get<3>(s)),
-            std::get<4>(s)};
+kl::Logits logits(const Side& side) {
+    const auto& [data, stride_a, stride_b, dtype, scale] = side;
+    return {pointer(data), stride_a, stride_b, static_cast<kl::Dtype>(dtype), scale};
 }
 
-kl::Gradient target(const Target& t) {
-    return {pointer(std::get<0>(t)), std::get<1>(t), std::get<2>(t), static_cast<kl::Dtype>(std::get<3>(t))};
+kl::Gradient target(const Target& to) {
+    const auto& [data, stride_a, stride_b, dtype] = to;
+    return {pointer(data), stride_a, stride_b, static_cast<kl::Dtype>(dtype)};
 }
 
-kl::RowPair row_pair(const Side& a, const Side& b, const Valid& valid, const Sizes& sizes,
-                     const char* formula, double beta) {
-    return {logits(a),
-            logits(b),
-            {pointer<const std::uint8_t>(std::get<0>(valid)), std::get<1>(valid), std::get<2>(valid)},
-            std::get<0>(sizes),
-            std::get<1>(sizes),
-            std::get<2>(sizes),
-            std::get<3>(sizes),
-            kl::formula_named(formula),
+kl::RowMask row_mask(const Valid& valid) {
+    const auto& [data, stride_a, stride_b] = valid;
+    return {pointer<const std::uint8_t>(data), stride_a, stride_b};
+}
+
+kl::RowPair row_pair(const Pair& of) {
+    const auto& [a, b, valid, sizes, formula, beta, wide] = of;
+    const auto& [size_a, size_b, columns, threads] = sizes;
+    return {logits(a), logits(b), row_mask(valid), size_a,
+            size_b,    columns,   threads,         kl::formula_named(formula.c_str()),
             beta};
 }
 
-kl::ComplementArgs complement_args(const Side& x, const Valid& valid, const Sizes& sizes, Address ids,
-                                   std::int64_t n_ids) {
-    return {logits(x),
-            {pointer<const std::uint8_t>(std::get<0>(valid)), std::get<1>(valid), std::get<2>(valid)},
-            pointer<const std::int64_t>(ids),
-            n_ids,
-            std::get<0>(sizes),
-            std::get<1>(sizes),
-            std::get<2>(sizes),
-            std::get<3>(sizes)};
+bool is_wide(const Pair& of) { return std::get<6>(of); }
+
+kl::ComplementArgs complement_args(const Complement& of) {
+    const auto& [x, valid, sizes, ids, n_ids] = of;
+    const auto& [size_a, size_b, columns, threads] = sizes;
+    return {logits(x), row_mask(valid), pointer<const std::int64_t>(ids), n_ids, size_a, size_b,
+            columns,   threads};
 }
 
 }  // namespace
@@ -70,54 +70,41 @@ kl::ComplementArgs complement_args(const Side& x, const Valid& valid, const Size
 NB_MODULE(_native, m) {
     m.def("isa", [] { return std::string(kl::isa()); });
     m.def("supported_isas", [] { return std::string(kl::supported_isas()); });
-    m.def("value", [](const Side& a, const Side& b, const Valid& valid, const Sizes& sizes,
-                      const char* formula, double beta, bool wide, Address value, Address stats) {
-        const kl::RowPair p = row_pair(a, b, valid, sizes, formula, beta);
+    m.def("value", [](const Pair& of, Address value, Address stats) {
         nb::gil_scoped_release unlocked;
-        kl::value(p, wide, pointer(value), pointer(stats));
+        kl::value(row_pair(of), is_wide(of), pointer(value), pointer(stats));
     });
-    m.def("gradient", [](const Side& a, const Side& b, const Valid& valid, const Sizes& sizes,
-                         const char* formula, double beta, bool wide, Address stats, Address row_scale,
-                         const Target& to_a, const Target& to_b) {
-        const kl::RowPair p = row_pair(a, b, valid, sizes, formula, beta);
+    m.def("gradient",
+          [](const Pair& of, Address stats, Address row_scale, const Target& to_a, const Target& to_b) {
+              nb::gil_scoped_release unlocked;
+              kl::gradient(row_pair(of), is_wide(of), pointer(stats), pointer(row_scale), target(to_a),
+                           target(to_b));
+          });
+    m.def("value_and_gradient", [](const Pair& of, Address row_scale, Address value, Address stats,
+                                   const Target& to_a, const Target& to_b) {
         nb::gil_scoped_release unlocked;
-        kl::gradient(p, wide, pointer(stats), pointer(row_scale), target(to_a), target(to_b));
+        kl::value_and_gradient(row_pair(of), is_wide(of), pointer(row_scale), pointer(value), pointer(stats),
+                               target(to_a), target(to_b));
     });
-    m.def("value_and_gradient", [](const Side& a, const Side& b, const Valid& valid, const Sizes& sizes,
-                                   const char* formula, double beta, bool wide, Address row_scale,
-                                   Address value, Address stats, const Target& to_a, const Target& to_b) {
-        const kl::RowPair p = row_pair(a, b, valid, sizes, formula, beta);
+    m.def("formula_sums", [](const Pair& of, Address stats, Address out) {
         nb::gil_scoped_release unlocked;
-        kl::value_and_gradient(p, wide, pointer(row_scale), pointer(value), pointer(stats), target(to_a),
-                               target(to_b));
+        kl::formula_sums(row_pair(of), is_wide(of), pointer(stats), pointer<double>(out));
     });
-    m.def("formula_sums", [](const Side& a, const Side& b, const Valid& valid, const Sizes& sizes,
-                             const char* formula, double beta, bool wide, Address stats, Address out) {
-        const kl::RowPair p = row_pair(a, b, valid, sizes, formula, beta);
+    m.def("token_stats", [](const Pair& of, Address tokens, Address out) {
         nb::gil_scoped_release unlocked;
-        kl::formula_sums(p, wide, pointer(stats), pointer<double>(out));
-    });
-    m.def("token_stats", [](const Side& a, const Side& b, const Valid& valid, const Sizes& sizes,
-                            const char* formula, double beta, bool wide, Address tokens, Address out) {
-        const kl::RowPair p = row_pair(a, b, valid, sizes, formula, beta);
-        nb::gil_scoped_release unlocked;
-        kl::token_stats(p, wide, pointer<const std::int64_t>(tokens), pointer(out));
+        kl::token_stats(row_pair(of), is_wide(of), pointer<const std::int64_t>(tokens), pointer(out));
     });
     m.def("complement",
-          [](const Side& x, const Valid& valid, const Sizes& sizes, Address ids, std::int64_t n_ids,
-             bool entropy, Address rest_lse, Address rest_entropy, Address stats) {
-              const kl::ComplementArgs p = complement_args(x, valid, sizes, ids, n_ids);
+          [](const Complement& of, bool entropy, Address rest_lse, Address rest_entropy, Address stats) {
               nb::gil_scoped_release unlocked;
-              kl::complement(p, entropy, pointer<double>(rest_lse), pointer<double>(rest_entropy),
-                             pointer<double>(stats));
+              kl::complement(complement_args(of), entropy, pointer<double>(rest_lse),
+                             pointer<double>(rest_entropy), pointer<double>(stats));
           });
-    m.def("complement_gradient", [](const Side& x, const Valid& valid, const Sizes& sizes, Address ids,
-                                    std::int64_t n_ids, Address stats, Address grad_picked,
+    m.def("complement_gradient", [](const Complement& of, Address stats, Address grad_picked,
                                     Address grad_rest_lse, Address grad_rest_entropy, const Target& to) {
-        const kl::ComplementArgs p = complement_args(x, valid, sizes, ids, n_ids);
         nb::gil_scoped_release unlocked;
-        kl::complement_gradient(p, pointer<const double>(stats), pointer<const double>(grad_picked),
-                                pointer<const double>(grad_rest_lse),
+        kl::complement_gradient(complement_args(of), pointer<const double>(stats),
+                                pointer<const double>(grad_picked), pointer<const double>(grad_rest_lse),
                                 pointer<const double>(grad_rest_entropy), target(to));
     });
     m.def("shard_states", [](Address stats, bool wide, double unit, std::int64_t rows,

@@ -4,29 +4,19 @@ _Side = tuple[int, int, int, int, float]
 _Valid = tuple[int, int, int]
 _Sizes = tuple[int, int, int, int]
 _Target = tuple[int, int, int, int]
+_Pair = tuple[_Side, _Side, _Valid, _Sizes, str, float, bool]
+_Complement = tuple[_Side, _Valid, _Sizes, int, int]
 
 def isa() -> str: ...
 def supported_isas() -> str: ...
 def value(
-    a: _Side,
-    b: _Side,
-    valid: _Valid,
-    sizes: _Sizes,
-    formula: str,
-    beta: float,
-    wide: bool,
+    of: _Pair,
     value: int,
     stats: int,
     /,
 ) -> None: ...
 def gradient(
-    a: _Side,
-    b: _Side,
-    valid: _Valid,
-    sizes: _Sizes,
-    formula: str,
-    beta: float,
-    wide: bool,
+    of: _Pair,
     stats: int,
     row_scale: int,
     to_a: _Target,
@@ -34,13 +24,7 @@ def gradient(
     /,
 ) -> None: ...
 def value_and_gradient(
-    a: _Side,
-    b: _Side,
-    valid: _Valid,
-    sizes: _Sizes,
-    formula: str,
-    beta: float,
-    wide: bool,
+    of: _Pair,
     row_scale: int,
     value: int,
     stats: int,
@@ -49,35 +33,19 @@ def value_and_gradient(
     /,
 ) -> None: ...
 def formula_sums(
-    a: _Side,
-    b: _Side,
-    valid: _Valid,
-    sizes: _Sizes,
-    formula: str,
-    beta: float,
-    wide: bool,
+    of: _Pair,
     stats: int,
     out: int,
     /,
 ) -> None: ...
 def token_stats(
-    a: _Side,
-    b: _Side,
-    valid: _Valid,
-    sizes: _Sizes,
-    formula: str,
-    beta: float,
-    wide: bool,
+    of: _Pair,
     tokens: int,
     out: int,
     /,
 ) -> None: ...
 def complement(
-    x: _Side,
-    valid: _Valid,
-    sizes: _Sizes,
-    ids: int,
-    n_ids: int,
+    of: _Complement,
     entropy: bool,
     rest_lse: int,
     rest_entropy: int,
@@ -85,11 +53,7 @@ def complement(
     /,
 ) -> None: ...
 def complement_gradient(
-    x: _Side,
-    valid: _Valid,
-    sizes: _Sizes,
-    ids: int,
-    n_ids: int,
+    of: _Complement,
     stats: int,
     grad_picked: int,
     grad_rest_lse: int,

@@ -76,9 +76,10 @@ def _target(grad: Tensor | None) -> tuple[int, int, int, int]:
 _Side = tuple[int, int, int, int, float]
 _Rows = tuple[int, int, int]
 _Sizes = tuple[int, int, int, int]
+_Pair = tuple[_Side, _Side, _Rows, _Sizes, str, float, bool]
 
 
-def _arguments(p: Problem) -> tuple[_Side, _Side, _Rows, _Sizes, str, float, bool]:
+def _arguments(p: Problem) -> _Pair:
     """What every entry of the extension begins with."""
     rows = _ALL_ROWS if p.rows is None else (p.rows.data_ptr(), *_leading((*p.rows.stride(), 1)))
     *size_a, size_b, columns = p.a.shape
@@ -98,14 +99,14 @@ def _outputs(p: Problem) -> tuple[Tensor, Tensor]:
 def value(p: Problem) -> tuple[Tensor, Tensor]:
     """Per-row divergence `[A*B]` and the row statistics `[A*B, STATS]` that `gradient` needs."""
     value, stats = _outputs(p)
-    _native.value(*_arguments(p), value.data_ptr(), stats.data_ptr())
+    _native.value(_arguments(p), value.data_ptr(), stats.data_ptr())
     return value, stats
 
 
 def divergence(p: Problem) -> Tensor:
     """`value` without the statistics."""
     value = torch.empty(p.n_rows, dtype=p.dtype, device=_CPU)
-    _native.value(*_arguments(p), value.data_ptr(), 0)
+    _native.value(_arguments(p), value.data_ptr(), 0)
     return value
 
 
@@ -155,7 +156,7 @@ def statistics(
 def formula_sums(p: Problem, stats: Tensor) -> Tensor:
     """The formula's terms and its two flows, summed over the columns: float64 `[A*B, 3]`."""
     out = torch.empty(p.n_rows, 3, dtype=torch.float64, device=_CPU)
-    _native.formula_sums(*_arguments(p), stats.contiguous().data_ptr(), out.data_ptr())
+    _native.formula_sums(_arguments(p), stats.contiguous().data_ptr(), out.data_ptr())
     return out
 
 
@@ -175,7 +176,7 @@ def gradient(
         if incoming.item() == 1:
             return
         row_scale = row_scale * incoming
-    _native.gradient(*_arguments(p), stats.data_ptr(), row_scale.data_ptr(), _target(grad_a), _target(grad_b))
+    _native.gradient(_arguments(p), stats.data_ptr(), row_scale.data_ptr(), _target(grad_a), _target(grad_b))
 
 
 def value_and_gradient(
@@ -187,7 +188,7 @@ def value_and_gradient(
     """
     value, stats = _outputs(p)
     _native.value_and_gradient(
-        *_arguments(p), row_scale.data_ptr(), value.data_ptr(), stats.data_ptr(), _target(grad_a),
+        _arguments(p), row_scale.data_ptr(), value.data_ptr(), stats.data_ptr(), _target(grad_a),
         _target(grad_b),
     )  # fmt: skip
     return value, stats
@@ -198,5 +199,5 @@ def token_stats(p: Problem, tokens: Tensor | None) -> Tensor:
     out = torch.empty(TOKEN_STATS, p.n_rows, dtype=p.dtype, device=_CPU)
     # By name: a copy must outlive the call.
     tokens = None if tokens is None else tokens.contiguous()
-    _native.token_stats(*_arguments(p), 0 if tokens is None else tokens.data_ptr(), out.data_ptr())
+    _native.token_stats(_arguments(p), 0 if tokens is None else tokens.data_ptr(), out.data_ptr())
     return out

@@ -23,7 +23,7 @@ def remainder(part: Part, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     # zeros: what the kernels leave unused must be the same on every run too.
     u, spread = (torch.empty(part.n_rows, dtype=torch.float64, device=_CPU) for _ in range(2))
     stats = torch.zeros((part.n_rows, STATS), dtype=torch.float64, device=_CPU)
-    _native.complement(*_arguments(part), entropy, u.data_ptr(), spread.data_ptr(), stats.data_ptr())
+    _native.complement(_arguments(part), entropy, u.data_ptr(), spread.data_ptr(), stats.data_ptr())
     return u, spread, stats
 
 
@@ -33,5 +33,5 @@ def gradient(
     """Write scale · (what flows to each logit) into the `[A, B, V]` buffer."""
     turns = 0 if to_entropy is None else to_entropy.data_ptr()
     _native.complement_gradient(
-        *_arguments(part), stats.data_ptr(), to_given.data_ptr(), to_rest.data_ptr(), turns, _target(grad)
+        _arguments(part), stats.data_ptr(), to_given.data_ptr(), to_rest.data_ptr(), turns, _target(grad)
     )

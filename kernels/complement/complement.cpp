@@ -83,7 +83,7 @@ void complement(const ComplementArgs& p, bool entropy, double* rest_lse, double*
     const auto block = [&](std::int64_t r, std::int64_t n) {
         return layout.kernels_of_set().sum(layout.row(r), layout.first(n), layout.last(n), entropy);
     };
-    const auto write_row = [&](std::int64_t r, auto sums_of_block) {
+    fold_blocks(layout, layout.splits_rows() && fp32, block, [&](std::int64_t r, auto sums_of) {
         double* const row_stats = stats + r * kComplementStats;
         if (!layout.is_valid(r)) {
             rest_lse[r] = rest_entropy[r] = 0;
@@ -91,21 +91,9 @@ void complement(const ComplementArgs& p, bool entropy, double* rest_lse, double*
             return;
         }
         ComplementSums total;
-        for (std::int64_t n = 0; fp32 && n < layout.blocks(); ++n) total += sums_of_block(n);
+        for (std::int64_t n = 0; fp32 && n < layout.blocks(); ++n) total += sums_of(n);
         finalise_row(layout, r, total, entropy, rest_lse + r, rest_entropy + r, row_stats);
-    };
-    if (!layout.splits_rows() || !fp32)
-        return for_each_row(
-            layout, [&](std::int64_t r) { write_row(r, [&](std::int64_t n) { return block(r, n); }); });
-    std::vector<ComplementSums> sums(static_cast<std::size_t>(layout.rows() * layout.blocks()));
-    const auto at = [&](std::int64_t r, std::int64_t n) {
-        return static_cast<std::size_t>(r * layout.blocks() + n);
-    };
-    for_each_block(layout, [&](std::int64_t r, std::int64_t n) {
-        if (layout.is_valid(r)) sums[at(r, n)] = block(r, n);
     });
-    for (std::int64_t r = 0; r < layout.rows(); ++r)
-        write_row(r, [&](std::int64_t n) { return sums[at(r, n)]; });
 }
 
 void complement_gradient(const ComplementArgs& p, const double* stats, const double* grad_picked,

@@ -1,8 +1,6 @@
 // The columns of one row as the sweeps read them: in tiles that fit L1, in steps of two vectors of each side.
 #pragma once
 
-#include <algorithm>
-
 #include "simd/formats-inl.h"
 #include "simd/pipeline-inl.h"
 
@@ -52,7 +50,7 @@ struct ColumnSpan {
     template <class F, class EndRun>
     KL_INLINE void for_each_step(F f, EndRun end_run) const {
         for (std::int64_t i = 0; i < columns;) {
-            const std::int64_t stop = std::min(columns, i + kRun * kStep<T>);
+            const std::int64_t stop = smaller(columns, i + kRun * kStep<T>);
             for (; i < stop; i += kStep<T>) f(a + i, b + i);
             end_run();
         }

@@ -77,164 +77,158 @@ RowResult one_column(const Layout& layout, const Row& row) {
     return result;
 }
 
-}  // namespace
-
-RowResult evaluate(const Layout& layout, const Row& row) {
+template <class StateOf>
+RowResult evaluate(const Layout& layout, const Row& row, StateOf state_of) {
     if (row.columns == 1) return one_column(layout, row);
     if (!row.fits_fp32()) return layout.k.fallback(row);
     State state;
-    for (std::int64_t n = 0; n < layout.blocks(); ++n) state = merge(state, layout.block(row, n));
+    for (std::int64_t n = 0; n < layout.blocks(); ++n) state = merge(state, state_of(n));
     return finalise_row(layout, row, state);
 }
 
-namespace {
-
-template <class R>
-void write_masked(R* value, R* stats) {
-    *value = 0;
-    std::fill_n(stats, static_cast<int>(kStats), R{0});
-    stats[kRowClass] = static_cast<R>(static_cast<int>(RowClass::zero));
-}
-
-// The second sweep, of the formulas other than KL: `block(n)` gives the sums of a row's n-th block.
-template <class R, class Block>
-void write_formula(const Layout& layout, R* value, R* stats, Block block) {
+// The sums of a row's blocks, from the first to the last.
+template <class SumsOf>
+FormulaSums total(const Layout& layout, SumsOf sums_of) {
     FormulaSums sums;
-    for (std::int64_t n = 0; n < layout.blocks(); ++n) sums += block(n);
-    // The comparison leaves a NaN as it is.
-    *value = static_cast<R>(sums.value < 0 ? 0 : sums.value);
-    stats[kValue] = *value;
-    stats[kMeanA] = static_cast<R>(sums.mean_a);
-    stats[kMeanB] = static_cast<R>(sums.mean_b);
+    for (std::int64_t n = 0; n < layout.blocks(); ++n) sums += sums_of(n);
+    return sums;
 }
 
-// Both sweeps of a row, the second from cache.
+// The two sweeps of value() and what each leaves in a row's value and stats.
 template <class R>
-void value_of_row(const Layout& layout, std::int64_t r, R* value, R* stats) {
-    if (layout.is_valid(r))
-        write(evaluate(layout, layout.row(r)), value, stats);
-    else
-        write_masked(value, stats);
-    if (layout.p.formula == Formula::kl) return;
-    const RowScalars scalars = read(layout.p, stats, R{1});
-    write_formula(layout, value, stats,
-                  [&](std::int64_t n) { return layout.formula_block(layout.row(r), scalars, n); });
-}
+struct Value {
+    const Layout& layout;
+    R *value, *stats;
 
-template <class R>
-void value_of(const RowPair& p, R* value, R* stats) {
-    const Layout layout{p, kernels()};
-    const bool fp32 = layout.rows() > 0 && layout.row(0).fits_fp32();
-    if (layout.splits_rows() && fp32) {
-        std::vector<State> states(static_cast<std::size_t>(layout.rows() * layout.blocks()));
-        for_each_block(layout, [&](std::int64_t r, std::int64_t n) {
-            if (layout.is_valid(r))
-                states[static_cast<std::size_t>(r * layout.blocks() + n)] = layout.block(layout.row(r), n);
-        });
-        for_each_row(layout, [&](std::int64_t r) {
-            if (!layout.is_valid(r)) return write_masked(value + r, stats + r * kStats);
-            State state;
-            for (std::int64_t n = 0; n < layout.blocks(); ++n)
-                state = merge(state, states[static_cast<std::size_t>(r * layout.blocks() + n)]);
-            write(finalise_row(layout, layout.row(r), state), value + r, stats + r * kStats);
-        });
-        if (p.formula == Formula::kl) return;
-        std::vector<FormulaSums> sums(states.size());
-        for_each_block(layout, [&](std::int64_t r, std::int64_t n) {
-            sums[static_cast<std::size_t>(r * layout.blocks() + n)] =
-                layout.formula_block(layout.row(r), read(p, stats + r * kStats, R{1}), n);
-        });
-        for (std::int64_t r = 0; r < layout.rows(); ++r)
-            write_formula(layout, value + r, stats + r * kStats, [&](std::int64_t n) {
-                return sums[static_cast<std::size_t>(r * layout.blocks() + n)];
-            });
-        return;
+    State kl_block(std::int64_t r, std::int64_t n) const { return layout.block(layout.row(r), n); }
+    FormulaSums formula_block(std::int64_t r, std::int64_t n) const {
+        return layout.formula_block(layout.row(r), read(layout.p, stats + r * kStats, R{1}), n);
     }
-    for_each_row(layout, [&](std::int64_t r) { value_of_row(layout, r, value + r, stats + r * kStats); });
-}
-
-bool any_non_temporal(const RowPair& p, const Gradient& to_a, const Gradient& to_b) {
-    const bool a = uses_non_temporal_stores(to_a, p.a, p.size_a, p.size_b, p.columns);
-    const bool b = uses_non_temporal_stores(to_b, p.b, p.size_a, p.size_b, p.columns);
-    return a || b;
-}
-
-template <class R>
-void gradient_of_row(const Layout& layout, std::int64_t r, const R* stats, R row_scale, const Gradient& to_a,
-                     const Gradient& to_b, bool non_temporal, std::int64_t first, std::int64_t last) {
-    RowScalars scalars = read(layout.p, stats, row_scale);
-    if (!layout.is_valid(r)) {
-        scalars = {};
-        scalars.row_class = RowClass::zero;
-    }
-    layout.k.gradient(layout.row(r), scalars, layout.row_of(to_a, r), layout.row_of(to_b, r), first, last,
-                      non_temporal);
-}
-
-template <class R>
-void gradient_of(const RowPair& p, const R* stats, const R* row_scale, const Gradient& to_a,
-                 const Gradient& to_b) {
-    const Layout layout{p, kernels()};
-    const bool non_temporal = any_non_temporal(p, to_a, to_b);
-    if (layout.splits_rows()) {
-        for_each_block(layout, [&](std::int64_t r, std::int64_t n) {
-            gradient_of_row(layout, r, stats + r * kStats, row_scale[r], to_a, to_b, non_temporal,
-                            layout.first(n), layout.last(n));
-        });
-        return;
-    }
-    for_each_row(layout, [&](std::int64_t r) {
-        gradient_of_row(layout, r, stats + r * kStats, row_scale[r], to_a, to_b, non_temporal, 0, p.columns);
-    });
-}
-
-template <class R>
-void both_of(const RowPair& p, const R* row_scale, R* value, R* stats, const Gradient& to_a,
-             const Gradient& to_b) {
-    const Layout layout{p, kernels()};
-    if (layout.splits_rows()) {
-        value_of(p, value, stats);
-        gradient_of(p, stats, row_scale, to_a, to_b);
-        return;
-    }
-    const bool non_temporal = any_non_temporal(p, to_a, to_b);
-    for_each_row(layout, [&](std::int64_t r) {
+    template <class StateOf>
+    void finish_kl(std::int64_t r, StateOf state_of) const {
         R* const row_stats = stats + r * kStats;
-        value_of_row(layout, r, value + r, row_stats);
-        // From the last block to the first: the end of the row was read last and is in cache, while in
-        // reading order a row a little larger than the cache would be gone before it is read again.
-        for (std::int64_t n = layout.blocks() - 1; n >= 0; --n)
-            gradient_of_row(layout, r, row_stats, row_scale[r], to_a, to_b, non_temporal, layout.first(n),
-                            layout.last(n));
-    });
-}
+        if (layout.is_valid(r)) return write(evaluate(layout, layout.row(r), state_of), value + r, row_stats);
+        value[r] = 0;
+        std::fill_n(row_stats, static_cast<int>(kStats), R{0});
+        row_stats[kRowClass] = static_cast<R>(static_cast<int>(RowClass::zero));
+    }
+    template <class SumsOf>
+    void finish_formula(std::int64_t r, SumsOf sums_of) const {
+        const FormulaSums sums = total(layout, sums_of);
+        R* const row_stats = stats + r * kStats;
+        // The comparison leaves a NaN as it is.
+        value[r] = row_stats[kValue] = static_cast<R>(sums.value < 0 ? 0 : sums.value);
+        row_stats[kMeanA] = static_cast<R>(sums.mean_a);
+        row_stats[kMeanB] = static_cast<R>(sums.mean_b);
+    }
+    // Both sweeps of a row, the second from cache.
+    void of_row(std::int64_t r) const {
+        finish_kl(r, [&](std::int64_t n) { return kl_block(r, n); });
+        if (layout.p.formula == Formula::kl) return;
+        finish_formula(r, [&](std::int64_t n) { return formula_block(r, n); });
+    }
+    void of_all() const {
+        const bool fp32 = layout.rows() > 0 && layout.row(0).fits_fp32();
+        if (!layout.splits_rows() || !fp32) return for_each_row(layout, [&](std::int64_t r) { of_row(r); });
+        fold_blocks(
+            layout, true, [&](std::int64_t r, std::int64_t n) { return kl_block(r, n); },
+            [&](std::int64_t r, auto state_of) { finish_kl(r, state_of); });
+        if (layout.p.formula == Formula::kl) return;
+        fold_blocks(
+            layout, true, [&](std::int64_t r, std::int64_t n) { return formula_block(r, n); },
+            [&](std::int64_t r, auto sums_of) { finish_formula(r, sums_of); });
+    }
+};
 
 template <class R>
-void formula_sums_of(const RowPair& p, const R* stats, double* out) {
-    const Layout layout{p, kernels()};
-    const std::int64_t blocks = layout.blocks();
-    const auto block = [&](std::int64_t r, std::int64_t n) {
-        if (!layout.is_valid(r)) return FormulaSums{};
-        return layout.formula_block(layout.row(r), read(p, stats + r * kStats, R{1}), n);
-    };
-    const auto write_row = [&](std::int64_t r, auto sums_of) {
-        FormulaSums sums;
-        for (std::int64_t n = 0; n < blocks; ++n) sums += sums_of(n);
-        out[3 * r] = sums.value;
-        out[3 * r + 1] = sums.mean_a;
-        out[3 * r + 2] = sums.mean_b;
-    };
-    if (!layout.splits_rows())
-        return for_each_row(
-            layout, [&](std::int64_t r) { write_row(r, [&](std::int64_t n) { return block(r, n); }); });
-    std::vector<FormulaSums> sums(static_cast<std::size_t>(layout.rows() * blocks));
-    const auto at = [&](std::int64_t r, std::int64_t n) { return static_cast<std::size_t>(r * blocks + n); };
-    for_each_block(layout, [&](std::int64_t r, std::int64_t n) { sums[at(r, n)] = block(r, n); });
-    for (std::int64_t r = 0; r < layout.rows(); ++r)
-        write_row(r, [&](std::int64_t n) { return sums[at(r, n)]; });
-}
+struct GradientOf {
+    const Layout& layout;
+    const R *stats, *row_scale;
+    const Gradient &to_a, &to_b;
+    bool non_temporal;
+
+    GradientOf(const Layout& in, const R* stats_, const R* row_scale_, const Gradient& a, const Gradient& b)
+        : layout(in), stats(stats_), row_scale(row_scale_), to_a(a), to_b(b) {
+        const RowPair& p = in.p;
+        const bool for_a = uses_non_temporal_stores(a, p.a, p.size_a, p.size_b, p.columns);
+        const bool for_b = uses_non_temporal_stores(b, p.b, p.size_a, p.size_b, p.columns);
+        non_temporal = for_a || for_b;
+    }
+    void of_row(std::int64_t r, std::int64_t first, std::int64_t last) const {
+        RowScalars scalars{};
+        scalars.row_class = RowClass::zero;
+        if (layout.is_valid(r)) scalars = read(layout.p, stats + r * kStats, row_scale[r]);
+        layout.k.gradient(layout.row(r), scalars, layout.row_of(to_a, r), layout.row_of(to_b, r), first, last,
+                          non_temporal);
+    }
+    void of_block(std::int64_t r, std::int64_t n) const { of_row(r, layout.first(n), layout.last(n)); }
+    void of_all() const {
+        if (layout.splits_rows())
+            return for_each_block(layout, [&](std::int64_t r, std::int64_t n) { of_block(r, n); });
+        for_each_row(layout, [&](std::int64_t r) { of_row(r, 0, layout.p.columns); });
+    }
+};
 
 }  // namespace
+
+RowResult evaluate(const Layout& layout, const Row& row) {
+    return evaluate(layout, row, [&](std::int64_t n) { return layout.block(row, n); });
+}
+
+void value(const RowPair& p, bool wide, void* value, void* stats) {
+    const Layout layout{p, kernels()};
+    in_compute_type(wide, [&]<class R>() {
+        // The formulas' second sweep reads what the first one wrote to the stats.
+        const std::size_t own_size = stats ? 0 : static_cast<std::size_t>(layout.rows() * kStats);
+        const std::unique_ptr<R[]> own(new R[own_size]);
+        Value<R>{layout, static_cast<R*>(value), stats ? static_cast<R*>(stats) : own.get()}.of_all();
+    });
+}
+
+void gradient(const RowPair& p, bool wide, const void* stats, const void* row_scale, const Gradient& to_a,
+              const Gradient& to_b) {
+    const Layout layout{p, kernels()};
+    in_compute_type(wide, [&]<class R>() {
+        GradientOf<R>(layout, static_cast<const R*>(stats), static_cast<const R*>(row_scale), to_a, to_b)
+            .of_all();
+    });
+}
+
+void value_and_gradient(const RowPair& p, bool wide, const void* row_scale, void* value, void* stats,
+                        const Gradient& to_a, const Gradient& to_b) {
+    const Layout layout{p, kernels()};
+    in_compute_type(wide, [&]<class R>() {
+        R* const row_stats = static_cast<R*>(stats);
+        const Value<R> values{layout, static_cast<R*>(value), row_stats};
+        if (layout.splits_rows()) values.of_all();
+        const GradientOf<R> gradients(layout, row_stats, static_cast<const R*>(row_scale), to_a, to_b);
+        if (layout.splits_rows()) return gradients.of_all();
+        for_each_row(layout, [&](std::int64_t r) {
+            values.of_row(r);
+            // From the last block to the first: the end of the row was read last and is in cache, while in
+            // reading order a row a little larger than the cache would be gone before it is read again.
+            for (std::int64_t n = layout.blocks() - 1; n >= 0; --n) gradients.of_block(r, n);
+        });
+    });
+}
+
+void formula_sums(const RowPair& p, bool wide, const void* stats, double* out) {
+    if (p.formula == Formula::kl) throw std::invalid_argument("formula_sums: KL(a||b) has no formula pass");
+    const Layout layout{p, kernels()};
+    in_compute_type(wide, [&]<class R>() {
+        const auto block = [&](std::int64_t r, std::int64_t n) {
+            if (!layout.is_valid(r)) return FormulaSums{};
+            return layout.formula_block(layout.row(r),
+                                        read(p, static_cast<const R*>(stats) + r * kStats, R{1}), n);
+        };
+        fold_blocks(layout, layout.splits_rows(), block, [&](std::int64_t r, auto sums_of) {
+            const FormulaSums sums = total(layout, sums_of);
+            out[3 * r] = sums.value;
+            out[3 * r + 1] = sums.mean_a;
+            out[3 * r + 2] = sums.mean_b;
+        });
+    });
+}
 
 Formula formula_named(const char* name) {
     const std::string_view wanted(name);
@@ -246,51 +240,6 @@ Formula formula_named(const char* name) {
     KL_FORMULAS(X)
 #undef X
     throw std::invalid_argument("formula " + std::string(wanted) + ": the native kernels have " + known);
-}
-
-void formula_sums(const RowPair& p, bool wide, const void* stats, double* out) {
-    if (p.formula == Formula::kl) throw std::invalid_argument("formula_sums: KL(a||b) has no formula pass");
-    if (wide)
-        formula_sums_of(p, static_cast<const double*>(stats), out);
-    else
-        formula_sums_of(p, static_cast<const float*>(stats), out);
-}
-
-namespace {
-
-template <class R>
-void value_or_both(const RowPair& p, R* value, R* stats) {
-    if (stats != nullptr) return value_of(p, value, stats);
-    // The formulas' second sweep reads what the first one wrote there.
-    const std::unique_ptr<R[]> own(new R[static_cast<std::size_t>(p.size_a * p.size_b * kStats)]);
-    value_of(p, value, own.get());
-}
-
-}  // namespace
-
-void value(const RowPair& p, bool wide, void* value, void* stats) {
-    if (wide)
-        value_or_both(p, static_cast<double*>(value), static_cast<double*>(stats));
-    else
-        value_or_both(p, static_cast<float*>(value), static_cast<float*>(stats));
-}
-
-void gradient(const RowPair& p, bool wide, const void* stats, const void* row_scale, const Gradient& to_a,
-              const Gradient& to_b) {
-    if (wide)
-        gradient_of(p, static_cast<const double*>(stats), static_cast<const double*>(row_scale), to_a, to_b);
-    else
-        gradient_of(p, static_cast<const float*>(stats), static_cast<const float*>(row_scale), to_a, to_b);
-}
-
-void value_and_gradient(const RowPair& p, bool wide, const void* row_scale, void* value, void* stats,
-                        const Gradient& to_a, const Gradient& to_b) {
-    if (wide)
-        both_of(p, static_cast<const double*>(row_scale), static_cast<double*>(value),
-                static_cast<double*>(stats), to_a, to_b);
-    else
-        both_of(p, static_cast<const float*>(row_scale), static_cast<float*>(value),
-                static_cast<float*>(stats), to_a, to_b);
 }
 
 }  // namespace kl

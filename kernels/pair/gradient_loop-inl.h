@@ -56,7 +56,8 @@ KL_INLINE auto end_of(const Gradient& gradient, const Begun& x) {
     return gradient.template end<ToA, ToB>(x);
 }
 
-// Whether a gradient's loop is one for both ways to store: see CachedOrNonTemporal.
+// Whether a gradient's loop is one for both ways to store, as every loop for both sides is: see
+// CachedOrNonTemporal.
 template <class Gradient>
 constexpr bool asks_at_each_store = false;
 
@@ -81,7 +82,7 @@ KL_NOINLINE void gradient_steps(const T* a, const T* b, std::int64_t n, const Gr
 template <bool ToA, bool ToB, class T, class Gradient>
 inline void gradient_span(const T* a, const T* b, std::int64_t n, const Gradient& of, T* to_a, T* to_b,
                           bool non_temporal) {
-    constexpr bool asks = asks_at_each_store<Gradient>;
+    constexpr bool asks = asks_at_each_store<Gradient> || (ToA && ToB);
     const std::conditional_t<asks, CachedOrNonTemporal, Cached> cached{};
     const auto partial = [&](std::int64_t first, std::int64_t count) {
         T part_a[kStep<T>] = {}, part_b[kStep<T>] = {}, out_a[kStep<T>], out_b[kStep<T>];

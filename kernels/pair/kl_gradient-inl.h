@@ -162,8 +162,6 @@ struct BothSides {
 
 template <class V>
 constexpr bool asks_at_each_store<KlGradient<Form::general, V>> = true;
-template <class OfA, class OfB>
-constexpr bool asks_at_each_store<BothSides<OfA, OfB>> = true;
 
 template <class T>
 void kl_gradient_run(const T* a, const T* b, std::int64_t n, double scale, const RowScalars& scalars, T* to_a,

@@ -7,7 +7,6 @@
 // is swept again, from its own mean. That happens about ln(#tiles) times in a row.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 
 #include "pair/column_span-inl.h"
@@ -314,7 +313,7 @@ private:
         out.a2 += tile.a2;
         out.fp32_sum_z += tile.fp32_sum_z;
         out.fp32_sum += tile.fp32_sum;
-        out.top_d = std::max(out.top_d, tile.top_d);
+        out.top_d = larger(out.top_d, tile.top_d);
         out.flags |= tile.flags;
         return out;
     }

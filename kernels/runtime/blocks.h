@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "api.h"
 #include "isa/kernels.h"
@@ -21,7 +22,7 @@ struct RowBlocks {
     std::int64_t blocks() const { return (p.columns + k.block - 1) / k.block; }
     std::int64_t first(std::int64_t block) const { return block * k.block; }
     std::int64_t last(std::int64_t block) const { return std::min(p.columns, (block + 1) * k.block); }
-    std::int64_t index(std::int64_t r, const std::int64_t stride_a, const std::int64_t stride_b) const {
+    std::int64_t index(std::int64_t r, std::int64_t stride_a, std::int64_t stride_b) const {
         return r / p.size_b * stride_a + r % p.size_b * stride_b;
     }
     // Where row r of a tensor begins, in bytes; Tensor is Logits or Gradient.
@@ -62,6 +63,31 @@ template <class Args, class F>
 void for_each_block(const RowBlocks<Args>& in, F f) {
     const std::int64_t blocks = in.blocks();
     parallel_for(in.rows() * blocks, in.p.threads, [&](std::int64_t i) { f(i / blocks, i % blocks); });
+}
+
+// Calls finish(row, part) once for every row, where part(n) is what block(row, n) gives. Where rows are to be
+// split, blocks are evaluated over threads beforehand, and those of rows that are not valid stay empty.
+template <class Args, class Block, class Finish>
+void fold_blocks(const RowBlocks<Args>& in, bool split, Block block, Finish finish) {
+    if (!split)
+        return for_each_row(in,
+                            [&](std::int64_t r) { finish(r, [&](std::int64_t n) { return block(r, n); }); });
+    const std::int64_t blocks = in.blocks();
+    std::vector<decltype(block(0, 0))> parts(static_cast<std::size_t>(in.rows() * blocks));
+    const auto at = [&](std::int64_t r, std::int64_t n) { return static_cast<std::size_t>(r * blocks + n); };
+    for_each_block(in, [&](std::int64_t r, std::int64_t n) {
+        if (in.is_valid(r)) parts[at(r, n)] = block(r, n);
+    });
+    for_each_row(in, [&](std::int64_t r) { finish(r, [&](std::int64_t n) { return parts[at(r, n)]; }); });
+}
+
+// Calls f<R>() with the type that rows are computed in.
+template <class F>
+void in_compute_type(bool wide, F f) {
+    if (wide)
+        f.template operator()<double>();
+    else
+        f.template operator()<float>();
 }
 
 }  // namespace kl

@@ -1,7 +1,6 @@
 // Software pipelining: a loop whose steps overlap.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "simd/vectors-inl.h"
@@ -28,7 +27,7 @@ KL_INLINE void pipelined(std::int64_t n, std::int64_t step, Begin begin, End end
     auto now = begin(std::int64_t{0});
     std::int64_t i = step;
     while (true) {
-        const std::int64_t stop = std::min(n, i + run * step);
+        const std::int64_t stop = smaller(n, i + run * step);
         for (; i < stop; i += step) {
             const auto next = begin(i);
             end(i - step, now);

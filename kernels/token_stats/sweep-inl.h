@@ -111,7 +111,7 @@ public:
             return;
         }
         PairState both = add(tile);
-        const float rise = std::max(tile.top_a.logit * scale_ - tile.reference.m, 0.0f);
+        const float rise = larger(tile.top_a.logit * scale_ - tile.reference.m, 0.0f);
         if (!is_central(both) || rise > kHighE) {
             const Reference to = raised(centre(both), rise);
             const PairState rebased = rebase(both, to);

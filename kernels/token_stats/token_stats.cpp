@@ -66,72 +66,46 @@ RowStats finalise_row(const Layout& layout, const Row& row, const PairState& sta
             agree(layout, row, state.top_a, state.top_b) ? 1.0 : 0.0};
 }
 
-bool takes_fast_sweep(const Row& row) { return row.columns > 1 && row.fits_fp32(); }
+bool takes_fast_path(const Row& row) { return row.columns > 1 && row.fits_fp32(); }
 
 PairState block(const Layout& layout, const Row& row, std::int64_t n) {
     return layout.k.sweep_pair_block(row, layout.first(n), layout.last(n));
 }
 
-RowStats sweep_tile(const Layout& layout, const Row& row) {
-    if (!takes_fast_sweep(row)) return run_fallback(layout, row);
+template <class StateOf>
+RowStats evaluate(const Layout& layout, const Row& row, StateOf state_of) {
+    if (!takes_fast_path(row)) return run_fallback(layout, row);
     PairState state;
-    for (std::int64_t n = 0; n < layout.blocks() && state.usable; ++n)
-        state = merge(state, block(layout, row, n));
+    for (std::int64_t n = 0; n < layout.blocks() && state.usable; ++n) state = merge(state, state_of(n));
     return finalise_row(layout, row, state);
-}
-
-template <class R>
-void write(const Layout& layout, std::int64_t r, const RowStats& f, const std::int64_t* tokens, R* out) {
-    const std::int64_t token = tokens == nullptr ? -1 : tokens[r];
-    const double all[kTokenStats] = {f.forward,
-                                     f.reverse,
-                                     f.b.entropy,
-                                     f.a.entropy,
-                                     f.b.log_probability(layout, token),
-                                     f.a.log_probability(layout, token),
-                                     f.agree};
-    for (int i = 0; i < kTokenStats; ++i) out[i * layout.rows() + r] = static_cast<R>(all[i]);
-}
-
-template <class R>
-void write_masked(const Layout& layout, std::int64_t r, R* out) {
-    for (int i = 0; i < kTokenStats; ++i) out[i * layout.rows() + r] = 0;
-}
-
-template <class R>
-void token_stats_of(const RowPair& p, const std::int64_t* tokens, R* out) {
-    const Layout layout{p, kernels()};
-    if (!(layout.splits_rows() && layout.rows() > 0 && takes_fast_sweep(layout.row(0)))) {
-        for_each_row(layout, [&](std::int64_t r) {
-            if (layout.is_valid(r))
-                write(layout, r, sweep_tile(layout, layout.row(r)), tokens, out);
-            else
-                write_masked(layout, r, out);
-        });
-        return;
-    }
-    std::vector<PairState> states(static_cast<std::size_t>(layout.rows() * layout.blocks()));
-    const auto state = [&](std::int64_t r, std::int64_t n) -> PairState& {
-        return states[static_cast<std::size_t>(r * layout.blocks() + n)];
-    };
-    for_each_block(layout, [&](std::int64_t r, std::int64_t n) {
-        if (layout.is_valid(r)) state(r, n) = block(layout, layout.row(r), n);
-    });
-    for_each_row(layout, [&](std::int64_t r) {
-        if (!layout.is_valid(r)) return write_masked(layout, r, out);
-        PairState whole;
-        for (std::int64_t n = 0; n < layout.blocks() && whole.usable; ++n) whole = merge(whole, state(r, n));
-        write(layout, r, finalise_row(layout, layout.row(r), whole), tokens, out);
-    });
 }
 
 }  // namespace
 
 void token_stats(const RowPair& p, bool wide, const std::int64_t* tokens, void* out) {
-    if (wide)
-        token_stats_of(p, tokens, static_cast<double*>(out));
-    else
-        token_stats_of(p, tokens, static_cast<float*>(out));
+    const Layout layout{p, kernels()};
+    const bool split = layout.splits_rows() && layout.rows() > 0 && takes_fast_path(layout.row(0));
+    in_compute_type(wide, [&]<class R>() {
+        fold_blocks(
+            layout, split, [&](std::int64_t r, std::int64_t n) { return block(layout, layout.row(r), n); },
+            [&](std::int64_t r, auto state_of) {
+                double all[kTokenStats] = {};
+                if (layout.is_valid(r)) {
+                    const RowStats s = evaluate(layout, layout.row(r), state_of);
+                    const std::int64_t token = tokens == nullptr ? -1 : tokens[r];
+                    const double found[kTokenStats] = {s.forward,
+                                                       s.reverse,
+                                                       s.b.entropy,
+                                                       s.a.entropy,
+                                                       s.b.log_probability(layout, token),
+                                                       s.a.log_probability(layout, token),
+                                                       s.agree};
+                    std::copy_n(found, kTokenStats, all);
+                }
+                for (int i = 0; i < kTokenStats; ++i)
+                    static_cast<R*>(out)[i * layout.rows() + r] = static_cast<R>(all[i]);
+            });
+    });
 }
 
 }  // namespace kl
