@@ -1,6 +1,7 @@
 // The columns of one row as the sweeps read them: in tiles that fit L1, in steps of two vectors of each side.
 #pragma once
 
+#include "pair/row.h"
 #include "simd/formats-inl.h"
 #include "simd/pipeline-inl.h"
 
@@ -74,6 +75,25 @@ inline void for_each_tile(const T* a, const T* b, std::int64_t n, Take take) {
     std::int64_t length = n > 4 * kFirstTile ? kFirstTile : n;
     for (std::int64_t i = 0; i < n; i += length, length = n - i < kTile ? n - i : kTile)
         take(ColumnSpan<T>(a + i, b + i, length));
+}
+
+// The same for columns [first, last) of a row, as take(span, first column): in the format of both sides or,
+// where they have two, in fp32 copies in L1.
+template <class Take>
+inline void for_each_tile(const Row& row, std::int64_t first, std::int64_t last, Take take) {
+    if (row.dtype_a == row.dtype_b)
+        return in_fp32_format(row.dtype_a, [&]<class T>() {
+            const T *a = static_cast<const T*>(row.a), *b = static_cast<const T*>(row.b);
+            for_each_tile(a + first, b + first, last - first,
+                          [&](const ColumnSpan<T>& tile) { take(tile, tile.a - a); });
+        });
+    float a[kTile], b[kTile];
+    for (std::int64_t i = first; i < last; i += kTile) {
+        const std::int64_t n = smaller(last - i, kTile);
+        widen_run(row.a, row.dtype_a, i, n, a);
+        widen_run(row.b, row.dtype_b, i, n, b);
+        for_each_tile(a, b, n, [&](const ColumnSpan<float>& tile) { take(tile, i + (tile.a - a)); });
+    }
 }
 
 }  // namespace kl::KL_ISA

@@ -62,9 +62,9 @@ template <class Gradient>
 constexpr bool asks_at_each_store = false;
 
 // A span whose logits and gradients share one format. `n` is a multiple of kStep<T>.
-template <bool ToA, bool ToB, class T, class Gradient, class Store>
+template <bool ToA, bool ToB, class T, class Gradient, class NonTemporal>
 KL_NOINLINE void gradient_steps(const T* a, const T* b, std::int64_t n, const Gradient& of, T* to_a, T* to_b,
-                                Store to) {
+                                NonTemporal non_temporal) {
     const Gradient gradient = of;
     pipelined(
         n, kStep<T>,
@@ -72,8 +72,8 @@ KL_NOINLINE void gradient_steps(const T* a, const T* b, std::int64_t n, const Gr
             KL_INLINE_LAMBDA { return begin_of<ToA, ToB>(gradient, load_pair(a + i), load_pair(b + i)); },
         [&](std::int64_t i, const auto& begun) KL_INLINE_LAMBDA {
             const auto x = end_of<ToA, ToB>(gradient, begun.x), y = end_of<ToA, ToB>(gradient, begun.y);
-            if constexpr (ToA) store_pair(to, to_a + i, Pair{x.a, y.a});
-            if constexpr (ToB) store_pair(to, to_b + i, Pair{x.b, y.b});
+            if constexpr (ToA) store_pair(non_temporal, to_a + i, Pair{x.a, y.a});
+            if constexpr (ToB) store_pair(non_temporal, to_b + i, Pair{x.b, y.b});
         });
 }
 
@@ -83,7 +83,7 @@ template <bool ToA, bool ToB, class T, class Gradient>
 inline void gradient_span(const T* a, const T* b, std::int64_t n, const Gradient& of, T* to_a, T* to_b,
                           bool non_temporal) {
     constexpr bool asks = asks_at_each_store<Gradient> || (ToA && ToB);
-    const std::conditional_t<asks, CachedOrNonTemporal, Cached> cached{};
+    const std::conditional_t<asks, bool, std::false_type> cached{};
     const auto partial = [&](std::int64_t first, std::int64_t count) {
         T part_a[kStep<T>] = {}, part_b[kStep<T>] = {}, out_a[kStep<T>], out_b[kStep<T>];
         std::memcpy(part_a, a + first, static_cast<std::size_t>(count) * sizeof(T));
@@ -113,15 +113,13 @@ inline void gradient_span(const T* a, const T* b, std::int64_t n, const Gradient
             if constexpr (ToB) __builtin_prefetch(to_b + i, 1);
         }
     }
-    const auto steps = [&](auto store) {
-        gradient_steps<ToA, ToB>(a + head, b + head, whole, of, steps_a, steps_b, store);
+    const auto steps = [&](auto how) {
+        gradient_steps<ToA, ToB>(a + head, b + head, whole, of, steps_a, steps_b, how);
     };
-    if constexpr (std::is_same_v<T, double>)
-        steps(cached);  // fp64 goes through copies in cache
-    else if constexpr (asks)
-        steps(CachedOrNonTemporal{non_temporal});
-    else if (non_temporal)
-        steps(NonTemporal{});
+    if constexpr (asks)
+        steps(non_temporal);
+    else if (non_temporal && !std::is_same_v<T, double>)  // fp64 goes through copies, in cache
+        steps(std::bool_constant<!std::is_same_v<T, double>>{});
     else
         steps(cached);
     if (head + whole < n) partial(head + whole, n - head - whole);

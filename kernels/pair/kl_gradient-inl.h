@@ -185,18 +185,14 @@ void kl_gradient_run(const T* a, const T* b, std::int64_t n, double scale, const
         }
         gradient_to(a, b, n, gradient, to_a, to_b, non_temporal);
     };
-    if constexpr (std::is_same_v<T, double>) {
+    if constexpr (std::is_same_v<T, double>)
+        return with.template operator()<Form::general>();
+    else {
+        const Form form = form_for(scale, scalars, std::is_same_v<T, float>);
+        if constexpr (!std::is_same_v<T, float>)
+            if (form == Form::fast) return with.template operator()<Form::fast>();
+        if (form == Form::precise) return with.template operator()<Form::precise>();
         with.template operator()<Form::general>();
-    } else {
-        switch (form_for(scale, scalars, std::is_same_v<T, float>)) {
-            case Form::fast:
-                if constexpr (!std::is_same_v<T, float>) return with.template operator()<Form::fast>();
-                [[fallthrough]];
-            case Form::precise:
-                return with.template operator()<Form::precise>();
-            case Form::general:
-                return with.template operator()<Form::general>();
-        }
     }
 }
 

@@ -78,47 +78,33 @@ KL_INLINE VF widen(const F16* p) {
 #endif
 KL_INLINE Pair<VF> load_pair(const F16* p) { return {widen(p), widen(p + lanes<VF>)}; }
 
-// How a loop stores. Loops that wait for memory are compiled once for each of the first two; the others ask
-// at each store, which costs them one predicted branch and halves what the compiler has to do.
-struct Cached {
-    template <class V>
-    KL_INLINE void put(void* p, V v) const {
-        store(p, v);
-    }
-};
-struct NonTemporal {
-    template <class V>
-    KL_INLINE void put(void* p, V v) const {
+// NonTemporal is std::true_type or std::false_type in loops that wait for memory and are compiled once for
+// each. In the others it is bool: they ask at each store, which costs a predicted branch and halves the
+// compiler's work.
+template <class NonTemporal, class V>
+KL_INLINE void put(NonTemporal non_temporal, void* p, V v) {
+    if (non_temporal)
         store_non_temporal(p, v);
-    }
-};
-struct CachedOrNonTemporal {
-    bool non_temporal;
-    template <class V>
-    KL_INLINE void put(void* p, V v) const {
-        if (non_temporal)
-            store_non_temporal(p, v);
-        else
-            store(p, v);
-    }
-};
-
-template <class Store>
-KL_INLINE void store_pair(Store to, float* p, Pair<VF> v) {
-    to.put(p, v.x);
-    to.put(p + lanes<VF>, v.y);
+    else
+        store(p, v);
 }
 
-template <class Store>
-KL_INLINE void store_pair(Store to, double* p, Pair<VD> v) {
-    to.put(p, v.x);
-    to.put(p + lanes<VD>, v.y);
+template <class NonTemporal>
+KL_INLINE void store_pair(NonTemporal non_temporal, float* p, Pair<VF> v) {
+    put(non_temporal, p, v.x);
+    put(non_temporal, p + lanes<VF>, v.y);
+}
+
+template <class NonTemporal>
+KL_INLINE void store_pair(NonTemporal non_temporal, double* p, Pair<VD> v) {
+    put(non_temporal, p, v.x);
+    put(non_temporal, p + lanes<VD>, v.y);
 }
 
 // No NaN comes here with a payload that the rounding carry could run over: rows that hold NaN are
 // filled by fill_row.
-template <class Store>
-KL_INLINE void store_pair(Store to, Bf16* p, Pair<VF> v) {
+template <class NonTemporal>
+KL_INLINE void store_pair(NonTemporal non_temporal, Bf16* p, Pair<VF> v) {
     VU even = bits<VU>(v.x), odd = bits<VU>(v.y);
 #if KL_WIDTH == 64
     // Cut off first and rounded in 16-bit lanes, all columns at once: up where what was cut off is more than
@@ -126,11 +112,11 @@ KL_INLINE void store_pair(Store to, Bf16* p, Pair<VF> v) {
     const auto cut = bits<__m512i>((even >> 16) | (odd & 0xffff0000u));
     const auto rest = bits<__m512i>((even & 0xffffu) | (odd << 16) | (bits<VU>(cut) & 0x10001u));
     const __mmask32 up = _mm512_cmpgt_epu16_mask(rest, _mm512_set1_epi16(INT16_MIN));
-    to.put(p, bits<VU>(_mm512_mask_add_epi16(cut, up, cut, _mm512_set1_epi16(1))));
+    put(non_temporal, p, bits<VU>(_mm512_mask_add_epi16(cut, up, cut, _mm512_set1_epi16(1))));
 #else
     even += 0x7fffu + ((even >> 16) & 1u);
     odd += 0x7fffu + ((odd >> 16) & 1u);
-    to.put(p, (even >> 16) | (odd & 0xffff0000u));
+    put(non_temporal, p, (even >> 16) | (odd & 0xffff0000u));
 #endif
 }
 
@@ -146,16 +132,16 @@ inline std::uint16_t round_to_f16(float x) {
     return static_cast<std::uint16_t>(sign | ((m - 0x38000000u) >> 13));
 }
 
-template <class Store>
-KL_INLINE void store_pair([[maybe_unused]] Store to, F16* p, Pair<VF> v) {
+template <class NonTemporal>
+KL_INLINE void store_pair([[maybe_unused]] NonTemporal non_temporal, F16* p, Pair<VF> v) {
 #if KL_WIDTH == 64
     __m256i x = _mm512_cvtps_ph(bits<__m512>(v.x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m256i y = _mm512_cvtps_ph(bits<__m512>(v.y), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    to.put(p, bits<VU>(_mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1)));
+    put(non_temporal, p, bits<VU>(_mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1)));
 #elif KL_WIDTH == 32
     __m128i x = _mm256_cvtps_ph(bits<__m256>(v.x), _MM_FROUND_TO_NEAREST_INT);
     __m128i y = _mm256_cvtps_ph(bits<__m256>(v.y), _MM_FROUND_TO_NEAREST_INT);
-    to.put(p, bits<VU>(_mm256_inserti128_si256(_mm256_castsi128_si256(x), y, 1)));
+    put(non_temporal, p, bits<VU>(_mm256_inserti128_si256(_mm256_castsi128_si256(x), y, 1)));
 #else
     for (int i = 0; i < lanes<VF>; ++i) {
         p[i].bits = round_to_f16(v.x[i]);

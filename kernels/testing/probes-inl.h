@@ -11,43 +11,20 @@ namespace kl::KL_ISA {
 template <class T>
 inline VF stored(VF x) {
     T kept[kStep<T>];
-    store_pair(Cached{}, kept, Pair<VF>{x, x});
+    store_pair(std::false_type{}, kept, Pair<VF>{x, x});
     const auto back = load_pair(kept);
     return back.x == back.y ? back.y : splat<VF>(__builtin_nanf(""));
 }
 
 inline VF elementary_function(int which, VF x) {
     const VF one = splat<VF>(1);
-    switch (which) {
-        case 0:
-            return exp2(x);
-        case 1:
-            return g2(x);
-        case 2:
-            return exp2m1(x);
-        case 3:
-            return exponential(x).whole;
-        case 4:
-            return exponential(x).less_one;
-        case 5:
-            return log_one_plus(x, one + x).log;
-        case 6:
-            return log_one_plus(x, one + x).gap;
-        case 8:
-            return both_ways(x).power;
-        case 9:
-            return both_ways(x).g;
-        case 10:
-            return both_ways(x).h;
-        case 11:
-            return Multiple<VF>(1.0 / 3).of_exp2(reduce(clamp_for_product(x)));
-        case 12:
-            return stored<Bf16>(x);
-        case 13:
-            return stored<F16>(x);
-        default:
-            return log_one_plus(x - one, x).log;
-    }
+    const Exponential<VF> e = exponential(x);
+    const Logarithm<VF> of_1_plus_x = log_one_plus(x, one + x), of_x = log_one_plus(x - one, x);
+    const BothWays<VF> both = both_ways(x);
+    const VF third = Multiple<VF>(1.0 / 3).of_exp2(reduce(clamp_for_product(x)));
+    const VF all[] = {exp2(x),  g2(x),      exp2m1(x), e.whole, e.less_one, of_1_plus_x.log, of_1_plus_x.gap,
+                      of_x.log, both.power, both.g,    both.h,  third,      stored<Bf16>(x), stored<F16>(x)};
+    return all[which];
 }
 
 inline void elementary(int which, const float* x, float* y, std::int64_t n) {

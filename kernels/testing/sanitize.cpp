@@ -51,15 +51,9 @@ Result run(kl::Dtype a, kl::Dtype b, std::int64_t rows, std::int64_t columns, in
     for (std::int64_t i = 0; i < rows; ++i) mask[static_cast<std::size_t>(i)] = i % 5 != 3;
     const bool wide = a == kl::Dtype::f64 || b == kl::Dtype::f64;
     const double other_scale = columns % 2 == 0 ? 1.0 : 0.5;
-    const kl::RowPair p{{left.get(), columns, columns, a, 1.0},
-                        {right.get(), columns, columns, b, other_scale},
-                        {mask.get(), 1, 1},
-                        rows,
-                        1,
-                        columns,
-                        threads,
-                        formula,
-                        0.3};
+    const kl::Logits x{left.get(), columns, columns, a, 1.0},
+        y{right.get(), columns, columns, b, other_scale};
+    const kl::RowPair p{x, y, {mask.get(), 1, 1}, rows, 1, columns, threads, formula, 0.3};
     Result out;
     const auto n = static_cast<std::size_t>(rows);
     out.value.resize(n);
@@ -127,15 +121,9 @@ void merge_halves(bool wide, kl::Dtype dtype, std::int64_t rows, std::int64_t co
     std::vector<double> value(n), stats(n * kl::kStats);
     for (std::size_t half = 0; half < 2; ++half) {
         const std::int64_t first = static_cast<std::int64_t>(half) * columns * size_of(dtype);
-        const kl::RowPair p{{a.get() + first, 2 * columns, 2 * columns, dtype, 1.0},
-                            {b.get() + first, 2 * columns, 2 * columns, dtype, 1.0},
-                            {nullptr, 0, 0},
-                            rows,
-                            1,
-                            columns,
-                            1,
-                            kl::Formula::kl,
-                            0.0};
+        const kl::Logits x{a.get() + first, 2 * columns, 2 * columns, dtype, 1.0},
+            y{b.get() + first, 2 * columns, 2 * columns, dtype, 1.0};
+        const kl::RowPair p{x, y, {nullptr, 0, 0}, rows, 1, columns, 1, kl::Formula::kl, 0.0};
         kl::value(p, wide, value.data(), stats.data());
         const void* const inside[] = {value.data(), value.data()};
         kl::shard_states(stats.data(), wide, 0.7, rows, inside, 2, found.data() + half * 4 * n);
