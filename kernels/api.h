@@ -93,8 +93,8 @@ void value(const RowPair&, bool wide, void* value, void* stats);
 void gradient(const RowPair&, bool wide, const void* stats, const void* row_scale, const Gradient& to_a,
               const Gradient& to_b);
 
-// Both in one visit of each row, for callers who know row_scale beforehand: the second read of a
-// row's logits then comes from cache.
+// Both in one visit of each row, for callers who know row_scale beforehand: the second read of a row comes
+// from cache.
 void value_and_gradient(const RowPair&, bool wide, const void* row_scale, void* value, void* stats,
                         const Gradient& to_a, const Gradient& to_b);
 
@@ -107,8 +107,7 @@ void formula_sums(const RowPair&, bool wide, const void* stats, double* out);
 constexpr int kTokenStats = 7;
 
 // `out` is [kTokenStats, A*B], fp64 where `wide`, else fp32. tokens is [A*B], or nullptr; a token that is no
-// column has log-probability NaN. A row that does not count is 0 throughout. The problem's formula is nothing
-// to this.
+// column has log-probability NaN. A row that does not count is 0. The pair's formula plays no part.
 void token_stats(const RowPair&, bool wide, const std::int64_t* tokens, void* out);
 
 // The instruction set in use, and all that this processor can run, best first, separated by commas.

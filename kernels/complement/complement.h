@@ -1,5 +1,4 @@
-// The complement of some picked columns of a row of logits: its log-sum-exp and entropy, and the gradient of
-// both.
+// The columns of a row other than some picked ones: their log-sum-exp, entropy, and gradients.
 #pragma once
 
 #include <cstdint>

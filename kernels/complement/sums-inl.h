@@ -44,8 +44,7 @@ private:
     alignas(64) T copy_[kTile / kStep<T>][kStep<T>];
 };
 
-// 2^(k x - m) of columns that are -inf or far below: their product with k would leave the exponents that
-// the range reduction can take.
+// 2^(k x - m) of columns that are -inf or far below: k times them is past what the range reduction takes.
 constexpr double kDeepest = -4000;
 
 template <class V>

@@ -13,7 +13,7 @@ struct Kernels {
     State (*sweep_block)(const Row&, std::int64_t first, std::int64_t last);
     RowResult (*fallback)(const Row&);
     FormulaSums (*formula_sums)(const Row&, const RowScalars&, std::int64_t first, std::int64_t last);
-    // stream: store with non-temporal stores.
+    // Where non_temporal, gradients bypass the cache.
     void (*gradient)(const Row&, const RowScalars&, Destination to_a, Destination to_b, std::int64_t first,
                      std::int64_t last, bool non_temporal);
     PairState (*sweep_pair_block)(const Row&, std::int64_t first, std::int64_t last);

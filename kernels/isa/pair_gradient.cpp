@@ -47,8 +47,9 @@ FormulaSums formula_sums(const Row& row, const RowScalars& scalars, std::int64_t
                          });
         return total;
     };
-    if (is_out_of_range(scalars)) return copies.template operator()<double>(evaluated_again(row, scalars));
-    if (!row.fits_fp32() || need_fp64(scalars)) return copies.template operator()<double>(scalars);
+    const bool again = is_out_of_range(scalars);
+    if (again || !row.fits_fp32() || need_fp64(scalars))
+        return copies.template operator()<double>(again ? evaluated_again(row, scalars) : scalars);
     if (row.dtype_a != row.dtype_b) return copies.template operator()<float>(scalars);
     return in_fp32_format(row.dtype_a, [&]<class T>() {
         return formula_sums_run(at<T>(row.a, first), at<T>(row.b, first), last - first, row.exact_scale(),
@@ -89,30 +90,25 @@ T* from(Destination to, std::int64_t column) {
 
 void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Destination to_b,
               std::int64_t first, std::int64_t last, bool non_temporal) {
-    const auto finalise_row = [&](Destination& to, double x) {
-        fill(to, first, last, x);
+    // Sides whose gradient is one number in all columns are done before the sweep.
+    const auto finish_side = [&](Destination& to, double coefficient, bool is_nan) {
+        is_nan = is_nan || scalars.row_class == RowClass::nan || std::isnan(coefficient);
+        const bool is_zero = scalars.row_class == RowClass::zero;
+        // A factor of 0 gives 0, and never -0: p and q are finite where the gradient is not NaN.
+        if (!is_zero && !is_nan && coefficient != 0) return;
+        fill(to, first, last, is_nan && !is_zero ? std::nan("") : 0);
         to.data = nullptr;
     };
-    const double nan = std::nan("");
-    if (scalars.row_class == RowClass::zero) {
-        finalise_row(to_a, 0);
-        finalise_row(to_b, 0);
-    }
-    if (scalars.row_class == RowClass::nan || std::isnan(scalars.coefficient_a)) finalise_row(to_a, nan);
     const bool is_kl = scalars.formula == Formula::kl;
-    if (is_kl ? scalars.row_class == RowClass::infinite : !std::isfinite(scalars.mean_a))
-        finalise_row(to_a, nan);
-    if (!is_kl && !std::isfinite(scalars.mean_b)) finalise_row(to_b, nan);
-    if (scalars.row_class == RowClass::nan || std::isnan(scalars.coefficient_b)) finalise_row(to_b, nan);
-    // p and q are finite from here on: a factor of 0 gives zeros, and never -0.
-    if (to_a.data != nullptr && scalars.coefficient_a == 0) finalise_row(to_a, 0);
-    if (to_b.data != nullptr && scalars.coefficient_b == 0) finalise_row(to_b, 0);
+    finish_side(to_a, scalars.coefficient_a,
+                is_kl ? scalars.row_class == RowClass::infinite : !std::isfinite(scalars.mean_a));
+    finish_side(to_b, scalars.coefficient_b, !is_kl && !std::isfinite(scalars.mean_b));
     if (to_a.data == nullptr && to_b.data == nullptr) return;
 
-    if (is_out_of_range(scalars))
-        return gradient_through_copies<double>(row, evaluated_again(row, scalars), to_a, to_b, first, last);
-    if (!row.fits_fp32() || need_fp64(scalars))
-        return gradient_through_copies<double>(row, scalars, to_a, to_b, first, last);
+    const bool again = is_out_of_range(scalars);
+    if (again || !row.fits_fp32() || need_fp64(scalars))
+        return gradient_through_copies<double>(row, again ? evaluated_again(row, scalars) : scalars, to_a,
+                                               to_b, first, last);
     if (row.dtype_a != row.dtype_b)
         return gradient_through_copies<float>(row, scalars, to_a, to_b, first, last);
     in_fp32_format(row.dtype_a, [&]<class T>() {

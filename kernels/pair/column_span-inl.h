@@ -14,8 +14,8 @@ constexpr std::int64_t kTile = 128 * lanes<VF>;
 constexpr std::int64_t kFirstTile = kTile / 8;
 constexpr std::int64_t kAhead = 4096;  // bytes to prefetch ahead: the hardware prefetchers stop at page ends
 
-// Consecutive columns of one row. Those that do not fill a step are copied into one, and each sweep chooses
-// the padding that its arithmetic takes.
+// Consecutive columns of one row. Those that do not fill a step are copied into one, padded as the sweep
+// asks.
 template <class T>
 struct ColumnSpan {
     const T *a, *b;
@@ -46,8 +46,7 @@ struct ColumnSpan {
         if (rest > 0) f(last_a, last_b);
     }
 
-    // The same, with end_run() after every kRun steps and at the end. As in pipelined, it stands outside
-    // the inner loop.
+    // The same, with end_run() outside the inner loop: after every kRun steps, and at the end.
     template <class F, class EndRun>
     KL_INLINE void for_each_step(F f, EndRun end_run) const {
         for (std::int64_t i = 0; i < columns;) {
@@ -68,8 +67,8 @@ KL_INLINE void prefetch_step(const T* at) {
         __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead + line);
 }
 
-// Calls take(span) for `n` columns, tile by tile. A short row begins with a small tile, too: three in ten
-// first tiles are swept twice.
+// Calls take(span) for `n` columns, tile by tile. Short rows too begin with a small one: three in ten are
+// swept twice.
 template <class T, class Take>
 inline void for_each_tile(const T* a, const T* b, std::int64_t n, Take take) {
     std::int64_t length = n > 4 * kFirstTile ? kFirstTile : n;

@@ -1,5 +1,4 @@
-// What value(), gradient() and their kin do with the rows of a pair of tensors; runtime/blocks.h shares them
-// out.
+// What value(), gradient() and the like do with a pair's rows; runtime/blocks.h shares them out.
 #include <algorithm>
 #include <limits>
 #include <memory>
@@ -50,8 +49,7 @@ RowScalars read(const RowPair& p, const R* stats, R row_scale) {
     return s;
 }
 
-// From this divergence on the difference of two fp32 normalisers and a mean, each good to a few 1e-7, is
-// precise enough.
+// From here on the difference of two fp32 normalisers and a mean, each good to a few 1e-7, is precise.
 constexpr double kApart = 0.5;
 
 RowResult finalise_row(const Layout& layout, const Row& row, const State& state) {

@@ -20,8 +20,7 @@ KL_INLINE VD scaled(VD logit, double scale) {
     return abs(logit) < inf ? max(min(product, most), -most) : product;
 }
 
-// Calls take(a, b, padding) with two steps of columns in fp64, in units of ln 2. Columns that only
-// fill up the last vector are -inf.
+// Calls take(a, b, padding) with vectors in fp64, in units of ln 2; the padding of the last is -inf.
 template <class Take>
 inline void for_each_wide(const Row& row, double scale_a, double scale_b, Take take) {
     double a[kScratchColumns], b[kScratchColumns];

@@ -3,8 +3,7 @@
 // A formula gives, for one column, a term >= 0 of the divergence's sum and the two flows of its gradient,
 // a dD/da and b dD/db up to multiples of a and of b:
 //     D = sum term,   dD/d(logits of a) = flow_a - a sum flow_a,   and so for b.
-// Nothing in a term cancels: terms are of second order where a and b nearly agree, as docs/numerics.md has
-// it.
+// Nothing cancels in a term: it is of second order where a and b nearly agree (docs/numerics.md).
 #pragma once
 
 #include "simd/elementary-inl.h"

@@ -23,8 +23,7 @@ KL_INLINE V power(V z, const RowConstants<V>& row, const Offset<V>& offset, V fa
     return scale_product(exp2_fraction(r), factor, e);
 }
 
-// A column before the polynomials: log2 p + lse_a.lo and, for the gradient of b, r, as whole numbers and
-// fractions.
+// A column before the polynomials: log2 p + lse_a.lo and, for b's gradient, r, both range-reduced.
 template <class V>
 struct Begun {
     Reduced<V> log_p, ratio;
@@ -56,8 +55,7 @@ KL_INLINE auto end_of(const Gradient& gradient, const Begun& x) {
     return gradient.template end<ToA, ToB>(x);
 }
 
-// Whether a gradient's loop is one for both ways to store, as every loop for both sides is: see
-// CachedOrNonTemporal.
+// Whether one loop serves both ways to store, as every loop for both sides does: see put().
 template <class Gradient>
 constexpr bool asks_at_each_store = false;
 

@@ -83,8 +83,8 @@ KL_INLINE Gradients<V> end_gradient(const Begun<V>& x, const RowConstants<V>& ro
     return out;
 }
 
-// Columns that are -inf on one side or on both get the limit of the formula, and where q is by far the larger
-// the difference q - p comes from q.
+// Columns that are -inf on one side or on both get the formula's limit. Where q is the larger, q - p is taken
+// from q.
 template <bool ToA, bool ToB, class V>
 KL_INLINE Gradients<V> gradient_in_general(V a, V b, const RowConstants<V>& row) {
     using S = typename Traits<V>::Scalar;
@@ -131,8 +131,7 @@ struct KlGradient {
     }
 };
 
-// The gradients of both sides, each by the formula it has alone: a side's bits must not depend on whether the
-// other side's gradient was asked for.
+// Both sides' gradients, each as it is alone: its bits must not depend on whether the other was asked for.
 template <class OfA, class OfB>
 struct BothSides {
     struct Steps {

@@ -41,8 +41,7 @@ struct State {
     Reference reference;
     double z = 0, a1 = 0, a2 = 0;
     double top_d = -std::numeric_limits<double>::infinity();  // the largest d
-    // What the rounding errors of z and of a2 scale with: what was summed up in fp32, and what rebasing made
-    // of its errors.
+    // What the errors of z and of a2 scale with: what was summed up in fp32, rebased as errors are.
     double fp32_sum_z = 0, fp32_sum = 0;
     unsigned flags = 0;
 
@@ -57,15 +56,13 @@ constexpr double kWorstError = 8;
 // The rounding of fp64 in units of fp32's. Rebasing by 45 binades shows it.
 constexpr double kFp64 = 0x1p-28;
 
-// The size of a sum of independent errors; std::hypot, whose squares cannot overflow, takes ten times as
-// long.
+// The size of a sum of independent errors. std::hypot takes ten times as long.
 inline double length(double x, double y, double z = 0) { return std::sqrt(x * x + y * y + z * z); }
 
 // expm1(x) - x without cancellation.
 double g(double x);
 
-// What the rounding error of a1 scales with: at least sum w |x|, for the z and a2 that were summed up in
-// fp32.
+// What the rounding error of a1 scales with, for these sums in fp32: at least sum w |x|.
 double size_of_a1(double fp32_sum_z, double a1, double fp32_sum);
 
 // The coefficients of rebasing to a c that lies h nats higher: a2 becomes e^-h a2 + expm1(-h) a1 + z g(-h).

@@ -59,8 +59,7 @@ KL_INLINE PreparedColumn prepare(VF a, VF b, VF k, VF m, VF c) {
     return {log_w, x, reduce(clamp_exponent(log_w)), reduce(clamp_exponent(x))};
 }
 
-// Both vectors of a step go into one set of sums: two sets would not fit the registers, and the sums would be
-// rounded as often.
+// Both vectors of a step go into one set of sums: two sets would not fit the registers.
 KL_INLINE void accumulate(const Pair<PreparedColumn>& step, VectorSums& to) {
     const PreparedColumn &s = step.x, &t = step.y;
     const VF w_s = exp2_from(s.log_w, s.w), w_t = exp2_from(t.log_w, t.w);
@@ -94,8 +93,7 @@ inline Sums sweep(const ColumnSpan<T>& in, float scale, Reference reference) {
     return {sum(total.z), sum(total.a1), sum(total.a2), static_cast<double>(largest(s.largest_g))};
 }
 
-// At least log2 x and less than 0.09 more, for a normal x > 0: between two powers of 2 a logarithm lies above
-// its chord.
+// log2 x or up to 0.09 more, x normal: between powers of 2 a logarithm lies above its chord.
 inline double log2_above(double x) {
     const auto exponent_and_fraction = static_cast<double>(bits<std::int64_t>(x)) * 0x1p-52;
     return exponent_and_fraction - (1023 - 0.0861);
@@ -115,8 +113,7 @@ inline State sweep_neg_inf(const ColumnSpan<T>& in, float scale, Reference refer
     const VF k = splat<VF>(scale), m = splat<VF>(reference.m), c = splat<VF>(reference.c);
     const float mc = reference.m + reference.c;
     const VF mc_hi = splat<VF>(mc), mc_lo = splat<VF>(-difference_error(-reference.m, reference.c, -mc));
-    // Exponents are clamped: fma(-3e38, k, -m) is -inf, whose range reduction is NaN, and masks of -3e38 are
-    // common.
+    // fma(-3e38, k, -m) is -inf, whose range reduction is NaN, and masks of -3e38 are common.
     const VF deepest = splat<VF>(-1000);
 
     VF z{}, a1{}, a2{}, size{}, high = splat<VF>(-1), low{};
@@ -275,8 +272,7 @@ private:
         const bool far_out = std::fabs(reference.m) > 8192 || std::fabs(reference.c) > 8192;
         if (!expect_neg_inf_ && !(in.rest > 0 && far_out)) {
             if (in.rest > 0) {
-                // The padding has no weight and a d near c. Where the format cannot hold that, it becomes
-                // -inf and the sums are not finite.
+                // The padding has no weight and a d near c; where the format cannot, the sums become inf.
                 T a, b;
                 round_one((reference.m - 1000) / scale_, a);
                 round_one((reference.m - 1000 + reference.c) / scale_, b);

@@ -15,8 +15,7 @@
 namespace kl {
 namespace {
 
-// A sleeping thread takes longer to wake than a row of logits takes to read, so a waiting thread spins for
-// this long first.
+// A sleeping thread takes longer to wake than a row takes to read: a waiting thread spins first.
 constexpr std::chrono::microseconds kSpinTime{40};
 
 inline void pause() {

@@ -79,8 +79,7 @@ KL_INLINE VF widen(const F16* p) {
 KL_INLINE Pair<VF> load_pair(const F16* p) { return {widen(p), widen(p + lanes<VF>)}; }
 
 // NonTemporal is std::true_type or std::false_type in loops that wait for memory and are compiled once for
-// each. In the others it is bool: they ask at each store, which costs a predicted branch and halves the
-// compiler's work.
+// each. In others it is bool: each store asks, which costs a predicted branch and halves the code.
 template <class NonTemporal, class V>
 KL_INLINE void put(NonTemporal non_temporal, void* p, V v) {
     if (non_temporal)
@@ -101,8 +100,7 @@ KL_INLINE void store_pair(NonTemporal non_temporal, double* p, Pair<VD> v) {
     put(non_temporal, p + lanes<VD>, v.y);
 }
 
-// No NaN comes here with a payload that the rounding carry could run over: rows that hold NaN are
-// filled by fill_row.
+// No NaN comes here whose payload the rounding carry could overrun: rows with NaN go to fill().
 template <class NonTemporal>
 KL_INLINE void store_pair(NonTemporal non_temporal, Bf16* p, Pair<VF> v) {
     VU even = bits<VU>(v.x), odd = bits<VU>(v.y);

@@ -1,5 +1,4 @@
-// What tests and benches ask of one instruction set: its elementary functions, and what memory gives to loops
-// that do nothing else.
+// For tests and benches: elementary functions, and loops that do nothing but read and write.
 #pragma once
 
 #include "simd/elementary-inl.h"

@@ -11,8 +11,7 @@
 
 namespace kl::KL_ISA {
 
-// Computes in R, float or double. The caller checks the result's m: in fp32 a large one leaves exponents no
-// digits.
+// In R, float or double. The caller checks m: in fp32 a large one leaves exponents no digits.
 template <class R>
 inline SideResult side_as(const void* logits, Dtype dtype, std::int64_t columns, double scale) {
     using V = Wide<R>;

@@ -1,8 +1,7 @@
 // Statistics of both sides, row by row. A row is folded from the same blocks in the same order however many
 // threads there are, as in pair/divergence.cpp.
-#include <cmath>
+#include <array>
 #include <limits>
-#include <vector>
 
 #include "api.h"
 #include "pair/layout.h"
@@ -14,23 +13,9 @@ namespace {
 constexpr double kLn2 = 0.69314718055994530942;
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-// One side of a finished row, exponents in units of ln 2: lse = m + log_z.
-struct Side {
-    const void* logits;
-    Dtype dtype;
-    double scale, m, log_z, entropy;
-
-    double log_probability(const Layout& layout, std::int64_t token) const {
-        if (token < 0 || token >= layout.p.columns) return kNan;
-        // The small numbers are subtracted first: an m of a million would swallow log2 z.
-        const double log_p = kLn2 * ((layout.k.logit(logits, dtype, token) * scale - m) - log_z);
-        return log_p > 0 ? 0 : log_p;
-    }
-};
-
 struct RowStats {
     double forward, reverse;
-    Side a, b;
+    SideResult a, b;
     double agree;  // 1, 0 or NaN
 };
 
@@ -42,11 +27,8 @@ Row swapped(const Row& r) {
 RowStats run_fallback(const Layout& layout, const Row& row) {
     const SideResult a = layout.k.side(row.a, row.dtype_a, row.columns, row.scale_a());
     const SideResult b = layout.k.side(row.b, row.dtype_b, row.columns, row.scale_b());
-    return {evaluate(layout, row).divergence,
-            evaluate(layout, swapped(row)).divergence,
-            {row.a, row.dtype_a, row.scale_a(), a.m, a.log_z, a.entropy},
-            {row.b, row.dtype_b, row.scale_b(), b.m, b.log_z, b.entropy},
-            a.top < 0 || b.top < 0 ? kNan : static_cast<double>(a.top == b.top)};
+    const double same = a.top < 0 || b.top < 0 ? kNan : static_cast<double>(a.top == b.top);
+    return {evaluate(layout, row).divergence, evaluate(layout, swapped(row)).divergence, a, b, same};
 }
 
 bool agree(const Layout& layout, const Row& row, const Top& a, const Top& b) {
@@ -59,11 +41,15 @@ RowStats finalise_row(const Layout& layout, const Row& row, const PairState& sta
     const PairResult r = finish(state);
     if (!r.trusted) return run_fallback(layout, row);
     const double m = state.reference.m, m_b = m + static_cast<double>(state.reference.c);
-    return {r.forward,
-            r.reverse,
-            {row.a, row.dtype_a, row.scale_a(), m, r.lse_a - m, r.entropy_a},
-            {row.b, row.dtype_b, row.scale_b(), m_b, r.lse_b - m_b, r.entropy_b},
-            agree(layout, row, state.top_a, state.top_b) ? 1.0 : 0.0};
+    const double same = agree(layout, row, state.top_a, state.top_b) ? 1.0 : 0.0;
+    return {r.forward, r.reverse, {m, r.lse_a - m, r.entropy_a}, {m_b, r.lse_b - m_b, r.entropy_b}, same};
+}
+
+// Of a token, from its logit as memory holds it.
+double log_probability(const SideResult& side, double logit, double scale) {
+    // The small numbers are subtracted first: an m of a million would swallow log2 z.
+    const double log_p = kLn2 * ((logit * scale - side.m) - side.log_z);
+    return log_p > 0 ? 0 : log_p;
 }
 
 bool takes_fast_path(const Row& row) { return row.columns > 1 && row.fits_fp32(); }
@@ -89,21 +75,23 @@ void token_stats(const RowPair& p, bool wide, const std::int64_t* tokens, void* 
         fold_blocks(
             layout, split, [&](std::int64_t r, std::int64_t n) { return block(layout, layout.row(r), n); },
             [&](std::int64_t r, auto state_of) {
-                double all[kTokenStats] = {};
+                std::array<double, kTokenStats> all{};
                 if (layout.is_valid(r)) {
-                    const RowStats s = evaluate(layout, layout.row(r), state_of);
+                    const Row row = layout.row(r);
+                    const RowStats s = evaluate(layout, row, state_of);
                     const std::int64_t token = tokens == nullptr ? -1 : tokens[r];
-                    const double found[kTokenStats] = {s.forward,
-                                                       s.reverse,
-                                                       s.b.entropy,
-                                                       s.a.entropy,
-                                                       s.b.log_probability(layout, token),
-                                                       s.a.log_probability(layout, token),
-                                                       s.agree};
-                    std::copy_n(found, kTokenStats, all);
+                    double token_b = kNan, token_a = kNan;
+                    if (token >= 0 && token < p.columns) {
+                        token_b =
+                            log_probability(s.b, layout.k.logit(row.b, row.dtype_b, token), row.scale_b());
+                        token_a =
+                            log_probability(s.a, layout.k.logit(row.a, row.dtype_a, token), row.scale_a());
+                    }
+                    all = {s.forward, s.reverse, s.b.entropy, s.a.entropy, token_b, token_a, s.agree};
                 }
                 for (int i = 0; i < kTokenStats; ++i)
-                    static_cast<R*>(out)[i * layout.rows() + r] = static_cast<R>(all[i]);
+                    static_cast<R*>(out)[i * layout.rows() + r] =
+                        static_cast<R>(all[static_cast<std::size_t>(i)]);
             });
     });
 }
