@@ -28,8 +28,6 @@ void ComplementSums::operator+=(const ComplementSums& other) {
 
 namespace {
 
-constexpr double kLn2 = 0.69314718055994530942;
-
 struct Layout : RowBlocks<ComplementArgs> {
     const ComplementKernels& kernels_of_set() const { return *k.complement; }
     ComplementRow row(std::int64_t r) const {

@@ -1,16 +1,12 @@
 // What value(), gradient() and the like do with a pair's rows; runtime/blocks.h shares them out.
 #include <algorithm>
-#include <limits>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <string_view>
-#include <vector>
 
-#include "api.h"
 #include "pair/layout.h"
 #include "runtime/memory.h"
-#include "pair/row.h"
 
 namespace kl {
 namespace {

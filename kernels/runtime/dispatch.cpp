@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace kl {
 
@@ -38,6 +39,12 @@ std::vector<const Kernels*> detect() {
     return found;
 }
 
+// Best first.
+const std::vector<const Kernels*>& supported_kernels() {
+    static const std::vector<const Kernels*> found = detect();
+    return found;
+}
+
 const Kernels* choose() {
     const auto& supported = supported_kernels();
     const char* wanted = std::getenv("KL_GPU_ISA");
@@ -48,11 +55,6 @@ const Kernels* choose() {
 }
 
 }  // namespace
-
-const std::vector<const Kernels*>& supported_kernels() {
-    static const std::vector<const Kernels*> found = detect();
-    return found;
-}
 
 const Kernels& kernels() {
     static const Kernels* const chosen = choose();

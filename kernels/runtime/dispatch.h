@@ -1,8 +1,6 @@
 // Which instruction set runs.
 #pragma once
 
-#include <vector>
-
 #include "isa/kernels.h"
 
 namespace kl {
@@ -10,8 +8,5 @@ namespace kl {
 // Chosen once, by what the processor can do or by KL_GPU_ISA. Throws std::runtime_error where that
 // names a set that is unknown or that this processor lacks.
 const Kernels& kernels();
-
-// Best first.
-const std::vector<const Kernels*>& supported_kernels();
 
 }  // namespace kl

@@ -8,9 +8,8 @@
 namespace kl {
 namespace {
 
-// Smaller gradients stay in a core's own cache. Its reader would gain from larger ones there too, but less
-// than their stores lose: at 1 to 2 MiB 5 % of store and read together, against 15 % where lines are not in
-// cache beforehand.
+// Smaller gradients stay in a core's own cache. At 1 to 2 MiB a reader would still gain 5 % of store and read
+// from cached stores, but they lose 15 % where the lines are not in cache beforehand.
 constexpr std::int64_t kNonTemporalBytes = 256 * 1024;
 constexpr std::int64_t kHugePageBytes = 4 * 1024 * 1024;  // contains a whole huge page wherever it starts
 

@@ -115,9 +115,8 @@ private:
     int started_ = 0;
 };
 
-// Never destroyed: helpers may still be waiting in it when the process ends. After fork the child
-// has the memory of the pool and none of its threads, and its mutex may be held by one of them, so
-// the child forgets it and makes its own when it needs one.
+// Never destroyed: helpers may wait in it when the process ends. A forked child has none of its threads, and
+// one of them may hold its mutex, so the child forgets the pool and makes its own when it needs one.
 std::atomic<ThreadPool*> current{nullptr};
 
 ThreadPool& pool() {

@@ -5,7 +5,7 @@
 #include <limits>
 #include <vector>
 
-#include "pair/state.h"
+#include "runtime/blocks.h"
 
 namespace kl {
 namespace {
@@ -171,14 +171,12 @@ bool merge_shards(const double* found, std::int64_t shards, std::int64_t rows, i
 
 void whole_row_stats(const void* local, bool wide, double unit, std::int64_t rows, Formula formula,
                      const double* log_a, const double* ratio, const double* sums, void* out) {
-    const auto each = [&](const auto* from, auto* to) {
+    in_compute_type(wide, [&]<class R>() {
+        const R* const from = static_cast<const R*>(local);
+        R* const to = static_cast<R*>(out);
         for (std::int64_t i = 0; i < rows; ++i)
             unpack(from + i * kStats, unit, formula, log_a[i], ratio[i], sums + 3 * i, to + i * kStats);
-    };
-    if (wide)
-        each(static_cast<const double*>(local), static_cast<double*>(out));
-    else
-        each(static_cast<const float*>(local), static_cast<float*>(out));
+    });
 }
 
 }  // namespace kl

@@ -9,10 +9,9 @@
 namespace kl {
 namespace {
 
-constexpr std::int64_t kSlice = 1 << 20;
-
 template <class F>
 void for_each_slice(std::int64_t bytes, int threads, F f) {
+    constexpr std::int64_t kSlice = 1 << 20;
     parallel_for((bytes + kSlice - 1) / kSlice, threads,
                  [&](std::int64_t i) { f(i * kSlice, std::min(bytes, (i + 1) * kSlice)); });
 }

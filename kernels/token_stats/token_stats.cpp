@@ -1,5 +1,4 @@
-// Statistics of both sides, row by row. A row is folded from the same blocks in the same order however many
-// threads there are, as in pair/divergence.cpp.
+// What token_stats() does with the rows of a pair of tensors.
 #include <array>
 #include <limits>
 
@@ -10,7 +9,6 @@
 namespace kl {
 namespace {
 
-constexpr double kLn2 = 0.69314718055994530942;
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 struct RowStats {
