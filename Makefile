@@ -24,7 +24,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/clang-format --dry-run --Werror $(wildcard kernels/*.h kernels/*.cpp kernels/bindings/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard kernels/*.h kernels/*.cpp kernels/*/*.h kernels/*/*.cpp)
 
 bench: $(READY)  ## ours against plain PyTorch and torch.compile on the device at hand
 	$(BIN)/python -m bench $(ARGS)
@@ -45,7 +45,7 @@ sanitize:
 		build/sanitize-$$kind/kl_sanitize || exit 1; \
 	done
 
-$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/* kernels/bindings/*)
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/* kernels/*/*)
 	$(PYTHON) -m venv $(VENV)
 	SKBUILD_CMAKE_DEFINE=KL_GPU_WERROR=$(WERROR) $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable ".[triton,test,bench,demo,lint]"

@@ -1,32 +1,22 @@
-"""The extension that kernels/bindings/module.cpp defines; kl_gpu/native.py says what its arguments are."""
+"""The extension that kernels/bindings.cpp defines; kl_gpu/native.py says what its arguments are."""
 
 _Side = tuple[int, int, int, int, float]
-_Rows = tuple[int, int, int]
+_Valid = tuple[int, int, int]
 _Sizes = tuple[int, int, int, int]
 _Target = tuple[int, int, int, int]
+_Pair = tuple[_Side, _Side, _Valid, _Sizes, str, float, bool]
+_Complement = tuple[_Side, _Valid, _Sizes, int, int]
 
 def isa() -> str: ...
 def supported_isas() -> str: ...
 def value(
-    a: _Side,
-    b: _Side,
-    rows: _Rows,
-    sizes: _Sizes,
-    family: int,
-    beta: float,
-    wide: bool,
+    of: _Pair,
     value: int,
     stats: int,
     /,
 ) -> None: ...
 def gradient(
-    a: _Side,
-    b: _Side,
-    rows: _Rows,
-    sizes: _Sizes,
-    family: int,
-    beta: float,
-    wide: bool,
+    of: _Pair,
     stats: int,
     row_scale: int,
     to_a: _Target,
@@ -34,13 +24,7 @@ def gradient(
     /,
 ) -> None: ...
 def value_and_gradient(
-    a: _Side,
-    b: _Side,
-    rows: _Rows,
-    sizes: _Sizes,
-    family: int,
-    beta: float,
-    wide: bool,
+    of: _Pair,
     row_scale: int,
     value: int,
     stats: int,
@@ -49,62 +33,42 @@ def value_and_gradient(
     /,
 ) -> None: ...
 def formula_sums(
-    a: _Side,
-    b: _Side,
-    rows: _Rows,
-    sizes: _Sizes,
-    family: int,
-    beta: float,
-    wide: bool,
+    of: _Pair,
     stats: int,
     out: int,
     /,
 ) -> None: ...
 def token_stats(
-    a: _Side,
-    b: _Side,
-    rows: _Rows,
-    sizes: _Sizes,
-    family: int,
-    beta: float,
-    wide: bool,
+    of: _Pair,
     tokens: int,
     out: int,
     /,
 ) -> None: ...
-def remainder(
-    x: _Side,
-    rows: _Rows,
-    sizes: _Sizes,
-    ids: int,
-    n_ids: int,
+def complement(
+    of: _Complement,
     entropy: bool,
-    u: int,
-    spread: int,
+    rest_lse: int,
+    rest_entropy: int,
     stats: int,
     /,
 ) -> None: ...
-def remainder_gradient(
-    x: _Side,
-    rows: _Rows,
-    sizes: _Sizes,
-    ids: int,
-    n_ids: int,
+def complement_gradient(
+    of: _Complement,
     stats: int,
-    to_given: int,
-    to_rest: int,
-    to_entropy: int,
+    grad_picked: int,
+    grad_rest_lse: int,
+    grad_rest_entropy: int,
     to: _Target,
     /,
 ) -> None: ...
 def shard_states(stats: int, wide: bool, unit: float, rows: int, inside: list[int], out: int, /) -> bool: ...
-def merge_ranks(found: int, ranks: int, rows: int, n: int, out: int, /) -> bool: ...
+def merge_shards(found: int, shards: int, rows: int, n: int, out: int, /) -> bool: ...
 def whole_row_stats(
     local: int,
     wide: bool,
     unit: float,
     rows: int,
-    family: int,
+    formula: str,
     log_a: int,
     ratio: int,
     sums: int,
@@ -112,6 +76,6 @@ def whole_row_stats(
     /,
 ) -> None: ...
 def elementary(which: int, x: int, y: int, n: int, /) -> None: ...
-def prefer_large_pages(data: int, size: int, /) -> None: ...
+def prefer_huge_pages(data: int, size: int, /) -> None: ...
 def probe_read(a: int, b: int, size: int, threads: int, /) -> int: ...
 def probe_write(a: int, b: int, to: int, size: int, threads: int, /) -> None: ...

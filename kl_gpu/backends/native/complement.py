@@ -24,8 +24,8 @@ def complement(args: ComplementArgs, entropy: bool) -> tuple[Tensor, Tensor, Ten
     # zeros: what the kernels leave unused must be the same on every run too.
     rest_lse, rest_entropy = (torch.empty(args.n_rows, dtype=torch.float64, device=CPU) for _ in range(2))
     stats = torch.zeros((args.n_rows, COMPLEMENT_STATS), dtype=torch.float64, device=CPU)
-    extension._native.remainder(
-        *_arguments(args), entropy, rest_lse.data_ptr(), rest_entropy.data_ptr(), stats.data_ptr()
+    extension._native.complement(
+        _arguments(args), entropy, rest_lse.data_ptr(), rest_entropy.data_ptr(), stats.data_ptr()
     )
     return rest_lse, rest_entropy, stats
 
@@ -40,8 +40,8 @@ def complement_gradient(
 ) -> None:
     """Write scale · (what flows to each logit) into the `[A, B, V]` buffer."""
     entropies = 0 if grad_entropy is None else grad_entropy.data_ptr()
-    extension._native.remainder_gradient(
-        *_arguments(args),
+    extension._native.complement_gradient(
+        _arguments(args),
         stats.data_ptr(),
         grad_picked.data_ptr(),
         grad_rest.data_ptr(),

@@ -17,8 +17,6 @@ except ImportError:  # installed where no compiler was at hand
     _native = None  # type: ignore[assignment]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-# As kernels/contract.h numbers them.
-FORMULAS = {"kl": 0, "jeffreys": 1, "js": 2, "skew": 3, "tv": 4}
 _NO_TARGET = (0, 0, 0, 0)
 ALL_VALID = (0, 0, 0)
 
@@ -44,6 +42,7 @@ CPU = torch.device("cpu")
 Side = tuple[int, int, int, int, float]
 Valid = tuple[int, int, int]
 Sizes = tuple[int, int, int, int]
+Pair = tuple[Side, Side, Valid, Sizes, str, float, bool]
 
 
 def leading(strides: tuple[int, ...]) -> tuple[int, int]:
@@ -61,10 +60,10 @@ def target(grad: Tensor | None) -> tuple[int, int, int, int]:
     return grad.data_ptr(), *leading(grad.stride()), _DTYPES[grad.dtype]
 
 
-def pair_arguments(p: RowPair) -> tuple[Side, Side, Valid, Sizes, int, float, bool]:
+def pair_arguments(p: RowPair) -> Pair:
     """What every entry of the extension begins with."""
     valid = ALL_VALID if p.valid is None else (p.valid.data_ptr(), *leading((*p.valid.stride(), 1)))
     *size_a, size_b, columns = p.a.shape
     sizes = (*(size_a or (1,)), size_b, columns, torch.get_num_threads())
     a, b = side(p.a, p.a_scale), side(p.b, p.b_scale)
-    return a, b, valid, sizes, FORMULAS[p.formula], p.beta, p.dtype == torch.float64
+    return a, b, valid, sizes, p.formula, p.beta, p.dtype == torch.float64

@@ -19,5 +19,5 @@ def on_huge_pages(new: Tensor) -> Tensor:
     """
     size = new.numel() * new.element_size()
     if extension.available() and new.device.type == "cpu" and size >= _LARGE:
-        extension._native.prefer_large_pages(new.data_ptr(), size)
+        extension._native.prefer_huge_pages(new.data_ptr(), size)
     return new

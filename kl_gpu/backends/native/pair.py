@@ -21,21 +21,21 @@ def _outputs(p: RowPair) -> tuple[Tensor, Tensor]:
 def value(p: RowPair) -> tuple[Tensor, Tensor]:
     """Per-row divergence `[A*B]` and the row statistics `[A*B, STATS]` that `gradient` needs."""
     value, stats = _outputs(p)
-    extension._native.value(*pair_arguments(p), value.data_ptr(), stats.data_ptr())
+    extension._native.value(pair_arguments(p), value.data_ptr(), stats.data_ptr())
     return value, stats
 
 
 def divergence(p: RowPair) -> Tensor:
     """`value` without the statistics."""
     value = torch.empty(p.n_rows, dtype=p.dtype, device=CPU)
-    extension._native.value(*pair_arguments(p), value.data_ptr(), 0)
+    extension._native.value(pair_arguments(p), value.data_ptr(), 0)
     return value
 
 
 def formula_sums(p: RowPair, stats: Tensor) -> Tensor:
     """The formula's terms and its two flows, summed over the columns: float64 `[A*B, 3]`."""
     out = torch.empty(p.n_rows, 3, dtype=torch.float64, device=CPU)
-    extension._native.formula_sums(*pair_arguments(p), stats.contiguous().data_ptr(), out.data_ptr())
+    extension._native.formula_sums(pair_arguments(p), stats.contiguous().data_ptr(), out.data_ptr())
     return out
 
 
@@ -56,7 +56,7 @@ def gradient(
             return
         row_scale = row_scale * incoming
     extension._native.gradient(
-        *pair_arguments(p), stats.data_ptr(), row_scale.data_ptr(), target(grad_a), target(grad_b)
+        pair_arguments(p), stats.data_ptr(), row_scale.data_ptr(), target(grad_a), target(grad_b)
     )
 
 
@@ -69,7 +69,7 @@ def value_and_gradient(
     """
     value, stats = _outputs(p)
     extension._native.value_and_gradient(
-        *pair_arguments(p), row_scale.data_ptr(), value.data_ptr(), stats.data_ptr(), target(grad_a),
+        pair_arguments(p), row_scale.data_ptr(), value.data_ptr(), stats.data_ptr(), target(grad_a),
         target(grad_b),
     )  # fmt: skip
     return value, stats
@@ -78,9 +78,9 @@ def value_and_gradient(
 def token_stats(p: RowPair, tokens: Tensor | None) -> Tensor:
     """`[TOKEN_STATS, A*B]`, in the order of `kl_gpu.problem`; tokens int64 `[A, B]` where there are any."""
     out = torch.empty(TOKEN_STATS, p.n_rows, dtype=p.dtype, device=CPU)
-    # By name: a copy must outlive the call.
+    # Keep a reference: the extension gets raw addresses, and a temporary would be freed during the call.
     tokens = None if tokens is None else tokens.contiguous()
     extension._native.token_stats(
-        *pair_arguments(p), 0 if tokens is None else tokens.data_ptr(), out.data_ptr()
+        pair_arguments(p), 0 if tokens is None else tokens.data_ptr(), out.data_ptr()
     )
     return out

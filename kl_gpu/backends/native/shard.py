@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import extension
-from .extension import CPU, FORMULAS
+from .extension import CPU
 
 
 def _unit(dtype: torch.dtype, a_scale: float, b_scale: float) -> float:
@@ -23,8 +23,8 @@ def _unit(dtype: torch.dtype, a_scale: float, b_scale: float) -> float:
 def shard_states(
     stats: Tensor, inside: Sequence[Tensor], a_scale: float, b_scale: float
 ) -> tuple[Tensor, bool]:
-    """As `kl_gpu.distributed.states.packed` at its first look, and whether all normalisers are finite."""
-    # By name: copies must outlive the call.
+    """As `Backend.shard_states` has it."""
+    # Keep references: the extension gets raw addresses.
     inside = [value.to(stats.dtype).contiguous() for value in inside]
     out = torch.empty((2 + len(inside), *stats.shape[:-1]), dtype=torch.float64, device=CPU)
     finite = extension._native.shard_states(
@@ -35,22 +35,22 @@ def shard_states(
 
 
 def merge_shards(found: Tensor) -> tuple[Tensor, bool]:
-    """As `kl_gpu.distributed.states.merged`."""
+    """As `Backend.merge_shards` has it."""
     out = torch.empty(found.shape[1:], dtype=torch.float64, device=CPU)
     ranks, numbers = found.shape[:2]
-    fit = extension._native.merge_ranks(found.data_ptr(), ranks, out[0].numel(), numbers - 2, out.data_ptr())
+    fit = extension._native.merge_shards(found.data_ptr(), ranks, out[0].numel(), numbers - 2, out.data_ptr())
     return out, fit
 
 
 def statistics(
     local: Tensor, a_scale: float, b_scale: float, formula: str, log_a: Tensor, ratio: Tensor, sums: Tensor
 ) -> Tensor:
-    """As `kl_gpu.eager.statistics`, in the order of kernels/api.h."""
+    """As `Backend.statistics` has it, in the order of kernels/api.h."""
     out = torch.empty_like(local)
-    # By name: copies must outlive the call.
+    # Keep references: the extension gets raw addresses.
     log_a, ratio, sums = log_a.contiguous(), ratio.contiguous(), sums.contiguous()
     extension._native.whole_row_stats(
         local.data_ptr(), local.dtype == torch.float64, _unit(local.dtype, a_scale, b_scale), log_a.numel(),
-        FORMULAS[formula], log_a.data_ptr(), ratio.data_ptr(), sums.data_ptr(), out.data_ptr(),
+        formula, log_a.data_ptr(), ratio.data_ptr(), sums.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out

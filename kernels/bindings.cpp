@@ -1,0 +1,145 @@
+// The kernels as Python sees them: addresses, strides and sizes as integers, the GIL released.
+// kl_gpu's native backend is the only caller and hands over nothing it has not checked.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "api.h"
+#include "runtime/dispatch.h"
+#include "runtime/memory.h"
+#include "testing/bandwidth.h"
+#include "shards/merge.h"
+#include "complement/complement.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+using Address = std::uintptr_t;
+using Side = std::tuple<Address, std::int64_t, std::int64_t, int, double>;     // data, strides, dtype, scale
+using Target = std::tuple<Address, std::int64_t, std::int64_t, int>;           // data or 0, strides, dtype
+using Valid = std::tuple<Address, std::int64_t, std::int64_t>;                 // data or 0, strides
+using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t, int>;       // A, B, V, threads
+using Pair = std::tuple<Side, Side, Valid, Sizes, std::string, double, bool>;  // formula, beta, fp64
+using Complement = std::tuple<Side, Valid, Sizes, Address, std::int64_t>;      // ids, ids per row
+
+template <class T = void>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+kl::Logits logits(const Side& side) {
+    const auto& [data, stride_a, stride_b, dtype, scale] = side;
+    return {pointer(data), stride_a, stride_b, static_cast<kl::Dtype>(dtype), scale};
+}
+
+kl::Gradient target(const Target& to) {
+    const auto& [data, stride_a, stride_b, dtype] = to;
+    return {pointer(data), stride_a, stride_b, static_cast<kl::Dtype>(dtype)};
+}
+
+kl::RowMask row_mask(const Valid& valid) {
+    const auto& [data, stride_a, stride_b] = valid;
+    return {pointer<const std::uint8_t>(data), stride_a, stride_b};
+}
+
+kl::RowPair row_pair(const Pair& of) {
+    const auto& [a, b, valid, sizes, formula, beta, wide] = of;
+    const auto& [size_a, size_b, columns, threads] = sizes;
+    return {logits(a), logits(b), row_mask(valid), size_a,
+            size_b,    columns,   threads,         kl::formula_named(formula.c_str()),
+            beta};
+}
+
+bool is_wide(const Pair& of) { return std::get<6>(of); }
+
+kl::ComplementArgs complement_args(const Complement& of) {
+    const auto& [x, valid, sizes, ids, n_ids] = of;
+    const auto& [size_a, size_b, columns, threads] = sizes;
+    return {logits(x), row_mask(valid), pointer<const std::int64_t>(ids), n_ids, size_a, size_b,
+            columns,   threads};
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.def("isa", [] { return std::string(kl::isa()); });
+    m.def("supported_isas", [] { return std::string(kl::supported_isas()); });
+    m.def("value", [](const Pair& of, Address value, Address stats) {
+        nb::gil_scoped_release unlocked;
+        kl::value(row_pair(of), is_wide(of), pointer(value), pointer(stats));
+    });
+    m.def("gradient",
+          [](const Pair& of, Address stats, Address row_scale, const Target& to_a, const Target& to_b) {
+              nb::gil_scoped_release unlocked;
+              kl::gradient(row_pair(of), is_wide(of), pointer(stats), pointer(row_scale), target(to_a),
+                           target(to_b));
+          });
+    m.def("value_and_gradient", [](const Pair& of, Address row_scale, Address value, Address stats,
+                                   const Target& to_a, const Target& to_b) {
+        nb::gil_scoped_release unlocked;
+        kl::value_and_gradient(row_pair(of), is_wide(of), pointer(row_scale), pointer(value), pointer(stats),
+                               target(to_a), target(to_b));
+    });
+    m.def("formula_sums", [](const Pair& of, Address stats, Address out) {
+        nb::gil_scoped_release unlocked;
+        kl::formula_sums(row_pair(of), is_wide(of), pointer(stats), pointer<double>(out));
+    });
+    m.def("token_stats", [](const Pair& of, Address tokens, Address out) {
+        nb::gil_scoped_release unlocked;
+        kl::token_stats(row_pair(of), is_wide(of), pointer<const std::int64_t>(tokens), pointer(out));
+    });
+    m.def("complement",
+          [](const Complement& of, bool entropy, Address rest_lse, Address rest_entropy, Address stats) {
+              nb::gil_scoped_release unlocked;
+              kl::complement(complement_args(of), entropy, pointer<double>(rest_lse),
+                             pointer<double>(rest_entropy), pointer<double>(stats));
+          });
+    m.def("complement_gradient", [](const Complement& of, Address stats, Address grad_picked,
+                                    Address grad_rest_lse, Address grad_rest_entropy, const Target& to) {
+        nb::gil_scoped_release unlocked;
+        kl::complement_gradient(complement_args(of), pointer<const double>(stats),
+                                pointer<const double>(grad_picked), pointer<const double>(grad_rest_lse),
+                                pointer<const double>(grad_rest_entropy), target(to));
+    });
+    m.def("shard_states", [](Address stats, bool wide, double unit, std::int64_t rows,
+                             const std::vector<Address>& inside, Address out) {
+        std::vector<const void*> values;
+        for (const Address value : inside) values.push_back(pointer<const void>(value));
+        nb::gil_scoped_release unlocked;
+        return kl::shard_states(pointer(stats), wide, unit, rows, values.data(),
+                                static_cast<int>(values.size()), pointer<double>(out));
+    });
+    m.def("merge_shards", [](Address found, std::int64_t shards, std::int64_t rows, int n, Address out) {
+        nb::gil_scoped_release unlocked;
+        return kl::merge_shards(pointer<const double>(found), shards, rows, n, pointer<double>(out));
+    });
+    m.def("whole_row_stats", [](Address local, bool wide, double unit, std::int64_t rows, const char* formula,
+                                Address log_a, Address ratio, Address sums, Address out) {
+        nb::gil_scoped_release unlocked;
+        kl::whole_row_stats(pointer(local), wide, unit, rows, kl::formula_named(formula),
+                            pointer<const double>(log_a), pointer<const double>(ratio),
+                            pointer<const double>(sums), pointer(out));
+    });
+    // For the test of their error bounds; testing/probes-inl.h says which is which. n is a multiple of 16.
+    m.def("elementary", [](int which, Address x, Address y, std::int64_t n) {
+        nb::gil_scoped_release unlocked;
+        kl::kernels().elementary(which, pointer<const float>(x), pointer<float>(y), n);
+    });
+    m.def("prefer_huge_pages",
+          [](Address data, std::int64_t bytes) { kl::prefer_huge_pages(pointer(data), bytes); });
+    // For bench/: what memory gives to code that only reads, or reads and writes.
+    m.def("probe_read", [](Address a, Address b, std::int64_t bytes, int threads) {
+        nb::gil_scoped_release unlocked;
+        return kl::probe_read(pointer(a), pointer(b), bytes, threads);
+    });
+    m.def("probe_write", [](Address a, Address b, Address to, std::int64_t bytes, int threads) {
+        nb::gil_scoped_release unlocked;
+        kl::probe_write(pointer(a), pointer(b), pointer(to), bytes, threads);
+    });
+}

@@ -1,0 +1,121 @@
+// Which arithmetic a row's formula pass and its gradient take.
+#include <cmath>
+
+#include "isa/entries-inl.h"
+#include "pair/copies-inl.h"
+
+namespace kl::KL_ISA {
+namespace {
+
+// Whether the scalars say too little of the row for its gradient: past 2^20 two fp32 do not hold an
+// lse to the precision that its subtraction needs.
+bool is_out_of_range(const RowScalars& s) {
+    constexpr double limit = 0x1p20;
+    return !(std::fabs(s.lse_a) < limit) || !(std::fabs(s.lse_b) < limit) ||
+           (s.divergence > limit && s.divergence < __builtin_inf());
+}
+
+// Whether a formula's sweeps need fp64 although the formats do not ask for it.
+bool need_fp64(const RowScalars& s) {
+    if (s.formula == Formula::kl) return false;
+    // top_r is +inf where the value's sweep did not trust its fp32, and past 2^20 r counts where b is.
+    // A beta this close to an end has terms of second order that underflow.
+    return !(s.top_r < 0x1p20) || (s.formula != Formula::tv && !(s.beta > 0x1p-20 && s.beta < 1 - 0x1p-20));
+}
+
+// The scalars of an out-of-range row as fp64 computes them: the stats, in fp32, could not hold them.
+RowScalars evaluated_again(const Row& row, RowScalars s) {
+    const RowResult again = fallback(row);
+    s.lse_a = again.lse_a;
+    s.lse_b = again.lse_b;
+    s.shift = again.shift;
+    s.divergence = again.divergence;
+    return s;
+}
+
+}  // namespace
+
+FormulaSums formula_sums(const Row& row, const RowScalars& scalars, std::int64_t first, std::int64_t last) {
+    const double nan = std::nan("");
+    if (scalars.row_class == RowClass::zero) return {};
+    if (scalars.row_class == RowClass::nan) return {nan, nan, nan};
+    FormulaSums total;
+    const auto copies = [&]<class R>(const RowScalars& s) {
+        for_each_copy<R>(row, first, last,
+                         [&](const R* a, const R* b, std::int64_t, std::int64_t n, double scale) {
+                             total += formula_sums_run(a, b, n, scale, s);
+                         });
+        return total;
+    };
+    const bool again = is_out_of_range(scalars);
+    if (again || !row.fits_fp32() || need_fp64(scalars))
+        return copies.template operator()<double>(again ? evaluated_again(row, scalars) : scalars);
+    if (row.dtype_a != row.dtype_b) return copies.template operator()<float>(scalars);
+    return in_fp32_format(row.dtype_a, [&]<class T>() {
+        return formula_sums_run(at<T>(row.a, first), at<T>(row.b, first), last - first, row.exact_scale(),
+                                scalars);
+    });
+}
+
+namespace {
+
+template <class T>
+void gradient_run(const T* a, const T* b, std::int64_t n, double scale, const RowScalars& scalars, T* to_a,
+                  T* to_b, bool non_temporal) {
+    if (scalars.formula == Formula::kl)
+        kl_gradient_run(a, b, n, scale, scalars, to_a, to_b, non_temporal);
+    else
+        formula_gradient_run(a, b, n, scale, scalars, to_a, to_b, non_temporal);
+}
+
+template <class R>
+void gradient_through_copies(const Row& row, const RowScalars& scalars, Destination to_a, Destination to_b,
+                             std::int64_t first, std::int64_t last) {
+    R out_a[kScratchColumns], out_b[kScratchColumns];
+    for_each_copy<R>(row, first, last,
+                     [&](const R* a, const R* b, std::int64_t i, std::int64_t n, double scale) {
+                         gradient_run(a, b, n, scale, scalars, to_a.data ? out_a : nullptr,
+                                      to_b.data ? out_b : nullptr, false);
+                         if (to_a.data) round_run(out_a, n, to_a.data, to_a.dtype, i);
+                         if (to_b.data) round_run(out_b, n, to_b.data, to_b.dtype, i);
+                     });
+}
+
+template <class T>
+T* from(Destination to, std::int64_t column) {
+    return to.data == nullptr ? nullptr : static_cast<T*>(to.data) + column;
+}
+
+}  // namespace
+
+void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Destination to_b,
+              std::int64_t first, std::int64_t last, bool non_temporal) {
+    // Sides whose gradient is one number in all columns are done before the sweep.
+    const auto finish_side = [&](Destination& to, double coefficient, bool is_nan) {
+        is_nan = is_nan || scalars.row_class == RowClass::nan || std::isnan(coefficient);
+        const bool is_zero = scalars.row_class == RowClass::zero;
+        // A factor of 0 gives 0, and never -0: p and q are finite where the gradient is not NaN.
+        if (!is_zero && !is_nan && coefficient != 0) return;
+        fill(to, first, last, is_nan && !is_zero ? std::nan("") : 0);
+        to.data = nullptr;
+    };
+    const bool is_kl = scalars.formula == Formula::kl;
+    finish_side(to_a, scalars.coefficient_a,
+                is_kl ? scalars.row_class == RowClass::infinite : !std::isfinite(scalars.mean_a));
+    finish_side(to_b, scalars.coefficient_b, !is_kl && !std::isfinite(scalars.mean_b));
+    if (to_a.data == nullptr && to_b.data == nullptr) return;
+
+    const bool again = is_out_of_range(scalars);
+    if (again || !row.fits_fp32() || need_fp64(scalars))
+        return gradient_through_copies<double>(row, again ? evaluated_again(row, scalars) : scalars, to_a,
+                                               to_b, first, last);
+    if (row.dtype_a != row.dtype_b)
+        return gradient_through_copies<float>(row, scalars, to_a, to_b, first, last);
+    in_fp32_format(row.dtype_a, [&]<class T>() {
+        gradient_run<T>(at<T>(row.a, first), at<T>(row.b, first), last - first, row.exact_scale(), scalars,
+                        from<T>(to_a, first), from<T>(to_b, first), non_temporal);
+    });
+    if (non_temporal) non_temporal_fence();
+}
+
+}  // namespace kl::KL_ISA

@@ -1,0 +1,44 @@
+// Rows by way of copies of a few columns: sides of two formats, and arithmetic in fp64.
+#pragma once
+
+#include "pair/row.h"
+#include "simd/formats-inl.h"
+
+namespace kl::KL_ISA {
+
+template <class T>
+KL_INLINE const T* at(const void* row, std::int64_t column) {
+    return static_cast<const T*>(row) + column;
+}
+
+// Calls take(a, b, i, n, scale) with copies in R of n columns from the i-th on: for sides of two formats, and
+// for fp64 arithmetic, whose copies are scaled already.
+template <class R, class Take>
+inline void for_each_copy(const Row& row, std::int64_t first, std::int64_t last, Take take) {
+    constexpr bool wide = std::is_same_v<R, double>;
+    R a[kScratchColumns], b[kScratchColumns];
+    for (std::int64_t i = first; i < last; i += kScratchColumns) {
+        const std::int64_t n = last - i < kScratchColumns ? last - i : kScratchColumns;
+        widen_run(row.a, row.dtype_a, i, n, a);
+        widen_run(row.b, row.dtype_b, i, n, b);
+        if constexpr (wide) {
+            for (std::int64_t j = 0; j < n; ++j) {
+                a[j] *= row.scale_a();
+                b[j] *= row.scale_b();
+            }
+        }
+        take(a, b, i, n, wide ? 1.0 : row.exact_scale());
+    }
+}
+
+// Columns [first, last) of a gradient that nobody may ask for, all of them x.
+inline void fill(Destination to, std::int64_t first, std::int64_t last, double x) {
+    if (to.data == nullptr) return;
+    in_format(to.dtype, [&]<class T>() {
+        T rounded;
+        round_one(x, rounded);
+        for (std::int64_t i = first; i < last; ++i) static_cast<T*>(to.data)[i] = rounded;
+    });
+}
+
+}  // namespace kl::KL_ISA

@@ -1,0 +1,198 @@
+// The gradient of KL(a||b) from a row's saved scalars, column by column.
+//
+// With p = softmax(a), q = softmax(b) and r = log q - log p:
+//     d KL / d b = q - p = p (e^r - 1)
+//     d KL / d a = -p (r + KL)
+// The first form has relative precision where p and q nearly agree. Nothing overflows in it as long as
+// no r of the row is large, which the value's sweep has noted.
+#pragma once
+
+#include <cmath>
+
+#include "isa/entries-inl.h"
+#include "pair/difference-inl.h"
+#include "pair/gradient_loop-inl.h"
+
+namespace kl::KL_ISA {
+
+// Where 2^r is nothing beside 1.
+constexpr float kFarBelow = 100;
+
+// On the fast path exponents of p are measured from this far below the top: |x| stays below 32, and its
+// rounding below 6.6e-7 of p, down to 2^-63.
+constexpr double kRaised = 31;
+
+// The arithmetic that a row needs.
+enum class Form {
+    fast,     // the rounding errors of b - a, of r and of k in fp32 stay below the bound
+    precise,  // they would exceed it: each is computed and added
+    general,  // -inf, an r past every exponent, or a row scale so odd that its products might be too
+};
+
+inline Form form_for(double exact_scale, const RowScalars& row, bool is_fp32) {
+    if (row.row_class != RowClass::all_finite || !(row.top_r < 100) || !(std::fabs(row.lse_a) < 0x1p20) ||
+        is_odd(row.coefficient_a) || is_odd(row.coefficient_b))
+        return Form::general;
+    // Logits in fp32 keep the loop waiting for memory, so the fast path would gain nothing there.
+    return !is_fp32 && is_good(exact_scale) && row.top_r < 16 && std::fabs(row.shift) < 8 ? Form::fast
+                                                                                          : Form::precise;
+}
+
+template <Form form, bool ToA, bool ToB, class V>
+KL_INLINE Begun<V> begin_gradient(V a, V b, const RowConstants<V>& row) {
+    // Logits are clamped so that nothing below overflows or loses its fraction: -1e9 is a usual mask. The
+    // gradient of a multiplies by r itself, which only an inf would spoil. AVX-512 reduces any finite
+    // exponent, so the fast path needs no clamp there.
+    if constexpr (form != Form::fast || kWidth < 64) {
+        a = max(a, row.lowest_a);
+        b = max(b, ToA ? splat<V>(-0x1p100f) : row.lowest_b);
+    }
+
+    Begun<V> out;
+    if constexpr (form == Form::fast)
+        out.log_p = reduce(fma(a, row.k, -row.lse_a.hi));
+    else
+        begin_power(a, row, out);
+
+    const V d = b - a;
+    if constexpr (form == Form::fast) {
+        out.r = fma(d, row.k, -row.near_shift);
+        if constexpr (ToB) out.ratio = reduce(clamp_exponent(ToA ? max(splat<V>(-kFarBelow), out.r) : out.r));
+    } else {
+        const V rest = fma(difference_error(b, a, d), row.k, fma(d, row.k_lo, -row.shift.lo));
+        const V near = fma(d, row.k, -row.shift.hi);
+        out.r = near + rest;
+        if constexpr (ToB) {
+            out.ratio = reduce(clamp_exponent(ToA ? max(splat<V>(-kFarBelow), near) : near));
+            out.ratio.r = fma(d, row.k, -(row.shift.hi + integer(out.ratio))) + rest;
+            if constexpr (ToA || kWidth < 64) out.ratio.r = within_one(out.ratio.r);
+        }
+    }
+    return out;
+}
+
+template <Form form, bool ToA, bool ToB, class V>
+KL_INLINE Gradients<V> end_gradient(const Begun<V>& x, const RowConstants<V>& row) {
+    const V fraction = exp2_fraction(x.log_p.r);
+    Gradients<V> out{};
+    if constexpr (ToA)
+        out.a = scale_product(fraction, mad(x.r, row.factor_a, row.divergence * row.factor_a), x.log_p);
+    if constexpr (ToB)
+        out.b = scale_product(fraction, exp2m1_split(x.ratio.r, scaled(row.factor_b, x.ratio), row.factor_b),
+                              x.log_p);
+    return out;
+}
+
+// Columns that are -inf on one side or on both get the formula's limit. Where q is the larger, q - p is taken
+// from q.
+template <bool ToA, bool ToB, class V>
+KL_INLINE Gradients<V> gradient_in_general(V a, V b, const RowConstants<V>& row) {
+    using S = typename Traits<V>::Scalar;
+    const V zero{}, minus_inf = splat<V>(-static_cast<S>(__builtin_inf()));
+    const Mask<V> no_a = a == minus_inf, no_b = b == minus_inf;
+    a = no_a ? zero : a;
+    b = no_b ? zero : b;
+    const V d = b - a;
+    const V r_ = fma(difference_error(b, a, d), row.k, product_less(d, row, row.shift, zero));
+    // So that an r past the format's range meets a p of 0, or of 2^-125, as a number. Where such an r
+    // counts the row is out of range, and fp64 works on it.
+    const V limit = splat<V>(static_cast<S>(sizeof(S) == 4 ? 0x1p60 : 0x1p500));
+    const V r = min(max(r_, -limit), limit);
+    const V p = power(a, row, row.lse_a), q = power(b, row, row.lse_b);
+
+    Gradients<V> out{};
+    if constexpr (ToA) out.a = no_a ? zero : p * (r + row.divergence) * row.coefficient_a;
+    if constexpr (ToB) {
+        V difference = with_sign((r > zero ? q : p) * -exp2m1(-abs(r)), r);
+        difference = no_a ? q : no_b ? -p : difference;
+        out.b = ((no_a & no_b) ? zero : difference) * row.coefficient_b;
+    }
+    return out;
+}
+
+// KL's formula for the loop of gradient_loop-inl.h.
+template <Form form, class V>
+struct KlGradient {
+    RowConstants<V> row;
+
+    template <bool ToA, bool ToB>
+    KL_INLINE Begun<V> begin(V a, V b) const
+        requires(form != Form::general)
+    {
+        return begin_gradient<form, ToA, ToB>(a, b, row);
+    }
+    template <bool ToA, bool ToB>
+    KL_INLINE Gradients<V> end(const Begun<V>& x) const {
+        return end_gradient<form, ToA, ToB>(x, row);
+    }
+    template <bool ToA, bool ToB>
+    KL_INLINE Gradients<V> at(V a, V b) const {
+        return gradient_in_general<ToA, ToB>(a, b, row);
+    }
+};
+
+// Both sides' gradients, each as it is alone: its bits must not depend on whether the other was asked for.
+template <class OfA, class OfB>
+struct BothSides {
+    struct Steps {
+        Begun<VF> a;
+        typename OfB::Begun b;
+    };
+
+    OfA of_a;
+    OfB of_b;
+
+    template <bool ToA, bool ToB>
+    KL_INLINE Steps begin(VF a, VF b) const
+        requires requires { of_a.template begin<true, false>(a, b); }
+    {
+        return {of_a.template begin<true, false>(a, b), of_b.template begin<false, true>(a, b)};
+    }
+    template <bool ToA, bool ToB>
+    KL_INLINE Gradients<VF> end(const Steps& x) const {
+        return {of_a.template end<true, false>(x.a).a, of_b.template end<false, true>(x.b).b};
+    }
+    template <bool ToA, bool ToB>
+    KL_INLINE Gradients<VF> at(VF a, VF b) const {
+        return {of_a.template at<true, false>(a, b).a,
+                of_b.template end<false, true>(of_b.template begin<false, true>(a, b)).b};
+    }
+};
+
+template <class V>
+constexpr bool asks_at_each_store<KlGradient<Form::general, V>> = true;
+
+template <class T>
+void kl_gradient_run(const T* a, const T* b, std::int64_t n, double scale, const RowScalars& scalars, T* to_a,
+                     T* to_b, bool non_temporal) {
+    using V = Wide<T>;
+    const auto with = [&]<Form form>() {
+        constexpr bool fast = form == Form::fast;
+        const KlGradient<form, V> gradient{RowConstants<V>(scale, scalars, !fast, fast ? kRaised : 0)};
+        if constexpr (!fast && std::is_same_v<V, VF>) {
+            const auto and_difference = [&]<bool with_low>() {
+                const Difference<with_low, V> of_b(scale, scalars);
+                const BothSides<KlGradient<form, V>, Difference<with_low, V>> of_both{gradient, of_b};
+                if (to_a == nullptr)
+                    gradient_span<false, true>(a, b, n, of_b, to_a, to_b, non_temporal);
+                else
+                    gradient_span<true, true>(a, b, n, of_both, to_a, to_b, non_temporal);
+            };
+            if (to_b != nullptr && may_take_difference(scalars))
+                return is_good(scale) ? and_difference.template operator()<false>()
+                                      : and_difference.template operator()<true>();
+        }
+        gradient_to(a, b, n, gradient, to_a, to_b, non_temporal);
+    };
+    if constexpr (std::is_same_v<T, double>)
+        return with.template operator()<Form::general>();
+    else {
+        const Form form = form_for(scale, scalars, std::is_same_v<T, float>);
+        if constexpr (!std::is_same_v<T, float>)
+            if (form == Form::fast) return with.template operator()<Form::fast>();
+        if (form == Form::precise) return with.template operator()<Form::precise>();
+        with.template operator()<Form::general>();
+    }
+}
+
+}  // namespace kl::KL_ISA

@@ -1,0 +1,65 @@
+// One row as the kernels of every instruction set take it.
+#pragma once
+
+#include <limits>
+
+#include "api.h"
+#include "pair/state.h"
+
+namespace kl {
+
+struct Row {
+    const void *a, *b;
+    Dtype dtype_a, dtype_b;
+    double inverse_temperature_a, inverse_temperature_b;
+    std::int64_t columns;
+
+    static constexpr double kLog2e = 1.44269504088896340736;
+
+    // fp32 arithmetic serves unless fp64 logits ask for more, or two temperatures leave b - a without
+    // a meaning: then the difference of two products must be right to the last bit.
+    bool fits_fp32() const {
+        return dtype_a != Dtype::f64 && dtype_b != Dtype::f64 &&
+               inverse_temperature_a == inverse_temperature_b;
+    }
+    double exact_scale() const { return inverse_temperature_a * kLog2e; }
+    float scale() const { return static_cast<float>(exact_scale()); }
+
+    // In fp64, the very factor that the fp32 kernels use where they may use one, so that the two agree.
+    double scale_a() const {
+        return fits_fp32() ? static_cast<double>(scale()) : inverse_temperature_a * kLog2e;
+    }
+    double scale_b() const {
+        return fits_fp32() ? static_cast<double>(scale()) : inverse_temperature_b * kLog2e;
+    }
+};
+
+// What gradient kernels know about a row.
+struct RowScalars {
+    double lse_a, lse_b, shift, divergence;
+    double top_r;  // no log2 q - log2 p of the row is larger
+    RowClass row_class;
+    double coefficient_a, coefficient_b;  // row_scale / temperature
+    Formula formula;
+    double beta;
+    double mean_a, mean_b;  // not for KL, whose only mean is its divergence
+};
+
+// What a row's columns of one block add up to in a formula other than KL.
+struct FormulaSums {
+    double value = 0, mean_a = 0, mean_b = 0;
+
+    FormulaSums& operator+=(const FormulaSums& s) {
+        value += s.value;
+        mean_a += s.mean_a;
+        mean_b += s.mean_b;
+        return *this;
+    }
+};
+
+struct Destination {
+    void* data;  // the row's first column, or nullptr
+    Dtype dtype;
+};
+
+}  // namespace kl

@@ -1,0 +1,204 @@
+#include "pair/state.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+
+namespace kl {
+
+namespace {
+
+// 1/12! ... 1/2!
+constexpr auto kInverseFactorials = [] {
+    std::array<double, 11> out{};
+    double factorial = 1;
+    for (int n = 2; n <= 12; ++n) out[static_cast<std::size_t>(12 - n)] = 1 / (factorial *= n);
+    return out;
+}();
+
+double g_series(double x) {
+    double total = 0;
+    for (const double coefficient : kInverseFactorials) total = total * x + coefficient;
+    return total * x * x;
+}
+
+bool is_in_series(double x) { return std::fabs(x) <= 0.25; }
+
+}  // namespace
+
+double g(double x) { return is_in_series(x) ? g_series(x) : std::expm1(x) - x; }
+
+// Of 1 + less_one nothing would be left where h is 40.
+Rebase::Rebase(double h)
+    : less_one(std::expm1(-h)),
+      power(h > 1 ? std::exp(-h) : 1 + less_one),
+      g_of(is_in_series(h) ? g_series(-h) : less_one + h) {}
+
+double Rebase::error(double z, double of_a1, double of_a2) const {
+    return length(power * of_a2, less_one * of_a1, z * (g_of / kLn2));
+}
+
+namespace {
+
+// At least E|x| in nats, from E[x] and G = E[g(x)]: |x| <= sqrt(2 g) + g whatever its sign; and where x > 0,
+// e^x = 1 + x + g <= 1 + g + sqrt(2 g), which says more of a large g. Both right sides are concave in g.
+double mean_size(double mean_x, double mean_g) {
+    const double root = std::sqrt(2 * std::max(mean_g, 0.0));
+    if (!(mean_g > 1)) return root + mean_g;
+    return std::min(root + mean_g, 2 * std::log1p(mean_g + root) + std::fabs(mean_x));
+}
+
+}  // namespace
+
+double size_of_a1(double fp32_sum_z, double a1, double fp32_sum) {
+    return fp32_sum_z > 0
+               ? (fp32_sum_z / kLn2) * mean_size(kLn2 * a1 / fp32_sum_z, kLn2 * fp32_sum / fp32_sum_z)
+               : 0;
+}
+
+State rebase(const State& s, Reference to) {
+    State out = s;
+    out.reference = to;
+    const double step = static_cast<double>(to.c) - static_cast<double>(s.reference.c), h = step * kLn2;
+    const double rise = static_cast<double>(s.reference.m) - static_cast<double>(to.m);
+    if (s.has_mass() && !(s.flags & kSawB)) {
+        // Without a finite b every 2^x is 0, whatever c is. The general formula would subtract z g(-h) from
+        // -z, and where h is -28 the one is 1e12 times the other: nothing of the difference would be left.
+        out.a1 = 0;
+        out.a2 = -s.z / kLn2;
+    } else if (h != 0) {
+        out.a1 = s.a1 - step * s.z;
+        const Rebase rebased_by(h);
+        const double of_a2 = rebased_by.power * s.a2, of_a1 = rebased_by.less_one * s.a1,
+                     of_z = s.z * (rebased_by.g_of / kLn2);
+        out.a2 = of_a2 + of_a1 + of_z;
+        out.fp32_sum =
+            rebased_by.error(s.fp32_sum_z, size_of_a1(s.fp32_sum_z, s.a1, s.fp32_sum), s.fp32_sum) +
+            kFp64 * (std::fabs(of_a2) + std::fabs(of_a1) + of_z);
+    }
+    if (rise == 0) return out;
+    const double weight = std::exp2(rise);
+    const auto weight_of_b = [&] {
+        return std::exp2(static_cast<double>(s.reference.m + s.reference.c) -
+                         static_cast<double>(to.m + to.c));
+    };
+    if (weight == 0 && weight_of_b() == 0 && std::isfinite(s.a2)) {
+        // Columns masked with a number such as -1e9 weigh nothing beside the new reference.
+        out.z = out.a1 = out.a2 = out.fp32_sum_z = out.fp32_sum = 0;
+        return out;
+    }
+    out.z *= weight;
+    out.a1 *= weight;
+    out.a2 *= weight;
+    out.fp32_sum_z *= weight;
+    out.fp32_sum *= weight;
+    return out;
+}
+
+State merge(const State& s, const State& t) {
+    State out = s;
+    if (s.is_empty() || t.is_empty()) {
+        out = s.is_empty() ? t : s;
+        out.flags = s.flags | t.flags;
+        out.top_d = std::max(s.top_d, t.top_d);
+        return out;
+    }
+    Reference to = s.reference;
+    if (s.has_mass() && t.has_mass()) {
+        to.m = s.reference.m > t.reference.m ? s.reference.m : t.reference.m;
+        const auto mass = [&](const State& u) {
+            return u.z * std::exp2(static_cast<double>(u.reference.m) - static_cast<double>(to.m));
+        };
+        const double zs = mass(s), zt = mass(t), cs = static_cast<double>(s.reference.c),
+                     ct = static_cast<double>(t.reference.c);
+        to.c = static_cast<float>(cs + (ct - cs) * (zt / (zs + zt)));
+        // Without a finite b a state's c is not a mean of its d, and the other's c is taken.
+        if (!(t.flags & kSawB)) to.c = s.reference.c;
+        if (!(s.flags & kSawB)) to.c = t.reference.c;
+    } else if (t.has_mass()) {
+        to = t.reference;
+    }
+    out = rebase(s, to);
+    const State other = rebase(t, to);
+    out.z += other.z;
+    out.a1 += other.a1;
+    out.a2 += other.a2;
+    out.fp32_sum_z += other.fp32_sum_z;
+    out.fp32_sum += other.fp32_sum;
+    out.flags |= other.flags;
+    out.top_d = std::max(out.top_d, other.top_d);
+    return out;
+}
+
+double divergence_from(double mean_x, double mean_g) {
+    return divergence_from(mean_x, mean_g, mean_x + mean_g);
+}
+
+double divergence_from(double mean_x, double mean_g, double y) {
+    const double kl = std::fabs(y) < 0.5 ? mean_g + (std::log1p(y) - y) : std::log1p(y) - mean_x;
+    return kl > 0 ? kl : (kl == kl ? 0.0 : kl);
+}
+
+RowResult nan_result() {
+    RowResult out;
+    out.divergence = out.lse_a = out.shift = std::numeric_limits<double>::quiet_NaN();
+    out.row_class = RowClass::nan;
+    return out;
+}
+
+namespace {
+
+// Errors of the sums as they reach log(1 + y), and the divergence.
+struct SumErrors {
+    double of_shift, of_divergence;
+
+    SumErrors(const State& s, double mean_x, double mean_g, double y) {
+        const double unit = kLn2 / s.z / (1 + y), through_z = (mean_g - y * mean_x) / kLn2 * s.fp32_sum_z;
+        const double of_a1 = size_of_a1(s.fp32_sum_z, s.a1, s.fp32_sum);
+        of_shift = unit * length(s.fp32_sum, of_a1);
+        of_divergence = unit * length(s.fp32_sum, y * of_a1, through_z);
+    }
+};
+
+}  // namespace
+
+RowResult finish(const State& s) {
+    if ((s.flags & kSawNan) || !s.has_mass() || !(s.flags & kSawB)) {
+        RowResult out = nan_result();
+        // A sum that overflowed or underflowed must not pass for a NaN among the logits.
+        out.trusted = (s.flags & kSawNan) != 0;
+        return out;
+    }
+    const double mean_x = kLn2 * s.a1 / s.z, mean_g = kLn2 * s.a2 / s.z, y = mean_x + mean_g;
+    RowResult out;
+    out.lse_a = static_cast<double>(s.reference.m) + std::log2(s.z);
+    out.shift = static_cast<double>(s.reference.c) + std::log1p(y) / kLn2;
+    out.divergence = divergence_from(mean_x, mean_g);
+    out.mean_d = static_cast<double>(s.reference.c) + s.a1 / s.z;
+    out.top_r = s.top_d - out.shift;
+    if (s.flags & (kSawNegInf | kSawOutOfRange)) out.row_class = RowClass::neg_inf;
+    // Past 2^20 an fp32 holds too little of m and c to subtract them.
+    out.trusted = !(s.flags & (kSawHugeA | kSawFarB)) && std::isfinite(s.z) && std::isfinite(s.a1) &&
+                  std::isfinite(s.a2) && std::fabs(s.reference.m) < 0x1p20f &&
+                  std::fabs(s.reference.c) < 0x1p20f;
+    // What lse(b) rests on matters where the value is infinite, too: the gradient is q - p there.
+    out.sums_b_too = (s.flags & kSawTail) && y >= 0.5;
+    const SumErrors errors(s, mean_x, mean_g, y);
+    out.trusted = out.trusted && errors.of_shift <= kWorstError;
+    if (s.flags & kSawInfinite) {
+        // Columns that b excludes pull y towards -1, where 1 + y is what is left of a subtraction.
+        out.divergence = std::numeric_limits<double>::infinity();
+        out.row_class = RowClass::infinite;
+        out.trusted = out.trusted && y > -0.5;
+        return out;
+    }
+    if (!(y > -1) || !(errors.of_divergence <= kWorstError * out.divergence)) out.trusted = false;
+    if ((s.flags & kSawFarTail) && y < 0.5) out.trusted = false;
+    // d carries an error of up to 2^-24 |c|; that is nothing as long as the typical x is not far below c.
+    const double c = static_cast<double>(s.reference.c) * kLn2;
+    if ((s.flags & kSawRounding) && 2 * out.divergence * 1024 < c * c) out.trusted = false;
+    return out;
+}
+
+}  // namespace kl

@@ -1,0 +1,106 @@
+// What a span of columns says about its row, and how two spans become one.
+//
+// Exponents and differences are in units of ln 2. With d = b - a, a span measured from the reference
+// (m, c) keeps, over its columns,
+//     z = sum w,   a1 = sum w x,   a2 = sum w g(x) / ln 2,   w = 2^(a - m),   x = d - c,
+// where g(x) = 2^x - 1 - x ln 2 >= 0. Then y = E[2^x - 1] = ln 2 (a1 + a2) / z and
+//     KL(a||b) = E[g] + log1p(y) - y,   lse(b) - lse(a) = c + log2(1 + y).
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "api.h"
+
+namespace kl {
+
+constexpr double kLn2 = 0.69314718055994530942;
+
+enum Flag : unsigned {
+    kSawNan = 1,          // NaN or +inf
+    kSawNegInf = 2,       // -inf on either side
+    kSawInfinite = 4,     // -inf in b where a is finite
+    kSawB = 8,            // some finite b
+    kSawRounding = 16,    // d was rounded to fp32 before c was taken off
+    kSawOutOfRange = 32,  // finite, but so large that fp32 products overflow
+    kSawLargeX = 64,      // 2^x might outweigh a weight that underflows
+    kSawTail = 128,       // 2^x with an x past 16, whose rounding shows in lse(b) if nothing outweighs it
+    kSawFarTail = 256,    // past 32: it shows in the value too
+    kSawFarB = 512,       // a b so low that it may count even where a's weight underflows
+    kSawHugeA = 1024,     // an a so large that fp32 cannot subtract m from it
+};
+
+// Held in fp32 like the sweeps hold it: a state must know the very reference that its sums were taken from.
+struct Reference {
+    float m = 0, c = 0;
+
+    bool operator==(const Reference&) const = default;
+};
+
+struct State {
+    Reference reference;
+    double z = 0, a1 = 0, a2 = 0;
+    double top_d = -std::numeric_limits<double>::infinity();  // the largest d
+    // What the errors of z and of a2 scale with: what was summed up in fp32, rebased as errors are.
+    double fp32_sum_z = 0, fp32_sum = 0;
+    unsigned flags = 0;
+
+    bool has_mass() const { return z > 0; }
+    bool is_empty() const { return z == 0 && a2 == 0; }
+};
+
+// A result whose fp32_sum is more than this many times itself is computed again by the fallback: a rounding
+// error of a few 2^-24 of the one would be past the promise in the other.
+constexpr double kWorstError = 8;
+
+// The rounding of fp64 in units of fp32's. Rebasing by 45 binades shows it.
+constexpr double kFp64 = 0x1p-28;
+
+// The size of a sum of independent errors. std::hypot takes ten times as long.
+inline double length(double x, double y, double z = 0) { return std::sqrt(x * x + y * y + z * z); }
+
+// expm1(x) - x without cancellation.
+double g(double x);
+
+// What the rounding error of a1 scales with, for these sums in fp32: at least sum w |x|.
+double size_of_a1(double fp32_sum_z, double a1, double fp32_sum);
+
+// The coefficients of rebasing to a c that lies h nats higher: a2 becomes e^-h a2 + expm1(-h) a1 + z g(-h).
+struct Rebase {
+    double less_one, power, g_of;
+
+    explicit Rebase(double h);
+
+    // What the error of a2 scales with afterwards, from what those of z, a1 and a2 scale with before. The
+    // three terms may cancel, their rounding errors do not: they are independent, so their squares add.
+    double error(double z, double of_a1, double of_a2) const;
+};
+
+// The same span measured from another reference.
+State rebase(const State&, Reference);
+
+// Two spans as one, measured from the z-weighted mean of their shifts. The order of the arguments counts:
+// rows are bitwise reproducible because callers always fold from the first column to the last.
+State merge(const State&, const State&);
+
+struct RowResult {
+    double divergence = 0;  // in nats
+    double lse_a = 0;       // log2 sum 2^a
+    double shift = 0;       // log2 sum 2^b - lse_a
+    double lse_b = 0;       // from the fallback only: where both are too large for their sum to keep it
+    RowClass row_class = RowClass::all_finite;
+    bool trusted = true;  // false: cancellation may have lost the result, and the fallback computes it again
+    bool sums_b_too = false;  // true: a few large 2^x make up lse(b), which has to be summed by itself
+    double mean_d = 0;        // E_a[d]
+    double top_r = std::numeric_limits<double>::infinity();  // no log2 q - log2 p is larger
+};
+
+RowResult finish(const State&);
+RowResult nan_result();
+
+// KL in nats from y and from E[x], E[g] in nats, by whichever form does not cancel.
+double divergence_from(double mean_x, double mean_g);
+// The same where y is known better than as the sum of both.
+double divergence_from(double mean_x, double mean_g, double y);
+
+}  // namespace kl

@@ -1,0 +1,230 @@
+// Vectors of one instruction set, as wide as its registers. This file is compiled once per set;
+// everything in it lives in a namespace of that set, so that the linker cannot pick an AVX-512 copy
+// of an inline function for a machine without AVX-512.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#if !defined(KL_ISA)
+#error "KL_ISA names the instruction set that this file is compiled for"
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define KL_WIDTH 64
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define KL_WIDTH 32
+#else
+#define KL_WIDTH 16
+#endif
+
+#define KL_INLINE inline __attribute__((always_inline))
+#define KL_INLINE_LAMBDA __attribute__((always_inline))
+#define KL_NOINLINE __attribute__((noinline))
+
+namespace kl::KL_ISA {
+
+constexpr int kWidth = KL_WIDTH;
+
+typedef float VF __attribute__((vector_size(KL_WIDTH)));
+typedef std::int32_t VI __attribute__((vector_size(KL_WIDTH)));
+typedef std::uint32_t VU __attribute__((vector_size(KL_WIDTH)));
+typedef double VD __attribute__((vector_size(KL_WIDTH)));
+typedef std::int64_t VL __attribute__((vector_size(KL_WIDTH)));
+typedef std::uint64_t VUL __attribute__((vector_size(KL_WIDTH)));
+
+template <class V>
+struct Traits;
+template <>
+struct Traits<VF> {
+    using Scalar = float;
+    using Int = VI;
+    using Unsigned = VU;
+    static constexpr int mantissa = 23, bias = 127;
+    static constexpr std::int32_t sign = INT32_MIN;
+    static constexpr float round_magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+};
+template <>
+struct Traits<VD> {
+    using Scalar = double;
+    using Int = VL;
+    using Unsigned = VUL;
+    static constexpr int mantissa = 52, bias = 1023;
+    static constexpr std::int64_t sign = INT64_MIN;
+    static constexpr double round_magic = 6755399441055744.0;  // 1.5 * 2^52
+};
+
+template <class V>
+constexpr int lanes = kWidth / static_cast<int>(sizeof(typename Traits<V>::Scalar));
+template <class V>
+using Mask = typename Traits<V>::Int;
+
+template <class V>
+KL_INLINE V splat(typename Traits<V>::Scalar x) {
+    return x - V{};
+}
+
+template <class To, class From>
+KL_INLINE To bits(From x) {
+    return __builtin_bit_cast(To, x);
+}
+
+template <class V>
+KL_INLINE V load(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class V>
+KL_INLINE void store(void* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
+
+// A non-temporal store: the line is neither read first nor kept in the cache. p is aligned to the vector.
+template <class V>
+KL_INLINE void store_non_temporal(void* p, V v) {
+#if KL_WIDTH == 64
+    _mm512_stream_si512(static_cast<__m512i*>(p), bits<__m512i>(v));
+#elif KL_WIDTH == 32
+    _mm256_stream_si256(static_cast<__m256i*>(p), bits<__m256i>(v));
+#elif defined(__SSE2__)
+    _mm_stream_si128(static_cast<__m128i*>(p), bits<__m128i>(v));
+#else
+    store(p, v);
+#endif
+}
+
+KL_INLINE void non_temporal_fence() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+// a*b + c in one rounding: for the places whose accuracy needs it. Without hardware for it, fp32
+// goes through fp64, where the product is exact.
+KL_INLINE VF fma(VF a, VF b, VF c) {
+#if KL_WIDTH == 64
+    return bits<VF>(_mm512_fmadd_ps(bits<__m512>(a), bits<__m512>(b), bits<__m512>(c)));
+#elif KL_WIDTH == 32
+    return bits<VF>(_mm256_fmadd_ps(bits<__m256>(a), bits<__m256>(b), bits<__m256>(c)));
+#elif defined(__FP_FAST_FMAF)
+    for (int i = 0; i < lanes<VF>; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    for (int i = 0; i < lanes<VF>; ++i)
+        c[i] = static_cast<float>(static_cast<double>(a[i]) * static_cast<double>(b[i]) +
+                                  static_cast<double>(c[i]));
+    return c;
+#endif
+}
+
+// In fp64 there is accuracy to spare, and one or two roundings are the same to every caller.
+KL_INLINE VD fma(VD a, VD b, VD c) {
+#if KL_WIDTH == 64
+    return bits<VD>(_mm512_fmadd_pd(bits<__m512d>(a), bits<__m512d>(b), bits<__m512d>(c)));
+#elif KL_WIDTH == 32
+    return bits<VD>(_mm256_fmadd_pd(bits<__m256d>(a), bits<__m256d>(b), bits<__m256d>(c)));
+#else
+    return a * b + c;
+#endif
+}
+
+// a*b + c with one or two roundings, whichever is faster.
+template <class V>
+KL_INLINE V mad(V a, V b, V c) {
+#if KL_WIDTH >= 32 || defined(__FP_FAST_FMAF)
+    return fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+// The second argument where either is NaN, as the hardware has it.
+KL_INLINE VF max(VF a, VF b) {
+#if KL_WIDTH == 64
+    return bits<VF>(_mm512_max_ps(bits<__m512>(a), bits<__m512>(b)));
+#elif KL_WIDTH == 32
+    return bits<VF>(_mm256_max_ps(bits<__m256>(a), bits<__m256>(b)));
+#elif defined(__SSE2__)
+    return bits<VF>(_mm_max_ps(bits<__m128>(a), bits<__m128>(b)));
+#else
+    return a > b ? a : b;
+#endif
+}
+KL_INLINE VD max(VD a, VD b) { return a > b ? a : b; }
+
+KL_INLINE VF min(VF a, VF b) {
+#if KL_WIDTH == 64
+    return bits<VF>(_mm512_min_ps(bits<__m512>(a), bits<__m512>(b)));
+#elif KL_WIDTH == 32
+    return bits<VF>(_mm256_min_ps(bits<__m256>(a), bits<__m256>(b)));
+#elif defined(__SSE2__)
+    return bits<VF>(_mm_min_ps(bits<__m128>(a), bits<__m128>(b)));
+#else
+    return a < b ? a : b;
+#endif
+}
+KL_INLINE VD min(VD a, VD b) { return a < b ? a : b; }
+
+// As std::min and std::max have it, without <algorithm>, which takes a quarter of a second to read.
+template <class T>
+KL_INLINE T smaller(T a, T b) {
+    return b < a ? b : a;
+}
+template <class T>
+KL_INLINE T larger(T a, T b) {
+    return a < b ? b : a;
+}
+
+template <class V>
+KL_INLINE V abs(V x) {
+    return bits<V>(bits<Mask<V>>(x) & ~Traits<V>::sign);
+}
+
+// Carries the sign of `sign` over to the non-negative `x`.
+template <class V>
+KL_INLINE V with_sign(V x, V sign) {
+    using I = Mask<V>;
+    return bits<V>(bits<I>(x) | (bits<I>(sign) & Traits<V>::sign));
+}
+
+template <class V>
+KL_INLINE bool any(Mask<V> mask) {
+#if KL_WIDTH == 64
+    const auto all = bits<__m512i>(mask);
+    return _mm512_test_epi64_mask(all, all) != 0;
+#elif KL_WIDTH == 32
+    const auto all = bits<__m256i>(mask);
+    return _mm256_testz_si256(all, all) == 0;
+#else
+    for (int i = 0; i < lanes<V>; ++i)
+        if (mask[i]) return true;
+    return false;
+#endif
+}
+
+template <class V>
+KL_INLINE double sum(V v) {
+    // Pairwise and in one order, whatever the compiler: the bits of a row must not depend on it.
+    double s[lanes<V>];
+    for (int i = 0; i < lanes<V>; ++i) s[i] = static_cast<double>(v[i]);
+    for (int n = lanes<V> / 2; n >= 1; n /= 2)
+        for (int i = 0; i < n; ++i) s[i] += s[i + n];
+    return s[0];
+}
+
+template <class V>
+KL_INLINE auto largest(V v) {
+    typename Traits<V>::Scalar m[lanes<V>];
+    for (int i = 0; i < lanes<V>; ++i) m[i] = v[i];
+    for (int n = lanes<V> / 2; n >= 1; n /= 2)
+        for (int i = 0; i < n; ++i) m[i] = m[i + n] > m[i] ? m[i + n] : m[i];
+    return m[0];
+}
+
+}  // namespace kl::KL_ISA

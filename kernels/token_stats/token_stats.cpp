@@ -1,0 +1,97 @@
+// What token_stats() does with the rows of a pair of tensors.
+#include <array>
+#include <limits>
+
+#include "api.h"
+#include "pair/layout.h"
+#include "token_stats/state.h"
+
+namespace kl {
+namespace {
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+struct RowStats {
+    double forward, reverse;
+    SideResult a, b;
+    double agree;  // 1, 0 or NaN
+};
+
+Row swapped(const Row& r) {
+    return {r.b, r.a, r.dtype_b, r.dtype_a, r.inverse_temperature_b, r.inverse_temperature_a, r.columns};
+}
+
+// Each KL by the path that its logits take in `value`, the rest from each side by itself.
+RowStats run_fallback(const Layout& layout, const Row& row) {
+    const SideResult a = layout.k.side(row.a, row.dtype_a, row.columns, row.scale_a());
+    const SideResult b = layout.k.side(row.b, row.dtype_b, row.columns, row.scale_b());
+    const double same = a.top < 0 || b.top < 0 ? kNan : static_cast<double>(a.top == b.top);
+    return {evaluate(layout, row).divergence, evaluate(layout, swapped(row)).divergence, a, b, same};
+}
+
+bool agree(const Layout& layout, const Row& row, const Top& a, const Top& b) {
+    if (a.first != b.first || a.columns != b.columns) return false;
+    return layout.k.find(row.a, row.dtype_a, a.first, a.columns, a.logit) ==
+           layout.k.find(row.b, row.dtype_b, b.first, b.columns, b.logit);
+}
+
+RowStats finalise_row(const Layout& layout, const Row& row, const PairState& state) {
+    const PairResult r = finish(state);
+    if (!r.trusted) return run_fallback(layout, row);
+    const double m = state.reference.m, m_b = m + static_cast<double>(state.reference.c);
+    const double same = agree(layout, row, state.top_a, state.top_b) ? 1.0 : 0.0;
+    return {r.forward, r.reverse, {m, r.lse_a - m, r.entropy_a}, {m_b, r.lse_b - m_b, r.entropy_b}, same};
+}
+
+// Of a token, from its logit as memory holds it.
+double log_probability(const SideResult& side, double logit, double scale) {
+    // The small numbers are subtracted first: an m of a million would swallow log2 z.
+    const double log_p = kLn2 * ((logit * scale - side.m) - side.log_z);
+    return log_p > 0 ? 0 : log_p;
+}
+
+bool takes_fast_path(const Row& row) { return row.columns > 1 && row.fits_fp32(); }
+
+PairState block(const Layout& layout, const Row& row, std::int64_t n) {
+    return layout.k.sweep_pair_block(row, layout.first(n), layout.last(n));
+}
+
+template <class StateOf>
+RowStats evaluate(const Layout& layout, const Row& row, StateOf state_of) {
+    if (!takes_fast_path(row)) return run_fallback(layout, row);
+    PairState state;
+    for (std::int64_t n = 0; n < layout.blocks() && state.usable; ++n) state = merge(state, state_of(n));
+    return finalise_row(layout, row, state);
+}
+
+}  // namespace
+
+void token_stats(const RowPair& p, bool wide, const std::int64_t* tokens, void* out) {
+    const Layout layout{p, kernels()};
+    const bool split = layout.splits_rows() && layout.rows() > 0 && takes_fast_path(layout.row(0));
+    in_compute_type(wide, [&]<class R>() {
+        fold_blocks(
+            layout, split, [&](std::int64_t r, std::int64_t n) { return block(layout, layout.row(r), n); },
+            [&](std::int64_t r, auto state_of) {
+                std::array<double, kTokenStats> all{};
+                if (layout.is_valid(r)) {
+                    const Row row = layout.row(r);
+                    const RowStats s = evaluate(layout, row, state_of);
+                    const std::int64_t token = tokens == nullptr ? -1 : tokens[r];
+                    double token_b = kNan, token_a = kNan;
+                    if (token >= 0 && token < p.columns) {
+                        token_b =
+                            log_probability(s.b, layout.k.logit(row.b, row.dtype_b, token), row.scale_b());
+                        token_a =
+                            log_probability(s.a, layout.k.logit(row.a, row.dtype_a, token), row.scale_a());
+                    }
+                    all = {s.forward, s.reverse, s.b.entropy, s.a.entropy, token_b, token_a, s.agree};
+                }
+                for (int i = 0; i < kTokenStats; ++i)
+                    static_cast<R*>(out)[i * layout.rows() + r] =
+                        static_cast<R>(all[static_cast<std::size_t>(i)]);
+            });
+    });
+}
+
+}  // namespace kl
