@@ -13,7 +13,7 @@ ComplementSums sum(const ComplementRow& row, std::int64_t first, std::int64_t la
     });
 }
 
-// Calls take(x, first, n) with copies in fp64 of scaled columns, -inf at the given ones.
+// Calls take(x, first, n) with copies in fp64 of scaled columns, -inf at the picked ones.
 template <class Take>
 void for_each_wide_copy(const ComplementRow& row, std::int64_t first, std::int64_t last, Take take) {
     double x[kScratchColumns];

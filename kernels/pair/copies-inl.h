@@ -31,7 +31,7 @@ inline void for_each_copy(const Row& row, std::int64_t first, std::int64_t last,
     }
 }
 
-// Columns [first, last) of a gradient that nobody may ask for, all of them x.
+// Writes x to columns [first, last) of a gradient that may be missing.
 inline void fill(Destination to, std::int64_t first, std::int64_t last, double x) {
     if (to.data == nullptr) return;
     in_format(to.dtype, [&]<class T>() {

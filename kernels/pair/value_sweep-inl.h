@@ -2,7 +2,7 @@
 //
 // It goes tile by tile, each small enough to come from L1 when it is read a second time, with the
 // reference (m, c) fixed inside a tile. The reference that suits the first tile need not suit the row: real
-// teachers put most of their mass on a few tokens in some other tile, and seen from a c that is far
+// teachers put most of their mass on a few tokens in some other tile, and measured from a c that is far
 // from E_a[d] almost all of a2 would cancel in the end. So a tile that moves the mean far
 // is swept again, from its own mean. That happens about ln(#tiles) times in a row.
 #pragma once

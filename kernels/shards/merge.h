@@ -17,7 +17,7 @@ bool shard_states(const void* stats, bool wide, double unit, std::int64_t rows, 
                   int n, double* out);
 
 // `out` [2 + n, rows] from `found` [shards, 2 + n, rows]; there log sum e^a may be -inf, and the second
-// number is log sum e^b itself then. Ranks count in their order: the same bits on each. False where a
+// number is log sum e^b itself then. Shards are merged in their order: the same bits on each. False where a
 // normaliser is so far out that stats cannot hold it.
 bool merge_shards(const double* found, std::int64_t shards, std::int64_t rows, int n, double* out);
 
