@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kl_gpu import native
+from kl_gpu.backends import native
+from kl_gpu.backends.interface import RowPair
 from kl_gpu.kinds import KINDS
-from kl_gpu.problem import Problem
 
 KERNELS = Path(__file__).parent.parent / "kernels"
 COMPILER = shutil.which("g++") or shutil.which("c++")
@@ -26,10 +26,10 @@ def compiled(source: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(not native.available(), reason="installed without compiled kernels")
 def test_a_formula_that_the_kernels_lack_is_an_error_that_names_those_they_have() -> None:
-    names = sorted({kind.family for kind in KINDS.values()})
+    names = sorted({kind.formula for kind in KINDS.values()})
     with pytest.raises(ValueError, match="formula forgotten: ") as raised:
         native.value(
-            Problem(torch.zeros(1, 4), torch.zeros(1, 4), None, "forgotten", 0.0, 1.0, 1.0, torch.float32)
+            RowPair(torch.zeros(1, 4), torch.zeros(1, 4), None, "forgotten", 0.0, 1.0, 1.0, torch.float32)
         )
     assert sorted(str(raised.value).split("have ")[1].split(", ")) == names
 
