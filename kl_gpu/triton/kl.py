@@ -98,15 +98,15 @@ def _moved(
     c_step = _tile_reference(a, b, w_top, valid, scale, a_scale, b_scale, SAME_SCALE)
     rise = tl.floor(tl.log2(tl.max(mass))) - (_FILLED - 1.0)
     n_step += rise
-    # In float64: what e^−h is off by, a column that outweighs the others hands on to Z_b, and so to all of b.
+    # In float64: what e^−h is off by, a column that outweighs all others hands on to Z_b, so to all of b.
     h = tl.where(n == NO_REFERENCE, 0.0, c_step.to(tl.float64) - c.to(tl.float64))
-    # b's sum z + a1 + a2 has a1's rounding in it, and where b's share rises no later sum tells: a NaN has the row
-    # swept again where that is more than `store_row` allows (three tops: it lost 50 of a1 = −15 z in one).
+    # b's sum z + a1 + a2 has a1's rounding in it, and where that sum is then multiplied by e^−h > 1, nothing
+    # tells in the end: a NaN has the row swept again where it is more than `store_row` allows.
     lost = (tl.sum(6.0 * (z + a1 + a2) - tl.abs(a1)) < 0) & (h < 0)
     z = tl.where(lost, float("nan"), z)
     z, a1, a2 = rebase(z, a1, a2, h, tl.exp2(n - n_step))
     # b is measured from its own maximum, where exponents are small, and brought to a's by one factor: an
-    # exponent of 64 or more would be rounded by 2.6e-6. That maximum is at 2^-4, no worse than at 2^4, so that
+    # exponent of 64 or more would be rounded by 2.6e-6. That maximum is at 2^-4, no worse than at 2^4: so
     # tops of b alone, which move nothing, may lie 36 powers of 2 above it before their exponents reach 32.
     n_b = level(tl.max(b), k_b) + 11.0
     n_b_as_a = other_level(n_step, n_b, c_step, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
@@ -359,8 +359,8 @@ def store_row(
 ):  # fmt: skip
     """Value and statistics of a row from its state; rows that the state cannot do are swept again here."""
     value, lam, good = finish(z_a, a1, a2)
-    # Z_b, which all of b inherits, may be off by more than the value: by a 2^24th of a1 over e^lam, and by 1.3e-6
-    # where b's top is so far above n_b, the level of where the reference last moved, that its exponent passes 32.
+    # Z_b, which all of b inherits, may be off by more than the value: by a 2^24th of a1 over e^lam; by 1.3e-6
+    # where b's top lies so far above n_b, which is of the reference's last move, that its exponent passes 32.
     ratio = tl.exp(lam)
     n_b_as_a = other_level(n, n_b, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
     level_b = n_b_as_a + tl.log2(z_a * ratio)
