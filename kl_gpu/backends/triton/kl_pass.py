@@ -98,12 +98,17 @@ def _moved(
     c_step = _tile_reference(a, b, w_top, valid, scale, a_scale, b_scale, SAME_SCALE)
     rise = tl.floor(tl.log2(tl.max(mass))) - (_FILLED - 1.0)
     n_step += rise
-    # In float64: what e^−h is off by, one column that outweighs the others hands on to Z_b, and so to all of b.
+    # In float64: what e^−h is off by, a column that outweighs all others hands on to Z_b, so to all of b.
     h = tl.where(n == NO_REFERENCE, 0.0, c_step.to(tl.float64) - c.to(tl.float64))
+    # b's sum z + a1 + a2 has a1's rounding in it, and where that sum is then multiplied by e^−h > 1, nothing
+    # tells in the end: a NaN has the row swept again where it is more than `store_row` allows.
+    lost = (tl.sum(6.0 * (z + a1 + a2) - tl.abs(a1)) < 0) & (h < 0)
+    z = tl.where(lost, float("nan"), z)
     z, a1, a2 = rebase(z, a1, a2, h, tl.exp2(n - n_step))
     # b is measured from its own maximum, where exponents are small, and brought to a's by one factor: an
-    # exponent of 64 or more would be rounded by 2.6e-6.
-    n_b = level(tl.max(b), k_b)
+    # exponent of 64 or more would be rounded by 2.6e-6. That maximum is at 2^-4, no worse than at 2^4: so
+    # tops of b alone, which move nothing, may lie 36 powers of 2 above it before their exponents reach 32.
+    n_b = level(tl.max(b), k_b) + 11.0
     n_b_as_a = other_level(n_step, n_b, c_step, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
     to_a = tl.exp2(n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
     return n_step, c_step, n_b, to_a, z, a1, a2
@@ -340,7 +345,8 @@ def merged(n, c, n_b, z, a1, a2, CT: tl.constexpr):
     h = shared.to(tl.float64) - c.to(tl.float64)
     z, a1, a2 = rebase(z.to(tl.float64), a1.to(tl.float64), a2.to(tl.float64), h, weight)
     furthest = tl.max(tl.where(mass > 0, tl.abs(c), 0.0))
-    level_b = tl.max(tl.where(mass > 0, n_b, NO_REFERENCE))
+    mass_b = z + a1 + a2
+    level_b = tl.max(tl.where(mass_b == tl.max(mass_b), n_b, NO_REFERENCE))  # of the part with most of b
     return top, shared, level_b, tl.sum(z), tl.sum(a1), tl.sum(a2), furthest
 
 
@@ -353,13 +359,14 @@ def store_row(
 ):  # fmt: skip
     """Value and statistics of a row from its state; rows that the state cannot do are swept again here."""
     value, lam, good = finish(z_a, a1, a2)
+    # Z_b, which all of b inherits, may be off by more than the value: by a 2^24th of a1 over e^lam; by 1.3e-6
+    # where b's top lies so far above n_b, which is of the reference's last move, that its exponent passes 32.
     ratio = tl.exp(lam)
-    # lam inherits a 2^24th of a1 over e^lam, which the value does not feel, but all of b.
-    good = good & (tl.abs(a1) <= 6.0 * ratio * z_a)
-    # The sweep leaves n_b where b was when the reference last moved, perhaps 50 nats below b's top: that one's
-    # exponent would be rounded by 2.6e-6. So n_b goes to where b's sum is, as `level` puts a single column.
     n_b_as_a = other_level(n, n_b, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
-    n_b = (tl.floor(n_b_as_a + tl.log2(z_a * ratio)) - 7.0).to(CT)
+    level_b = n_b_as_a + tl.log2(z_a * ratio)
+    good = good & (tl.abs(a1) <= 6.0 * ratio * z_a) & (level_b < n_b + 32.0)
+    # For the gradient, whose weights are about n_b too, it goes to where `level` puts a column with all of b.
+    n_b = (tl.floor(level_b) - 7.0).to(CT)
     n_b_as_a = other_level(n, n_b, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
     z_b = z_a * ratio * tl.exp2(n_b_as_a - n_b.to(tl.float64))
     if EXACT:
