@@ -175,7 +175,7 @@ private:
 
     PairState add(const PairState& piece) const { return merge(total_, piece); }
 
-    // Whether, seen from here, at most seven tenths of either sum would cancel in the end.
+    // Whether, seen from here, at most two fifths of either sum would cancel in the end.
     static bool is_central(const PairState& s) {
         const double gap = kLn2 * (s.a1 + s.a2), square = gap * gap;
         return !is_far(s) && square <= kFarFromMean * kLn2 * s.a2 * s.z &&

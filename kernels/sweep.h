@@ -284,8 +284,8 @@ constexpr double kFarMove = 4;
 // kWorstError times what is left.
 constexpr double kFarFromMean = 0.8;
 
-// The same where a2 grows with 2^x and hides it: half a nat, in units of ln 2. Further off, errors of a1
-// count in the divergence.
+// The same where a2 grows with 2^x and hides it: 0.7 nats, that is 1 in units of ln 2. Further off, errors
+// of a1 count in the divergence.
 constexpr double kNearMean = 1.0;
 
 // A tile that weighs more has its top well above the frame's m, or very many columns above it. The top's
@@ -377,7 +377,7 @@ private:
         return out;
     }
 
-    // True where, seen from here, more than seven tenths of a2 would cancel in the end.
+    // True where, seen from here, more than two fifths of a2 would cancel in the end.
     static bool moves_the_mean_far(const State& s) {
         return s.has_mass() && std::isfinite(s.a2) &&
                (std::fabs(s.a1) > kNearMean * s.z || s.a1 * s.a1 * kLn2 > kFarFromMean * s.a2 * s.z);
