@@ -59,7 +59,6 @@ RowResult settle(const Layout& layout, const Row& row, const State& state) {
         result.shift = b.m + b.log_z - result.lse_a;
         if (result.verdict == Verdict::infinite) return result;
         result.divergence = (result.shift - result.mean_d) / Row::kLog2e;
-        // A difference of two fp32 normalisers says nothing of a small divergence.
         if (!(result.divergence > kApart)) return layout.k.careful(row);
     }
     return result;
