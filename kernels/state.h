@@ -54,7 +54,8 @@ struct State {
 // 2^-24 of the one would be past the promise in the other.
 constexpr double kWorstError = 8;
 
-// The rounding of fp64 in units of fp32's. A move by 45 binades shows it.
+// The rounding of fp64 in units of fp32's. It shows only where a move multiplies what was summed by
+// 2^45 or so.
 constexpr double kFp64 = 0x1p-28;
 
 // Independent errors add up like this; std::hypot, whose squares cannot overflow, takes ten times as long.
