@@ -98,12 +98,18 @@ class Findings:
             self.by_size[key] = np.maximum(self.by_size.get(key, line), line)
 
 
+def shares(rows: int, vocab: int) -> tuple[list[str], int, int]:
+    """The cases that so many rows of this width come from in turn, the number of chunks, and their rows."""
+    cases = [*FAMILIES, *(copy for copy in COPIES if vocab == MODEL_VOCAB and copy != "itself")]
+    size = max(1, min(_CHUNK, rows // len(cases)))
+    return cases, -(-rows // size), size
+
+
 def chunks(model: Trained, rows: int, vocab: int, seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(case, student, teacher) until all cases together have had so many rows."""
     generator = torch.Generator().manual_seed(seed)
-    cases = [*FAMILIES, *(copy for copy in COPIES if vocab == MODEL_VOCAB and copy != "itself")]
-    size = max(1, min(_CHUNK, rows // len(cases)))
-    for turn in range(-(-rows // size)):
+    cases, number, size = shares(rows, vocab)
+    for turn in range(number):
         case = cases[turn % len(cases)]
         if case in FAMILIES:
             pair = FAMILIES[case](size, vocab, generator)
@@ -222,7 +228,7 @@ def measure(
     for some, number in ((compiled, rows), (interpreted, -(-rows // _INTERPRETED))):
         if not some:
             continue
-        total = sum(1 for _ in chunks(model, number, 1, seed)) if vocab != MODEL_VOCAB else None
+        _, total, _ = shares(number, vocab)
         for case, student, teacher in track(
             chunks(model, number, vocab, seed), f"V = {vocab}: {', '.join(some)}", total, transient=True
         ):
