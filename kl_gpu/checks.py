@@ -22,7 +22,7 @@ _INTEGERS = "an integer tensor, of int8 to int64 or uint8 to uint64"
 # Below, the float32 kernels' exponents of logits that models have overflow; above, T² times a divergence that
 # shrinks with 1/T² loses its digits. Within, every backend keeps the promises.
 TEMPERATURE_RANGE = (1e-6, 1e9)
-# So must β and its products with a probability that counts.
+# β and its products with a probability that counts must stay non-zero in float32.
 SMALLEST_BETA = 1e-30
 
 
