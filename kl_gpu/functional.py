@@ -113,8 +113,8 @@ def divergence(
         reduction: "none" (`[N]`), "sum", "mean" (sum / rows that count), "batchmean" (sum / first dimension).
         normalizer: float > 0 or 0-d tensor that replaces the denominator of "mean". A tensor of 0 is fine
             where no row counts: the result is 0 then. A tensor that is negative, or 0 where rows count, is
-            refused on the CPU; on a device, where asking would wait, and under torch.compile the result is
-            NaN.
+            refused on the CPU; on a device, where asking would wait, and under torch.compile or torch.func
+            the result is NaN.
         vocab_size: columns at and past it are ignored on both sides; required where the two V differ.
         inplace: allow the gradient to be written over the memory of `student_logits` in backward.
         backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
