@@ -316,9 +316,14 @@ inline void for_each_copy(const Row& row, std::int64_t first, std::int64_t last,
         widen_run(row.a, row.dtype_a, i, n, a);
         widen_run(row.b, row.dtype_b, i, n, b);
         if constexpr (wide) {
+            // As in `careful`, whose sums these columns meet.
+            const auto scaled = [](double logit, double scale) {
+                const double product = std::min(std::max(logit * scale, -kLargestProduct), kLargestProduct);
+                return std::fabs(logit) < __builtin_inf() ? product : logit;
+            };
             for (std::int64_t j = 0; j < n; ++j) {
-                a[j] *= row.scale_a();
-                b[j] *= row.scale_b();
+                a[j] = scaled(a[j], row.scale_a());
+                b[j] = scaled(b[j], row.scale_b());
             }
         }
         take(a, b, i, n, wide ? 1.0 : row.exact_scale());

@@ -310,6 +310,28 @@ def test_the_lowest_float64_over_a_temperature(
         assert (to_numpy(got)[~inside] > 1e2).all()
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("large", [1e302, 1e308])
+def test_the_largest_float64_logits_are_told_apart(
+    backend: str, kind: str, large: float, temperature: float
+) -> None:
+    if large == 1e302:
+        student, teacher = [large, 2 * large, 0.0], [large, 0.0, 2 * large]
+    else:
+        student, teacher = [1e302, large, 0.0], [1e302, 0.0, large]
+    s, t = (torch.tensor([x], dtype=torch.float64, device=DEVICE) for x in (student, teacher))
+    value, *grads = evaluate(s, t, kind, backend, temperature=temperature)
+    # One token each, and not the same: js is ln 2, tv 1, a skew divergence −ln of its β.
+    want = {"js": math.log(2), "tv": 1.0, "skew_forward_kl": math.log(10), "skew_reverse_kl": math.log(10)}
+    if kind in want:
+        np.testing.assert_allclose(value.item(), want[kind], rtol=5e-6)
+        assert all((g == 0).all() for g in grads)
+    elif kind in KLS and large == 1e302:
+        np.testing.assert_allclose(value.item(), 2 * large / temperature, rtol=5e-6)
+    else:
+        assert value.item() > 1e100  # past 2^1022 a size is all that is kept of a product
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperatures", [(1e-6, 1.0), (1.0, 1e-6), (1e-6, 1e-6)])
 def test_scaled_logits_past_2_to_the_31(
