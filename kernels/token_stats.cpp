@@ -1,5 +1,6 @@
 // Statistics of both sides, row by row. As in engine.cpp a row is folded from the same blocks in the same
 // order however many threads there are.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -20,10 +21,20 @@ struct Side {
     Dtype dtype;
     double scale, m, log_z, entropy;
 
+    // Below a temperature of 1 the largest logit may be past fp64.
+    static double finite(double x) {
+        constexpr double most = std::numeric_limits<double>::max();
+        return std::min(std::max(x, -most), most);
+    }
+    static double product(double logit, double scale) {
+        return std::isinf(logit) ? logit : finite(logit * scale);
+    }
+
     double log_probability(const Layout& layout, std::int64_t token) const {
         if (token < 0 || token >= layout.p.columns) return kNan;
+        const double logit = layout.k.logit(logits, dtype, token);
         // Small numbers first: log2 z would be lost in an m of a million.
-        const double found = kLn2 * ((layout.k.logit(logits, dtype, token) * scale - m) - log_z);
+        const double found = kLn2 * ((product(logit, scale) - finite(m)) - log_z);
         return found > 0 ? 0 : found;
     }
 };
