@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -63,44 +64,52 @@ class Worst:
         self.rows += len(error)
         if not len(error):
             return
-        self.max_rel_error = max(self.max_rel_error, float((error / size).max()))
-        share = error / bound
-        if not (share <= self.share_of_promise).all():  # so written that NaN counts
-            self.share_of_promise, self.case = float(share.max()), case
+        self.max_rel_error = float(np.maximum(self.max_rel_error, (error / size).max()))
+        self._take(float((error / bound).max()), case)
 
     def merge(self, other: Worst) -> None:
         self.rows += other.rows
-        self.max_rel_error = max(self.max_rel_error, other.max_rel_error)
-        if not other.share_of_promise <= self.share_of_promise:
-            self.share_of_promise, self.case = other.share_of_promise, other.case
+        self.max_rel_error = float(np.maximum(self.max_rel_error, other.max_rel_error))
+        self._take(other.share_of_promise, other.case)
+
+    def _take(self, share: float, case: str) -> None:
+        """A NaN stays, with the first case that had one."""
+        if not math.isnan(self.share_of_promise) and not share <= self.share_of_promise:
+            self.share_of_promise, self.case = share, case
 
 
 @dataclass
 class Findings:
     worst: dict[tuple[str, str, str], Worst] = field(default_factory=dict)
-    # Per system, kind and bin of D: the worst relative error, NaN where no row came.
+    # Per system, kind and bin of D: the worst relative error, -inf where no row came.
     by_size: dict[tuple[str, str], Floats] = field(default_factory=dict)
 
     def of(self, backend: str, entry: str, kind: str) -> Worst:
         return self.worst.setdefault((backend, entry, kind), Worst(backend, entry, kind))
 
     def add_by_size(self, system: str, kind: str, value: Floats, relative: Floats) -> None:
-        line = self.by_size.setdefault((system, kind), np.full(len(BINS) - 1, np.nan))
-        np.fmax.at(line, np.clip(np.searchsorted(BINS, value) - 1, 0, len(line) - 1), relative)
+        line = self.by_size.setdefault((system, kind), np.full(len(BINS) - 1, -np.inf))
+        np.maximum.at(line, np.clip(np.searchsorted(BINS, value) - 1, 0, len(line) - 1), relative)
 
     def merge(self, other: Findings) -> None:
         for (backend, entry, kind), worst in other.worst.items():
             self.of(backend, entry, kind).merge(worst)
         for key, line in other.by_size.items():
-            self.by_size[key] = np.fmax(self.by_size.get(key, line), line)
+            self.by_size[key] = np.maximum(self.by_size.get(key, line), line)
+
+
+def shares(rows: int, vocab: int) -> tuple[list[str], int, int]:
+    """The cases that so many rows of this width come from in turn, the number of chunks, and their rows."""
+    cases = [*FAMILIES, *(copy for copy in COPIES if vocab == MODEL_VOCAB and copy != "itself")]
+    size = max(1, min(_CHUNK, rows // len(cases)))
+    return cases, -(-rows // size), size
 
 
 def chunks(model: Trained, rows: int, vocab: int, seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(case, student, teacher) until all cases together have had so many rows."""
     generator = torch.Generator().manual_seed(seed)
-    cases = [*FAMILIES, *(copy for copy in COPIES if vocab == MODEL_VOCAB and copy != "itself")]
-    size = max(1, min(_CHUNK, rows // len(cases)))
-    for turn in range(-(-rows // size)):
+    cases, number, size = shares(rows, vocab)
+    for turn in range(number):
         case = cases[turn % len(cases)]
         if case in FAMILIES:
             pair = FAMILIES[case](size, vocab, generator)
@@ -219,7 +228,7 @@ def measure(
     for some, number in ((compiled, rows), (interpreted, -(-rows // _INTERPRETED))):
         if not some:
             continue
-        total = sum(1 for _ in chunks(model, number, 1, seed)) if vocab != MODEL_VOCAB else None
+        _, total, _ = shares(number, vocab)
         for case, student, teacher in track(
             chunks(model, number, vocab, seed), f"V = {vocab}: {', '.join(some)}", total, transient=True
         ):
@@ -270,7 +279,7 @@ def document(found: Findings, about: dict[str, Any]) -> dict[str, Any]:
         {"system": system, "kind": kind, "D": float(np.sqrt(low * high)), "max_rel_error": float(error)}
         for (system, kind), line in found.by_size.items()
         for low, high, error in zip(BINS[:-1], BINS[1:], line, strict=True)
-        if np.isfinite(error)
+        if error != -np.inf
     ]
     return {**about, "worst": [asdict(worst) for worst in found.worst.values()], "results": results}
 

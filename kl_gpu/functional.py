@@ -106,10 +106,10 @@ def divergence(
             rows that "mean" divides by, as any weight does; `mask` takes it out of both. Where weight
             requires a gradient, that is the row's divergence, and 0 at a weight of 0 where it is not finite.
         reduction: "none" (`[N]`), "sum", "mean" (sum / rows that count), "batchmean" (sum / first dimension).
-        normalizer: float > 0 or 0-d tensor that replaces the denominator of "mean". A tensor of 0 is fine
+        normalizer: float ≥ 1e-20 or 0-d tensor that replaces the denominator of "mean". A tensor of 0 is fine
             where no row counts: the result is 0 then. A tensor that is negative, or 0 where rows count, is
-            refused on the CPU; on a device, where asking would wait, and under torch.compile the result is
-            NaN.
+            refused on the CPU; on a device, where asking would wait, and under torch.compile or torch.func
+            the result is NaN.
         vocab_size: columns at and past it are ignored on both sides; required where the two V differ.
         inplace: allow the gradient to be written over the memory of `student_logits` in backward.
         backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.

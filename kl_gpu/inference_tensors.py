@@ -31,8 +31,9 @@ def ordinary(tensor: Tensor | None) -> Tensor | None:
 def ordinary_rows(tensor: Tensor) -> Tensor:
     """`ordinary` for what has a number or K per row, and is saved by other operators than ours.
 
-    torch.compile cannot ask how it was made: there it is a copy, of a kind that the graph does not save what
-    was copied in its place.
+    torch.compile cannot ask how a tensor was made. There it is copied by an operator of ours, which the
+    compiler neither removes nor repeats in backward from the original: so the copy is saved, not the
+    inference tensor.
     """
     if torch.compiler.is_compiling():
         copied: Tensor = tensor if tensor.requires_grad else copy(tensor)

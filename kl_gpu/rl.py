@@ -107,7 +107,8 @@ def kl_penalty(
     elif estimator == "abs":
         estimate = r.abs()
     else:
-        # Cut off at −r = √(2 · clamp), since k3 ≥ r²/2 there. The logarithm would make a constant of clamp.
+        # Cut off at −r = √(2 · clamp), since k3 ≥ r²/2 there. Not −log(clamp): under torch.compile math.log
+        # would turn a changing clamp into a constant.
         past = None if clamp is None else min(2 * clamp**0.5 + 1, math.log(most) - 1e-5)
         limited = r if past is None else symbols.clamp(r, -past, None)
         estimate = _exp_minus_linear(-limited)

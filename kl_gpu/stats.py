@@ -150,7 +150,7 @@ def token_stats(
         student_logits: `[N, V]`, N any leading shape; float16, bfloat16, float32 or float64.
         teacher_logits: `[N, V]`, on the same device; the dtype may differ.
         labels: int `[N]`, tokens; a row counts where labels != ignore_index. On the CPU other labels outside
-            [0, V) raise; elsewhere, and under torch.compile, their log-probabilities are NaN.
+            [0, V) raise; elsewhere, and under torch.compile or torch.func, their log-probabilities are NaN.
         temperature: divides both logits; a float within [1e-6, 1e9].
         teacher_temperature: overrides `temperature` on the teacher's side.
         mask: bool `[N]`, True counts; combines with `labels` by and. The logits of a row that does not count

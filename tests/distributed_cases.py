@@ -623,6 +623,33 @@ def means(rank: int, ranks: int) -> None:
     assert weights.item() == 0.5 * ranks
 
 
+def penalties_of_dtensors(rank: int, ranks: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    policy, ref = (-3 * torch.rand(6, 5, device=DEVICE) for _ in range(2))
+    mask = torch.rand(6, 5, device=DEVICE) > 0.3
+    line = init_device_mesh(DEVICE.type, (ranks,))
+    for place in (Shard(0), Replicate()):
+        for given in ({}, {"mask": mask}, {"clamp": 0.5}, {"straight_through": True}):
+            for estimator in kl_gpu.rl.ESTIMATORS:
+                whole = policy.clone().requires_grad_()
+                want = kl_gpu.kl_penalty(whole, ref, estimator, **given)
+                want.sum().backward()
+                shared = [distribute_tensor(x, line, (place,)) for x in (policy, ref)]
+                shared[0].requires_grad_()
+                own = {
+                    k: distribute_tensor(v, line, (place,)) if k == "mask" else v for k, v in given.items()
+                }
+                got = kl_gpu.kl_penalty(*shared, estimator, **own)
+                assert isinstance(got, DTensor)
+                torch.testing.assert_close(got.full_tensor(), want)
+                got.sum().backward()
+                torch.testing.assert_close(shared[0].grad.full_tensor(), whole.grad)
+    logits = distribute_tensor(policy, line, (Shard(1),))
+    refused(lambda: kl_gpu.topk_logprobs(logits, 2), TypeError, "^logits.*DTensor.*full_tensor")
+
+
 def dtensors(rank: int, ranks: int, kind: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor

@@ -110,6 +110,30 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("normalizer a tensor below 0", {"normalizer": torch.tensor(-3)}, ValueError, "normalizer.*> 0.*-3"),
     ("normalizer a tensor of NaN", {"normalizer": torch.tensor(NAN)}, ValueError, "normalizer.*> 0.*nan"),
     ("normalizer a tensor of inf", {"normalizer": torch.tensor(INF)}, ValueError, "normalizer.*> 0.*inf"),
+    ("normalizer too small", {"normalizer": 1e-300}, ValueError, "normalizer.*at least 1e-20.*1e-300"),
+    (
+        "normalizer too small, weighted",
+        {"normalizer": 1e-300, "weight": ROWS},
+        ValueError,
+        "normalizer.*at least 1e-20.*1e-300",
+    ),
+    (
+        "normalizer a tensor too small",
+        {"normalizer": torch.tensor(1e-300, dtype=torch.float64)},
+        ValueError,
+        "normalizer.*at least 1e-20.*1e-300",
+    ),
+    ("normalizer past a float", {"normalizer": 10**400}, ValueError, "normalizer.*finite.*10000"),
+    ("normalizer past it below 0", {"normalizer": -(10**400)}, ValueError, "normalizer.*finite.*-10000"),
+    ("temperature past a float", {"temperature": 10**400}, ValueError, "^temperature.*10000"),
+    ("temperature past it below 0", {"temperature": -(10**400)}, ValueError, "^temperature.*-10000"),
+    (
+        "teacher_temperature past a float",
+        {"teacher_temperature": 10**400},
+        ValueError,
+        "^teacher_temp.*10000",
+    ),
+    ("beta past a float", {"kind": "js", "beta": 10**400}, ValueError, "^beta.*10000"),
     ("normalizer a tensor of 0", {"normalizer": torch.tensor(0)}, ValueError, "normalizer.*0.*no row counts"),
     (
         "normalizer a tensor of 0 and some rows",
@@ -158,13 +182,37 @@ ENTRIES = ONE_SIDE | TWO_SIDES
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize("value", [0.0, 9.9e-7, 1.1e9, NAN])
+@pytest.mark.parametrize("value", [0.0, 9.9e-7, 1.1e9, NAN, 10**400, -(10**400)], ids=lambda x: str(x)[:8])
 def test_temperatures_outside_the_range_are_refused_by_every_entry(entry: str, value: float) -> None:
     for argument in ("temperature", "teacher_temperature")[: 2 if entry in TWO_SIDES else 1]:
         with pytest.raises(ValueError, match=rf"^{argument} must be a number > 0, within \[1e-06, 1e\+09\]"):
             ENTRIES[entry](**{argument: value})
     ENTRIES[entry](temperature=1e-6)
     ENTRIES[entry](temperature=1e9)
+
+
+@pytest.mark.parametrize("value", [1e-300, 0, 10**400, -(10**400), NAN], ids=lambda x: str(x)[:8])
+def test_normalizers_that_divide_by_nothing_are_refused_by_every_entry(value: float) -> None:
+    for name in ("topk_div", "linear_div"):
+        for options in ({}, {"weight": ROWS}, {"reduction": "mean"}):
+            with pytest.raises(ValueError, match=r"^normalizer must be a"):
+                ENTRIES[name](normalizer=value, **options)
+    for call in (kl_gpu.kl_div, kl_gpu.js_div):
+        for student in (S, S.clone().requires_grad_()):
+            with pytest.raises(ValueError, match=r"^normalizer must be a"):
+                call(student, T, normalizer=value)
+            assert call(student, T, normalizer=1e-20, t_squared=True, temperature=1e9).isfinite()
+
+
+def test_numbers_past_a_float_are_refused_by_name() -> None:
+    for call in (
+        lambda: kl_gpu.kl_penalty(ROWS, ROWS, "k1", clamp=10**400),
+        lambda: ENTRIES["linear_div"](softcap=10**400),
+        lambda: ENTRIES["linear_div"](teacher_logit_scale=10**400),
+        lambda: kl_gpu.topk_logprobs(S, 1, temperature=10**400),
+    ):
+        with pytest.raises(ValueError, match=r"^(clamp|softcap|teacher_logit_scale|temperature) must be"):
+            call()
 
 
 def _nested(layout: torch.layout) -> torch.Tensor:

@@ -83,6 +83,10 @@ def test_nested_tensors_and_dtensors_are_refused_by_name(world: World) -> None:
     world.run("kinds_of_tensors")
 
 
+def test_penalties_of_dtensors(world: World) -> None:
+    world.run("penalties_of_dtensors")
+
+
 def test_where_nothing_counts(world: World, kind: str, backend: str) -> None:
     world.run("nothing_counts", kind=kind, backend=backend)
 

@@ -316,6 +316,63 @@ def test_the_lowest_float64_over_a_temperature(
         assert (to_numpy(got)[~inside] > 1e2).all()
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("large", [1e302, 1e308])
+def test_the_largest_float64_logits_are_told_apart(
+    backend: str, kind: str, large: float, temperature: float
+) -> None:
+    if large == 1e302:
+        student, teacher = [large, 2 * large, 0.0], [large, 0.0, 2 * large]
+    else:
+        student, teacher = [1e302, large, 0.0], [1e302, 0.0, large]
+    s, t = (torch.tensor([x], dtype=torch.float64, device=DEVICE) for x in (student, teacher))
+    value, *grads = evaluate(s, t, kind, backend, temperature=temperature)
+    # One token each, and not the same: js is ln 2, tv 1, a skew divergence −ln of its β.
+    want = {"js": math.log(2), "tv": 1.0, "skew_forward_kl": math.log(10), "skew_reverse_kl": math.log(10)}
+    if kind in want:
+        np.testing.assert_allclose(value.item(), want[kind], rtol=5e-6)
+        assert all((g == 0).all() for g in grads)
+    elif kind in KLS and large == 1e302:
+        np.testing.assert_allclose(value.item(), 2 * large / temperature, rtol=5e-6)
+    else:
+        assert value.item() > 1e100  # past 2^1022 a size is all that is kept of a product
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_entropies_of_the_largest_float64_logits(backend: str, temperature: float) -> None:
+    if backend == "triton":
+        pytest.skip("its statistics take the difference of products")
+    student = torch.tensor([[1e302, 1e308, 0.0]], dtype=torch.float64, device=DEVICE)
+    teacher = torch.tensor([[1e302, 0.0, 1e308]], dtype=torch.float64, device=DEVICE)
+    labels = torch.tensor([1], device=DEVICE)
+    found = kl_gpu.token_stats(student, teacher, labels, temperature=temperature, backend=backend)
+    for entropy in (found.student_entropy, found.teacher_entropy):
+        assert entropy.item() < 1e-290
+    assert found.student_logprob.item() == 0
+    assert found.teacher_logprob.item() < -1e307
+    assert found.top1_agree.item() == 0
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(1e20, torch.float64), (1e30, torch.float32)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+def test_statistics_of_equal_logits_far_out(
+    backend: str, size: float, dtype: torch.dtype, temperature: float
+) -> None:
+    if backend == "triton":
+        pytest.skip("its statistics take the difference of products")
+    logits = torch.full((2, 8), size, dtype=dtype, device=DEVICE)
+    logits[1, 2:] /= 2
+    labels = torch.tensor([1, 1], device=DEVICE)
+    found = kl_gpu.token_stats(logits, logits.clone(), labels, temperature=temperature, backend=backend)
+    want = [math.log(8), math.log(2)]
+    for entropy in (found.student_entropy, found.teacher_entropy):
+        np.testing.assert_allclose(to_numpy(entropy), want, rtol=5e-6)
+    for log_p in (found.student_logprob, found.teacher_logprob):
+        np.testing.assert_allclose(to_numpy(log_p), np.negative(want), rtol=5e-6)
+    for kl in (found.forward_kl, found.reverse_kl):
+        assert (kl == 0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperatures", [(1e-6, 1.0), (1.0, 1e-6), (1e-6, 1e-6)])
 def test_scaled_logits_past_2_to_the_31(

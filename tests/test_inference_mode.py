@@ -68,6 +68,23 @@ def test_options_of_every_entry(backend: str, name: str, reduction: str, shift: 
     _same(by_backward(loss(**{key: made_there(x) for key, x in options.items()}), *arguments), want)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "token_logprobs"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("option", ["mask", "labels", "weight"])
+def test_one_option_of_every_entry(backend: str, name: str, reduction: str, shift: bool, option: str) -> None:
+    # Together they are combined, and what is saved is the result; alone it is what was given.
+    entry, rows = entries()[name], per_row_options()[option]
+
+    def loss(x: Tensor) -> Callable[..., Tensor]:
+        own = {option: x}
+        return lambda *y: entry.call(*y, backend=backend, reduction=reduction, shift=shift, **own)
+
+    arguments = entry.student, *entry.constants, *entry.shared
+    want = by_backward(loss(rows), *arguments)
+    _same(by_backward(loss(made_there(rows)), *arguments), want)
+
+
 def test_a_student_made_there(backend: str) -> None:
     student, teacher = pair(2, 3, 24)
 

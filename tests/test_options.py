@@ -295,6 +295,24 @@ def test_a_normalizer_that_cannot_be_looked_at_makes_nan_and_no_flipped_loss(
     np.testing.assert_allclose(loss.item(), want, rtol=5e-6)
 
 
+def test_what_torch_func_does_not_let_us_look_at_is_nan(backend: str) -> None:
+    student, teacher = pair(2, 3, 30)
+    for value in (-3.0, 0.0, math.nan):
+        divisor = torch.tensor(value, device=DEVICE)
+        loss = torch.func.grad_and_value(
+            lambda x, n=divisor: kl_gpu.kl_div(x, teacher, normalizer=n, backend=backend)
+        )
+        gradient, of = loss(student)
+        assert math.isnan(of.item())
+        assert torch.isnan(gradient).all()
+    labels = torch.tensor([[3, 30, 3], [3, 3, 3]], device=DEVICE)
+    found = torch.func.vmap(lambda s, t, x: kl_gpu.token_stats(s, t, x, backend=backend))(
+        student, teacher, labels
+    )
+    for log_p in (found.student_logprob, found.teacher_logprob):
+        assert torch.equal(torch.isnan(log_p), labels == 30)
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("options", [{}, {"mask": [True, True, True, False, True]}, {"normalizer": 3.0}])

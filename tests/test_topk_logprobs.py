@@ -167,6 +167,24 @@ def test_a_row_without_a_distribution(backend: str, bad: float) -> None:
     assert torch.isnan(found.tail_logprob).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("kind", tails.TAIL_KINDS["bucket"])
+def test_a_student_of_such_a_row(backend: str, kind: str) -> None:
+    logits, student = (torch.randn(3, 300, device=DEVICE) for _ in range(2))
+    logits[1, 299] = NAN
+    found = kl_gpu.topk_logprobs(logits, 4, backend=backend)
+    run = {"reduction": "none", "validate": True, "backend": backend}
+    value = kl_gpu.topk_div(
+        student, found.logprobs, found.ids, kind, teacher_tail_logprob=found.tail_logprob, **run
+    )
+    assert torch.isnan(value).tolist() == [False, True, False]
+    # A NaN of its own is refused as before.
+    found.tail_logprob[0] = NAN
+    with pytest.raises(ValueError, match=r"teacher_tail_logprob.*nan"):
+        kl_gpu.topk_div(
+            student, found.logprobs, found.ids, kind, teacher_tail_logprob=found.tail_logprob, **run
+        )
+
+
 def test_rows_that_do_not_count(backend: str) -> None:
     logits = torch.randn(2, 3, 300, device=DEVICE)
     mask = torch.tensor([[True, False, True], [True, True, False]], device=DEVICE)

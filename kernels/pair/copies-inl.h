@@ -1,6 +1,8 @@
 // Rows by way of copies of a few columns: sides of two formats, and arithmetic in fp64.
 #pragma once
 
+#include <cmath>
+
 #include "pair/row.h"
 #include "simd/formats-inl.h"
 
@@ -22,9 +24,16 @@ inline void for_each_copy(const Row& row, std::int64_t first, std::int64_t last,
         widen_run(row.a, row.dtype_a, i, n, a);
         widen_run(row.b, row.dtype_b, i, n, b);
         if constexpr (wide) {
+            // As in the fallback, whose sums these columns meet.
+            const auto scaled = [](double logit, double scale) {
+                const double product = logit * scale;
+                if (!(std::fabs(logit) < __builtin_inf())) return logit;
+                if (product > kLargestProduct) return kLargestProduct;
+                return product < -kLargestProduct ? -kLargestProduct : product;
+            };
             for (std::int64_t j = 0; j < n; ++j) {
-                a[j] *= row.scale_a();
-                b[j] *= row.scale_b();
+                a[j] = scaled(a[j], row.scale_a());
+                b[j] = scaled(b[j], row.scale_b());
             }
         }
         take(a, b, i, n, wide ? 1.0 : row.exact_scale());

@@ -15,7 +15,7 @@ namespace kl::KL_ISA {
 // A finite logit stays finite, and so does the difference of two: below a temperature of 1 the lowest fp64
 // number would become -inf, a column that does not exist.
 KL_INLINE VD scaled(VD logit, double scale) {
-    const VD inf = splat<VD>(__builtin_inf()), most = splat<VD>(0x1p1000);
+    const VD inf = splat<VD>(__builtin_inf()), most = splat<VD>(kLargestProduct);
     const VD product = logit * splat<VD>(scale);
     return abs(logit) < inf ? max(min(product, most), -most) : product;
 }
@@ -64,7 +64,8 @@ RowResult fallback(const Row& row) {
         const VL no_a = a == -inf, no_b = b == -inf;
         z_a += no_a ? zero : w;
         z_b += no_b ? zero : w_b;
-        sum_d += (no_a | no_b) ? zero : w * (v - u);
+        // A weight this small is none: its difference may be 2^1022.
+        sum_d += (no_a | no_b | (u < deepest)) ? zero : w * (v - u);
     });
     RowResult out;
     const double z = sum(z_a), c = sum(sum_d) / z, gap = std::log2(sum(z_b)) - std::log2(z);
@@ -88,7 +89,7 @@ RowResult fallback(const Row& row) {
         const VL no_a = a == -inf, no_b = b == -inf;
         const VD u = a - m_a, v = b - m_b, far = splat<VD>(32), x = (no_a | no_b) ? zero : (v - u) - c;
         const VD w_ = exp2(max(u, deepest)), w_b_ = exp2(max(v - c, deepest));
-        const VD w = no_a ? zero : w_, w_b = no_b ? zero : w_b_;
+        const VD w = (no_a | (u < deepest)) ? zero : w_, w_b = no_b ? zero : w_b_;
         const VD wg = x > far ? (w_b - w) * kLog2e - w * x : w * g2(min(x, far));
         a2 += no_a ? w_b * kLog2e : wg;
         a1 += w * x;

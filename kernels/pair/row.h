@@ -8,6 +8,9 @@
 
 namespace kl {
 
+// The size that a finite fp64 logit's product with its scale may reach: the difference of two stays finite.
+constexpr double kLargestProduct = 0x1p1022;
+
 struct Row {
     const void *a, *b;
     Dtype dtype_a, dtype_b;

@@ -53,7 +53,8 @@ struct State {
 // error of a few 2^-24 of the one would be past the promise in the other.
 constexpr double kWorstError = 8;
 
-// The rounding of fp64 in units of fp32's. Rebasing by 45 binades shows it.
+// The rounding of fp64 in units of fp32's. It shows only where rebasing multiplies what was summed by 2^45
+// or so.
 constexpr double kFp64 = 0x1p-28;
 
 // The size of a sum of independent errors. std::hypot takes ten times as long.

@@ -218,8 +218,8 @@ constexpr double kFarRebase = 4;
 // kWorstError times what is left.
 constexpr double kFarFromMean = 0.8;
 
-// The same where a2 grows with 2^x and hides it: half a nat, in units of ln 2. Further off, errors of a1
-// count in the divergence.
+// The same where a2 grows with 2^x and hides it: 0.7 nats, that is 1 in units of ln 2. Further off,
+// errors of a1 count in the divergence.
 constexpr double kNearMean = 1.0;
 
 // A tile that weighs more has its top well above the reference's m, or very many columns above it. The top's
@@ -314,7 +314,7 @@ private:
         return out;
     }
 
-    // Whether more than seven tenths of a2 would cancel in the end if the reference stayed.
+    // Whether more than two fifths of a2 would cancel in the end if the reference stayed.
     static bool moves_the_mean_far(const State& s) {
         return s.has_mass() && std::isfinite(s.a2) &&
                (std::fabs(s.a1) > kNearMean * s.z || s.a1 * s.a1 * kLn2 > kFarFromMean * s.a2 * s.z);

@@ -48,11 +48,17 @@ inline SideResult side_as(const void* logits, Dtype dtype, std::int64_t columns,
 
     const R m = static_cast<R>(static_cast<double>(most) * scale);
     const V k = splat<V>(static_cast<R>(scale)), below = splat<V>(-m), deepest = splat<V>(-1000);
+    const V peak = splat<V>(most);
+    const auto exponent = [&](V v) KL_INLINE_LAMBDA {
+        // In fp64 logits may be so large that the rounding of m shows beside a product that is not rounded.
+        if constexpr (sizeof(R) == sizeof(double)) return (v - peak) * k;
+        return fma(v, k, below);
+    };
     double total = 0, weighted = 0;
     for_each_run([&](std::int64_t n, std::int64_t column) {
         V z{}, e{}, run_z{}, run_e{};
         for (std::int64_t j = 0; j < n; j += lanes<V>) {
-            const V v = load<V>(x + j), u = max(fma(v == -inf ? zero : v, k, below), deepest);
+            const V v = load<V>(x + j), u = max(exponent(v == -inf ? zero : v), deepest);
             const V w_ = exp2(u), w = v == -inf ? zero : w_;
             run_z += w;
             run_e += w * u;

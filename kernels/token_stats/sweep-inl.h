@@ -173,7 +173,7 @@ private:
 
     PairState add(const PairState& tile) const { return merge(total_, tile); }
 
-    // Whether at most seven tenths of either sum would cancel in the end if the reference stayed.
+    // Whether at most two fifths of either sum would cancel in the end if the reference stayed.
     static bool is_central(const PairState& s) {
         const double gap = kLn2 * (s.a1 + s.a2), square = gap * gap;
         return !is_far(s) && square <= kFarFromMean * kLn2 * s.a2 * s.z &&

@@ -1,5 +1,7 @@
 // What token_stats() does with the rows of a pair of tensors.
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 
 #include "api.h"
@@ -43,10 +45,17 @@ RowStats finalise_row(const Layout& layout, const Row& row, const PairState& sta
     return {r.forward, r.reverse, {m, r.lse_a - m, r.entropy_a}, {m_b, r.lse_b - m_b, r.entropy_b}, same};
 }
 
+// Below a temperature of 1 the largest logit may be past fp64.
+double finite(double x) {
+    constexpr double most = std::numeric_limits<double>::max();
+    return std::min(std::max(x, -most), most);
+}
+
 // Of a token, from its logit as memory holds it.
 double log_probability(const SideResult& side, double logit, double scale) {
+    const double product = std::isinf(logit) ? logit : finite(logit * scale);
     // The small numbers are subtracted first: an m of a million would swallow log2 z.
-    const double log_p = kLn2 * ((logit * scale - side.m) - side.log_z);
+    const double log_p = kLn2 * ((product - finite(side.m)) - side.log_z);
     return log_p > 0 ? 0 : log_p;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection
 from numbers import Integral, Real
 from typing import Any
@@ -22,8 +23,10 @@ _INTEGERS = "an integer tensor, of int8 to int64 or uint8 to uint64"
 # Below, the float32 kernels' exponents of logits that models have overflow; above, T² times a divergence that
 # shrinks with 1/T² loses its digits. Within, every backend keeps the promises.
 TEMPERATURE_RANGE = (1e-6, 1e9)
-# So must β and its products with a probability that counts.
+# β and its products with a probability that counts must stay non-zero in float32.
 SMALLEST_BETA = 1e-30
+# So must T² over it, whatever T is, stay finite in float32.
+SMALLEST_NORMALIZER = 1e-20
 
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
@@ -64,6 +67,15 @@ def _is_real(value: object) -> bool:
     return type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
 
 
+def _as_float(value: Any) -> float:
+    """A real number as a float: infinite where it is too large for one, an integer of 400 digits."""
+    if type(value) is float:
+        return value
+    if abs(value) > sys.float_info.max:
+        return math.inf if value > 0 else -math.inf
+    return float(value)
+
+
 def backend(value: object) -> None:
     if value is not None and not isinstance(value, str):
         raise TypeError(f"backend must be a string or None, got {_type_name(value)}")
@@ -88,7 +100,7 @@ def temperature(argument: str, value: Any) -> None:
     if not _is_real(value):
         raise TypeError(f"{argument} must be a float, got {_type_name(value)}")
     low, high = TEMPERATURE_RANGE
-    if not low <= float(value) <= high:  # NaN fails every comparison
+    if not low <= _as_float(value) <= high:  # NaN fails every comparison
         raise ValueError(f"{argument} must be a number > 0, within [{low:g}, {high:g}], got {value}")
 
 
@@ -411,7 +423,7 @@ def labels_are_columns(labels: Tensor, counts: Tensor, columns: int) -> None:
 def positive(argument: str, value: Any, expected: str = "a number") -> None:
     if not _is_real(value):
         raise TypeError(f"{argument} must be {expected}, got {_type_name(value)}")
-    if not 0 < float(value) < math.inf:  # NaN fails every comparison; isfinite does not trace
+    if not 0 < _as_float(value) < math.inf:  # NaN fails every comparison; isfinite does not trace
         raise ValueError(f"{argument} must be a finite number > 0, got {value}")
 
 
@@ -449,8 +461,14 @@ def normalizer(value: Any, reduction: str, device: torch.device, shared: bool = 
             raise ValueError(f"normalizer must be on {device} or the CPU, got {value.device}")
         if readable(value) and not 0 <= value.item() < math.inf:  # NaN fails every comparison
             raise ValueError(f"normalizer must be a finite number > 0, got a tensor of {value.item()}")
+        if readable(value) and 0 < value.item() < SMALLEST_NORMALIZER:
+            raise ValueError(
+                f"normalizer must be 0 or at least {SMALLEST_NORMALIZER:g}, got a tensor of {value.item()}"
+            )
         return
     positive("normalizer", value, "a number or a 0-d tensor")
+    if value < SMALLEST_NORMALIZER:
+        raise ValueError(f"normalizer must be a number of at least {SMALLEST_NORMALIZER:g}, got {value}")
 
 
 def divides(normalizer_: Any, counts: Tensor | None, lead: torch.Size, shift: bool) -> None:

@@ -14,6 +14,8 @@ from . import symbols
 from .register import Implementations, no_output, register
 from .views import flat_rows, views
 
+_MOST = 1.05  # a row's probability: 16-bit rounding may add 2 %
+
 _library = torch.library.Library("kl_gpu", "FRAGMENT")
 _ROWS = "Tensor logits, Tensor ids, Tensor? rows"
 _library.define(f"given_columns({_ROWS}, bool validate, str argument) -> Tensor")
@@ -85,11 +87,8 @@ def _without_padding_fake(ids: Tensor, *_: object) -> Tensor:
     return torch.empty_like(ids)
 
 
-def _refuse_past_one(mass: Tensor, rows: Tensor | None, refuse_nan: bool, message: str) -> None:
-    """Refuse rows that hold more probability than rounding explains. Waits for the device."""
-    wrong = mass > 1.05  # 16-bit rounding may add 2 %
-    if refuse_nan:
-        wrong = ~(mass <= 1.05)
+def _refuse(wrong: Tensor, mass: Tensor, rows: Tensor | None, message: str) -> None:
+    """Refuse rows that are wrong, with the probability that the first of them holds. Waits for the device."""
     if rows is not None:
         wrong = wrong & rows
     if bool(wrong.any()):
@@ -101,8 +100,9 @@ def _check_mass(log_p: Tensor, rows: Tensor | None) -> Tensor:
 
     A result, so that torch.compile does not drop the question.
     """
-    _refuse_past_one(
-        torch.exp(log_p).sum(-1), rows, False,
+    mass = torch.exp(log_p).sum(-1)
+    _refuse(
+        mass > _MOST, mass, rows,
         "teacher_logprobs must be log-probabilities under the teacher's full softmax, "
         "got a row that sums to",
     )  # fmt: skip
@@ -114,9 +114,13 @@ def _check_mass_fake(log_p: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _check_tail(rest_log_p: Tensor, log_p: Tensor, rows: Tensor | None) -> Tensor:
-    """rest_log_p itself, once it is known to be what log_p may leave. Waits for the device."""
-    _refuse_past_one(
-        torch.exp(rest_log_p) + torch.exp(log_p).sum(-1), rows, True,
+    """rest_log_p itself, once it is known to be what log_p may leave. Waits for the device.
+
+    A NaN in log_p is not its fault: such a row is NaN, as `topk_logprobs` gives it.
+    """
+    mass = torch.exp(rest_log_p) + torch.exp(log_p).sum(-1)
+    _refuse(
+        (mass > _MOST) | (torch.isnan(rest_log_p) & ~torch.isnan(log_p).any(-1)), mass, rows,
         "teacher_tail_logprob must be the log-probability of all tokens outside teacher_ids together, "
         "got a row that sums with teacher_logprobs to",
     )  # fmt: skip

@@ -141,8 +141,9 @@ def topk_div(
         inplace: allow the gradient to be written over the memory of `student_logits` in backward.
         validate: refuse ids outside [0, V) (but −1) and ids given twice in a row that counts, and for tails
             other than "renormalize" probabilities that sum to more than 1.05, with P where it is given, or a
-            given P that is NaN. On the CPU always; on a GPU it waits for the device. Not validated, an id
-            outside counts as absent and is never read, and one given twice counts twice.
+            given P that is NaN where teacher_logprobs are not; a row with a NaN in those is NaN. On the CPU
+            always; on a GPU it waits for the device. Not validated, an id outside counts as absent and is
+            never read, and one given twice counts twice.
         return_mass: also return the probability of the ids, Σ_K p and Σ_K q at temperature 1, `[N]`, not
             differentiable; rows that do not count have 0.
         backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.

@@ -24,7 +24,6 @@ _FORMULA_CHUNK = CHUNK // 4
 _CANCELS = 1e-6
 _NO_FLOAT64 = frozenset({"mps"})
 _LOG2E = 1 / math.log(2)
-_LARGEST = 2.0**1000
 
 
 def _chunk(p: RowPair) -> int:
@@ -59,25 +58,32 @@ def row_sum(x: Tensor) -> Tensor:
     return total[: x.shape[0]]
 
 
-def _widen(out: Tensor, logits: Tensor) -> Tensor:
-    """Logits in float64, over `out`; a finite one stays finite over a temperature below 1."""
+def _largest(p: RowPair) -> float:
+    """The size up to which logits are told apart: past it what they are multiplied by, or the difference of
+    two such products, might be infinite, a column that does not exist."""
+    ratio = p.a_scale / p.b_scale
+    return 2.0**1022 / max(1.0, p.a_scale * _LOG2E, p.b_scale * _LOG2E, ratio, 1 / ratio)
+
+
+def _widen(out: Tensor, logits: Tensor, largest: float) -> Tensor:
+    """Logits in float64, over `out`; a finite one is `largest` at most, as `_largest` has it."""
     out.copy_(logits)
     if logits.dtype == torch.float64:
         finite = torch.isfinite(out)
-        torch.where(finite, out.clamp(-_LARGEST, _LARGEST), out, out=out)
+        torch.where(finite, out.clamp(-largest, largest), out, out=out)
     return out
 
 
 class _Side:
     """One side of a chunk of rows: its logits in float64, and 2^(scaled logit − top) beside them."""
 
-    def __init__(self, rows: Tensor, scale: float, buffers: Tensor) -> None:
-        self.rows, self.scale, self.buffers = rows, scale, buffers
+    def __init__(self, rows: Tensor, scale: float, buffers: Tensor, largest: float) -> None:
+        self.rows, self.scale, self.buffers, self.largest = rows, scale, buffers, largest
         tops = [rows[:, c].amax(-1, keepdim=True) for c in self.columns()]
         top = torch.cat(tops, -1).amax(-1, keepdim=True).to(buffers)
         # NaN where the row has no distribution: the largest logit is NaN or infinite.
-        top = torch.where(torch.isfinite(top), top.clamp(-_LARGEST, _LARGEST), torch.nan)
-        self.top = top * scale * _LOG2E
+        self.peak = torch.where(torch.isfinite(top), top.clamp(-largest, largest), torch.nan)
+        self.top = self.peak * scale * _LOG2E
         self.total = torch.zeros_like(self.top)
         for c in self.columns():
             self.total += row_sum(self.load(c)[1])
@@ -87,9 +93,10 @@ class _Side:
 
     def load(self, columns: slice) -> tuple[Tensor, Tensor]:
         logits, powers = self.buffers[:, : self.rows.shape[0], : columns.stop - columns.start]
-        _widen(logits, self.rows[:, columns])
-        torch.add(-self.top, logits, alpha=self.scale * _LOG2E, out=powers)
-        return logits, powers.exp2_()
+        _widen(logits, self.rows[:, columns], self.largest)
+        # The difference first: of products of 1e20 the rounding alone is an exponent of thousands.
+        torch.sub(logits, self.peak, out=powers)
+        return logits, powers.mul_(self.scale * _LOG2E).exp2_()
 
     def log_normalizer(self) -> Tensor:
         """ln Σ exp(scaled logit), `[R, 1]`."""
@@ -175,7 +182,8 @@ def value(p: RowPair) -> tuple[Tensor, Tensor]:
     rows_at_once = max((block.stop - block.start for _, block in blocks_of(p.a, _chunk(p))), default=0)
     buffers = torch.empty((2, 2, rows_at_once, min(shape[2], _chunk(p))), dtype=torch.float64, device=worker)
     for i, j in blocks_of(p.a, _chunk(p)):
-        a, b = _Side(p.a[i, j], p.a_scale, buffers[0]), _Side(p.b[i, j], p.b_scale, buffers[1])
+        a = _Side(p.a[i, j], p.a_scale, buffers[0], _largest(p))
+        b = _Side(p.b[i, j], p.b_scale, buffers[1], _largest(p))
         parts = (_kl(a, b),) if p.formula == "kl" else _formula_totals(p, a, b)
         found[i, j, : 2 + len(parts)] = torch.cat((a.log_normalizer(), b.log_normalizer(), *parts), -1)
     found[..., 2].clamp_min_(0)
@@ -235,7 +243,7 @@ def formula_sums(p: RowPair, stats: Tensor) -> Tensor:
         )
         for c in columns_of(p.a.shape[-1], _FORMULA_CHUNK):
             a, b = (
-                _widen(torch.empty_like(x, dtype=torch.float64, device=worker), x)
+                _widen(torch.empty_like(x, dtype=torch.float64, device=worker), x, _largest(p))
                 for x in (p.a[i, j, c], p.b[i, j, c])
             )
             sides = _normalised(a.clone(), log_a, p.a_scale), _normalised(b.clone(), log_b, p.b_scale)
@@ -305,8 +313,8 @@ def gradient(
             if a_rows.shape not in buffers:
                 buffers[a_rows.shape] = torch.empty((2, *a_rows.shape), dtype=torch.float64, device=worker)
             a, b = buffers[a_rows.shape]
-            _widen(a, a_rows)
-            _widen(b, b_rows)
+            _widen(a, a_rows, _largest(p))
+            _widen(b, b_rows, _largest(p))
             if p.formula == "kl":
                 grads = _kl_gradients(p, a, b, sums, grad_a is not None)
             else:
@@ -325,7 +333,7 @@ def _entropy(side: _Side) -> Tensor:
     weighted = torch.zeros_like(side.total)
     for c in side.columns():
         logits, powers = side.load(c)
-        exponents = logits.mul_(side.scale * _LOG2E).sub_(side.top)
+        exponents = logits.sub_(side.peak).mul_(side.scale * _LOG2E)
         weighted += row_sum(torch.where(powers == 0, 0, exponents.mul_(powers)))
     return ((side.total.log2() - weighted / side.total) / _LOG2E).clamp_min_(0)
 
@@ -334,7 +342,7 @@ def _log_probability(side: _Side, tokens: Tensor) -> Tensor:
     """ln p of one token of each row, `[R, 1]`; NaN for a token that is no column."""
     inside = (tokens >= 0) & (tokens < side.rows.shape[-1])
     logits = side.rows.gather(-1, torch.where(inside, tokens, 0)).to(side.total)
-    exponents = logits * (side.scale * _LOG2E) - side.top
+    exponents = (logits - side.peak) * (side.scale * _LOG2E)
     # At most 0, which one column's rounding might pass.
     found = ((exponents - side.total.log2()) / _LOG2E).clamp_max_(0)
     return torch.where(inside.to(found.device), found, torch.nan)
@@ -348,7 +356,8 @@ def token_stats(p: RowPair, tokens: Tensor | None) -> Tensor:
     rows_at_once = max((block.stop - block.start for _, block in blocks_of(p.a, _chunk(p))), default=0)
     buffers = torch.empty((2, 2, rows_at_once, min(shape[2], _chunk(p))), dtype=torch.float64, device=worker)
     for i, j in blocks_of(p.a, _chunk(p)):
-        a, b = _Side(p.a[i, j], p.a_scale, buffers[0]), _Side(p.b[i, j], p.b_scale, buffers[1])
+        a = _Side(p.a[i, j], p.a_scale, buffers[0], _largest(p))
+        b = _Side(p.b[i, j], p.b_scale, buffers[1], _largest(p))
         of_tokens = [torch.full_like(a.total, torch.nan)] * 2
         if tokens is not None:
             of_tokens = [_log_probability(side, tokens[i, j, None]) for side in (b, a)]
