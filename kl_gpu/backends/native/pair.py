@@ -76,7 +76,7 @@ def value_and_gradient(
 
 
 def token_stats(p: RowPair, tokens: Tensor | None) -> Tensor:
-    """`[TOKEN_STATS, A*B]`, in the order of `kl_gpu.problem`; tokens int64 `[A, B]` where there are any."""
+    """As `Backend.token_stats` has it."""
     out = torch.empty(TOKEN_STATS, p.n_rows, dtype=p.dtype, device=CPU)
     # Keep a reference: the extension gets raw addresses, and a temporary would be freed during the call.
     tokens = None if tokens is None else tokens.contiguous()
