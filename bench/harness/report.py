@@ -1,0 +1,226 @@
+"""The report of a run: rows from what was timed, JSON for everybody, tables for the terminal."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from . import machine
+from .cases import Case
+from .traffic import COPY_PASSES, PASSES, gbps, tensor_bytes
+
+COPY = "copy"
+
+
+@dataclass
+class Finding:
+    """What one test of the suite measured. `seconds` are empty where the system failed."""
+
+    system: str
+    kind: str
+    work: str
+    dtype: str
+    N: int
+    V: int
+    seconds: list[float] = field(default_factory=list)
+    peak_extra_bytes: int = 0
+    max_rel_error: float = 0.0
+
+    @property
+    def case(self) -> Case:
+        return Case(self.kind, self.dtype, self.N, self.V)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the JSON."""
+
+    system: str
+    kind: str
+    work: str
+    dtype: str
+    N: int
+    V: int
+    ms: float
+    bytes: int
+    gbps: float
+    share_of_copy: float
+    peak_extra_bytes: int
+    max_rel_error: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A workload of one case, by every system that did it rightly."""
+
+    rows: list[Row]
+    copy_gbps: float
+    spread: dict[str, float]  # ms, of the copy too: the median distance of a run from the median run
+
+
+def measured(findings: Iterable[Finding]) -> dict[tuple[Case, str], Measured]:
+    """Every case and workload whose copy was timed. A system that failed in one pass has no row."""
+    groups: dict[tuple[Case, str], dict[str, list[Finding]]] = {}
+    for finding in findings:
+        group = groups.setdefault((finding.case, finding.work), {})
+        group.setdefault(finding.system, []).append(finding)
+    results = {}
+    for (case, work), group in groups.items():
+        whole = {name: passes for name, passes in group.items() if all(each.seconds for each in passes)}
+        if COPY in whole:
+            results[case, work] = _measured(case, work, whole)
+    return results
+
+
+def _measured(case: Case, work: str, group: Mapping[str, list[Finding]]) -> Measured:
+    times = {name: [1e3 * s for each in passes for s in each.seconds] for name, passes in group.items()}
+    typical = {name: median(each) for name, each in times.items()}
+    spread = {name: median(abs(ms - typical[name]) for ms in each) for name, each in times.items()}
+    size = tensor_bytes(case.rows, case.vocab, case.torch_dtype.itemsize)
+    copy_gbps = gbps(COPY_PASSES * size, typical.pop(COPY))
+    required = PASSES[work] * size
+    rows = [
+        Row(
+            system=name,
+            kind=case.kind,
+            work=work,
+            dtype=case.dtype,
+            N=case.rows,
+            V=case.vocab,
+            ms=ms,
+            bytes=required,
+            gbps=gbps(required, ms),
+            share_of_copy=gbps(required, ms) / copy_gbps,
+            peak_extra_bytes=max(each.peak_extra_bytes for each in group[name]),
+            max_rel_error=max(each.max_rel_error for each in group[name]),
+        )
+        for name, ms in typical.items()
+    ]
+    return Measured(rows, copy_gbps, spread)
+
+
+@dataclass
+class Report:
+    """The JSON document. `copy_gbps` is the best case's: the others' copies were cut short by their size."""
+
+    device: str
+    date: str  # ISO 8601 with zone
+    torch: str
+    triton: str | None
+    driver: str | None
+    copy_gbps: float = 0.0
+    rows: list[Row] = field(default_factory=list)
+
+    def add(self, results: Iterable[Measured]) -> None:
+        for result in results:
+            self.rows += result.rows
+            self.copy_gbps = max(self.copy_gbps, result.copy_gbps)
+
+    @property
+    def stem(self) -> str:
+        """Device and date, as a file's name."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
+        return f"{slug}-{datetime.fromisoformat(self.date):%Y%m%d-%H%M%S}"
+
+    def save(self, folder: Path, *, complete: bool) -> Path:
+        """Writes `device-date.json`, or `….partial.json` of a run that is still going on or was stopped."""
+        partial = folder / f"{self.stem}.partial.json"
+        partial.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+        return partial.rename(folder / f"{self.stem}.json") if complete else partial
+
+
+def new_report(device: torch.device) -> Report:
+    return Report(
+        device=machine.name(device),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        torch=torch.__version__,
+        triton=machine.triton_version(),
+        driver=machine.driver_version(device),
+    )
+
+
+def case_table(case: Case, results: Mapping[str, Measured]) -> Table:
+    """Every system and workload of one case."""
+    table = _table(f"{case}, U = {_mb(case.tensor_bytes)} MB", "work", "system")
+    for heading in ("ms", "±", "GB/s", "share", "peak MB", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for work, result in results.items():
+        copy_ms = COPY_PASSES * case.tensor_bytes / result.copy_gbps / 1e6
+        table.add_row(
+            f"{work} {PASSES[work]}U",
+            COPY,
+            _short(copy_ms),
+            f"{result.spread[COPY] / copy_ms:.0%}",
+            _short(result.copy_gbps),
+        )
+        for row in result.rows:
+            table.add_row(
+                "",
+                escape(row.system),
+                _short(row.ms),
+                f"{result.spread[row.system] / row.ms:.0%}",
+                _short(row.gbps),
+                f"{row.share_of_copy:.0%}",
+                _mb(row.peak_extra_bytes),
+                f"{row.max_rel_error:.0e}",
+            )
+        table.add_section()
+    return table
+
+
+def summary_table(rows: Sequence[Row]) -> Table:
+    """Medians over kinds and sizes: the share of copy speed, and the time as a multiple of kl_gpu's."""
+    systems = list(dict.fromkeys(row.system for row in rows))
+    ours = {_task(row): row.ms for row in rows if row.system == "kl_gpu"}
+    groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for row in rows:
+        groups.setdefault((row.work, row.dtype), {}).setdefault(row.system, []).append(row)
+
+    table = _table("Medians: share of copy speed, time ÷ kl_gpu's", "work")
+    for system in systems:
+        table.add_column(escape(system), justify="right")
+    for (work, dtype), group in groups.items():
+        cells = []
+        for system in systems:
+            mine = group.get(system, [])
+            share = f"{median(row.share_of_copy for row in mine):.0%}" if mine else "–"
+            ratios = [row.ms / ours[_task(row)] for row in mine if _task(row) in ours]
+            cells.append(f"{share}  {_short(median(ratios))}×" if ratios else share)
+        table.add_row(f"{work} {dtype}", *cells)
+    return table
+
+
+def _task(row: Row) -> tuple[str, str, str, int, int]:
+    return row.kind, row.work, row.dtype, row.N, row.V
+
+
+def _table(title: str, *labels: str) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for label in labels:
+        table.add_column(label, no_wrap=True)
+    return table
+
+
+def _short(number: float) -> str:
+    """Three digits without an exponent, and none at all below a thousandth."""
+    return f"{number:.3g}" if 0.001 <= number < 999.5 else f"{number:.0f}"
+
+
+def _mb(size: int) -> str:
+    return _short(size / 1e6)

@@ -1,0 +1,26 @@
+"""Without the command line's choice, a few points: `pytest bench/suite` is for watching one change."""
+
+from __future__ import annotations
+
+import pytest
+
+from ..harness.options import usual_device
+from .plan import few_points
+from .plugin import NAME, Suite
+from .stage import Stage
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.has_plugin(NAME):
+        device = usual_device()
+        config.pluginmanager.register(Suite(few_points(device), device, repeats=9), NAME)
+
+
+@pytest.fixture(scope="session")
+def suite(pytestconfig: pytest.Config) -> Suite:
+    return pytestconfig.pluginmanager.get_plugin(NAME)
+
+
+@pytest.fixture(scope="session")
+def stage(suite: Suite) -> Stage:
+    return Stage(suite.device)
