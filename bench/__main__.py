@@ -23,7 +23,7 @@ COMMANDS = {
     "readme": ("gpu.readme", "README's GPU table from the stored runs"),
     "audit": ("audit.command", "the Triton kernels compiled for every architecture, without a GPU"),
     "accuracy": ("accuracy.measure", "README's accuracy figures: errors on rows like a trained model's"),
-    "scale": ("scale", "what sharing a vocabulary costs: a model of links, and Gloo measured here"),
+    "cpu distributed": ("cpu.distributed", "processes that share a vocabulary, over Gloo"),
 }
 
 

@@ -1,22 +1,19 @@
 """linear_div on the CPU against its four products alone, plain PyTorch and torch.compile: time and memory.
 
-Forward KL, value and gradients of the student's hidden states and weight. Candidates take turns in every
-round, each right after a call of its own that is not timed: a training loop finds the memory that its last
-step gave back, not what another candidate's gigabytes left of it. Figures are medians, ratios medians of the
-ratios within a round. "products" are the same calls of the same library on the same chunks and buffers, and
-nothing else. Memory is the peak of a fresh process's resident set over its inputs, from which the gradients
-it returns are then taken off: what a library takes for scratch counts. --flat measures ours from 1024 to
-16384 rows instead.
+Forward KL, value and gradients of the student's hidden states and weight. Each is timed right after a call of
+its own that is not: a training loop finds the memory that its last step gave back, not what another
+candidate's gigabytes left of it. "products" are the same calls of the same library on the same chunks and
+buffers, and nothing else. Memory is the peak of a fresh process's resident set over its inputs, from which the
+gradients it returns are then taken off: what a library takes for scratch counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -26,14 +23,11 @@ from torch import Tensor
 import kl_gpu
 from kl_gpu import linear_chunks, linear_sums, native
 
-from ..harness.clock import interleaved, ratio
 from ..harness.linear import Loss, plain
 from ..harness.memory import resident_peak_bytes
 from ..harness.options import DTYPES
 from . import rounds
 
-MOST_TIMES_PRODUCTS = 1.15
-MOST_BYTES = 600 << 20
 FLAT = (1024, 2048, 4096, 8192, 16384)
 _MIB = float(1 << 20)
 
@@ -118,32 +112,19 @@ def gradient_bytes(options: argparse.Namespace, dtype: str, rows: int) -> int:
     return (rows + options.columns) * options.hidden * DTYPES[dtype].itemsize
 
 
-def flat(options: argparse.Namespace) -> None:
-    for dtype in options.dtype:
-        beyond = [peak(options, "linear_div", dtype, n) - gradient_bytes(options, dtype, n) for n in FLAT]
-        print(f"{dtype}, MiB beyond inputs and gradients: ", end="")
-        print(", ".join(f"N = {n}: {size / _MIB:.0f}" for n, size in zip(FLAT, beyond, strict=True)))
+def races(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[rounds.Race]:
+    heads = problem(options, dtype)
+    calls = {"products": products(heads)}
+    calls |= {name: partial(both_ways, loss, heads) for name, loss in LOSSES.items()}
+    yield rounds.Race("forward KL", calls, ("products", "linear_div"), before=calls)
 
 
-def against_baselines(options: argparse.Namespace) -> None:
-    headings = f"{'of the products':>18}{'ours is faster':>16}{'MiB beyond inputs':>19}{'and gradients':>26}"
-    print(f"{'':30}{'s':>7}{headings}")
+def memory(options: argparse.Namespace, sizes: Sequence[int], losses: Iterable[str]) -> None:
     for dtype in options.dtype:
-        heads = problem(options, DTYPES[dtype])
-        candidates = {"products": products(heads)}
-        candidates |= {name: partial(both_ways, loss, heads) for name, loss in LOSSES.items()}
-        times = interleaved(candidates, options.repeats, before=candidates)
-        for name, seconds in times.items():
-            line = f"{dtype + ' ' + name:30}{statistics.median(seconds):7.2f}"
-            line += f"{ratio(seconds, times['products']):11.2f} ×"
-            line += f" (≤{MOST_TIMES_PRODUCTS:.2f})" if name == "linear_div" else " " * 8
-            faster = f"{ratio(seconds, times['linear_div']):.2f} ×" if name in LOSSES else ""
-            line += f"{faster:>13}"
-            if name in LOSSES:
-                size = peak(options, name, dtype, options.rows)
-                line += f"{size / _MIB:19.0f}{(size - gradient_bytes(options, dtype, options.rows)) / _MIB:15.0f}"
-                line += f" (≤ {MOST_BYTES / _MIB:.0f})" if name == "linear_div" else ""
-            print(line.rstrip(), flush=True)
+        for name in losses:
+            beyond = (peak(options, name, dtype, n) - gradient_bytes(options, dtype, n) for n in sizes)
+            found = ", ".join(f"N = {n}: {size / _MIB:.0f}" for n, size in zip(sizes, beyond, strict=True))
+            print(f"{dtype} {name}, MiB beyond inputs and gradients: {found}", flush=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,9 +134,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    rounds.begin(options)
     if options.peak_of:
+        rounds.begin(options)
         print_peak(options)
+    elif options.flat:
+        memory(options, FLAT, ["linear_div"])
     else:
-        (flat if options.flat else against_baselines)(options)
+        rounds.hold(options, races)
+        memory(options, [options.rows], LOSSES)
     return 0

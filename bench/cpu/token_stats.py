@@ -1,14 +1,12 @@
 """token_stats against one value of a KL, and against plain PyTorch computing the same, on the CPU.
 
-Candidates take turns in every round; figures are medians, and ratios are medians of the ratios within a
-round. All read both tensors of logits once at least (2 U); kl_div is the per-token forward KL under no_grad.
+All read both tensors of logits once at least (2 U); kl_div is the per-token forward KL under no_grad.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +14,7 @@ from torch import Tensor
 
 import kl_gpu
 
-from ..harness.clock import interleaved, ratio
-from ..harness.options import DTYPES
 from . import rounds
-
-FLOORS = {"kl_div": 1 / 1.7, "plain": 10.0}  # times of the others over ours, at least
-
 
 def plain(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     """What people write, from one log-softmax a side."""
@@ -38,14 +31,15 @@ def plain(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, ...
     )
 
 
-def candidates(rows: int, columns: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    student, teacher = rounds.logits(rows, columns, dtype)
-    labels = torch.randint(0, columns, (rows,))
-    return {
-        "kl_div": lambda: kl_gpu.kl_div(student, teacher, reduction="none"),
+def races(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[rounds.Race]:
+    student, teacher = rounds.logits(options.rows, options.columns, dtype)
+    labels = torch.randint(0, options.columns, (options.rows,))
+    calls: rounds.Runs = {
         "token_stats": lambda: kl_gpu.token_stats(student, teacher, labels),
-        "plain": lambda: plain(student, teacher, labels),
+        "kl_div": torch.no_grad()(lambda: kl_gpu.kl_div(student, teacher, reduction="none")),
+        "plain PyTorch": torch.no_grad()(lambda: plain(student, teacher, labels)),
     }
+    yield rounds.Race("token_stats", calls, ("token_stats", "kl_div"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,16 +47,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    rounds.begin(options)
-    for name in options.dtype:
-        with torch.no_grad():
-            times = interleaved(candidates(options.rows, options.columns, DTYPES[name]), options.repeats)
-        ours = times["token_stats"]
-        print(
-            f"{name:9}token_stats {statistics.median(ours) * 1e3:6.2f} ms; "
-            f"kl_div {statistics.median(times['kl_div']) * 1e3:6.2f} ms, "
-            f"{ratio(ours, times['kl_div']):.2f} × its time (≤ {1 / FLOORS['kl_div']:.1f}); "
-            f"plain PyTorch {statistics.median(times['plain']) * 1e3:6.1f} ms, "
-            f"{ratio(times['plain'], ours):.1f} × ours (≥ {FLOORS['plain']:.0f})"
-        )
-    return 0
+    return rounds.hold(options, races)

@@ -1,9 +1,7 @@
 """token_logprobs and topk_div on the CPU against the plain PyTorch they replace, forward and backward.
 
-Everything takes its turn in every round, right after a call of its own that is not timed: a training loop
-finds the memory that its last step gave back, not what another candidate left of it. Figures are medians,
-ratios medians of the ratios within a round.
-The checking of ids is part of the time, and so is a new gradient buffer, whose pages the system hands out
+Each is timed right after a call of its own that is not: a training loop finds the memory that its last step
+gave back, not what another candidate left of it. The checking of ids is part of the time, and so is a new gradient buffer, whose pages the system hands out
 one by one; with inplace=True there is none. "memory" is what a forward and backward must move, one read,
 then one read and one write, by loops that do nothing else, into memory that is there or into a new buffer.
 """
@@ -11,8 +9,7 @@ then one read and one write, by loops that do nothing else, into memory that is 
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,12 +20,7 @@ from torch import Tensor
 import kl_gpu
 from kl_gpu import _native
 
-from ..harness.clock import interleaved, ratio
-from ..harness.options import DTYPES
 from . import rounds
-
-FLOOR = 8.0  # times plain PyTorch
-
 
 def plain_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     return F.log_softmax(logits, -1).gather(-1, ids[:, None])[:, 0]
@@ -54,15 +46,11 @@ class Output(torch.autograd.Function):
         return None, None
 
 
-Runs = dict[str, Callable[[], object]]
-
-
-def candidates(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Runs, Runs]:
-    """What is timed, and what must happen before it."""
-    teacher = 3 * torch.randn(args.rows, args.columns)
+def races(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[rounds.Race]:
+    teacher = 3 * torch.randn(options.rows, options.columns)
     student = (teacher + 0.5 * torch.randn_like(teacher)).to(dtype)
-    logprobs, ids = teacher.log_softmax(-1).topk(args.k)
-    tokens = torch.randint(0, args.columns, (args.rows,))
+    logprobs, ids = teacher.log_softmax(-1).topk(options.k)
+    tokens = torch.randint(0, options.columns, (options.rows,))
     leaf, to = student.clone().requires_grad_(), torch.zeros_like(student)
     output, weight = student.clone(), torch.zeros((), requires_grad=True)
     size = student.numel() * student.element_size()
@@ -78,8 +66,8 @@ def candidates(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Runs, Runs
     def move(to: Tensor) -> None:
         x = student.data_ptr()
         # The probes read two buffers: the halves of one.
-        _native.probe_read(x, x + half, half, args.threads)
-        _native.probe_write(x, x, to.data_ptr(), size, args.threads)
+        _native.probe_read(x, x + half, half, options.threads)
+        _native.probe_write(x, x, to.data_ptr(), size, options.threads)
 
     def logprobs_of(logits: Tensor, inplace: bool = False) -> Any:
         return kl_gpu.token_logprobs(logits, tokens, inplace=inplace)
@@ -87,22 +75,29 @@ def candidates(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Runs, Runs
     def topk_of(logits: Tensor, inplace: bool = False) -> Tensor:
         return kl_gpu.topk_div(logits, logprobs, ids, reduction="none", inplace=inplace)  # type: ignore[return-value]
 
-    timed: Runs = {
+    memory: rounds.Runs = {
         "memory": lambda: move(to),
         "memory, new buffer": lambda: move(torch.empty_like(student)),
-        "token_logprobs": both_ways(lambda: logprobs_of(leaf)),
-        "token_logprobs, inplace": both_ways(lambda: logprobs_of(Output.apply(weight, output), True)),
-        "token_logprobs plain": both_ways(lambda: plain_logprobs(leaf, tokens)),
-        "topk_div": both_ways(lambda: topk_of(leaf)),
-        "topk_div, inplace": both_ways(lambda: topk_of(Output.apply(weight, output), True)),
-        "topk_div plain": both_ways(lambda: plain_bucket(leaf, logprobs, ids)),
+    }
+    logprobs_calls: rounds.Runs = {
+        "ours": both_ways(lambda: logprobs_of(leaf)),
+        "ours, inplace": both_ways(lambda: logprobs_of(Output.apply(weight, output), True)),
+        "plain PyTorch": both_ways(lambda: plain_logprobs(leaf, tokens)),
+    }
+    topk_calls: rounds.Runs = {
+        "ours": both_ways(lambda: topk_of(leaf)),
+        "ours, inplace": both_ways(lambda: topk_of(Output.apply(weight, output), True)),
+        "plain PyTorch": both_ways(lambda: plain_bucket(leaf, logprobs, ids)),
     }
 
-    def prepare(name: str) -> None:
-        timed[name]()
+    def prepare(call: Callable[[], object]) -> None:
+        call()
         output.copy_(student)
 
-    return timed, {name: partial(prepare, name) for name in timed}
+    for title, calls in (("token_logprobs", logprobs_calls), ("topk_div", topk_calls)):
+        timed = memory | calls
+        before = {name: partial(prepare, call) for name, call in timed.items()}
+        yield rounds.Race(title, timed, ("ours", "ours, inplace"), before)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,17 +105,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    rounds.begin(options)
-    print(f"{'forward + backward':34}{'ms':>8}{'plain PyTorch, ms':>20}{'faster':>20}{'memory, ms':>13}")
-    for dtype in options.dtype:
-        timed, before = candidates(options, DTYPES[dtype])
-        times = interleaved(timed, options.repeats, before)
-        ms = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
-        for entry in ("token_logprobs", "topk_div"):
-            for way, memory in (("", "memory, new buffer"), (", inplace", "memory")):
-                ours, plain = entry + way, entry + " plain"
-                print(
-                    f"{dtype + ' ' + ours:34}{ms[ours]:8.1f}{ms[plain]:20.1f}"
-                    f"{ratio(times[plain], times[ours]):11.1f} × (≥{FLOOR:3.0f}){ms[memory]:13.1f}"
-                )
-    return 0
+    return rounds.hold(options, races)

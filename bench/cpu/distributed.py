@@ -1,7 +1,8 @@
-"""Gloo processes on this machine: the gather beside its prediction, two of them beside two threads."""
+"""What sharing a vocabulary costs on this machine: Gloo processes, and two of them beside two threads."""
 
 from __future__ import annotations
 
+import argparse
 import socket
 import statistics
 import time
@@ -15,9 +16,7 @@ import torch.multiprocessing as mp
 from kl_gpu import divergence
 from kl_gpu.distributed import vocab_parallel_div
 
-from .scale import Link
-
-_ROWS = (16, 256, 4096, 65536)
+_GATHERED = (16, 256, 4096, 65536)  # rows
 _REPEATS = 25
 _N, _V = 256, 128256
 
@@ -27,25 +26,20 @@ def _join(rank: int, ranks: int, port: int) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
 
 
-def _median(run: Callable[[], Any], repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        dist.barrier()
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
-
-
 def _gathers(rank: int, ranks: int, port: int, found: Any) -> None:
-    _join(rank, ranks, port)
     from kl_gpu.distributed.collectives import gather
 
-    for rows in _ROWS:
+    _join(rank, ranks, port)
+    for rows in _GATHERED:
         state = torch.zeros(3, rows, dtype=torch.float64)
-        seconds = _median(lambda state=state: gather(state, dist.group.WORLD, "states"), 40)  # type: ignore[misc]
+        times = []
+        for _ in range(40):
+            dist.barrier()
+            start = time.perf_counter()
+            gather(state, dist.group.WORLD, "states")
+            times.append(time.perf_counter() - start)
         if rank == 0:
-            found[rows] = seconds
+            found[rows] = statistics.median(times[1:])
     dist.destroy_process_group()
 
 
@@ -70,8 +64,9 @@ class _Turn(NamedTuple):
         return time.perf_counter() - start
 
 
+_ALONE = "one process, two threads"
 _TURNS = {
-    "one process, two threads": _Turn(divergence, 2, False),
+    _ALONE: _Turn(divergence, 2, False),
     "two processes": _Turn(vocab_parallel_div, 1, True),
     # What no exchange between them could get below.
     "two that do not talk": _Turn(divergence, 1, True),
@@ -89,11 +84,9 @@ def _race(rank: int, ranks: int, port: int, found: Any) -> None:
         sides = {False: [student, teacher], True: [x[:, half].contiguous() for x in (student, teacher)]}
         for work in ("value", "value and gradient"):
             times: dict[str, list[float]] = {name: [] for name in _TURNS}
-            for turn in range(_REPEATS + 1):
+            for _ in range(_REPEATS + 1):
                 for name, way in _TURNS.items():
-                    seconds = way.seconds(rank, sides[way.halves], work != "value")
-                    if turn:
-                        times[name].append(seconds)
+                    times[name].append(way.seconds(rank, sides[way.halves], work != "value"))
             if rank == 0:
                 found[str(dtype).removeprefix("torch."), work] = times
     dist.destroy_process_group()
@@ -109,28 +102,18 @@ def _started(target: Callable[..., None], ranks: int) -> dict[Any, Any]:
         return dict(found)
 
 
-def measure() -> None:
-    two = _started(_gathers, 2)
-    few, many = _ROWS[0], _ROWS[-1]
-    # α and β from the two ends of the two processes' line; everything else is held against them.
-    per_byte = (two[many] - two[few]) / (24 * (many - few))
-    link = Link(two[few] - 24 * few * per_byte, 1 / per_byte)
-    print(
-        f"\nmeasured here: Gloo, α = {link.latency * 1e6:.0f} µs, β = {link.bandwidth:.2g} bytes/s, "
-        "from 2 processes"
-    )
-    for ranks, found in ((2, two), (4, _started(_gathers, 4))):
-        for rows in _ROWS:
-            guess = link.all_gather(ranks, 24 * rows)
-            print(
-                f"  {ranks} processes, N = {rows}: measured {found[rows] * 1e3:.3f} ms, "
-                f"predicted {guess * 1e3:.3f} ms"
-            )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """There is nothing to choose."""
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    for ranks in (2, 4):
+        for rows, seconds in _started(_gathers, ranks).items():
+            print(f"{ranks} processes gather the states of {rows} rows in {seconds * 1e3:.3f} ms")
     for (dtype, work), times in _started(_race, 2).items():
-        alone = times.pop("one process, two threads")
-        print(
-            f"  {dtype} {work}, {_N} × {_V}: one process, two threads {statistics.median(alone) * 1e3:.1f} ms"
-        )
+        alone = times.pop(_ALONE)[1:]
+        print(f"{dtype} {work}, {_N} × {_V}: {_ALONE} {statistics.median(alone) * 1e3:.1f} ms")
         for name, seconds in times.items():
-            ratio = statistics.median(b / a for a, b in zip(alone, seconds, strict=True))
-            print(f"    {name}: {statistics.median(seconds) * 1e3:.1f} ms, {ratio:.2f} ×")
+            ratio = statistics.median(b / a for a, b in zip(alone, seconds[1:], strict=True))
+            print(f"  {name}: {statistics.median(seconds[1:]) * 1e3:.1f} ms, {ratio:.2f} ×")
+    return 0
