@@ -12,18 +12,15 @@ from types import ModuleType
 COMMANDS = {
     "suite": ("suite.command", "kl_gpu beside plain PyTorch and torch.compile, on the device at hand"),
     "cpu table": ("cpu.table", "README's CPU table: the kernels beside the machine's memory"),
-    "cpu sizes": ("cpu.sizes", "time per byte over V and over N"),
     "cpu overhead": ("cpu.overhead", "what a call costs where the logits cost nothing"),
     "cpu topk": ("cpu.topk", "token_logprobs and topk_div"),
     "cpu token-stats": ("cpu.token_stats", "token_stats"),
-    "cpu linear": ("cpu.linear", "linear_div: time, and memory of fresh processes"),
     "gpu": ("gpu.session", "a whole session on a GPU: tests, timings, sanitizer, plots"),
-    "gpu-linear": ("gpu.linear", "linear_div on a GPU"),
+    "linear": ("linear", "linear_div beside its products and baselines, on the device at hand"),
     "plots": ("gpu.plots", "the pictures of a stored run"),
     "readme": ("gpu.readme", "README's GPU table from the stored runs"),
     "audit": ("audit.command", "the Triton kernels compiled for every architecture, without a GPU"),
     "accuracy": ("accuracy.measure", "README's accuracy figures: errors on rows like a trained model's"),
-    "cpu distributed": ("cpu.distributed", "processes that share a vocabulary, over Gloo"),
 }
 
 

@@ -109,7 +109,7 @@ class Session:
 
     def linear(self, limit: float) -> Ending:
         """Times linear_div and its baselines; the last line printed says how it stands to its targets."""
-        finished = self._run("gpu-linear", "--out", str(self.folder), limit=limit)
+        finished = self._run("linear", "--out", str(self.folder), limit=limit)
         if finished.timed_out:
             return Ending(CUT_SHORT)
         if finished.code != 0:

@@ -65,7 +65,6 @@ class Measured:
 
     rows: list[Row]
     copy_gbps: float
-    spread: dict[str, float]  # ms, of the copy too: the median distance of a run from the median run
 
 
 def measured(findings: Iterable[Finding]) -> dict[tuple[Case, str], Measured]:
@@ -85,7 +84,6 @@ def measured(findings: Iterable[Finding]) -> dict[tuple[Case, str], Measured]:
 def _measured(case: Case, work: str, group: Mapping[str, list[Finding]]) -> Measured:
     times = {name: [1e3 * s for each in passes for s in each.seconds] for name, passes in group.items()}
     typical = {name: median(each) for name, each in times.items()}
-    spread = {name: median(abs(ms - typical[name]) for ms in each) for name, each in times.items()}
     size = tensor_bytes(case.rows, case.vocab, case.torch_dtype.itemsize)
     copy_gbps = gbps(COPY_PASSES * size, typical.pop(COPY))
     required = PASSES[work] * size
@@ -106,7 +104,7 @@ def _measured(case: Case, work: str, group: Mapping[str, list[Finding]]) -> Meas
         )
         for name, ms in typical.items()
     ]
-    return Measured(rows, copy_gbps, spread)
+    return Measured(rows, copy_gbps)
 
 
 @dataclass
@@ -149,35 +147,6 @@ def new_report(device: torch.device) -> Report:
     )
 
 
-def case_table(case: Case, results: Mapping[str, Measured]) -> Table:
-    """Every system and workload of one case."""
-    table = _table(f"{case}, U = {_mb(case.tensor_bytes)} MB", "work", "system")
-    for heading in ("ms", "±", "GB/s", "share", "peak MB", "error"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for work, result in results.items():
-        copy_ms = COPY_PASSES * case.tensor_bytes / result.copy_gbps / 1e6
-        table.add_row(
-            f"{work} {PASSES[work]}U",
-            COPY,
-            _short(copy_ms),
-            f"{result.spread[COPY] / copy_ms:.0%}",
-            _short(result.copy_gbps),
-        )
-        for row in result.rows:
-            table.add_row(
-                "",
-                escape(row.system),
-                _short(row.ms),
-                f"{result.spread[row.system] / row.ms:.0%}",
-                _short(row.gbps),
-                f"{row.share_of_copy:.0%}",
-                _mb(row.peak_extra_bytes),
-                f"{row.max_rel_error:.0e}",
-            )
-        table.add_section()
-    return table
-
-
 def summary_table(rows: Sequence[Row]) -> Table:
     """Medians over kinds and sizes: the share of copy speed, and the time as a multiple of kl_gpu's."""
     systems = list(dict.fromkeys(row.system for row in rows))
@@ -186,7 +155,8 @@ def summary_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         groups.setdefault((row.work, row.dtype), {}).setdefault(row.system, []).append(row)
 
-    table = _table("Medians: share of copy speed, time ÷ kl_gpu's", "work")
+    title = "Medians: share of copy speed, time ÷ kl_gpu's"
+    table = Table("work", title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for system in systems:
         table.add_column(escape(system), justify="right")
     for (work, dtype), group in groups.items():
@@ -204,23 +174,6 @@ def _task(row: Row) -> tuple[str, str, str, int, int]:
     return row.kind, row.work, row.dtype, row.N, row.V
 
 
-def _table(title: str, *labels: str) -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    for label in labels:
-        table.add_column(label, no_wrap=True)
-    return table
-
-
 def _short(number: float) -> str:
     """Three digits without an exponent, and none at all below a thousandth."""
     return f"{number:.3g}" if 0.001 <= number < 999.5 else f"{number:.0f}"
-
-
-def _mb(size: int) -> str:
-    return _short(size / 1e6)

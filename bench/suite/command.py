@@ -18,7 +18,7 @@ from kl_gpu.ops import resolve_backend
 
 from ..harness import machine
 from ..harness.options import DTYPES, at_least, device, usual_device
-from ..harness.report import Finding, Measured, Report, case_table, measured, new_report, summary_table
+from ..harness.report import measured, new_report, summary_table
 from ..harness.systems import PLAIN, WORKLOADS, available, usual
 from .plan import PLANS, Point
 from .plugin import NAME, Suite
@@ -59,26 +59,9 @@ def _points(options: argparse.Namespace, on: torch.device) -> list[Point]:
     return [Point(kind, dtype, n, vocab, systems, workloads) for vocab, dtype, n, kind in cases]
 
 
-class _Recorder:
-    """Keeps what was measured, on disk and on the terminal, point by point."""
-
-    def __init__(self, report: Report, folder: Path, console: Console) -> None:
-        self._report = report
-        self._folder = folder
-        self._console = console
-        self.partial = report.save(folder, complete=False)
-
-    def __call__(self, findings: list[Finding]) -> None:
-        results = measured(findings)
-        self._report.add(results.values())
-        self.partial = self._report.save(self._folder, complete=False)
-        by_workload: dict[str, Measured] = {work: result for (_, work), result in results.items()}
-        for case in dict.fromkeys(case for case, _ in results):
-            self._console.print(case_table(case, by_workload))
-
-
 def _pytest_arguments(options: argparse.Namespace) -> list[str]:
-    arguments = [str(FOLDER), "--benchmark-quiet", "--no-header", "--tb=short", "-rs"]
+    arguments = [str(FOLDER), "--benchmark-columns=median,iqr,rounds", "--benchmark-sort=name"]
+    arguments += ["--quiet", "--no-header", "--tb=short", "-rs"]
     # No configuration but this: neither the test suite's nor that of the folder this runs in.
     arguments += ["-c", os.devnull, f"--rootdir={FOLDER.parents[1]}", "-p", "no:cacheprovider"]
     if options.report_log:
@@ -87,17 +70,6 @@ def _pytest_arguments(options: argparse.Namespace) -> list[str]:
         # In a thread: a call into the driver that never returns sees no signal.
         arguments += [f"--timeout={options.limit}", "--timeout-method=thread"]
     return arguments if options.plan else [*arguments, "--exitfirst"]
-
-
-def _head(console: Console, report: Report, on: torch.device) -> None:
-    backend = resolve_backend(None, on)
-    console.print(f"{report.device}; torch {report.torch}, triton {report.triton}; kl_gpu: {backend}")
-    console.print("U: one tensor of logits. 2U, 3U, 5U: the least to move, which GB/s counts.")
-    console.print("±: distance of a typical run from the median run. share: of the copy's GB/s.")
-    console.print("peak MB: beyond the inputs, the gradient included. error: relative, largest.\n")
-    if on.type == "cpu" and machine.is_busy():
-        warning = "This machine is busy: figures will be off, and not by the same factor.\n"
-        console.print(warning, style="yellow")
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -109,22 +81,25 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         if name not in known:
             parser.error(f"argument --systems: {name!r} is not one of {', '.join(known)}")
     report = new_report(on)
-    console = Console()
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        recorder = _Recorder(report, options.out, console)
     except OSError as error:
         parser.error(f"argument --out: {error}")
-    _head(console, report, on)
+    backend = resolve_backend(None, on)
+    print(f"{report.device}; torch {report.torch}, triton {report.triton}; kl_gpu: {backend}")
+    print("U: one tensor of logits. 2U, 3U, 5U: the least to move.")
+    if on.type == "cpu" and machine.is_busy():
+        print("This machine is busy: figures will be off, and not by the same factor.")
     begun = options.skip.read_text().splitlines() if options.skip else ()
     repeats = options.repeats or (3 if options.quick else 30 if on.type == "cuda" else 6)
-    suite = Suite(_points(options, on), on, repeats, begun, recorder)
+    suite = Suite(_points(options, on), on, repeats, begun)
     status = pytest.main(_pytest_arguments(options), plugins=[_Named(suite)])
-    if status in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+    if not options.report_log:  # else whoever asked for that makes a report of it
+        report.add(measured(suite.findings).values())
+        console = Console()
         console.print(summary_table(report.rows))
-        console.print(str(report.save(options.out, complete=True)), markup=False, soft_wrap=True)
-        return 0
-    console.print(f"What was measured is in {recorder.partial}", markup=False, soft_wrap=True)
+        path = report.save(options.out, complete=status == pytest.ExitCode.OK)
+        console.print(str(path), markup=False, soft_wrap=True)
     return int(status)
 
 

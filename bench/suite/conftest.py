@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ..harness.options import usual_device
-from .plan import few_points
+from .plan import cpu_plan
 from .plugin import NAME, Suite
 from .stage import Stage
 
@@ -13,7 +13,7 @@ from .stage import Stage
 def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.has_plugin(NAME):
         device = usual_device()
-        config.pluginmanager.register(Suite(few_points(device), device, repeats=9), NAME)
+        config.pluginmanager.register(Suite(cpu_plan(), device, repeats=9), NAME)
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,10 @@ that say what a user has without this library, plain PyTorch and torch.compile, 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
-
-from ..harness.systems import PLAIN, WORKLOADS, usual
+from ..harness.systems import PLAIN, WORKLOADS
 
 VOCABS = (32000, 50257, 65536, 128256, 151936, 262144)
 ROWS = 8192
@@ -92,14 +89,6 @@ def tiny_plan() -> list[Point]:
     """To try the command itself."""
     sizes = ((4, 1000), (1, 2055))
     return [Point("forward_kl", "bf16", rows, vocab, ("kl_gpu", "torch", "liger")) for rows, vocab in sizes]
-
-
-def few_points(device: torch.device) -> list[Point]:
-    """To watch one change: every kind, at two sizes and in two dtypes."""
-    rows = 2048 if device.type == "cuda" else 32
-    systems = tuple(usual(device))
-    cases = itertools.product((32000, USUAL), ("fp32", "bf16"), PLAIN)
-    return [Point(kind, dtype, rows, vocab, systems) for vocab, dtype, kind in cases]
 
 
 def _without_repetition(points: Iterator[Point]) -> Iterator[Point]:

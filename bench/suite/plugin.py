@@ -1,11 +1,10 @@
-"""The pytest plugin of the suite: it says which tests there are, and shows what pytest-benchmark measured."""
+"""The pytest plugin of the suite: it says which tests there are, and keeps what pytest-benchmark measured."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ import torch
 from ..harness.clock import timer_of
 from ..harness.report import COPY, Finding
 from ..harness.systems import available
+from ..harness.traffic import PASSES as TENSORS
 from .plan import Point
 
 NAME = "kl-gpu-suite"
@@ -32,16 +32,10 @@ class Timing:
         return f"{self.point}-{self.workload}-{self.system}-pass {self.number}"
 
 
-def findings_of(properties: Sequence[Sequence[Any]]) -> list[Finding]:
-    """What a test report's properties hold."""
-    return [Finding(**value) for name, value in properties if name == "finding"]
-
-
 class Suite:
     """Points to time on a device, each system so many times in all.
 
-    `begun` are tests that an earlier process began, and that are left out: one of them ended it. `show` is
-    called with all findings of a point once they are there.
+    `begun` are tests that an earlier process began, and that are left out: one of them ended it.
     """
 
     def __init__(
@@ -50,15 +44,13 @@ class Suite:
         device: torch.device,
         repeats: int,
         begun: Collection[str] = (),
-        show: Callable[[list[Finding]], None] | None = None,
     ) -> None:
         self.points = points
         self.device = device
         self.passes = min(PASSES, repeats)
         self.rounds = -(-repeats // self.passes)
         self._begun = frozenset(begun)
-        self._show = show
-        self._findings: list[Finding] = []
+        self.findings: list[Finding] = []
 
     def timings(self) -> Iterator[Timing]:
         known = available(self.device)
@@ -79,30 +71,16 @@ class Suite:
         items[:] = [item for item in items if item.nodeid not in self._begun]
         for item in items:
             timing = getattr(item, "callspec").params["timing"]  # noqa: B009  # of functions alone
-            group = f"{timing.point}, {timing.workload}"
+            group = f"{timing.point}, {timing.workload} {TENSORS[timing.workload]}U"
             item.add_marker(pytest.mark.benchmark(group=group, timer=timer_of(self.device), disable_gc=True))
-
-    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
-        """Tables say it better than dots do."""
-        return (report.outcome if report.when == "call" else "", "", "") if self._show else None
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call":
-            found = findings_of(report.user_properties)
-            if found and self._findings and found[0].case != self._findings[0].case:
-                self._flush()
-            self._findings += found
+            recorded = report.user_properties
+            self.findings += (Finding(**value) for name, value in recorded if name == "finding")
         if report.failed and not self._answers():
             os._exit(1)  # the report is written: another process goes on behind this test
-
-    def pytest_sessionfinish(self) -> None:
-        self._flush()
-
-    def _flush(self) -> None:
-        if self._findings and self._show:
-            self._show(self._findings)
-        self._findings = []
 
     def _answers(self) -> bool:
         """After some errors every further call on a device fails, until the process ends."""
