@@ -1,4 +1,4 @@
-"""Compiles a part of what `python -m bench.audit` does, and prints one JSON object per compilation.
+"""Compiles a part of what `python -m bench audit` does, and prints one JSON object per compilation.
 
 Every kernel and family; one-sided gradients, float16 and what else differs little on sm_90 alone. A process
 of its own, since the test suite may have imported the kernels for the interpreter.
@@ -10,8 +10,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from bench.audit import audit_one
-from bench.kernels import Entry, RemainderEntry, entries
+from bench.audit.kernels import Entry, RemainderEntry, entries
+from bench.audit.rows import audit_one
 
 # Where kernels are compiled in their heaviest form and one dtype only.
 HEAVIEST = (

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import kl_gpu
 import linear_heads
-from bench.realistic_rows import Trained
+from bench.accuracy.realistic_rows import Trained
 from kl_gpu import reference, reference_topk
 from kl_gpu.tails import RESOLUTION
 from linear_heads import Heads

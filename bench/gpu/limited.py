@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _GRACE = 15.0  # seconds between asking and killing: enough for pytest to write its summary
-_OVER = (124, 137)  # exit statuses of `timeout`: the command was asked to stop, it was killed
+_OVER = (124, -signal.SIGKILL)  # of `timeout`: the command was asked to stop, and both were killed
 _UNKILLABLE = 10.0  # seconds after which a command that even killing does not end is left behind
 
 
