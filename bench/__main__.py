@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-# Commands by name; a module has add_arguments(parser) and run(options, parser), which returns the exit status.
+# By name; a module has add_arguments(parser), and run(options, parser), which returns the exit status.
 COMMANDS = {
     "suite": ("suite.command", "kl_gpu beside plain PyTorch and torch.compile, on the device at hand"),
     "cpu table": ("cpu.table", "README's CPU table: the kernels beside the machine's memory"),
@@ -20,7 +20,7 @@ COMMANDS = {
     "plots": ("gpu.plots", "the pictures of a stored run"),
     "readme": ("gpu.readme", "README's GPU table from the stored runs"),
     "audit": ("audit.command", "the Triton kernels compiled for every architecture, without a GPU"),
-    "accuracy": ("accuracy.measure", "README's accuracy figures: errors on rows like a trained model's"),
+    "accuracy": ("accuracy", "README's accuracy figures: errors on rows like a trained model's"),
 }
 
 

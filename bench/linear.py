@@ -1,11 +1,11 @@
-"""linear_div against its four products alone, plain PyTorch, and torch.compile (CPU) or Liger's fused JSD (GPU).
+"""linear_div against its four products alone, plain PyTorch, torch.compile (CPU), Liger's fused JSD (GPU).
 
-Value, and gradients of the student's hidden states and weight. Contestants take turns in every round, each on a
-CPU right after a call of its own that is not timed: a training loop finds the memory that its last step gave
-back, not what another's gigabytes left of it. "products" are the same calls of the same library on the same
-chunks, and nothing else; 8·N·H·V operations are counted for everybody. Memory is the allocator's peak beyond
-the inputs and the gradients that are returned; --resident takes it from fresh processes' resident sets, where
-what a library takes for scratch counts too. Leaves linear.json.
+Value, and gradients of the student's hidden states and weight. Contestants take turns in every round, each on
+a CPU right after a call of its own that is not timed: a training loop finds the memory that its last step
+gave back, not what another's gigabytes left of it. "products" are the same calls of the same library on the
+same chunks, and nothing else; 8·N·H·V operations are counted for everybody. Memory is the allocator's peak
+beyond the inputs and the gradients that are returned; --resident takes it from fresh processes' resident
+sets, where what a library takes for scratch counts too. Leaves linear.json.
 """
 
 from __future__ import annotations

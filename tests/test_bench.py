@@ -1,4 +1,4 @@
-"""`python -m bench suite` at a tiny size: it ends, its JSON is complete, and its figures agree with each other."""
+"""`python -m bench suite` at a tiny size: it ends, its JSON is complete, and its figures agree."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor
 import kl_gpu
 
 pytest.importorskip("rich")
+pytest.importorskip("pytest_benchmark")
 
 ROOT = Path(__file__).parents[1]
 PASSES = {"value": 2, "value_grad": 3, "forward_backward": 5}
@@ -188,7 +189,7 @@ def test_bad_options(
 
 def test_accuracy_covers_every_entry_and_kind(shared_folder: Path) -> None:
     pytest.importorskip("filelock")
-    accuracy = importlib.import_module("bench.accuracy.measure")
+    accuracy = importlib.import_module("bench.accuracy")
     realistic = importlib.import_module("realistic")
     model = realistic.trained(shared_folder)
     rows = 2 * (len(realistic.CASES) - 1)

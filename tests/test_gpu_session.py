@@ -20,6 +20,9 @@ import pytest
 import torch
 
 pytest.importorskip("rich")
+pytest.importorskip("pytest_benchmark")
+pytest.importorskip("pytest_reportlog")
+pytest.importorskip("pytest_timeout")
 
 import conftest
 from bench.__main__ import main as bench
@@ -516,7 +519,9 @@ def test_what_the_session_makes_of_linear_div(
     timing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, outcome: str, why: str
 ) -> None:
     _, session, _ = timing([])
-    monkeypatch.setattr("bench.gpu.session.run_limited", lambda _, *rest: run([sys.executable, "-c", command], *rest))
+    monkeypatch.setattr(
+        "bench.gpu.session.run_limited", lambda _, *rest: run([sys.executable, "-c", command], *rest)
+    )
     ending = session.linear(20.0)
     assert (ending.outcome, ending.why) == (outcome, why)
 

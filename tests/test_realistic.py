@@ -19,11 +19,11 @@ from torch import Tensor
 
 import kl_gpu
 import linear_heads
-from bench.accuracy.realistic_rows import Trained
 from kl_gpu import reference, reference_topk
 from kl_gpu.tails import RESOLUTION
 from linear_heads import Heads
 from realistic import CASES, MODEL_VOCAB, realistic, trained
+from realistic_rows import Trained
 from support import DEVICE, check_gradients, check_value, expected, is_slow, to_numpy
 
 

@@ -9,7 +9,19 @@ from pathlib import Path
 from .rows import RESULTS, Row, load
 
 PAGE = Path(__file__).parents[2] / "docs" / "gpu-model.md"
-_HEADING = "kernel kind dtype registers shared load store instructions budget ex2 programs".split()
+_HEADING = [
+    "kernel",
+    "kind",
+    "dtype",
+    "registers",
+    "shared",
+    "load",
+    "store",
+    "instructions",
+    "budget",
+    "ex2",
+    "programs",
+]
 
 
 def counts_table(rows: Sequence[Row], arch: str) -> str:

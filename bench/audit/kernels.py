@@ -1,4 +1,4 @@
-"""The variants of the kernels that are audited. This is the only list: what is to be audited is an entry here."""
+"""The variants of the kernels that are audited. This is the only list: each is an entry here."""
 
 from __future__ import annotations
 
@@ -200,4 +200,3 @@ def entries() -> Iterator[Entry]:
     for kind in ("remainder", "remainder, entropy"):
         yield RemainderEntry("value", kind, "remainder", True, "", (0,), tensors=1)
         yield RemainderEntry("gradient", kind, "remainder", False, "", (-1,), tensors=2, gcn_loops=(0,))
-

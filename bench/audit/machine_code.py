@@ -41,6 +41,7 @@ class Instruction:
 
 Path = list[Instruction]
 
+
 def parse_sass(lines: Iterable[str]) -> Path:
     """Instructions of one kernel from nvdisasm's lines."""
     labels: dict[str, int] = {}

@@ -1,1 +1,1 @@
-"""These benchmarks time the C++ kernels beside the machine's memory and beside PyTorch: `python -m bench cpu`."""
+"""The C++ kernels, timed beside the machine's memory and beside PyTorch: `python -m bench cpu`."""

@@ -49,13 +49,18 @@ def begin(options: argparse.Namespace) -> None:
     print(f"{native.isa()}, {options.threads} threads, {options.repeats} rounds{about}")
 
 
-def hold(options: argparse.Namespace, races: Callable[[argparse.Namespace, torch.dtype], Iterable[Race]]) -> int:
+def hold(
+    options: argparse.Namespace, races: Callable[[argparse.Namespace, torch.dtype], Iterable[Race]]
+) -> int:
     """Runs the races of every dtype, and prints medians."""
     begin(options)
     for name in options.dtype:
         for race in races(options, DTYPES[name]):
             times = interleaved(race.calls, options.repeats, race.before)
-            print(f"{name + ' ' + race.title:34}{'ms':>10}" + "".join(f"{f'× {r}':>26}" for r in race.references))
+            print(
+                f"{name + ' ' + race.title:34}{'ms':>10}"
+                + "".join(f"{f'× {r}':>26}" for r in race.references)
+            )
             for who, seconds in times.items():
                 ratios = "".join(f"{ratio(seconds, times[other]):26.2f}" for other in race.references)
                 print(f"  {who:32}{1e3 * statistics.median(seconds):10.3f}{ratios}", flush=True)

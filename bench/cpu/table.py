@@ -1,9 +1,9 @@
 """The CPU kernels against the machine's own memory, torch.compile and plain PyTorch: README's CPU table.
 
-Counted bytes: value reads both tensors (2 U); value and gradient also writes one (3 U). "memory" is a loop over
-the same buffers that does nothing but read them, or read them and write the third with non-temporal stores:
-its time × "kernel" is the kernel's share of the memory's speed. "kl_div" is the public call, autograd and a
-new gradient buffer included, as the baselines have it.
+Counted bytes: value reads both tensors (2 U); value and gradient also writes one (3 U). "memory" is a loop
+over the same buffers that does nothing but read them, or read them and write the third with non-temporal
+stores: its time × "kernel" is the kernel's share of the memory's speed. "kl_div" is the public call, autograd
+and a new gradient buffer included, as the baselines have it.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import kl_gpu
 
 from . import rounds
 
+
 def plain(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     """What people write, from one log-softmax a side."""
     log_q, log_p = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)

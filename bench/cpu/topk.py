@@ -1,9 +1,10 @@
 """token_logprobs and topk_div on the CPU against the plain PyTorch they replace, forward and backward.
 
 Each is timed right after a call of its own that is not: a training loop finds the memory that its last step
-gave back, not what another candidate left of it. The checking of ids is part of the time, and so is a new gradient buffer, whose pages the system hands out
-one by one; with inplace=True there is none. "memory" is what a forward and backward must move, one read,
-then one read and one write, by loops that do nothing else, into memory that is there or into a new buffer.
+gave back, not what another candidate left of it. The checking of ids is part of the time, and so is a new
+gradient buffer, whose pages the system hands out one by one; with inplace=True there is none. "memory" is
+what a forward and backward must move, one read, then one read and one write, by loops that do nothing else,
+into memory that is there or into a new buffer.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import kl_gpu
 from kl_gpu import _native
 
 from . import rounds
+
 
 def plain_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     return F.log_softmax(logits, -1).gather(-1, ids[:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""These are a few calls of every kernel, small enough for a sanitizer: a whole tile, a ragged tail, rows left out."""
+"""A few calls of every kernel, small enough for a sanitizer: a whole tile, a ragged tail, a masked row."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ class WrongOutput(Exception):
     """A system returned something that is not the divergence it was asked for."""
 
 
-
 def check(entry: Entry, workload: str, problem: Problem, turn: int, output: Output) -> float:
     """The value's largest relative error, over all rows. Raises WrongOutput."""
     system = entry.system

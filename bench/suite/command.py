@@ -112,4 +112,3 @@ class _Named:
     @pytest.hookimpl(tryfirst=True)
     def pytest_configure(self, config: pytest.Config) -> None:
         config.pluginmanager.register(self._suite, NAME)
-

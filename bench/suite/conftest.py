@@ -18,7 +18,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def suite(pytestconfig: pytest.Config) -> Suite:
-    return pytestconfig.pluginmanager.get_plugin(NAME)
+    plugin = pytestconfig.pluginmanager.get_plugin(NAME)
+    assert isinstance(plugin, Suite)
+    return plugin
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,9 @@ class Suite:
         for point in self.points:
             for workload in point.workloads:
                 able = [
-                    name for name in point.systems if name not in known or known[name].does(point.kind, workload)
+                    name
+                    for name in point.systems
+                    if name not in known or known[name].does(point.kind, workload)
                 ]
                 for number in range(self.passes if able else 0):
                     for name in (COPY, *able):
@@ -77,7 +80,7 @@ class Suite:
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call":
-            recorded = report.user_properties
+            recorded: Sequence[tuple[str, Any]] = report.user_properties
             self.findings += (Finding(**value) for name, value in recorded if name == "finding")
         if report.failed and not self._answers():
             os._exit(1)  # the report is written: another process goes on behind this test

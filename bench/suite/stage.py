@@ -1,4 +1,4 @@
-"""The stage holds the logits of one point, and its contestants made ready; the next point takes their place."""
+"""The stage holds the logits of one point, and its contestants made ready, until the next point."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ class Contestant:
 
     def rehearse(self) -> None:
         """Compiles, if anything is to be compiled, and finds the peak of memory."""
-        if self._entry is not None:
+        if (entry := self._entry) is not None:
             self.run(next(self._stage.turns))
             self.check_last()
             turn = next(self._stage.turns)
-            self.peak_extra_bytes = peak_extra_bytes(lambda: self._output(self._entry, turn), self._stage.device)
+            self.peak_extra_bytes = peak_extra_bytes(lambda: self._output(entry, turn), self._stage.device)
 
     def set_up(self) -> tuple[tuple[int], dict[str, object]]:
         """The next run's arguments."""

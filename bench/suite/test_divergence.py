@@ -29,8 +29,8 @@ def test_divergence(
     point, workload, name = timing.point, timing.workload, timing.system
     try:
         contestant = stage.contestant(point, workload, name)
-    except LeftOut as why:
-        pytest.skip(f"{name} is left out: {why}")
+    except LeftOut as left_out:
+        pytest.skip(f"{name} is left out: {left_out}")
     case = contestant.problem.case
     finding = Finding(name, case.kind, workload, case.dtype, case.rows, case.vocab)
     try:

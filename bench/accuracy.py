@@ -29,11 +29,11 @@ import kl_gpu
 from kl_gpu import reference, reference_topk
 from kl_gpu.ops import resolve_backend
 from kl_gpu.tails import RESOLUTION, TAIL_KINDS
+from tests.realistic_rows import COPIES, FAMILIES, Trained, nearer, train
 
-from ..harness import machine
-from ..harness.options import usual_device
-from ..harness.systems import PLAIN
-from .realistic_rows import COPIES, FAMILIES, Trained, nearer, train
+from .harness import machine
+from .harness.options import usual_device
+from .harness.systems import PLAIN
 
 Floats = NDArray[np.floating[Any]]
 
