@@ -43,7 +43,6 @@ BINS = np.logspace(-12, 2, 57)  # of D, for the picture
 MODEL_VOCAB = 4096
 _CHUNK = 250
 _K = 16
-_INTERPRETED = 500  # the interpreter is given so many times fewer rows
 
 
 @dataclass
@@ -213,17 +212,10 @@ def measure(
     """The findings of so many rows of this width, added to those in `found`."""
     found = Findings() if found is None else found
     drawn = resolve_backend(None, device)
-    interpreted = [backend for backend in backends if backend == "triton" and device.type == "cpu"]
-    compiled = [backend for backend in backends if backend not in interpreted]
-    for some, number in ((compiled, rows), (interpreted, -(-rows // _INTERPRETED))):
-        if not some:
-            continue
-        total = sum(1 for _ in chunks(model, number, 1, seed)) if vocab != MODEL_VOCAB else None
-        for case, student, teacher in track(
-            chunks(model, number, vocab, seed), f"V = {vocab}: {', '.join(some)}", total, transient=True
-        ):
-            with np.errstate(all="ignore"), torch.no_grad():
-                compare(found, case, student.to(device), teacher.to(device), some, drawn)
+    shown = f"V = {vocab}: {', '.join(backends)}"
+    for case, student, teacher in track(chunks(model, rows, vocab, seed), shown, transient=True):
+        with np.errstate(all="ignore"), torch.no_grad():
+            compare(found, case, student.to(device), teacher.to(device), backends, drawn)
     return found
 
 
@@ -236,13 +228,13 @@ def plot(found: Findings, path: Path, title: str) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 5))
     middle = np.sqrt(BINS[1:] * BINS[:-1])
     for (system, kind), line in found.by_size.items():
-        peer, seen = system != "kl_gpu", np.isfinite(line)
+        baseline, seen = system != "kl_gpu", np.isfinite(line)
         axes.loglog(
             middle[seen],
             np.maximum(line[seen], 1e-9),
-            label=BASELINES[kind] if peer else f"kl_gpu {kind}",
-            linestyle="--" if peer else "-",
-            linewidth=2.5 if peer else 1.2,
+            label=BASELINES[kind] if baseline else f"kl_gpu {kind}",
+            linestyle="--" if baseline else "-",
+            linewidth=2.5 if baseline else 1.2,
         )
     axes.axhline(RELATIVE, color="grey", linewidth=0.8)
     axes.annotate("promised: 5e-6", (1e-12, 6e-6), color="grey", fontsize=8)

@@ -87,23 +87,13 @@ def _measured(case: Case, work: str, group: Mapping[str, list[Finding]]) -> Meas
     size = tensor_bytes(case.rows, case.vocab, case.torch_dtype.itemsize)
     copy_gbps = gbps(COPY_PASSES * size, typical.pop(COPY))
     required = PASSES[work] * size
-    rows = [
-        Row(
-            system=name,
-            kind=case.kind,
-            work=work,
-            dtype=case.dtype,
-            N=case.rows,
-            V=case.vocab,
-            ms=ms,
-            bytes=required,
-            gbps=gbps(required, ms),
-            share_of_copy=gbps(required, ms) / copy_gbps,
-            peak_extra_bytes=max(each.peak_extra_bytes for each in group[name]),
-            max_rel_error=max(each.max_rel_error for each in group[name]),
-        )
-        for name, ms in typical.items()
-    ]
+    rows = []
+    for name, ms in typical.items():
+        speed = gbps(required, ms)
+        peak = max(each.peak_extra_bytes for each in group[name])
+        error = max(each.max_rel_error for each in group[name])
+        sizes = (case.dtype, case.rows, case.vocab)
+        rows.append(Row(name, case.kind, work, *sizes, ms, required, speed, speed / copy_gbps, peak, error))
     return Measured(rows, copy_gbps)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,18 @@ from . import baselines
 Divergence = Callable[[Tensor, Tensor], Tensor]  # of student and teacher
 
 
-def _plain_forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+def _log_softmaxes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     # float() first, as people do: in bf16, log-probabilities near −12 come in steps of 1/16.
-    log_q, log_p = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
+    return F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
+
+
+def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(p‖q) from log-probabilities."""
     return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+
+
+def _plain_forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    return _kl(*_log_softmaxes(student, teacher))
 
 
 def _plain_reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -30,7 +38,7 @@ def _plain_reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _plain_jeffreys(student: Tensor, teacher: Tensor) -> Tensor:
-    log_q, log_p = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
+    log_q, log_p = _log_softmaxes(student, teacher)
     return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
 
 
@@ -40,15 +48,14 @@ def plain_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 
 
 def _plain_js(student: Tensor, teacher: Tensor) -> Tensor:
-    log_q, log_p = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
+    log_q, log_p = _log_softmaxes(student, teacher)
     log_m = plain_mixture(log_p, log_q, 0.5)
-    to_p, to_q = (F.kl_div(log_m, log_x, log_target=True, reduction="none") for log_x in (log_p, log_q))
-    return 0.5 * (to_p + to_q).sum(-1)
+    return 0.5 * (_kl(log_m, log_p) + _kl(log_m, log_q))
 
 
 def _plain_skew(student: Tensor, teacher: Tensor) -> Tensor:
-    log_q, log_p = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
-    return F.kl_div(plain_mixture(log_p, log_q, 0.1), log_p, log_target=True, reduction="none").sum(-1)
+    log_q, log_p = _log_softmaxes(student, teacher)
+    return _kl(plain_mixture(log_p, log_q, 0.1), log_p)
 
 
 def _plain_tv(student: Tensor, teacher: Tensor) -> Tensor:
@@ -73,13 +80,15 @@ class System:
 
     `value_tolerance` is relative, `gradient_tolerance` in units of max(p, q). One that fails to run at all
     is left out, with its reason, unless it is `required`: torch.compile needs a compiler on the machine.
+    The tolerances of baselines are loose on purpose: how inaccurate one is belongs in the table; only
+    nonsense stops the run.
     """
 
     name: str
     divergences: Callable[[str], tuple[Divergence, Divergence]]  # of a kind: per row, and their mean
-    value_tolerance: float
-    gradient_tolerance: float
-    required: bool
+    value_tolerance: float = 1e-3
+    gradient_tolerance: float = 1e-3
+    required: bool = False
     kinds: frozenset[str] = frozenset(PLAIN)
     workloads: frozenset[str] = frozenset(("value", "value_grad", "forward_backward"))
 
@@ -101,13 +110,8 @@ class Entry:
 
 def _ours(name: str, backend: str | None) -> System:
     def divergences(kind: str) -> tuple[Divergence, Divergence]:
-        def per_row(student: Tensor, teacher: Tensor) -> Tensor:
-            return kl_gpu.divergence(student, teacher, kind, reduction="none", backend=backend)
-
-        def mean(student: Tensor, teacher: Tensor) -> Tensor:
-            return kl_gpu.divergence(student, teacher, kind, reduction="mean", backend=backend)
-
-        return per_row, mean
+        ours = partial(kl_gpu.divergence, kind=kind, backend=backend)
+        return partial(ours, reduction="none"), partial(ours, reduction="mean")
 
     # The library's promises, not what it happens to reach.
     return System(name, divergences, value_tolerance=5e-6, gradient_tolerance=2e-6, required=True)
@@ -116,14 +120,9 @@ def _ours(name: str, backend: str | None) -> System:
 def _baseline(name: str, per_row_of: Callable[[str], Divergence]) -> System:
     def divergences(kind: str) -> tuple[Divergence, Divergence]:
         per_row = per_row_of(kind)
+        return per_row, lambda student, teacher: per_row(student, teacher).mean()
 
-        def mean(student: Tensor, teacher: Tensor) -> Tensor:
-            return per_row(student, teacher).mean()
-
-        return per_row, mean
-
-    # Loose on purpose: how inaccurate a baseline is belongs in the table; only nonsense stops the run.
-    return System(name, divergences, value_tolerance=1e-3, gradient_tolerance=1e-3, required=False)
+    return System(name, divergences)
 
 
 def _library(name: str, means: dict[str, baselines.Mean]) -> System:
@@ -132,15 +131,8 @@ def _library(name: str, means: dict[str, baselines.Mean]) -> System:
     def per_row(student: Tensor, teacher: Tensor) -> Tensor:
         raise NotImplementedError(f"{name} gives no value per token")
 
-    return System(
-        name,
-        lambda kind: (per_row, means[kind]),
-        value_tolerance=1e-3,
-        gradient_tolerance=1e-3,
-        required=False,
-        kinds=frozenset(means),
-        workloads=baselines.WORKLOADS,
-    )
+    kinds, workloads = frozenset(means), baselines.WORKLOADS
+    return System(name, lambda kind: (per_row, means[kind]), kinds=kinds, workloads=workloads)
 
 
 def _compiled(kind: str) -> Divergence:
