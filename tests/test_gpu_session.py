@@ -31,7 +31,7 @@ from bench.gpu.limited import Finished, run
 from bench.gpu.phases import Budget, Ending, Outcome, Phase, run_phases
 from bench.gpu.session import Session
 from bench.harness import baselines
-from bench.harness.report import COPY, Finding, Report, measured
+from bench.harness.report import COPY, Finding, Report
 from bench.harness.report_log import PytestReport, events
 from bench.suite import plan, stage
 from bench.suite.plan import VOCABS, Point, gpu_plan, tiny_plan
@@ -243,6 +243,10 @@ def test_a_journal_that_was_cut_off_tells_what_ended_and_what_did_not(tmp_path: 
     assert report.ended
 
 
+def device_report() -> Report:
+    return Report("a device", "2026-01-02T03:04:05+00:00", "2", "3", None)
+
+
 def finding(system: str, number: float, **more: Any) -> Finding:
     return Finding(system, "forward_kl", "value", "fp32", 2, 1000, [number, 2 * number, number], **more)
 
@@ -250,7 +254,9 @@ def finding(system: str, number: float, **more: Any) -> Finding:
 def test_a_speed_is_a_ratio_of_medians_over_all_passes() -> None:
     found = [finding(COPY, 1e-3), finding("kl_gpu", 2e-3, max_rel_error=1e-7)]
     found += [finding(COPY, 3e-3), finding("kl_gpu", 4e-3, max_rel_error=2e-7)]
-    ((row,),) = (result.rows for result in measured(found).values())
+    report = device_report()
+    report.add(found)
+    (row,) = report.rows
     assert (row.ms, row.max_rel_error) == (4, 2e-7)
     assert row.share_of_copy == pytest.approx(2.5 / 4)  # medians of 1, 1, 2, 3, 3, 6 and 2, 2, 4, 4, 4, 8
 
@@ -258,7 +264,9 @@ def test_a_speed_is_a_ratio_of_medians_over_all_passes() -> None:
 def test_a_system_that_failed_in_one_pass_has_no_row() -> None:
     broken = Finding("torch", "forward_kl", "value", "fp32", 2, 1000)
     found = [finding(COPY, 1e-3), finding("kl_gpu", 2e-3), finding("torch", 2e-3), broken]
-    assert [row.system for result in measured(found).values() for row in result.rows] == ["kl_gpu"]
+    report = device_report()
+    report.add(found)
+    assert [row.system for row in report.rows] == ["kl_gpu"]
 
 
 def test_the_tests_chosen_for_a_gpu() -> None:
@@ -429,8 +437,7 @@ def timing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tup
     """The session's timings, by processes that leave in the journal what they are told, and end."""
 
     def timings_of(*lives: list[dict[str, Any]]) -> tuple[Ending, Session, int]:
-        report = Report("a device", "2026-01-02T03:04:05+00:00", "2", "3", None)
-        session = Session(tmp_path, CPU, report, "tiny")
+        session = Session(tmp_path, CPU, device_report(), "tiny")
         skipped = []
 
         def pretended(command: list[str], limit: float, *_: object) -> Finished:

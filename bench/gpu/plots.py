@@ -24,12 +24,11 @@ def plot(document: Document, folder: Path, stem: str, kind: str = "forward_kl") 
     rows = [row for row in document["rows"] if row["kind"] == kind]
     if not rows:
         return []
-    about = f"{document['device']}, {document['date'][:10]}, {kind}"
-    most = {(row["dtype"], row["V"]): 0 for row in rows}
+    most: dict[tuple[str, int], set[int]] = {}
     for row in rows:
-        most[row["dtype"], row["V"]] = max(most[row["dtype"], row["V"]], row["N"])
-    widest = max(most, key=lambda at: len({row["N"] for row in rows if (row["dtype"], row["V"]) == at}))
-    full = [row for row in rows if 2 * row["N"] >= most[row["dtype"], row["V"]]]
+        most.setdefault((row["dtype"], row["V"]), set()).add(row["N"])
+    widest = max(most, key=lambda at: len(most[at]))
+    full = [row for row in rows if 2 * row["N"] >= max(most[row["dtype"], row["V"]])]
     few = [row for row in rows if (row["dtype"], row["V"]) == widest]
 
     def bandwidth(axes: Axes, panel: Rows) -> None:
@@ -45,13 +44,13 @@ def plot(document: Document, folder: Path, stem: str, kind: str = "forward_kl") 
         _lines(axes, panel, "V", lambda row: row["peak_extra_bytes"] / 1e9)
         axes.set(xlabel="V", ylabel="GB beyond the inputs", ylim=(0, None))
 
-    rows_title = f"{about}, V = {widest[1]}"
-    sizes = sorted({row["N"] for row in full})
-    full_title = f"{about}, N = {sizes[-1]}" if len(sizes) == 1 else f"{about}, N = {sizes[0]} to {sizes[-1]}"
+    about = f"{document['device']}, {document['date'][:10]}, {kind}"
+    least, largest = min(row["N"] for row in full), max(row["N"] for row in full)
+    sizes = f"{about}, N = {largest}" if least == largest else f"{about}, N = {least} to {largest}"
     return [
-        _draw(folder / f"{stem}-bandwidth.png", full_title, full, bandwidth),
-        _draw(folder / f"{stem}-rows.png", rows_title, few, times),
-        _draw(folder / f"{stem}-memory.png", full_title, full, memory),
+        _draw(folder / f"{stem}-bandwidth.png", sizes, full, bandwidth),
+        _draw(folder / f"{stem}-rows.png", f"{about}, V = {widest[1]}", few, times),
+        _draw(folder / f"{stem}-memory.png", sizes, full, memory),
     ]
 
 

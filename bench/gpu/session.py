@@ -24,7 +24,7 @@ from rich.table import Table
 
 from ..harness import machine
 from ..harness.options import usual_device
-from ..harness.report import Finding, Report, measured, new_report, summary_table
+from ..harness.report import Finding, Report, new_report, summary_table
 from ..harness.report_log import PytestReport, events
 from ..suite.plan import PLANS
 from .correctness import ROOT, environment, files_for_a_gpu, run_tests
@@ -97,8 +97,7 @@ class Session:
             if finished.timed_out or len(self.suite.begun) == before:
                 break  # where it ended without having begun anything, again would be the same
         skip.unlink(missing_ok=True)
-        findings = [Finding(**value) for value in self.suite.properties("finding")]
-        self.report.add(measured(findings).values())
+        self.report.add(Finding(**value) for value in self.suite.properties("finding"))
         if self.report.rows:
             self.timings = self.report.save(self.folder, complete=True)
         states = self.points()

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from . import machine
 from .cases import Case
-from .traffic import COPY_PASSES, PASSES, gbps, tensor_bytes
+from .traffic import COPY_PASSES, PASSES, gbps
 
 COPY = "copy"
 
@@ -59,44 +59,6 @@ class Row:
     max_rel_error: float
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A workload of one case, by every system that did it rightly."""
-
-    rows: list[Row]
-    copy_gbps: float
-
-
-def measured(findings: Iterable[Finding]) -> dict[tuple[Case, str], Measured]:
-    """Every case and workload whose copy was timed. A system that failed in one pass has no row."""
-    groups: dict[tuple[Case, str], dict[str, list[Finding]]] = {}
-    for finding in findings:
-        group = groups.setdefault((finding.case, finding.work), {})
-        group.setdefault(finding.system, []).append(finding)
-    results = {}
-    for (case, work), group in groups.items():
-        whole = {name: passes for name, passes in group.items() if all(each.seconds for each in passes)}
-        if COPY in whole:
-            results[case, work] = _measured(case, work, whole)
-    return results
-
-
-def _measured(case: Case, work: str, group: Mapping[str, list[Finding]]) -> Measured:
-    times = {name: [1e3 * s for each in passes for s in each.seconds] for name, passes in group.items()}
-    typical = {name: median(each) for name, each in times.items()}
-    size = tensor_bytes(case.rows, case.vocab, case.torch_dtype.itemsize)
-    copy_gbps = gbps(COPY_PASSES * size, typical.pop(COPY))
-    required = PASSES[work] * size
-    rows = []
-    for name, ms in typical.items():
-        speed = gbps(required, ms)
-        peak = max(each.peak_extra_bytes for each in group[name])
-        error = max(each.max_rel_error for each in group[name])
-        sizes = (case.dtype, case.rows, case.vocab)
-        rows.append(Row(name, case.kind, work, *sizes, ms, required, speed, speed / copy_gbps, peak, error))
-    return Measured(rows, copy_gbps)
-
-
 @dataclass
 class Report:
     """The JSON document. `copy_gbps` is the best case's: the others' copies were cut short by their size."""
@@ -109,10 +71,30 @@ class Report:
     copy_gbps: float = 0.0
     rows: list[Row] = field(default_factory=list)
 
-    def add(self, results: Iterable[Measured]) -> None:
-        for result in results:
-            self.rows += result.rows
-            self.copy_gbps = max(self.copy_gbps, result.copy_gbps)
+    def add(self, findings: Iterable[Finding]) -> None:
+        """Adds a row for each system and workload that was timed beside the copy, and failed in no pass."""
+        groups: dict[tuple[Case, str], dict[str, list[Finding]]] = {}
+        for finding in findings:
+            group = groups.setdefault((finding.case, finding.work), {})
+            group.setdefault(finding.system, []).append(finding)
+        for (case, work), group in groups.items():
+            whole = {name: passes for name, passes in group.items() if all(each.seconds for each in passes)}
+            if COPY in whole:
+                self._add(case, work, whole)
+
+    def _add(self, case: Case, work: str, group: Mapping[str, list[Finding]]) -> None:
+        ms_of = {
+            name: median(1e3 * s for each in passes for s in each.seconds) for name, passes in group.items()
+        }
+        copy_gbps = gbps(COPY_PASSES * case.tensor_bytes, ms_of.pop(COPY))
+        self.copy_gbps = max(self.copy_gbps, copy_gbps)
+        required = PASSES[work] * case.tensor_bytes
+        for name, ms in ms_of.items():
+            speed = gbps(required, ms)
+            peak = max(each.peak_extra_bytes for each in group[name])
+            error = max(each.max_rel_error for each in group[name])
+            task = (name, case.kind, work, case.dtype, case.rows, case.vocab)
+            self.rows.append(Row(*task, ms, required, speed, speed / copy_gbps, peak, error))
 
     @property
     def stem(self) -> str:

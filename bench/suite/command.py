@@ -18,7 +18,7 @@ from kl_gpu.ops import resolve_backend
 
 from ..harness import machine
 from ..harness.options import DTYPES, at_least, device, usual_device
-from ..harness.report import measured, new_report, summary_table
+from ..harness.report import new_report, summary_table
 from ..harness.systems import PLAIN, WORKLOADS, available, usual
 from .plan import PLANS, Point
 from .plugin import NAME, Suite
@@ -95,7 +95,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     suite = Suite(_points(options, on), on, repeats, begun)
     status = pytest.main(_pytest_arguments(options), plugins=[_Named(suite)])
     if not options.report_log:  # else whoever asked for that makes a report of it
-        report.add(measured(suite.findings).values())
+        report.add(suite.findings)
         console = Console()
         console.print(summary_table(report.rows))
         path = report.save(options.out, complete=status == pytest.ExitCode.OK)
