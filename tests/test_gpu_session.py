@@ -445,7 +445,7 @@ def timing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tup
             skipped.append(Path(command[command.index("--skip") + 1]).read_text().split("\n"))
             log = Path(command[command.index("--report-log") + 1])
             log.write_text("".join(json.dumps(event) + "\n" for event in life))
-            return Finished(1, False, "")
+            return Finished(1, {"over": True} in life, "")
 
         monkeypatch.setattr("bench.gpu.session.run_limited", pretended)
         return session.time(100), session, len(skipped)
@@ -489,6 +489,14 @@ def test_timings_that_cannot_even_begin_are_not_tried_for_ever(timing: Any) -> N
     ending, session, started = timing([])
     assert started == 1
     assert (ending.outcome, session.timings) == ("cut short", None)
+
+
+def test_a_point_that_the_limit_cuts_off_is_no_failure(timing: Any) -> None:
+    whole = [event(0, when, name) for name in (COPY, "kl_gpu") for when in ("setup", "call", "teardown")]
+    ending, session, started = timing([*whole, event(1, "setup", COPY), {"over": True}])
+    assert started == 1
+    assert (ending.outcome, ending.why) == ("cut short", "points: 1 measured, 1 not reached")
+    assert [row.system for row in session.report.rows] == ["kl_gpu"]
 
 
 def test_a_wrong_system_is_named_and_the_others_are_timed(timing: Any) -> None:
