@@ -25,7 +25,8 @@ class Row:
 
     An element is a column of a row: a pair of logits, or one logit of a kernel that reads one tensor.
     `columns` are those that one pass through the (first) main loop covers. `programs_per_core` are resident
-    at a time, by registers, warps and shared memory; `budget` is in instructions per element.
+    at a time, by registers, warps and shared memory; `budget` is in instructions per element, of which the
+    kernel reads or writes `tensors`.
     """
 
     kernel: str
@@ -41,6 +42,7 @@ class Row:
     store_bits: int
     instructions_per_element: float
     ex2_per_element: float
+    tensors: int
     budget: float
     warps: int
     columns: int
@@ -73,6 +75,7 @@ def audit_one(entry: Entry, dtype: str, arch: str, V_class: str) -> Row:
         store_bits=whole.store_bits,
         instructions_per_element=each("instructions"),
         ex2_per_element=each("ex2"),
+        tensors=entry.tensors,
         budget=budget(entry.tensors, DTYPES[dtype].itemsize),
         warps=compiled.warps,
         columns=compiled.columns[0],
