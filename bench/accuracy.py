@@ -1,7 +1,7 @@
 """How far fp32 results are from float64 on rows like a trained model's, per backend, entry and kind.
 
 Prints the worst relative error of each, writes them to accuracy.json, and draws them against the size of D to
-accuracy.png, ours beside what is usually written. The rows are those of `realistic_rows.py`; in every
+accuracy.png, ours beside what is usually written. The rows are those of `tests/realistic_rows.py`. In every
 second round the student is moved towards the teacher where no side is cut, which makes small D.
 """
 
