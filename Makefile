@@ -27,13 +27,13 @@ lint: $(READY)
 	$(BIN)/clang-format --dry-run --Werror $(wildcard kernels/*.h kernels/*.cpp kernels/*/*.h kernels/*/*.cpp)
 
 bench: $(READY)  ## ours against plain PyTorch and torch.compile on the device at hand
-	$(BIN)/python -m bench $(ARGS)
+	$(BIN)/python -m bench suite $(ARGS)
 
-gpu: $(READY)  ## a whole GPU session within 9 minutes: tests, sanitizer, timings against peers, plots
-	$(BIN)/python -m bench.gpu $(ARGS)
+gpu: $(READY)  ## a whole GPU session within 9 minutes: tests, sanitizer, timings against baselines, plots
+	$(BIN)/python -m bench gpu $(ARGS)
 
-audit: $(READY)  ## the Triton kernels compiled for every GPU architecture, without a GPU, and what should limit them
-	$(BIN)/python -m bench.audit $(ARGS)
+audit: $(READY)  ## the Triton kernels compiled for every GPU architecture, without a GPU, and counted
+	$(BIN)/python -m bench audit $(ARGS)
 
 # The C++ kernels under AddressSanitizer with UBSan, then under ThreadSanitizer; needs cmake and a compiler.
 # One instruction set: the source is the same for all, and each takes minutes to compile.

@@ -1,9 +1,7 @@
 """How far fp32 results are from float64 on rows like a trained model's, per backend, entry and kind.
 
-    python -m bench.accuracy --rows 100000 --out bench/results
-
-prints the worst relative error of each, writes them to accuracy.json, and draws them against the size of D to
-accuracy.png, ours beside what is usually written. The rows are those of `bench/realistic_rows.py`; in every
+Prints the worst relative error of each, writes them to accuracy.json, and draws them against the size of D to
+accuracy.png, ours beside what is usually written. The rows are those of `tests/realistic_rows.py`. In every
 second round the student is moved towards the teacher where no side is cut, which makes small D.
 """
 
@@ -29,23 +27,24 @@ from rich.table import Table
 from torch import Tensor
 
 import kl_gpu
-from kl_gpu import reference, reference_topk
-from kl_gpu.ops import resolve_backend
-from kl_gpu.tails import RESOLUTION, TAIL_KINDS
+from kl_gpu import reference
+from kl_gpu.backends import registry
+from kl_gpu.reference import topk as reference_topk
+from kl_gpu.topk.formulas import RESOLUTION, TAIL_KINDS
+from tests.realistic_rows import COPIES, FAMILIES, Trained, nearer, train
 
-from . import machine
-from .realistic_rows import COPIES, FAMILIES, Trained, nearer, train
-from .systems import PLAIN
+from .harness import machine
+from .harness.options import usual_device
+from .harness.systems import PLAIN
 
 Floats = NDArray[np.floating[Any]]
 
-PEERS = {"forward_kl": "F.kl_div(log_softmax, log_softmax)", "js": "plain fp32 JSD"}
+BASELINES = {"forward_kl": "F.kl_div(log_softmax, log_softmax)", "js": "plain fp32 JSD"}
 RELATIVE = 5e-6  # the promise
 BINS = np.logspace(-12, 2, 57)  # of D, for the picture
 MODEL_VOCAB = 4096
 _CHUNK = 250
 _K = 16
-_INTERPRETED = 500  # the interpreter is given so many times fewer rows
 
 
 @dataclass
@@ -146,7 +145,7 @@ def compare(
             found.of(backend, "divergence", kind).add(case, off, size, bound)
             if backend == drawn:
                 found.add_by_size("kl_gpu", kind, size, off / size)
-        if drawn in backends and kind in PEERS:
+        if drawn in backends and kind in BASELINES:
             off = np.abs(_numpy(PLAIN[kind](student.float(), teacher.float()))[keep] - size)
             found.add_by_size("torch", kind, size, off / size)
     _compare_tokens(found, case, (student, s), (teacher, t), backends)
@@ -222,18 +221,11 @@ def measure(
 ) -> Findings:  # fmt: skip
     """The findings of so many rows of this width, added to those in `found`."""
     found = Findings() if found is None else found
-    drawn = resolve_backend(None, device)
-    interpreted = [backend for backend in backends if backend == "triton" and device.type == "cpu"]
-    compiled = [backend for backend in backends if backend not in interpreted]
-    for some, number in ((compiled, rows), (interpreted, -(-rows // _INTERPRETED))):
-        if not some:
-            continue
-        _, total, _ = shares(number, vocab)
-        for case, student, teacher in track(
-            chunks(model, number, vocab, seed), f"V = {vocab}: {', '.join(some)}", total, transient=True
-        ):
-            with np.errstate(all="ignore"), torch.no_grad():
-                compare(found, case, student.to(device), teacher.to(device), some, drawn)
+    drawn = registry.resolve(None, device)
+    shown = f"V = {vocab}: {', '.join(backends)}"
+    for case, student, teacher in track(chunks(model, rows, vocab, seed), shown, transient=True):
+        with np.errstate(all="ignore"), torch.no_grad():
+            compare(found, case, student.to(device), teacher.to(device), backends, drawn)
     return found
 
 
@@ -246,13 +238,13 @@ def plot(found: Findings, path: Path, title: str) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 5))
     middle = np.sqrt(BINS[1:] * BINS[:-1])
     for (system, kind), line in found.by_size.items():
-        peer, seen = system != "kl_gpu", np.isfinite(line)
+        baseline, seen = system != "kl_gpu", np.isfinite(line)
         axes.loglog(
             middle[seen],
             np.maximum(line[seen], 1e-9),
-            label=PEERS[kind] if peer else f"kl_gpu {kind}",
-            linestyle="--" if peer else "-",
-            linewidth=2.5 if peer else 1.2,
+            label=BASELINES[kind] if baseline else f"kl_gpu {kind}",
+            linestyle="--" if baseline else "-",
+            linewidth=2.5 if baseline else 1.2,
         )
     axes.axhline(RELATIVE, color="grey", linewidth=0.8)
     axes.annotate("promised: 5e-6", (1e-12, 6e-6), color="grey", fontsize=8)
@@ -292,18 +284,20 @@ def _job(share: tuple[int, int, int, list[str], torch.device, int]) -> Findings:
     return measure(model, wide_rows, wide_vocab, backends, device, seed, found) if wide_rows else found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__)
-    parser.add_argument("--rows", type=int, default=3000, help=f"of V = {MODEL_VOCAB}")
-    parser.add_argument("--wide-rows", type=int, default=0, help="of V = --wide-vocab, beside them")
-    parser.add_argument("--wide-vocab", type=int, default=50257)
-    parser.add_argument("--backends", nargs="+", choices=kl_gpu.BACKENDS, help="all that compile, by default")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1, help="processes that share the rows")
-    parser.add_argument("--out", type=Path, default=Path("out/accuracy"))
-    options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    usual = ["triton", "eager"] if device.type == "cuda" else [resolve_backend(None, device), "eager"]
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--rows", type=int, default=3000, help=f"of V = {MODEL_VOCAB}; README's figures are of 100000")
+    add("--wide-rows", type=int, default=0, help="of V = --wide-vocab, beside them; README's: 2000")
+    add("--wide-vocab", type=int, default=50257)
+    add("--backends", nargs="+", choices=kl_gpu.BACKENDS, help="all that compile, by default")
+    add("--seed", type=int, default=0)
+    add("--jobs", type=int, default=1, help="processes that share the rows")
+    add("--out", type=Path, default=Path("out/accuracy"), metavar="DIR")
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    device = usual_device()
+    usual = ["triton", "eager"] if device.type == "cuda" else [registry.resolve(None, device), "eager"]
     backends = list(dict.fromkeys(options.backends or usual))
     rows, wide_rows = (-(-number // options.jobs) for number in (options.rows, options.wide_rows))
     jobs = [
@@ -318,7 +312,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     about = {
         "device": machine.name(device),
-        "backend": resolve_backend(None, device),
+        "backend": registry.resolve(None, device),
         "torch": torch.__version__,
         "date": date.today().isoformat(),
         "rows": options.rows,
@@ -334,7 +328,4 @@ def main() -> None:
         console.width = 120  # lest a file be wrapped
     console.print(table(found))
     console.print(f"{options.out / 'accuracy.png'}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,4 +1,4 @@
-"""Compiles a part of what `python -m bench.audit` does, and prints one JSON object per compilation.
+"""Compiles a part of what `python -m bench audit` does, and prints one JSON object per compilation.
 
 Every kernel and family; one-sided gradients, float16 and what else differs little on sm_90 alone. A process
 of its own, since the test suite may have imported the kernels for the interpreter.
@@ -10,8 +10,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from bench.audit import audit_one
-from bench.kernels import Entry, RemainderEntry, entries
+from bench.audit.kernels import ComplementEntry, Entry, entries
+from bench.audit.rows import audit_one
 
 # Where kernels are compiled in their heaviest form and one dtype only.
 HEAVIEST = (
@@ -29,7 +29,7 @@ def is_heaviest(entry: Entry) -> bool:
 def cases() -> Iterator[tuple[Entry, str, str, str]]:
     """(entry, dtype, architecture, class of V)"""
     for entry in entries():
-        if isinstance(entry, RemainderEntry):
+        if isinstance(entry, ComplementEntry):
             continue  # remainder_code.py
         kl = "kl" in entry.kind
         for dtype in ("bf16", "fp16", "fp32") if kl else ("bf16",):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.realistic_rows import COPIES, FAMILIES, SmallModel, Trained, train
+from realistic_rows import COPIES, FAMILIES, SmallModel, Trained, train
 from support import DEVICE
 
 CASES = (*FAMILIES, *COPIES)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from bench.audit import audit_one
-from bench.kernels import RemainderEntry, entries
+from bench.audit.kernels import RemainderEntry, entries
+from bench.audit.rows import audit_one
 
 CASES = (
     ("bf16", "sm_90", "aligned"),

@@ -1,4 +1,4 @@
-"""`python -m bench` at a tiny size: it ends, its JSON is complete, and its figures agree with each other."""
+"""`python -m bench suite` at a tiny size: it ends, its JSON is complete, and its figures agree."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch import Tensor
 import kl_gpu
 
 pytest.importorskip("rich")
+pytest.importorskip("pytest_benchmark")
 
 ROOT = Path(__file__).parents[1]
 PASSES = {"value": 2, "value_grad": 3, "forward_backward": 5}
@@ -28,7 +29,7 @@ TINY = ["--device", "cpu", "--rows", str(ROWS), "--vocab", str(VOCAB), "--repeat
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bench", *arguments]
+    command = [sys.executable, "-m", "bench", "suite", *arguments]
     # One thread: no figure matters here, and it does not wait for cores that other tests are using.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -99,7 +100,7 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     monkeypatch.syspath_prepend(str(ROOT))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield lambda *arguments: importlib.import_module("bench.__main__").main(arguments)
+    yield lambda *arguments: importlib.import_module("bench.__main__").main(["suite", *arguments])
     torch.set_num_threads(threads)
 
 
@@ -153,7 +154,7 @@ def test_wrong_output_stops_the_run(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setitem(importlib.import_module("bench.systems").PLAIN, "forward_kl", fault)
+    monkeypatch.setitem(importlib.import_module("bench.harness.systems").PLAIN, "forward_kl", fault)
     only = ["--systems", "torch", "--kind", "forward_kl", "--dtype", "fp32", "--work", work]
     status = main(*TINY, *only, "--out", str(tmp_path))
     assert status == 1

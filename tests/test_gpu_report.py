@@ -10,10 +10,11 @@ import pytest
 
 pytest.importorskip("rich")
 
-from bench import plots, readme
-from bench.acceptance import NOT_MEASURED, TARGETS, worded
-from bench.results import newest_per_gpu, read
-from bench.traffic import PASSES
+from bench.__main__ import main
+from bench.gpu import readme
+from bench.gpu.targets import NOT_MEASURED, TARGETS, worded
+from bench.harness.results import newest_per_gpu, read
+from bench.harness.traffic import PASSES
 
 COPY = 3000.0  # GB/s
 
@@ -71,7 +72,7 @@ def test_nothing_measured_is_not_a_figure() -> None:
     assert set(figures([]).values()) == {NOT_MEASURED}
 
 
-def test_a_peer_is_compared_at_its_own_number_of_rows() -> None:
+def test_a_baseline_is_compared_at_its_own_number_of_rows() -> None:
     rows = [
         row("kl_gpu", "value_grad", 128256, 0.9),
         row("kl_gpu", "value_grad", 128256, 0.9, N=4096),
@@ -102,9 +103,9 @@ def test_the_readme_is_written_from_results(tmp_path: Path, capsys: pytest.Captu
     results.mkdir()
     page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
     where = ["--readme", str(page), "--results", str(results)]
-    assert readme.main(["--check", *where]) == 1
+    assert main(["readme", "--check", *where]) == 1
     assert "stale" in capsys.readouterr().err
-    assert readme.main(where) == 0
+    assert main(["readme", *where]) == 0
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -112,13 +113,13 @@ def test_the_readme_is_written_from_results(tmp_path: Path, capsys: pytest.Captu
     assert text.count(NOT_MEASURED) == len(TARGETS)
 
     store(results, "run.json", document())
-    assert readme.main(["--check", *where]) == 1
-    readme.main(where)
+    assert main(["readme", "--check", *where]) == 1
+    main(["readme", *where])
     text = page.read_text()
     assert "| | target | GPU X, 2026-05-06 |" in text
     assert "| value, bf16, V ≥ 32k | ≥ 95 % of copy speed at 2 U | 96 to 96 % |" in text
     assert "copy 3000 GB/s, driver 500.1, torch 2.0, triton 3.0; `bench/results/run.json`" in text
-    assert readme.main(["--check", *where]) == 0
+    assert main(["readme", "--check", *where]) == 0
 
 
 @pytest.mark.parametrize(
@@ -130,13 +131,13 @@ def test_a_readme_without_its_marks_is_left_alone(text: str) -> None:
 
 
 def test_the_readme_says_what_the_results_say() -> None:
-    assert readme.main(["--check"]) == 0
+    assert main(["readme", "--check"]) == 0
 
 
 def test_plots_of_a_stored_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = pytest.importorskip("matplotlib.image")
     path = store(tmp_path, "run.json", document())
-    assert plots.main([str(path), "--out", str(tmp_path / "out")]) == 0
+    assert main(["plots", str(path), "--out", str(tmp_path / "out")]) == 0
     drawn = sorted((tmp_path / "out").iterdir())
     assert [file.name for file in drawn] == ["run-bandwidth.png", "run-memory.png", "run-rows.png"]
     for file in drawn:
@@ -161,7 +162,7 @@ def test_plots_refuse(
     if content is not None:
         store(tmp_path, "run.json", content)
     with pytest.raises(SystemExit) as stopped:
-        plots.main([str(path), *arguments])
+        main(["plots", str(path), *arguments])
     assert stopped.value.code == 2
     assert complaint in capsys.readouterr().err
 

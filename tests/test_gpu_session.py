@@ -1,16 +1,18 @@
-"""`python -m bench.gpu` where there is no GPU: its time, its record, what it makes of each failure."""
+"""`python -m bench gpu` where there is no GPU: its time, its record, what it makes of each failure."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,17 +20,21 @@ import pytest
 import torch
 
 pytest.importorskip("rich")
+pytest.importorskip("pytest_benchmark")
+pytest.importorskip("pytest_reportlog")
+pytest.importorskip("pytest_timeout")
 
 import conftest
-from bench import bounded, correctness, gpu_linear, machine, peers, plan, sanitizer, sanitizer_calls, timings
-from bench.bounded import Finished, run
-from bench.budget import Budget, Ending, Outcome, Phase, run_phases
-from bench.check import WrongOutput
-from bench.gpu import Session, main
-from bench.journal import Journal, points_in_state, report_of
-from bench.measure import Measured, Row
-from bench.plan import VOCABS, Point, gpu_plan
-from bench.report import Report
+from bench.__main__ import main as bench
+from bench.gpu import correctness, limited, sanitizer, sanitizer_calls
+from bench.gpu.limited import Finished, run
+from bench.gpu.phases import Budget, Ending, Outcome, Phase, run_phases
+from bench.gpu.session import Session
+from bench.harness import baselines
+from bench.harness.report import COPY, Finding, Report
+from bench.harness.report_log import PytestReport, events
+from bench.suite import plan, stage
+from bench.suite.plan import VOCABS, Point, gpu_plan, tiny_plan
 from kl_gpu import KINDS, reference
 
 CPU = torch.device("cpu")
@@ -112,17 +118,20 @@ def test_a_phase_that_raises_is_a_failure_and_not_the_end() -> None:
 @pytest.fixture
 def limit_reached_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     """The next command's limit is reached once it has made this file, however long that takes."""
-    ends = bounded._ends
+    start = subprocess.Popen
 
     def prepare(file: Path) -> None:
-        def reached(process: subprocess.Popen[bytes], seconds: float) -> bool:
-            monkeypatch.setattr(bounded, "_ends", ends)
-            while not file.exists():
-                assert process.poll() is None
+        def ring(process: subprocess.Popen[bytes]) -> None:
+            while not file.exists() and process.poll() is None:
                 time.sleep(0.02)
-            return False
+            process.send_signal(signal.SIGALRM)  # what `timeout` wakes up by
 
-        monkeypatch.setattr(bounded, "_ends", reached)
+        def started(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+            process = start(command, **options)
+            threading.Thread(target=ring, args=(process,), daemon=True).start()
+            return process
+
+        monkeypatch.setattr(limited.subprocess, "Popen", started)
 
     return prepare
 
@@ -141,7 +150,7 @@ def test_a_command_that_will_not_stop_is_killed_with_its_children(
     tmp_path: Path, limit_reached_once: Callable[[Path], None]
 ) -> None:
     limit_reached_once(tmp_path / "ready")
-    done = run([sys.executable, "-c", STUBBORN], 1.5, tmp_path / "log", tmp_path, os.environ)
+    done = run([sys.executable, "-c", STUBBORN], 20, tmp_path / "log", tmp_path, os.environ)
     assert done.timed_out
     assert done.code == -9
     child = int(done.output)
@@ -184,7 +193,7 @@ def test_the_plan_covers_what_was_asked_for_the_important_first() -> None:
         assert {(kind, dtype, 8192, 128256) for dtype in ("bf16", "fp32")} <= ours
         assert {(kind, "bf16", 8192, V) for V in (32000, 50257, 262144)} <= ours
     assert {("forward_kl", "bf16", N, 128256) for N in (1, 16, 132, 1024)} <= ours
-    assert all("kl_gpu" in p.systems for p in points)  # every peer's time is beside ours of the same run
+    assert all("kl_gpu" in p.systems for p in points)  # every baseline's time is beside ours of the same run
     assert {name for p in points for name in p.systems} == {
         "kl_gpu",
         "torch",
@@ -201,124 +210,63 @@ def test_memory_decides_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (78 * 2**30 - kept[0], 80 * 2**30))
     gpu = torch.device("cuda", 0)
     everybody, ours = gpu_plan()[0], Point("js", "fp32", 8192, 262144, ("kl_gpu",))
-    assert timings.rows_of(everybody, gpu) == 8192
-    assert timings.rows_of(ours, gpu) == 8192
-    beside_plain = timings.rows_of(Point("js", "fp32", 8192, 262144, ("kl_gpu", "torch")), gpu)
+    assert stage.rows_of(everybody, gpu) == 8192
+    assert stage.rows_of(ours, gpu) == 8192
+    beside_plain = stage.rows_of(Point("js", "fp32", 8192, 262144, ("kl_gpu", "torch")), gpu)
     assert 3072 < beside_plain < 6144
     assert beside_plain % 64 == 0
-    assert timings.rows_of(ours, CPU) == 8192
+    assert stage.rows_of(ours, CPU) == 8192
 
 
-def points(*names: str) -> list[Point]:
-    systems = {"a": ("kl_gpu",), "b": ("kl_gpu", "torch"), "c": ("kl_gpu",)}
-    return [Point("forward_kl", "fp32", 3, 1000 + i, systems[name]) for i, name in enumerate(names)]
+def suite_log(folder: Path, *tests: str) -> PytestReport:
+    """What pytest-reportlog leaves of tests that are named by what became of them."""
+    lines = []
+    for number, outcome in enumerate(tests):
+        test = {"$report_type": "TestReport", "nodeid": f"suite.py::test[{number}]", "user_properties": []}
+        lines.append(test | {"when": "setup", "outcome": "passed", "longrepr": None})
+        if outcome != "crashed":
+            why = {"reprcrash": {"message": "RuntimeError: out of resources\nand more"}}
+            lines.append(test | {"when": "call", "outcome": outcome, "longrepr": why})
+            lines.append(test | {"when": "teardown", "outcome": "passed", "longrepr": None})
+    log = folder / "journal.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"$report_type": "Sess')
+    return PytestReport().add(events(log))
 
 
-@pytest.fixture
-def journal(tmp_path: Path) -> Journal:
-    return Journal(tmp_path / "journal.jsonl")
+def test_a_journal_that_was_cut_off_tells_what_ended_and_what_did_not(tmp_path: Path) -> None:
+    report = suite_log(tmp_path, "passed", "failed", "crashed")
+    assert report.line == "1 failed, 1 passed, 1 unfinished"
+    assert report.failures == ["suite.py::test[1]: RuntimeError: out of resources"]
+    assert report.stopped == ["suite.py::test[2]"]
+    assert not report.ended
+    report.add([{"$report_type": "SessionFinish", "exitstatus": 1}])
+    assert report.ended
 
 
-def begin(journal: Journal, todo: list[Point]) -> None:
-    journal.begin(Report("a device", "2026-01-02T03:04:05+00:00", "2", "3", None), "cpu", 1, todo)
+def device_report() -> Report:
+    return Report("a device", "2026-01-02T03:04:05+00:00", "2", "3", None)
 
 
-def measured(case: Any, systems: Any) -> dict[str, Measured]:
-    rows = [
-        Row(system.name, case.kind, "value", case.dtype, case.rows, case.vocab, 1.0, 8, 8.0, 0.5, 0, 1e-7)
-        for system in systems
-    ]
-    return {"value": Measured(rows, 16.0, {}, {})}
+def finding(system: str, number: float, **more: Any) -> Finding:
+    return Finding(system, "forward_kl", "value", "fp32", 2, 1000, [number, 2 * number, number], **more)
 
 
-@pytest.fixture
-def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
-    """Measuring takes and gives what a function of case and systems says."""
-
-    def use(function: Callable[..., Any]) -> None:
-        monkeypatch.setattr(timings, "measure_case", lambda case, systems, works, *_: function(case, systems))
-
-    monkeypatch.setattr(machine, "cache_bytes", lambda device: 1)
-    return use
-
-
-def states(journal: Journal) -> dict[str, int]:
-    return {state: len(which) for state, which in points_in_state(journal.read()).items()}
+def test_a_speed_is_a_ratio_of_medians_over_all_passes() -> None:
+    found = [finding(COPY, 1e-3), finding("kl_gpu", 2e-3, max_rel_error=1e-7)]
+    found += [finding(COPY, 3e-3), finding("kl_gpu", 4e-3, max_rel_error=2e-7)]
+    report = device_report()
+    report.add(found)
+    (row,) = report.rows
+    assert (row.ms, row.max_rel_error) == (4, 2e-7)
+    assert row.share_of_copy == pytest.approx(2.5 / 4)  # medians of 1, 1, 2, 3, 3, 6 and 2, 2, 4, 4, 4, 8
 
 
-def test_points_that_do_not_fit_are_left_and_shorter_ones_run(journal: Journal, pretend: Any) -> None:
-    clock = Clock()
-
-    def work(case: Any, systems: Any) -> dict[str, Measured]:
-        clock.spend(30 if len(systems) == 2 else 4)
-        return measured(case, systems)
-
-    pretend(work)
-    begin(journal, points("b", "a", "b", "c"))
-    assert timings.time_points(journal, 60, clock) == 0  # after 30 + 4 a second 30 does not fit
-    assert states(journal) == {"measured": 3, "failed": 0, "not reached": 1}
-    report = report_of(journal.read())
-    assert [row.V for row in report.rows] == [1000, 1000, 1001, 1003]
-    assert report.copy_gbps == 16.0
-    (partial,) = journal.path.parent.glob("*.partial.json")
-    assert len(json.loads(partial.read_text())["rows"]) == 4
-
-
-def test_a_failing_point_is_noted_and_the_next_one_runs(journal: Journal, pretend: Any) -> None:
-    def work(case: Any, systems: Any) -> dict[str, Measured]:
-        if case.vocab == 1000:
-            raise RuntimeError("out of resources")
-        return measured(case, systems)
-
-    pretend(work)
-    begin(journal, points("a", "c"))
-    assert timings.time_points(journal, 60) == 0
-    (failed,) = points_in_state(journal.read())["failed"]
-    assert failed["why"] == "RuntimeError: out of resources"
-    assert states(journal)["measured"] == 1
-
-
-def test_a_point_that_breaks_the_device_ends_the_process_and_is_not_tried_again(
-    journal: Journal, pretend: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broken = [True]
-
-    def work(case: Any, systems: Any) -> dict[str, Measured]:
-        if case.vocab == 1000:
-            raise RuntimeError("an illegal memory access was encountered")
-        return measured(case, systems)
-
-    pretend(work)
-    monkeypatch.setattr(timings, "_answers", lambda device: not broken[0])
-    begin(journal, points("a", "c"))
-    assert timings.time_points(journal, 60) == timings.BROKEN
-    assert states(journal) == {"measured": 0, "failed": 1, "not reached": 1}
-    broken[0] = False
-    assert timings.time_points(journal, 60) == 0
-    assert states(journal) == {"measured": 1, "failed": 1, "not reached": 0}
-
-
-def test_a_point_whose_process_died_is_a_failure(journal: Journal) -> None:
-    begin(journal, points("a", "c"))
-    journal.add("start", point=0)
-    with journal.path.open("a") as file:
-        file.write('{"event": "measured", "rows": [')  # killed while it wrote
-    (failed,) = points_in_state(journal.read())["failed"]
-    assert "crashed" in failed["why"]
-
-
-def test_a_wrong_system_is_named_and_the_others_are_timed(journal: Journal, pretend: Any) -> None:
-    def work(case: Any, systems: Any) -> dict[str, Measured]:
-        if any(system.name == "torch" for system in systems):
-            raise WrongOutput("torch", "torch is wrong: value")
-        return measured(case, systems)
-
-    pretend(work)
-    begin(journal, points("b"))
-    assert timings.time_points(journal, 60) == 0
-    events = journal.read()
-    assert [event["what"] for event in events if event["event"] == "wrong"] == ["torch is wrong: value"]
-    assert [row.system for row in report_of(events).rows] == ["kl_gpu"]
+def test_a_system_that_failed_in_one_pass_has_no_row() -> None:
+    broken = Finding("torch", "forward_kl", "value", "fp32", 2, 1000)
+    found = [finding(COPY, 1e-3), finding("kl_gpu", 2e-3), finding("torch", 2e-3), broken]
+    report = device_report()
+    report.add(found)
+    assert [row.system for row in report.rows] == ["kl_gpu"]
 
 
 def test_the_tests_chosen_for_a_gpu() -> None:
@@ -372,7 +320,7 @@ def test_hangs():
     time.sleep(600)
 """
     limit_reached_once(tmp_path / "ready")
-    report, ending = some_tests(text, 1)
+    report, ending = some_tests(text, 20)
     assert report.line == "1 passed, 1 unfinished"
     assert report.stopped == ["test_some.py::test_hangs"]
     assert ending == Ending("cut short", report.line)
@@ -453,10 +401,10 @@ def test_other_libraries_are_asked_for_the_divergence_they_are_judged_by(
     trainer.GKDTrainer = _Trainer
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", library)
     monkeypatch.setitem(sys.modules, "trl", trainer)
-    for name in peers._TRAINERS[:-1]:
+    for name in baselines._TRAINERS[:-1]:
         monkeypatch.setitem(sys.modules, name, None)
     student, teacher = torch.randn(4, 50), torch.randn(4, 50)
-    for losses in (peers.liger(), peers.trl()):
+    for losses in (baselines.liger(), baselines.trl()):
         assert set(losses) == {"forward_kl", "reverse_kl", "js"}
         for kind, mean in losses.items():
             want = reference.divergence(student.numpy(), teacher.numpy(), kind).mean()
@@ -466,16 +414,16 @@ def test_other_libraries_are_asked_for_the_divergence_they_are_judged_by(
 def test_a_library_that_is_not_there_or_has_changed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", type(sys)("liger_kernel.transformers"))
     with pytest.raises(ImportError, match=r"liger_kernel\.transformers has no LigerKLDIVLoss"):
-        peers.liger()
+        baselines.liger()
     monkeypatch.setitem(sys.modules, "trl", None)
-    for name in peers._TRAINERS:
+    for name in baselines._TRAINERS:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError):
-        peers.trl()
+        baselines.trl()
 
 
 def test_a_process_that_hangs_is_ended() -> None:
-    hang = "import time; from bench.watchdog import end_after; end_after(0.3); time.sleep(60)"
+    hang = "import time; from bench.gpu.session import end_after; end_after(0.3); time.sleep(60)"
     command = [sys.executable, "-c", hang]
     done = subprocess.run(
         command, cwd=correctness.ROOT, capture_output=True, text=True, timeout=300, check=False
@@ -485,64 +433,85 @@ def test_a_process_that_hangs_is_ended() -> None:
 
 
 @pytest.fixture
-def timing(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Ending, Session, int]]:
-    """The session's timings, by processes that do to the journal what they are told: (act, exit status)."""
+def timing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Ending, Session, int]]:
+    """The session's timings, by processes that leave in the journal what they are told, and end."""
 
-    def timings_of(todo: list[Point], *lives: tuple[Callable[[], None], int]) -> tuple[Ending, Session, int]:
-        begin(journal, todo)
-        report = report_of(journal.read())
-        session = Session(journal.path.parent, CPU, report, todo)
-        started = []
+    def timings_of(*lives: list[dict[str, Any]]) -> tuple[Ending, Session, int]:
+        session = Session(tmp_path, CPU, device_report(), "tiny")
+        skipped = []
 
         def pretended(command: list[str], limit: float, *_: object) -> Finished:
-            act, code = lives[len(started)]
-            started.append(command)
-            act()
-            return Finished(code, False, "")
+            life = lives[len(skipped)]
+            skipped.append(Path(command[command.index("--skip") + 1]).read_text().split("\n"))
+            log = Path(command[command.index("--report-log") + 1])
+            log.write_text("".join(json.dumps(event) + "\n" for event in life))
+            return Finished(1, {"over": True} in life, "")
 
-        monkeypatch.setattr("bench.gpu.run", pretended)
-        return session.time(100), session, len(started)
+        monkeypatch.setattr("bench.gpu.session.run_limited", pretended)
+        return session.time(100), session, len(skipped)
 
     return timings_of
 
 
-def test_timings_go_on_behind_a_point_that_took_its_process_along(timing: Any, journal: Journal) -> None:
-    def crash() -> None:
-        journal.add("start", point=0)
+def event(number: int, when: str, system: str, outcome: str = "passed", why: str = "") -> dict[str, Any]:
+    point = tiny_plan()[number]
+    found = Finding(system, point.kind, "value", point.dtype, point.rows, point.vocab, [1e-3])
+    return {
+        "$report_type": "TestReport", "nodeid": f"s.py::test[{point}-value-{system}-pass 0]", "when": when,
+        "outcome": outcome, "longrepr": {"reprcrash": {"message": why}},
+        "user_properties": [["finding", asdict(found)]],
+    }  # fmt: skip
 
-    def work() -> None:
-        journal.add("start", point=1)
-        (case,) = points("c")
-        journal.measured(measured(case, [SimpleNamespace(name="kl_gpu")]))
-        journal.add("done", point=1, seconds=1)
 
-    ending, session, started = timing(points("a", "c"), (crash, -11), (work, 0))
+def test_timings_go_on_behind_a_point_that_took_its_process_along(timing: Any) -> None:
+    crash = [event(0, "setup", COPY)]
+    names = (COPY, "kl_gpu")
+    work = [event(1, when, name) for name in names for when in ("setup", "call", "teardown")]
+    ending, session, started = timing(crash, [*work, {"$report_type": "SessionFinish"}])
     assert started == 2
     assert ending.outcome == "failed"
-    assert ending.why == "points: 1 measured, 1 failed; wrong outputs: 0"
+    assert ending.why == "points: 1 measured, 1 failed; failures: 0"
     assert session.timings is not None
     assert len(json.loads(session.timings.read_text())["rows"]) == 1
 
-    session.tests["tests"] = correctness.PytestReport("1 failed", ["test_a.py::test_b: no"])
+    failed = event(0, "call", "kl_gpu", "failed", "no\nand more") | {"nodeid": "test_a.py::test_b"}
+    session.tests["tests"] = PytestReport().add([failed])
     session.sanitizer["memcheck"] = "done: ERROR SUMMARY: 0 errors"
     kept = json.loads(session.note(Outcome("timings", ending.outcome, ending.why, 1.0)).read_text())
-    assert kept["tests"] == {
-        "tests": {"line": "1 failed", "failures": ["test_a.py::test_b: no"], "stopped": []}
-    }
+    assert kept["tests"]["tests"]["line"] == "1 failed"
+    assert kept["tests"]["tests"]["failures"] == ["test_a.py::test_b: no"]
     assert kept["sanitizer"] == {"memcheck": "done: ERROR SUMMARY: 0 errors"}
     assert [phase["outcome"] for phase in kept["phases"]] == ["failed"]
     assert len(kept["points"]["failed"]) == 1
 
 
 def test_timings_that_cannot_even_begin_are_not_tried_for_ever(timing: Any) -> None:
-    ending, session, started = timing(points("a"), (lambda: None, 1))
+    ending, session, started = timing([])
     assert started == 1
     assert (ending.outcome, session.timings) == ("cut short", None)
 
 
-def test_linear_div_against_its_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_point_that_the_limit_cuts_off_is_no_failure(timing: Any) -> None:
+    whole = [event(0, when, name) for name in (COPY, "kl_gpu") for when in ("setup", "call", "teardown")]
+    ending, session, started = timing([*whole, event(1, "setup", COPY), {"over": True}])
+    assert started == 1
+    assert (ending.outcome, ending.why) == ("cut short", "points: 1 measured, 1 not reached")
+    assert [row.system for row in session.report.rows] == ["kl_gpu"]
+
+
+def test_a_wrong_system_is_named_and_the_others_are_timed(timing: Any) -> None:
+    wrong = event(0, "call", "torch", "failed", "WrongOutput: torch is wrong: value")
+    others = [event(number, when, COPY) for number in (0, 1) for when in ("setup", "call", "teardown")]
+    others += [event(number, "call", "kl_gpu") for number in (0, 1)]
+    ending, session, _ = timing([*others, wrong, {"$report_type": "SessionFinish"}])
+    assert ending.outcome == "failed"
+    assert "torch is wrong: value" in session.checks()["wrong"][0]
+    assert "kl_gpu" in {row.system for row in session.report.rows}
+
+
+def test_linear_div_against_its_baselines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--rows", "24", "--hidden", "16", "--columns", "300", "--repeats", "2"]
-    assert gpu_linear.main([*sizes, "--out", str(tmp_path)]) == 0
+    assert bench(["linear", *sizes, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert "TFLOP/s; peak extra memory" in shown[-1]
     found = json.loads((tmp_path / "linear.json").read_text())
@@ -564,8 +533,10 @@ def test_linear_div_against_its_peers(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_what_the_session_makes_of_linear_div(
     timing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, outcome: str, why: str
 ) -> None:
-    _, session, _ = timing(points("a"), (lambda: None, 1))
-    monkeypatch.setattr("bench.gpu.run", lambda _, *rest: run([sys.executable, "-c", command], *rest))
+    _, session, _ = timing([])
+    monkeypatch.setattr(
+        "bench.gpu.session.run_limited", lambda _, *rest: run([sys.executable, "-c", command], *rest)
+    )
     ending = session.linear(20.0)
     assert (ending.outcome, ending.why) == (outcome, why)
 
@@ -575,7 +546,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What one whole session on the CPU printed, and its folder."""
     out = tmp_path_factory.mktemp("gpu")
     options = ["--tiny", "--device", "cpu", "--minutes", "20"]  # many, for slow machines: it ends when done
-    command = [sys.executable, "-m", "bench.gpu", *options, "--out", out]
+    command = [sys.executable, "-m", "bench", "gpu", *options, "--out", out]
     done = subprocess.run(
         command, cwd=correctness.ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
         text=True, timeout=1300, check=False,
@@ -635,6 +606,6 @@ def test_a_session_leaves_its_json_and_its_plots(session: tuple[str, Path]) -> N
 )
 def test_bad_options(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(arguments)
+        bench(["gpu", *arguments])
     assert stopped.value.code == 2
     assert complaint in capsys.readouterr().err

@@ -396,7 +396,7 @@ def test_the_weights_gradient_is_summed_in_float32(chunks: int, weight_dtype: to
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_does_not_grow_with_rows(dtype: torch.dtype) -> None:
-    memory = pytest.importorskip("bench.memory")
+    memory = pytest.importorskip("bench.harness.memory")
     v, h, beyond = 4000, 32, []
     for n in (256, 2048):
         given = _random_heads(n, v, h, dtype).require_grad()

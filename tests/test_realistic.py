@@ -19,12 +19,12 @@ from torch import Tensor
 
 import kl_gpu
 import linear_heads
-from bench.realistic_rows import Trained
 from kl_gpu import reference
 from kl_gpu.reference import topk as reference_topk
 from kl_gpu.topk.formulas import RESOLUTION
 from linear_heads import Heads
 from realistic import CASES, MODEL_VOCAB, realistic, trained
+from realistic_rows import Trained
 from support import DEVICE, check_gradients, check_value, expected, is_slow, to_numpy
 
 

@@ -167,7 +167,7 @@ def test_a_row_without_a_distribution(backend: str, bad: float) -> None:
     assert torch.isnan(found.tail_logprob).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("kind", tails.TAIL_KINDS["bucket"])
+@pytest.mark.parametrize("kind", formulas.TAIL_KINDS["bucket"])
 def test_a_student_of_such_a_row(backend: str, kind: str) -> None:
     logits, student = (torch.randn(3, 300, device=DEVICE) for _ in range(2))
     logits[1, 299] = NAN

@@ -59,7 +59,7 @@ class Options(NamedTuple):
         return Reduction(valid, weight, factor, self.reduction, normalizer)
 
     def overwrites(self, argument: str, logits: Tensor, *also_needed: Any) -> bool:
-        """Whether the gradient goes over the logits' memory; `also_needed`: as `validation.inplace` has it."""
+        """Whether the gradient goes over the logits' memory; `also_needed` as in `validation.inplace`."""
         # Under torch.compile and torch.func the permission goes unused: whose memory it is, they know.
         if not self.inplace or torch.compiler.is_compiling() or transforms.are_active():
             return False

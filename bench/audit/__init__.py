@@ -1,0 +1,1 @@
+"""The audit compiles the Triton kernels for GPUs that need not be there: `python -m bench audit`."""

@@ -1,0 +1,130 @@
+"""A Triton kernel compiled for a GPU that need not be there, by the compilers in Triton's own wheel."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton import compile as triton_compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .kernels import V_CLASSES, Entry
+from .machine_code import Path as Code
+from .machine_code import parse_gcn, parse_sass
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+_POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+_ANY_NUMBER = ("n_rows", "n_inner", "n_ids", "words", "parts", "lag")
+_LOGITS = ("a_ptr", "b_ptr", "x_ptr", "grad_a_ptr", "grad_b_ptr", "grad_ptr")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Machine code of one kernel; registers and spilled bytes of a thread, shared bytes of a program.
+
+    `columns` are those that one pass through each of its main loops covers.
+    """
+
+    code: Code
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    warps: int
+    columns: tuple[int, ...]
+
+
+def warp_size(arch: str) -> int:
+    return 64 if arch.startswith("gfx") else 32
+
+
+def signature(entry: Entry, dtype: str) -> dict[str, str]:
+    """Argument types as a launch would give them: pointers, 64-bit strides, 32-bit sizes, floats."""
+    types: dict[str, str] = {}
+    for name in entry.function.arg_names:
+        if name in entry.types:
+            types[name] = entry.types[name]
+        elif name == "rows_ptr":
+            types[name] = "*i1"
+        elif name in _LOGITS:
+            types[name] = _POINTERS[dtype]
+        elif name.endswith("_ptr"):
+            types[name] = "*fp32"
+        elif name in ("n_inner", "V"):
+            types[name] = "i32"
+        elif name.endswith(("_outer", "_inner")):
+            types[name] = "i64"
+        elif name.endswith(("_high", "_low")) or name.startswith("near_"):
+            types[name] = "fp32"
+        else:
+            types[name] = "constexpr"
+    return types
+
+
+def compile_entry(entry: Entry, dtype: str, arch: str, V_class: str) -> Compiled:
+    amd = arch.startswith("gfx")
+    configuration = entry.configuration(dtype, V_CLASSES[V_class], warp_size(arch))
+    warps, registers = configuration["num_warps"], configuration.get("maxnreg")
+    # Only NVIDIA's compiler knows the register limit.
+    options = {"num_warps": warps} | ({"maxnreg": registers} if registers and not amd else {})
+    names = list(entry.function.arg_names)
+    types = signature(entry, dtype)
+    # Allocators align tensors to 16 bytes at least; rows are as aligned as V and the strides make them.
+    divisible = [
+        name
+        for name, kind in types.items()
+        if kind[0] == "*"
+        or name == "part_columns"
+        or (V_class == "aligned" and kind[0] == "i" and name not in _ANY_NUMBER)
+    ]
+    source = ASTSource(
+        fn=entry.function,
+        signature=types,
+        constexprs={(names.index(n),): value for n, value in configuration.items() if n in names},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+    )
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    built = triton_compile(source, target=target, options=options)
+    shared = int(built.metadata.shared)
+    columns = entry.columns(dtype, V_CLASSES[V_class], warp_size(arch))
+    if amd:
+        return Compiled(*_read_gcn(built.asm["amdgcn"]), shared, warps, columns)
+    return Compiled(*_read_cubin(built.asm["cubin"]), shared, warps, columns)
+
+
+def _read_gcn(assembly: str) -> tuple[Code, int, int]:
+    """Instructions, registers and spilled bytes from assembly with its metadata."""
+
+    def figure(name: str) -> int:
+        found = re.search(rf"^\s*\.{name}:\s+(\d+)", assembly, re.MULTILINE)
+        if found is None:
+            raise ValueError(f"no .{name} in the assembly's metadata")
+        return int(found[1])
+
+    # Scalar registers that overflow move to lanes of a vector register (v_writelane), not to memory.
+    spilled = max(4 * figure("vgpr_spill_count"), figure("private_segment_fixed_size"))
+    return parse_gcn(assembly.splitlines()), figure("vgpr_count"), spilled
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _read_cubin(cubin: bytes) -> tuple[Code, int, int]:
+    """Instructions, registers and spilled bytes of a cubin with one kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        sass = subprocess.run(
+            [_tool("nvdisasm"), "-c", str(path)], capture_output=True, text=True, check=True
+        )
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", str(path)], capture_output=True, text=True, check=True
+        )
+    used = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr))
+    # Spills go to local memory, as do arrays; these kernels have none.
+    return parse_sass(sass.stdout.splitlines()), int(used["REG"]), int(used["STACK"]) + int(used["LOCAL"])

@@ -1,0 +1,209 @@
+"""The variants of the kernels that are audited. This is the only list: each is an entry here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import triton
+
+from kl_gpu.arguments.reduction import compute_dtype
+from kl_gpu.backends.interface import RowPair
+from kl_gpu.backends.triton import fast_formulas, launch, pair, shard
+from kl_gpu.backends.triton.complement import SHAPES as COMPLEMENT_SHAPES
+from kl_gpu.backends.triton.complement import program, remainder_gradient_kernel, remainder_kernel
+from kl_gpu.backends.triton.token_stats import SHAPES as TOKEN_STATS_SHAPES
+from kl_gpu.backends.triton.token_stats import token_stats_parts_kernel
+from kl_gpu.kinds import KINDS
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What the compiler may know of V and the row strides: that 16 divides them, or nothing.
+V_CLASSES = {"aligned": 128256, "odd": 50257}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One variant of a kernel.
+
+    Attributes:
+        kernel, kind: its names in the table.
+        formula, sweeps_value, side: what it is compiled for; side is "a", "b", "both" or "".
+        loops: which of its main loops do the work, counted among those that load and exponentiate: the first
+            sweep's is the first, the gradient's the last, and between them lie the careful path's. Later
+            sweeps and gradients are there twice: for plain rows, which counts, comes first.
+        tensors: of logits' size, that are read or written.
+        gcn_loops: the same in AMD's code, where the last stage comes first and plain rows behind the others.
+    """
+
+    kernel: str
+    kind: str
+    formula: str
+    sweeps_value: bool
+    side: str
+    loops: tuple[int, ...]
+    tensors: int = 2
+    gcn_loops: tuple[int, ...] = (0,)
+
+    function: ClassVar[Any] = pair.rows_kernel
+    types: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("n_rows", "parts", "part_columns", "lag"), "i32"),
+        "queue_ptr": "*i32",
+    }
+
+    def configuration(self, dtype: str, V: int, lanes: int) -> dict[str, Any]:
+        """Every compile-time argument and option, as the launcher would choose them."""
+        problem, config = self._launch(dtype, V, lanes)
+        return {
+            **config,
+            "OUT_LAYOUT": launch.gradient_layout(config["LAYOUT"], problem.a),
+            "HAS_ROWS": True,
+            "HAS_INCOMING": False,
+            "FAMILY": self.formula,
+            "VALUE": self.sweeps_value,
+            "TO_A": self.side in ("a", "both"),
+            "TO_B": self.side in ("b", "both"),
+            "PARTS": triton.next_power_of_2(self.programs(dtype, V, lanes)),
+            "LOG2": fast_formulas.logarithm(self.formula, torch.float32, lanes == 32),
+        }
+
+    def columns(self, dtype: str, V: int, lanes: int) -> tuple[int, ...]:
+        """Columns that one pass through each of the loops covers."""
+        problem, config = self._launch(dtype, V, lanes)
+        tile = int(config["R"] * config["VEC"])
+        step = self._step(problem, config)
+        return tuple(step if self.sweeps_value and not at else tile for at in range(len(self.loops)))
+
+    def loops_on(self, arch: str) -> tuple[int, ...]:
+        return self.gcn_loops if arch.startswith("gfx") else self.loops
+
+    def programs(self, dtype: str, V: int, lanes: int) -> int:
+        """Programs of a row; those of several stages count as one that does them all."""
+        return launch.parts_of(V, self._step(*self._launch(dtype, V, lanes))).number
+
+    def _step(self, problem: RowPair, config: dict[str, Any]) -> int:
+        return launch.step_of(problem, config)
+
+    @property
+    def _shapes(self) -> dict[int, launch.ProgramShape]:
+        return pair.SHAPES if self.formula == "kl" else pair.FORMULA_SHAPES
+
+    def _launch(self, dtype: str, V: int, lanes: int) -> tuple[RowPair, dict[str, Any]]:
+        example = torch.empty(1, 2, V, dtype=DTYPES[dtype], device="meta")
+        problem = RowPair(
+            example, example, None, self.formula, 0.0, 1.0, 1.0, compute_dtype(example.dtype, example.dtype)
+        )
+        return problem, launch.configuration(problem, self._shapes, lanes)
+
+
+def _entry(formula: str, sweeps_value: bool, side: str) -> Entry:
+    sweeps = (1 if formula == "kl" else 2) if sweeps_value else 0
+    each = 2  # forms of each later stage: of plain rows, and of others
+    last = (-each,) if side else ()
+    stages = sweeps + bool(side)
+    return Entry(
+        kernel="value_grad" if sweeps and side else "gradient" if side else "value",
+        kind=f"{formula}, to {side}" if side else formula,
+        formula=formula,
+        sweeps_value=sweeps_value,
+        side=side,
+        loops=(*((0,), (0, -each * (1 + len(last))))[sweeps - 1], *last) if sweeps else last,
+        tensors=4 if side == "both" else 3 if side else 2,
+        gcn_loops=tuple(
+            each * (stages - 1 - at) + (each - 1) * (at > 0 or not sweeps) for at in range(stages)
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class StatsEntry(Entry):
+    """The sweep of token statistics; what folds a row's parts reads a few numbers and is not counted."""
+
+    function: ClassVar[Any] = token_stats_parts_kernel
+
+    def configuration(self, dtype: str, V: int, lanes: int) -> dict[str, Any]:
+        _, config = self._launch(dtype, V, lanes)
+        parts = self.programs(dtype, V, lanes)
+        return {**config, "HAS_ROWS": True, "PARTS": triton.next_power_of_2(parts)}
+
+    def _step(self, problem: RowPair, config: dict[str, Any]) -> int:
+        return int(config["R"] * config["VEC"])
+
+    @property
+    def _shapes(self) -> dict[int, launch.ProgramShape]:
+        return TOKEN_STATS_SHAPES
+
+
+@dataclass(frozen=True)
+class ComplementEntry(Entry):
+    """One of the kernels of `kl_gpu.triton.remainder`, at 64 ids a row: one tensor of logits."""
+
+    types: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("n_rows", "n_ids", "words", "parts", "part_columns"), "i32"),
+        **dict.fromkeys(("stats_ptr", "given_ptr", "rest_ptr", "entropy_ptr"), "*fp64"),
+        "ids_ptr": "*i64",
+        "words_ptr": "*i32",
+        "marks_ptr": "*u8",
+    }
+
+    @property
+    def function(self) -> Any:
+        return remainder_kernel if self.sweeps_value else remainder_gradient_kernel
+
+    def configuration(self, dtype: str, V: int, lanes: int) -> dict[str, Any]:
+        logits = torch.empty(1, 2, V, dtype=DTYPES[dtype], device="meta")
+        config = program(logits, 64, lanes)
+        if not self.sweeps_value:
+            config["LAYOUT"] = launch.gradient_layout(config["LAYOUT"], logits)
+        return {**config, "HAS_ROWS": True, "ENTROPY": self.kind.endswith("entropy")}
+
+    def programs(self, dtype: str, V: int, lanes: int) -> int:
+        return 1 if self.sweeps_value else super().programs(dtype, V, lanes)
+
+    def _step(self, problem: RowPair, config: dict[str, Any]) -> int:
+        return int(config["R"] * config["VEC"])
+
+    @property
+    def _shapes(self) -> dict[int, launch.ProgramShape]:
+        return COMPLEMENT_SHAPES
+
+
+@dataclass(frozen=True)
+class ShardEntry(Entry):
+    """The formula's sums over a shard, given the whole row's statistics: no launch of its own."""
+
+    types: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("n_rows", "n_inner", "parts", "part_columns"), "i32"),
+        "out_ptr": "*fp64",
+    }
+    function: ClassVar[Any] = shard.formula_sums_kernel
+
+    def configuration(self, dtype: str, V: int, lanes: int) -> dict[str, Any]:
+        _, config = self._launch(dtype, V, lanes)
+        return {**config, "HAS_ROWS": True, "FAMILY": self.formula}
+
+
+def shard_entries() -> Iterator[Entry]:
+    """Compiled by tests/test_shards_code.py, and no part of the table."""
+    for formula in ("js", "skew", "tv"):
+        yield ShardEntry("formula_sums", formula, formula, True, "", loops=(0,))
+
+
+def _student(kind: str) -> str:
+    return "a" if KINDS[kind].expectation_under == "student" else "b"
+
+
+def entries() -> Iterator[Entry]:
+    formulas = dict.fromkeys(kind.formula for kind in KINDS.values())
+    for formula in formulas:
+        sides = sorted({_student(name) for name, kind in KINDS.items() if kind.formula == formula})
+        yield _entry(formula, True, "")
+        for side in (*sides, "both"):
+            yield _entry(formula, False, side)
+        for side in sides:
+            yield _entry(formula, True, side)
+    yield StatsEntry("token_stats", "both kl", "kl", True, "", loops=(0,))
+    for kind in ("remainder", "remainder, entropy"):
+        yield ComplementEntry("value", kind, "remainder", True, "", (0,), tensors=1)
+        yield ComplementEntry("gradient", kind, "remainder", False, "", (-1,), tensors=2, gcn_loops=(0,))

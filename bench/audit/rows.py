@@ -1,0 +1,112 @@
+"""One line of the audit: a variant of a kernel, compiled for an architecture, and what came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import triton
+
+from .budget import budget
+from .compiled import ARCHITECTURES, compile_entry, warp_size
+from .kernels import DTYPES, V_CLASSES, Entry, entries
+from .machine_code import main_loops, mix
+from .occupancy import CORES, resident_programs
+
+RESULTS = Path(__file__).parents[1] / "results" / "audit.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Registers and spilled bytes are of a thread, shared bytes of a program, widths in bits of an access.
+
+    An element is a column of a row: a pair of logits, or one logit of a kernel that reads one tensor.
+    `columns` are those that one pass through the (first) main loop covers. `programs_per_core` are resident
+    at a time, by registers, warps and shared memory; `budget` is in instructions per element, of which the
+    kernel reads or writes `tensors`.
+    """
+
+    kernel: str
+    kind: str
+    dtype: str
+    arch: str
+    V_class: str
+    V: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    load_bits: int
+    store_bits: int
+    instructions_per_element: float
+    ex2_per_element: float
+    tensors: int
+    budget: float
+    warps: int
+    columns: int
+    programs_per_core: int
+
+
+def audit_one(entry: Entry, dtype: str, arch: str, V_class: str) -> Row:
+    """Compiles one entry and counts."""
+    compiled = compile_entry(entry, dtype, arch, V_class)
+    loops = main_loops(compiled.code, entry.loops_on(arch))
+    found = [mix(loop) for loop in loops]
+    whole = mix([here for loop in loops for here in loop])
+    threads = compiled.warps * warp_size(arch)
+
+    def each(count: str) -> float:
+        per_loop = zip(found, compiled.columns, strict=True)
+        return round(sum(getattr(one, count) * threads / columns for one, columns in per_loop), 2)
+
+    return Row(
+        kernel=entry.kernel,
+        kind=entry.kind,
+        dtype=dtype,
+        arch=arch,
+        V_class=V_class,
+        V=V_CLASSES[V_class],
+        registers=compiled.registers,
+        spill_bytes=compiled.spill_bytes,
+        shared_bytes=compiled.shared_bytes,
+        load_bits=whole.load_bits,
+        store_bits=whole.store_bits,
+        instructions_per_element=each("instructions"),
+        ex2_per_element=each("ex2"),
+        tensors=entry.tensors,
+        budget=budget(entry.tensors, DTYPES[dtype].itemsize),
+        warps=compiled.warps,
+        columns=compiled.columns[0],
+        programs_per_core=resident_programs(
+            CORES[arch], compiled.registers, compiled.warps, compiled.shared_bytes
+        ),
+    )
+
+
+def audit(
+    kernels: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+    archs: Sequence[str] = (),
+    V_classes: Sequence[str] = (),
+) -> Iterator[Row]:
+    """Every variant by these names; all of them where none is given."""
+    for entry in entries():
+        if not kernels or entry.kernel in kernels:
+            for dtype in dtypes or DTYPES:
+                for arch in archs or ARCHITECTURES:
+                    for V_class in V_classes or V_CLASSES:
+                        yield audit_one(entry, dtype, arch, V_class)
+
+
+def load(path: Path = RESULTS) -> tuple[dict[str, str], list[Row]]:
+    """The document's head and its rows."""
+    document = json.loads(path.read_text())
+    return document, [Row(**row) for row in document.pop("rows")]
+
+
+def save(rows: Sequence[Row], path: Path) -> None:
+    head = {"triton": triton.__version__, "date": f"{datetime.now(timezone.utc):%Y-%m-%d}"}
+    lines = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in rows)
+    path.write_text(json.dumps(head)[:-1] + f', "rows": [\n{lines}\n]}}\n')

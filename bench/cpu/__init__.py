@@ -1,0 +1,1 @@
+"""The C++ kernels, timed beside the machine's memory and beside PyTorch: `python -m bench cpu`."""

@@ -1,0 +1,1 @@
+"""The suite times divergences under pytest-benchmark, ours beside baselines: `python -m bench suite`."""
