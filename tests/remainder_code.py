@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from bench.audit.kernels import RemainderEntry, entries
+from bench.audit.kernels import ComplementEntry, entries
 from bench.audit.rows import audit_one
 
 CASES = (
@@ -18,6 +18,6 @@ CASES = (
 
 if __name__ == "__main__":
     for entry in entries():
-        if isinstance(entry, RemainderEntry):
+        if isinstance(entry, ComplementEntry):
             for case in CASES:
                 print(json.dumps(asdict(audit_one(entry, *case))), flush=True)
