@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -474,6 +474,10 @@ def test_options_in_combination(backend: str, kind: str, case: dict) -> None:
     later = (slice(None), slice(1, None)) if shift else (...,)
     s, t = to_numpy(student)[..., :vocab][part], to_numpy(teacher)[..., :vocab][part]
     options = {"temperature": t_s, "teacher_temperature": t_t}
+    if kind == "tv":  # its gradient jumps where p = q: on which side such a column lies, last bits say
+        with np.errstate(invalid="ignore"):
+            gap = np.abs(reference.log_softmax(s, t_s) - reference.log_softmax(t, t_t))
+        assume(not ((gap < 1e-9) & (s != t).any(-1, keepdims=True)).any())
     factor = np.full(s.shape[:-1], t_s**2 if case["t_squared"] else 1.0)
     counts = np.ones(s.shape[:-1], bool)
     if mask is not None:
