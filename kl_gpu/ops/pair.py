@@ -6,7 +6,7 @@ count and numbers; masks by label, weights and reductions stay with the public f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,16 +44,16 @@ def _over_blocks(
 
     A block has its own rows of what is given `per_row`, flat, and of the `strided` tensors as views.
     """
-    backend: Backend = registry.load(params.backend)
-    lead = student.shape[:-1]
+    kind, beta, student_scale, teacher_scale, name = params
+    backend, lead = registry.load(name), student.shape[:-1]
     flat = [flat_rows(x, lead) for x in per_row]
-    tensors = [student, teacher, None if valid is None else valid.contiguous(), *strided]
-    blocks: Iterable[list[Any]] = (tensors,)
-    if not (backend.viewless and 1 <= len(lead) <= 2):
-        blocks = views(lead, tensors)
+    valid = None if valid is None else valid.contiguous()
+    if backend.viewless and 1 <= len(lead) <= 2:
+        p = RowPair.of(student, teacher, valid, kind, beta, student_scale, teacher_scale)
+        return [ask(backend, p, *flat, *strided)]
     found, start = [], 0
-    for s, t, keep, *others in blocks:
-        p = RowPair.of(s, t, keep, params.kind, params.beta, params.student_scale, params.teacher_scale)
+    for s, t, keep, *others in views(lead, [student, teacher, valid, *strided]):
+        p = RowPair.of(s, t, keep, kind, beta, student_scale, teacher_scale)
         part = slice(start, start + p.n_rows)
         start = part.stop
         found.append(ask(backend, p, *(cut(x, part) for x in flat), *others))
