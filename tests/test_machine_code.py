@@ -68,8 +68,8 @@ def aligned(audits: list[dict]) -> list[dict]:
 
 def test_a_hundred_betas_temperatures_and_row_counts_compile_each_kernel_once(shared_folder: Path) -> None:
     (found,) = run("compile_keys.py", shared_folder)
-    assert found["families"] == 3
-    assert found["keys"] == {"rows_kernel": 9}
+    assert found["formulas"] == 3
+    assert found["keys"] == {"pair_kernel": 9}
 
 
 def test_every_kernel_dtype_and_architecture_compiles(audits: list[dict]) -> None:

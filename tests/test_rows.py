@@ -156,9 +156,9 @@ def test_how_a_row_is_shared_depends_on_its_columns_alone() -> None:
     from kl_gpu.backends.triton import launch
 
     for columns in (1, 1000, 16384, 16385, 32000, 50257, 128256, 151936, 262144, 1_000_003):
-        count, width = launch.parts_of(columns, 1024)
+        count, width = launch.splits_of(columns, 1024)
         assert (count - 1) * width < columns <= count * width
-        assert width <= launch.PART
+        assert width <= launch.SPLIT_COLUMNS
         assert width % 1024 == 0
     for n in (1, 4):
         logits = torch.empty(1, n, 50257)
