@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 # TIGHT holds what they take.
 BUDGET = {"value": 26.7, "gradient": 40, "value_grad": 40, "token_stats": 26.7}
 TIGHT = {("token_stats", "both kl"): 45}
-# The other families pass the slots of value and value_grad: these hold what plain rows gained (js took 206
+# The other families pass the slots of value and value_grad: these hold what the fast path gained (js took 206
 # and 286). float32 adds the rounding errors of b − a, sm_80 and sm_100 differ by a few.
 FAMILY_BUDGET = {
     ("value", "jeffreys"): 61, ("gradient", "jeffreys"): 22, ("value_grad", "jeffreys"): 83,
