@@ -41,7 +41,7 @@ def main() -> None:
             triton.gradient(problem, stats, scale, grad, None)
             triton.value_and_gradient(problem, scale, grad, None)
     formulas = {kinds.KINDS[k].formula for k in ("jeffreys", "js", "skew_forward_kl")}
-    print(json.dumps({"families": len(formulas), "keys": {name: len(keys) for name, keys in KEYS.items()}}))
+    print(json.dumps({"formulas": len(formulas), "keys": {name: len(keys) for name, keys in KEYS.items()}}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The short formulas that plain rows take, with logarithms and exponentials as bad as NVIDIA's may be."""
+"""The formulas on the fast path, with logarithms and exponentials as bad as NVIDIA's may be."""
 
 from __future__ import annotations
 

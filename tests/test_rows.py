@@ -13,7 +13,7 @@ from support import DEVICE, check_gradients, check_value, pair
 pytest.importorskip("triton")
 on_interpreter = pytest.mark.skipif(DEVICE.type != "cpu", reason="steers Triton's interpreter")
 
-# Three parts of a row, the last of them ragged.
+# Three splits of a row, the last of them ragged.
 VOCAB = 40001
 
 
@@ -41,7 +41,7 @@ def apart(p: RowPair, row_scale: Tensor) -> tuple[Tensor, ...]:
 
 
 def same(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
-    # Behind the statistics lie counters, and the part's sweeps count differently.
+    # Behind the statistics lie counters, and the two ways count differently.
     (value, stats, *grads), (other_value, other_stats, *other_grads) = some, others
     pairs = [(value, other_value), (stats[:, :9], other_stats[:, :9]), *zip(grads, other_grads, strict=True)]
     return all(torch.equal(x, y) for x, y in pairs)
@@ -62,7 +62,7 @@ def test_one_launch_has_the_bits_of_two(kind: str, dtype: torch.dtype, vocab: in
 
 
 def test_shared_rows_keep_the_promises(kind: str) -> None:
-    # Parts of several tiles, as on a GPU. The mass in one part, the other parts far below; nearly equal
+    # Splits of several tiles, as on a GPU. The mass in one split, the other splits far below; nearly equal
     # sides; a hole; a NaN.
     student, teacher = pair(1, 5, VOCAB, spread=1e-3)
     student[0, 0, 20000] += 30
@@ -91,7 +91,7 @@ def test_shared_rows_keep_the_promises(kind: str) -> None:
 
 @on_interpreter
 @pytest.mark.usefixtures("wide_triton_programs")
-def test_parts_are_folded_in_their_order_whoever_comes_last(
+def test_splits_are_merged_in_their_order_whoever_comes_last(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from triton.runtime.interpreter import InterpreterBuilder
@@ -137,7 +137,7 @@ def test_an_incoming_gradient_of_one_leaves_the_buffers_alone(
     from kl_gpu.backends import triton
     from kl_gpu.backends.triton import pair as kernels
 
-    # Fewer programs than parts: each takes several.
+    # Fewer programs than splits: each takes several.
     monkeypatch.setattr(kernels, "resident_programs", lambda device: 2)
     student, teacher = pair(1, 3, VOCAB)
     p, row_scale = problem(student, teacher, "forward_kl"), torch.rand(3, device=DEVICE)
@@ -156,9 +156,9 @@ def test_how_a_row_is_shared_depends_on_its_columns_alone() -> None:
     from kl_gpu.backends.triton import launch
 
     for columns in (1, 1000, 16384, 16385, 32000, 50257, 128256, 151936, 262144, 1_000_003):
-        count, width = launch.parts_of(columns, 1024)
+        count, width = launch.splits_of(columns, 1024)
         assert (count - 1) * width < columns <= count * width
-        assert width <= launch.PART
+        assert width <= launch.SPLIT_COLUMNS
         assert width % 1024 == 0
     for n in (1, 4):
         logits = torch.empty(1, n, 50257)

@@ -19,7 +19,7 @@ from .machine_code import parse_gcn, parse_sass
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 _POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
-_ANY_NUMBER = ("n_rows", "n_inner", "n_ids", "words", "parts", "lag")
+_ANY_NUMBER = ("n_rows", "n_inner", "n_ids", "words", "num_splits", "lag")
 _LOGITS = ("a_ptr", "b_ptr", "x_ptr", "grad_a_ptr", "grad_b_ptr", "grad_ptr")
 
 
@@ -48,7 +48,7 @@ def signature(entry: Entry, dtype: str) -> dict[str, str]:
     for name in entry.function.arg_names:
         if name in entry.types:
             types[name] = entry.types[name]
-        elif name == "rows_ptr":
+        elif name == "valid_ptr":
             types[name] = "*i1"
         elif name in _LOGITS:
             types[name] = _POINTERS[dtype]

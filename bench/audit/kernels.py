@@ -13,9 +13,9 @@ from kl_gpu.arguments.reduction import compute_dtype
 from kl_gpu.backends.interface import RowPair
 from kl_gpu.backends.triton import fast_formulas, launch, pair, shard
 from kl_gpu.backends.triton.complement import SHAPES as COMPLEMENT_SHAPES
-from kl_gpu.backends.triton.complement import program, remainder_gradient_kernel, remainder_kernel
+from kl_gpu.backends.triton.complement import complement_gradient_kernel, complement_kernel, program
 from kl_gpu.backends.triton.token_stats import SHAPES as TOKEN_STATS_SHAPES
-from kl_gpu.backends.triton.token_stats import token_stats_parts_kernel
+from kl_gpu.backends.triton.token_stats import token_stats_splits_kernel
 from kl_gpu.kinds import KINDS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -31,10 +31,10 @@ class Entry:
         kernel, kind: its names in the table.
         formula, sweeps_value, side: what it is compiled for; side is "a", "b", "both" or "".
         loops: which of its main loops do the work, counted among those that load and exponentiate: the first
-            sweep's is the first, the gradient's the last, and between them lie the careful path's. Later
-            sweeps and gradients are there twice: for plain rows, which counts, comes first.
+            sweep's is the first, the gradient's the last, and between them lie the fallback's. Later
+            sweeps and gradients are there twice: for rows of the fast path, which counts, comes first.
         tensors: of logits' size, that are read or written.
-        gcn_loops: the same in AMD's code, where the last stage comes first and plain rows behind the others.
+        gcn_loops: the same in AMD's code, where the last stage comes first and rows of the fast path behind the others.
     """
 
     kernel: str
@@ -46,9 +46,9 @@ class Entry:
     tensors: int = 2
     gcn_loops: tuple[int, ...] = (0,)
 
-    function: ClassVar[Any] = pair.rows_kernel
+    function: ClassVar[Any] = pair.pair_kernel
     types: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("n_rows", "parts", "part_columns", "lag"), "i32"),
+        **dict.fromkeys(("n_rows", "num_splits", "split_columns", "lag"), "i32"),
         "queue_ptr": "*i32",
     }
 
@@ -58,13 +58,13 @@ class Entry:
         return {
             **config,
             "OUT_LAYOUT": launch.gradient_layout(config["LAYOUT"], problem.a),
-            "HAS_ROWS": True,
+            "HAS_VALID": True,
             "HAS_INCOMING": False,
-            "FAMILY": self.formula,
+            "FORMULA": self.formula,
             "VALUE": self.sweeps_value,
             "TO_A": self.side in ("a", "both"),
             "TO_B": self.side in ("b", "both"),
-            "PARTS": triton.next_power_of_2(self.programs(dtype, V, lanes)),
+            "SPLITS": triton.next_power_of_2(self.programs(dtype, V, lanes)),
             "LOG2": fast_formulas.logarithm(self.formula, torch.float32, lanes == 32),
         }
 
@@ -80,7 +80,7 @@ class Entry:
 
     def programs(self, dtype: str, V: int, lanes: int) -> int:
         """Programs of a row; those of several stages count as one that does them all."""
-        return launch.parts_of(V, self._step(*self._launch(dtype, V, lanes))).number
+        return launch.splits_of(V, self._step(*self._launch(dtype, V, lanes))).number
 
     def _step(self, problem: RowPair, config: dict[str, Any]) -> int:
         return launch.step_of(problem, config)
@@ -99,7 +99,7 @@ class Entry:
 
 def _entry(formula: str, sweeps_value: bool, side: str) -> Entry:
     sweeps = (1 if formula == "kl" else 2) if sweeps_value else 0
-    each = 2  # forms of each later stage: of plain rows, and of others
+    each = 2  # forms of each later stage: of the fast path, and of others
     last = (-each,) if side else ()
     stages = sweeps + bool(side)
     return Entry(
@@ -118,14 +118,14 @@ def _entry(formula: str, sweeps_value: bool, side: str) -> Entry:
 
 @dataclass(frozen=True)
 class StatsEntry(Entry):
-    """The sweep of token statistics; what folds a row's parts reads a few numbers and is not counted."""
+    """The sweep of token statistics; what merges a row's splits reads a few numbers and is not counted."""
 
-    function: ClassVar[Any] = token_stats_parts_kernel
+    function: ClassVar[Any] = token_stats_splits_kernel
 
     def configuration(self, dtype: str, V: int, lanes: int) -> dict[str, Any]:
         _, config = self._launch(dtype, V, lanes)
-        parts = self.programs(dtype, V, lanes)
-        return {**config, "HAS_ROWS": True, "PARTS": triton.next_power_of_2(parts)}
+        splits = self.programs(dtype, V, lanes)
+        return {**config, "HAS_VALID": True, "SPLITS": triton.next_power_of_2(splits)}
 
     def _step(self, problem: RowPair, config: dict[str, Any]) -> int:
         return int(config["R"] * config["VEC"])
@@ -140,8 +140,8 @@ class ComplementEntry(Entry):
     """One of the kernels of `kl_gpu.triton.remainder`, at 64 ids a row: one tensor of logits."""
 
     types: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("n_rows", "n_ids", "words", "parts", "part_columns"), "i32"),
-        **dict.fromkeys(("stats_ptr", "given_ptr", "rest_ptr", "entropy_ptr"), "*fp64"),
+        **dict.fromkeys(("n_rows", "n_ids", "words", "num_splits", "split_columns"), "i32"),
+        **dict.fromkeys(("stats_ptr", "grad_picked_ptr", "grad_rest_ptr", "grad_entropy_ptr"), "*fp64"),
         "ids_ptr": "*i64",
         "words_ptr": "*i32",
         "marks_ptr": "*u8",
@@ -149,14 +149,14 @@ class ComplementEntry(Entry):
 
     @property
     def function(self) -> Any:
-        return remainder_kernel if self.sweeps_value else remainder_gradient_kernel
+        return complement_kernel if self.sweeps_value else complement_gradient_kernel
 
     def configuration(self, dtype: str, V: int, lanes: int) -> dict[str, Any]:
         logits = torch.empty(1, 2, V, dtype=DTYPES[dtype], device="meta")
         config = program(logits, 64, lanes)
         if not self.sweeps_value:
             config["LAYOUT"] = launch.gradient_layout(config["LAYOUT"], logits)
-        return {**config, "HAS_ROWS": True, "ENTROPY": self.kind.endswith("entropy")}
+        return {**config, "HAS_VALID": True, "ENTROPY": self.kind.endswith("entropy")}
 
     def programs(self, dtype: str, V: int, lanes: int) -> int:
         return 1 if self.sweeps_value else super().programs(dtype, V, lanes)
@@ -174,14 +174,14 @@ class ShardEntry(Entry):
     """The formula's sums over a shard, given the whole row's statistics: no launch of its own."""
 
     types: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("n_rows", "n_inner", "parts", "part_columns"), "i32"),
+        **dict.fromkeys(("n_rows", "n_inner", "num_splits", "split_columns"), "i32"),
         "out_ptr": "*fp64",
     }
     function: ClassVar[Any] = shard.formula_sums_kernel
 
     def configuration(self, dtype: str, V: int, lanes: int) -> dict[str, Any]:
         _, config = self._launch(dtype, V, lanes)
-        return {**config, "HAS_ROWS": True, "FAMILY": self.formula}
+        return {**config, "HAS_VALID": True, "FORMULA": self.formula}
 
 
 def shard_entries() -> Iterator[Entry]:

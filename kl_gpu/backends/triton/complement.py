@@ -1,6 +1,6 @@
-"""Log-sum-exp and entropy of the columns of a row that are not given, and the gradient of both.
+"""Log-sum-exp and entropy of the columns of a row that are not picked, and the gradient of both.
 
-The given columns are left out of the sums, not taken off them again: where they hold nearly all the mass the
+The picked columns are left out of the sums, not taken off them again: where they hold nearly all the mass the
 difference would be rounding. Each program owns a bit per column, sets the bits of its row's ids, sweeps the
 row with −inf in their places, and clears them: V/8 bytes a program that runs, whatever the number of rows.
 """
@@ -18,34 +18,42 @@ from ..interface import COMPLEMENT_STATS, ComplementArgs, RowPair
 from .device_math import (
     LOG2E,
     NO_REFERENCE,
+    exp2_offset,
     exponent,
     fma,
-    level,
+    from_high_low,
     load_one,
     load_ragged,
     load_tile,
     narrow,
     normalised,
     own_columns,
-    place,
     probability,
     row_start,
     store_one,
     store_ragged,
     store_tile,
     tile_ahead,
+    tile_position,
     unpacked,
-    wide,
     write_zeros,
 )
-from .launch import LANES, ProgramShape, configuration, gradient_layout, high_low, parts_of, resident_programs
+from .launch import (
+    LANES,
+    ProgramShape,
+    configuration,
+    gradient_layout,
+    high_low,
+    resident_programs,
+    splits_of,
+)
 
-# Row statistics, in float64: n and 1/Z, so that pi_j = 2^(k·logit − n)/Z, the entropy in nats, and u. In a
-# vast row 1/Z is negative, and n belongs to the largest logit itself.
+# Row statistics, in float64: n and 1/Z, so that π_j = 2^(k·logit − n)/Z, rest_entropy in nats, and rest_lse.
+# Where n is out of range 1/Z is negative, and n belongs to the largest logit itself.
 _STATS = tl.constexpr(COMPLEMENT_STATS)
 # From here on float32 does not hold n to a power of 2.
-_VAST = tl.constexpr(16777216.0)
-# By how much the sums' n lies above the `level` that the gradient starts from.
+_OUT_OF_RANGE = tl.constexpr(16777216.0)
+# The sums' n lies this much above the `exp2_offset` that the gradient starts from.
 _RAISED = tl.constexpr(7.0)
 
 
@@ -60,7 +68,7 @@ def _mark(
         column = tl.load(ids + which, mask=which < n_ids, other=-1)
         inside = (column >= 0) & (column < V)
         # An id outside must not become an address, not even a masked one.
-        bit = place(tl.where(inside, column, 0).to(tl.int32), R, VEC, LAYOUT)
+        bit = tile_position(tl.where(inside, column, 0).to(tl.int32), R, VEC, LAYOUT)
         if ON:
             tl.atomic_or(words + (bit >> 5), tl.full([IDS], 1, tl.int32) << (bit & 31), mask=inside)
         else:
@@ -68,8 +76,8 @@ def _mark(
 
 
 @triton.jit
-def _is_given(marks, start, R: tl.constexpr, VEC: tl.constexpr):
-    """Which columns of the tile at `start` are given; `marks` are the words' bytes."""
+def _is_picked(marks, start, R: tl.constexpr, VEC: tl.constexpr):
+    """Which columns of the tile at `start` are picked; `marks` are the words' bytes."""
     # Past the L1, which knows nothing of the atomics.
     bit = tl.arange(0, R) * VEC
     eight = tl.load(marks + start // 8 + bit // 8, cache_modifier=".cg").to(tl.int32)
@@ -77,10 +85,10 @@ def _is_given(marks, start, R: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(x, gone, n, z, t, k, ENTROPY: tl.constexpr):
-    x = tl.where(gone, -float("inf"), x)
-    # Exponents near 0 where the weight lies: at level's 7, t's rounding would be an entropy off by 3e-6.
-    n_tile = level(tl.max(x), k) + _RAISED
+def _accumulate(x, picked, n, z, t, k, ENTROPY: tl.constexpr):
+    x = tl.where(picked, -float("inf"), x)
+    # Exponents are near 0 where the weight lies: about `exp2_offset` itself t would be off by 3e-6.
+    n_tile = exp2_offset(tl.max(x), k) + _RAISED
     if n_tile > n:
         h = n - n_tile
         s = tl.exp2(h)
@@ -111,15 +119,15 @@ def _sweep(
         for start in range(0, full, BLOCK):
             x = unpacked(ahead, row, CT, R, VEC)
             ahead = load_tile(row, tile_ahead(start, full, BLOCK), R, VEC, LAYOUT)
-            n, z, t = _accumulate(x, _is_given(marks, start, R, VEC), n, z, t, k, ENTROPY)
+            n, z, t = _accumulate(x, _is_picked(marks, start, R, VEC), n, z, t, k, ENTROPY)
     if full < V:
         x = load_ragged(row, full, V, -float("inf"), CT, R, VEC, LAYOUT)
-        n, z, t = _accumulate(x, _is_given(marks, full, R, VEC), n, z, t, k, ENTROPY)
+        n, z, t = _accumulate(x, _is_picked(marks, full, R, VEC), n, z, t, k, ENTROPY)
     return n, tl.sum(z), tl.sum(t)
 
 
 @triton.jit
-def _vast_weights(x, top, k, k_rest):
+def _shifted_weights(x, top, k, k_rest):
     """2^((k + k_rest) (x − top)) and its exponent: the difference is exact where the products are not."""
     d = tl.maximum(x - top, -1e30)  # the lowest number less a large one is −inf, and −inf − top too
     y = d * k
@@ -127,15 +135,15 @@ def _vast_weights(x, top, k, k_rest):
 
 
 @triton.jit
-def _vast_sweep(
+def _shifted_sweep(
     row, marks, V, k, k_rest, CT: tl.constexpr, ENTROPY: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """The largest logit of the columns that are not given, and the sums about it. Two sweeps."""
+    """The largest logit of the columns that are not picked, and the sums about it. Two sweeps."""
     top = tl.full([R, VEC], -float("inf"), CT)
     for start in range(0, V, R * VEC):
         x = load_ragged(row, start, V, -float("inf"), CT, R, VEC, LAYOUT)
-        x = tl.where(_is_given(marks, start, R, VEC), -float("inf"), x)
+        x = tl.where(_is_picked(marks, start, R, VEC), -float("inf"), x)
         top = tl.maximum(top, x)
     top = tl.max(top)
     top = tl.where(top == -float("inf"), 0.0, top)  # no column: weights of 0, not of NaN
@@ -143,8 +151,8 @@ def _vast_sweep(
     t = tl.zeros([R], CT)
     for start in range(0, V, R * VEC):
         x = load_ragged(row, start, V, -float("inf"), CT, R, VEC, LAYOUT)
-        x = tl.where(_is_given(marks, start, R, VEC), -float("inf"), x)
-        w, y = _vast_weights(x, top, k, k_rest)
+        x = tl.where(_is_picked(marks, start, R, VEC), -float("inf"), x)
+        w, y = _shifted_weights(x, top, k, k_rest)
         w = tl.where(x == -float("inf"), 0.0, tl.where(x == x, w, x))
         z += tl.sum(w, axis=1)
         if ENTROPY:
@@ -153,38 +161,42 @@ def _vast_sweep(
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_inner", "n_ids", "words"])
-def remainder_kernel(
-    x_ptr, ids_ptr, rows_ptr, stats_ptr, words_ptr, marks_ptr,
+def complement_kernel(
+    x_ptr,  # [A, B, V] fp16, bf16, fp32 or fp64
+    ids_ptr,  # [A*B, n_ids] int64
+    valid_ptr,  # [A*B] bool, or None
+    stats_ptr,  # [A*B, COMPLEMENT_STATS] fp64, zeroed
+    words_ptr,  # [programs, words] int32, zeroed
+    marks_ptr,  # [programs, 4 * words] uint8, the bytes of these words
     n_rows, n_inner, x_outer, x_inner, V, n_ids, words, scale_high, scale_low,
-    HAS_ROWS: tl.constexpr, ENTROPY: tl.constexpr, IDS: tl.constexpr,
+    HAS_VALID: tl.constexpr, ENTROPY: tl.constexpr, IDS: tl.constexpr,
     CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of every row; a program takes rows in strides of their number."""
+    """Statistics of every row; a program takes rows in strides of the number of programs."""
     own = tl.program_id(0).to(tl.int64) * words
-    exact = wide(scale_high, scale_low) * LOG2E
+    exact = from_high_low(scale_high, scale_low) * LOG2E
     k = exact.to(CT)
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
-        counts = True
-        if HAS_ROWS:
-            counts = tl.load(rows_ptr + row) != 0
-        if counts:
+        valid = True
+        if HAS_VALID:
+            valid = tl.load(valid_ptr + row) != 0
+        if valid:
             ids = ids_ptr + tl.full([], row, tl.int64) * n_ids
             _mark(words_ptr + own, ids, n_ids, V, True, IDS, R, VEC, LAYOUT)
             tl.debug_barrier()
-            x_row = row_start(x_ptr, tl.full([], row, tl.int64), n_inner, x_outer, x_inner)
+            x_row = row_start(tl.full([], row, tl.int64), n_inner, x_ptr, x_outer, x_inner)
             n, z, t = _sweep(x_row, marks_ptr + own * 4, V, k, CT, ENTROPY, R, VEC, LAYOUT)
             n = n.to(tl.float64)
-            drift = exact / k.to(tl.float64) - 1.0
-            vast = False
+            scale_correction = exact / k.to(tl.float64) - 1.0
+            out_of_range = False
             if tl.float32 == CT:
-                vast = tl.abs(n) > _VAST
-                if vast:
+                out_of_range = tl.abs(n) > _OUT_OF_RANGE
+                if out_of_range:
                     k_rest = (exact - k.to(tl.float64)).to(CT)
-                    top, z, t = _vast_sweep(
-                        x_row, marks_ptr + own * 4, V, k, k_rest, CT, ENTROPY, R, VEC, LAYOUT
-                    )
+                    marks = marks_ptr + own * 4
+                    top, z, t = _shifted_sweep(x_row, marks, V, k, k_rest, CT, ENTROPY, R, VEC, LAYOUT)
                     n = top.to(tl.float64) * exact
-                    drift = 0.0 * drift
+                    scale_correction = 0.0 * scale_correction
             tl.debug_barrier()  # no thread may still read the bits
             _mark(words_ptr + own, ids, n_ids, V, False, IDS, R, VEC, LAYOUT)
             tl.debug_barrier()
@@ -192,87 +204,93 @@ def remainder_kernel(
             t = tl.where(z == 0, 0.0, t.to(tl.float64) / z)
             log_z = tl.log(z)
             # The sums were taken with the scale rounded to CT, which shows where all logits are large.
-            u = n / LOG2E + log_z + drift * (n + t) / LOG2E
+            rest_lse = n / LOG2E + log_z + scale_correction * (n + t) / LOG2E
             stats = stats_ptr + tl.full([], row, tl.int64) * _STATS
-            tl.store(stats, tl.where(vast, n, n - _RAISED))
-            tl.store(stats + 1, tl.where(vast, -1.0, 0.0078125) / z)
+            tl.store(stats, tl.where(out_of_range, n, n - _RAISED))
+            tl.store(stats + 1, tl.where(out_of_range, -1.0, 0.0078125) / z)
             tl.store(stats + 2, tl.where(z == 0, 0.0, log_z - t / LOG2E) if ENTROPY else z * 0.0)
-            u = tl.where(z == 0, -float("inf"), u)
+            rest_lse = tl.where(z == 0, -float("inf"), rest_lse)
             if tl.float64 == CT:
                 # Past 1e15 the rounding of n is an exponent: NaN rather than noise.
-                u = tl.where((n > 0.5 * NO_REFERENCE) & (tl.abs(n) > 1e15), float("nan"), u)
-            tl.store(stats + 3, u)
+                unknown = (n > 0.5 * NO_REFERENCE) & (tl.abs(n) > 1e15)
+                rest_lse = tl.where(unknown, float("nan"), rest_lse)
+            tl.store(stats + 3, rest_lse)
 
 
 @triton.jit
-def _gradient_tile(x, side, n, flow, turn, log_z, k, ENTROPY: tl.constexpr):
-    """π (flow − turn · log2 π); log_z is log2 Z."""
-    share = probability(x, *side)
+def _gradient_tile(x, side, n, grad_rest, grad_entropy, log_z, k, ENTROPY: tl.constexpr):
+    """π (grad_rest − grad_entropy · log2 π); log_z is log2 Z."""
+    share = probability(x, side)
     if ENTROPY:
-        flow = flow - turn * (tl.maximum(exponent(x, k, n), -10000.0) - log_z)
-    return share * flow
+        grad_rest = grad_rest - grad_entropy * (tl.maximum(exponent(x, k, n), -10000.0) - log_z)
+    return share * grad_rest
 
 
 @triton.jit
-def _vast_gradient_tile(x, top, total, flow, turn, log_z, k, k_rest, ENTROPY: tl.constexpr):
-    w, y = _vast_weights(x, top, k, k_rest)
+def _shifted_gradient_tile(x, top, inv, grad_rest, grad_entropy, log_z, k, k_rest, ENTROPY: tl.constexpr):
+    w, y = _shifted_weights(x, top, k, k_rest)
     if ENTROPY:
-        flow = flow - turn * (y - log_z)
-    return w * total * flow
+        grad_rest = grad_rest - grad_entropy * (y - log_z)
+    return w * inv * grad_rest
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_inner", "n_ids", "parts"])
-def remainder_gradient_kernel(
-    x_ptr, ids_ptr, rows_ptr, stats_ptr, given_ptr, rest_ptr, entropy_ptr, grad_ptr,
-    n_rows, n_inner, x_outer, x_inner, grad_outer, grad_inner, V, n_ids, parts, part_columns,
+@triton.jit(do_not_specialize=["n_rows", "n_inner", "n_ids", "num_splits"])
+def complement_gradient_kernel(
+    x_ptr,  # [A, B, V] fp16, bf16, fp32 or fp64
+    ids_ptr,  # [A*B, n_ids] int64
+    valid_ptr,  # [A*B] bool, or None
+    stats_ptr,  # [A*B, COMPLEMENT_STATS] fp64
+    grad_picked_ptr,  # [A*B, n_ids] fp64
+    grad_rest_ptr,  # [A*B] fp64
+    grad_entropy_ptr,  # [A*B] fp64, where ENTROPY
+    grad_ptr,  # [A, B, V] x's dtype
+    n_rows, n_inner, x_outer, x_inner, grad_outer, grad_inner, V, n_ids, num_splits, split_columns,
     scale_high, scale_low,
-    HAS_ROWS: tl.constexpr, ENTROPY: tl.constexpr, IDS: tl.constexpr,
+    HAS_VALID: tl.constexpr, ENTROPY: tl.constexpr, IDS: tl.constexpr,
     CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Columns of one part of a row: first as if none were given, then what flows to those that are."""
+    """Write one split of a row: first as if no column were picked, then what flows to those that are."""
     BLOCK: tl.constexpr = R * VEC
-    row = tl.program_id(0).to(tl.int64) // parts
-    first = (tl.program_id(0) % parts) * part_columns
-    last = tl.minimum(first + part_columns, V)
-    x_row = row_start(x_ptr, row, n_inner, x_outer, x_inner)
-    grad = row_start(grad_ptr, row, n_inner, grad_outer, grad_inner)
-    scale = wide(scale_high, scale_low)
+    row = tl.program_id(0).to(tl.int64) // num_splits
+    first = (tl.program_id(0) % num_splits) * split_columns
+    last = tl.minimum(first + split_columns, V)
+    x_row = row_start(row, n_inner, x_ptr, x_outer, x_inner)
+    grad = row_start(row, n_inner, grad_ptr, grad_outer, grad_inner)
+    scale = from_high_low(scale_high, scale_low)
     k = (scale * LOG2E).to(CT)
-    counts = True
-    if HAS_ROWS:
-        counts = tl.load(rows_ptr + row) != 0
+    valid = True
+    if HAS_VALID:
+        valid = tl.load(valid_ptr + row) != 0
     stats = stats_ptr + row * _STATS
     n = tl.load(stats)
-    total = tl.load(stats + 1)  # 1/Z
-    vast = total < 0
-    total = tl.abs(total)
+    inv = tl.load(stats + 1)
+    out_of_range = inv < 0
+    inv = tl.abs(inv)
     top = (n / (scale * LOG2E)).to(CT)
     n = n.to(CT)
-    flow = tl.load(rest_ptr + row) * scale
-    turn = tl.zeros([], tl.float64)
+    grad_rest = tl.load(grad_rest_ptr + row) * scale
+    grad_entropy = tl.zeros([], tl.float64)
     if ENTROPY:
-        turn = tl.load(entropy_ptr + row) * scale
-    flow = flow - turn * tl.load(stats + 2)
-    moves = counts & ((flow != 0) | (turn != 0)) & (total != float("inf"))
-    log_z = (-tl.log(total) * LOG2E).to(CT)
-    side = normalised(n, total.to(CT), k, scale, 15, CT)
-    to_rest = flow.to(CT)
-    to_log = (turn / LOG2E).to(CT)
+        grad_entropy = tl.load(grad_entropy_ptr + row) * scale
+    grad_rest = grad_rest - grad_entropy * tl.load(stats + 2)
+    has_gradient = valid & ((grad_rest != 0) | (grad_entropy != 0)) & (inv != float("inf"))
+    log_z = (-tl.log(inv) * LOG2E).to(CT)
+    side = normalised(0.0, n, inv.to(CT), k, scale, 15, CT)
+    to_rest = grad_rest.to(CT)
+    to_log = (grad_entropy / LOG2E).to(CT)
     begin, start, end = own_columns(grad, first, last, V, LAYOUT)
-    if moves & vast:
+    if has_gradient & out_of_range:
         k_rest = (scale * LOG2E - k.to(tl.float64)).to(CT)
-        inverse = total.to(CT)
+        factor = inv.to(CT)
         if start < begin:
             x = load_one(x_row + start, CT)
-            store_one(
-                grad + start,
-                _vast_gradient_tile(x, top, inverse, to_rest, to_log, log_z, k, k_rest, ENTROPY),
-            )
+            out = _shifted_gradient_tile(x, top, factor, to_rest, to_log, log_z, k, k_rest, ENTROPY)
+            store_one(grad + start, out)
         for at in range(begin, end, BLOCK):
             x = load_ragged(x_row, at, end, -float("inf"), CT, R, VEC, LAYOUT)
-            out = _vast_gradient_tile(x, top, inverse, to_rest, to_log, log_z, k, k_rest, ENTROPY)
+            out = _shifted_gradient_tile(x, top, factor, to_rest, to_log, log_z, k, k_rest, ENTROPY)
             store_ragged(grad, at, end, out, R, VEC, LAYOUT)
-    elif moves:
+    elif has_gradient:
         if start < begin:
             out = _gradient_tile(load_one(x_row + start, CT), side, n, to_rest, to_log, log_z, k, ENTROPY)
             store_one(grad + start, out)
@@ -287,13 +305,13 @@ def remainder_gradient_kernel(
             store_ragged(grad, full, end, out, R, VEC, LAYOUT)
     else:
         write_zeros(grad, start, end, R, VEC, LAYOUT)
-    tl.debug_barrier()  # the given columns are written over what other threads have just stored
-    if counts:
+    tl.debug_barrier()  # the picked columns are written over what other threads have just stored
+    if valid:
         for at in range(0, n_ids, IDS):
             which = at + tl.arange(0, IDS)
             here = which < n_ids
             column = tl.load(ids_ptr + row * n_ids + which, mask=here, other=-1)
-            value = tl.load(given_ptr + row * n_ids + which, mask=here, other=0.0) * scale
+            value = tl.load(grad_picked_ptr + row * n_ids + which, mask=here, other=0.0) * scale
             inside = (column >= start) & (column < end)
             column = tl.where(inside, column, 0)
             tl.store(grad + column, narrow(value.to(CT), grad.dtype.element_ty), mask=inside)
@@ -322,10 +340,10 @@ def complement(args: ComplementArgs, entropy: bool) -> tuple[Tensor, Tensor, Ten
     block = config["R"] * config["VEC"]
     words = triton.cdiv(x.shape[-1], block) * block // 32
     bits = torch.zeros((programs, words), dtype=torch.int32, device=x.device)
-    remainder_kernel[(programs,)](
+    complement_kernel[(programs,)](
         x, args.ids, args.valid, stats, bits, bits.view(torch.uint8),
         args.n_rows, x.shape[1], x.stride(0), x.stride(1), x.shape[2], args.ids.shape[1], words,
-        *high_low(args.scale), HAS_ROWS=args.valid is not None, ENTROPY=entropy, **config,
+        *high_low(args.scale), HAS_VALID=args.valid is not None, ENTROPY=entropy, **config,
     )  # fmt: skip
     return stats[:, 3].clone(), stats[:, 2].clone(), stats
 
@@ -342,11 +360,11 @@ def complement_gradient(
     x = args.logits
     config = program(x, args.ids.shape[1])
     config["LAYOUT"] = gradient_layout(config["LAYOUT"], x, grad)
-    parts = parts_of(x.shape[-1], config["R"] * config["VEC"])
-    remainder_gradient_kernel[(args.n_rows * parts.number,)](
+    splits = splits_of(x.shape[-1], config["R"] * config["VEC"])
+    complement_gradient_kernel[(args.n_rows * splits.number,)](
         x, args.ids, args.valid, stats, grad_picked, grad_rest,
         grad_rest if grad_entropy is None else grad_entropy, grad,
         args.n_rows, x.shape[1], x.stride(0), x.stride(1), grad.stride(0), grad.stride(1), x.shape[2],
-        args.ids.shape[1], parts.number, parts.columns, *high_low(args.scale),
-        HAS_ROWS=args.valid is not None, ENTROPY=grad_entropy is not None, **config,
+        args.ids.shape[1], splits.number, splits.columns, *high_low(args.scale),
+        HAS_VALID=args.valid is not None, ENTROPY=grad_entropy is not None, **config,
     )  # fmt: skip

@@ -1,14 +1,18 @@
 """Device functions the Triton kernels share: differences, the function g, the row state (docs/numerics.md).
 
-A state (m, c, Z, A1, A2) stands for part of a row of KL(a‖b): with w = exp(a − m) and x = (b − a) − c,
-Z = Σ w, A1 = Σ w x, A2 = Σ w g(x). m is kept as n ≈ m·k, a `level`: in units of log2, and whole. c is in
-nats, so that one fma takes it off the scaled difference. SAME_SCALE says that both temperatures are equal:
-then it is in nats of their 1/T rounded to the kernels' dtype, as x is.
+A state (m, c, Z, A1, A2) stands for a range of columns of a row of KL(a‖b): with w = exp(a − m) and
+x = (b − a) − c, Z = Σ w, A1 = Σ w x, A2 = Σ w g(x). m is kept as the whole number n ≈ m·k that `exp2_offset`
+gives, in units of log2. c is in nats, so that one fma takes it off the scaled difference. Where SAME_SCALE
+says that both temperatures are equal, it is in nats of their 1/T rounded to the kernels' dtype, as x is.
+
+Comments name these constexpr parameters once for all kernels: CT is the dtype that is computed in, a tile is
+`[R, VEC]` columns that threads own as LAYOUT says, FORMULA is the divergence's formula.
 """
 
 from __future__ import annotations
 
 import os
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -28,8 +32,25 @@ PAIRS_IN_WORDS = tl.constexpr(int(Layout.PAIRS_IN_WORDS))
 PAIRS = tl.constexpr(int(Layout.PAIRS))
 
 
+# The two sides' 1/T: k is log2(e)/T and `shared` the 1/T of a, both in CT; a and b are in float64.
+Scales = namedtuple("Scales", "k_a k_b shared a b")
+# How `probability` normalises one side: with e = k·(logit − shift) − n, 2^e · `scale_at` e.
+Softmax = namedtuple("Softmax", "shift k n scale scale_correction")
+# What the later sweeps know of a row: both sides' `Softmax`, log(b/a) = x − log_z_ratio, β and 1 − β.
+Row = namedtuple("Row", "a b c log_z_ratio beta rest scales")
+# Z, A1 and A2 of a state: scalars, or a vector of one sum per thread or split.
+Sums = namedtuple("Sums", "z a1 a2")
+
+
 @triton.jit
-def row_start(base, row, n_inner, outer_stride, inner_stride):
+def scales_of(a_high, a_low, b_high, b_low, CT: tl.constexpr):
+    a = from_high_low(a_high, a_low)
+    b = from_high_low(b_high, b_low)
+    return Scales((a * LOG2E).to(CT), (b * LOG2E).to(CT), a.to(CT), a, b)
+
+
+@triton.jit
+def row_start(row, n_inner, base, outer_stride, inner_stride):
     # 64 bits before the multiply: 2³¹ elements are 16 744 rows of 128 256. The division fits in 32.
     outer = row // n_inner
     inner = row - outer * n_inner
@@ -38,7 +59,7 @@ def row_start(base, row, n_inner, outer_stride, inner_stride):
 
 @triton.jit
 def tile_pointers(start, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
-    """start + tile_offsets, in two sums: the second is of constants, which cost no instruction."""
+    """start + tile_offsets, as two sums: the second is of constants, which cost no instruction."""
     RUN: tl.constexpr = 2 if LAYOUT >= PAIRS_IN_WORDS else VEC if LAYOUT >= RUNS else 1
     which = tl.arange(0, VEC)[None, :]
     if RUN == VEC:
@@ -56,7 +77,7 @@ def tile_offsets(R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def place(column, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+def tile_position(column, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
     """Where a column of a row would lie if each tile lay in memory as `[R, VEC]`: tile_offsets undone."""
     RUN: tl.constexpr = 2 if LAYOUT >= PAIRS_IN_WORDS else VEC if LAYOUT >= RUNS else 1
     within = column % (R * VEC)
@@ -201,9 +222,9 @@ def store_one(to, value):
 
 @triton.jit
 def own_columns(grad, first, last, V, LAYOUT: tl.constexpr):
-    """Where the tiles of a part of a gradient's row begin, and the columns [from, to) that the part writes.
+    """The column where a split's tiles begin, and the columns [from, to) of the gradient that it writes.
 
-    Pairs begin where the row's words do, a column later in odd rows: no column feels which thread has it.
+    Pairs begin where the row's words do, a column later in odd rows: gradients do not depend on the thread.
     """
     if _is_paired(grad, LAYOUT):
         odd = _is_odd(grad)
@@ -214,10 +235,17 @@ def own_columns(grad, first, last, V, LAYOUT: tl.constexpr):
 
 @triton.jit
 def write_zeros(grad, first, last, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
-    """Columns [first, last) of a row that does not count."""
+    """Zero the columns [first, last) of a row that is not valid."""
     offsets = tile_offsets(R, VEC, LAYOUT)
     for start in range(first, last, R * VEC):
         tl.store(grad + start + offsets, 0.0, mask=start + offsets < last)
+
+
+@triton.jit
+def store_state(to, values, SPLITS: tl.constexpr):
+    """Store a split's values, `SPLITS` apart."""
+    for i in tl.static_range(len(values)):
+        tl.store(to + i * SPLITS, values[i])
 
 
 @triton.jit
@@ -229,7 +257,7 @@ def fma(a, b, c):
 
 
 @triton.jit
-def level(top, k):
+def exp2_offset(top, k):
     """n for logits of at most `top`, so that their weights 2^(k·logit − n) reach from 2^8 down.
 
     An exponent is rounded by up to a 2^24th of itself: from the top itself, weights of 2^-32 would have a
@@ -252,55 +280,61 @@ def weights(logit, k, n):
 
 
 @triton.jit
-def normalised(n, inv, k, scale, TOP: tl.constexpr, CT: tl.constexpr):
-    """(k, n, gain, drift) of a side whose weights about n sum to 1/inv: see `probability`.
+def normalised(shift, n, inv, k, inv_temperature, TOP: tl.constexpr, CT: tl.constexpr):
+    """The `Softmax` of a side whose weights about n sum to 1/inv.
 
     n is lowered once more, from about 7 below the row's largest exponent to TOP. At 15, exponents are rounded
     by no more than 3.3e-7 down to probabilities of 2^-31 and 6.6e-7 down to 2^-47, at 31 by 6.6e-7 all the
-    way from 1 to 2^-63 (e^-44). drift makes up for the rounding of k, which moves tokens 30 nats below the
-    top by up to 9e-7.
+    way from 1 to 2^-63 (e^-44). scale_correction makes up for the rounding of k, which moves tokens 30 nats
+    below the top by up to 9e-7.
     """
     low = n - (TOP - 7.0)
-    gain = inv * tl.exp2(low - n)  # of 7 − TOP, unless n is too large to have units
-    drift = ((scale * LOG2E / k - 1.0) * 0.6931471805599453).to(CT) * gain
-    return k, low, gain - TOP * drift, drift
+    scale = inv * tl.exp2(low - n)  # of 7 − TOP, unless n is too large to have units
+    correction = ((inv_temperature * LOG2E / k - 1.0) * 0.6931471805599453).to(CT) * scale
+    return Softmax(shift, k, low, scale - TOP * correction, correction)
 
 
 @triton.jit
-def vast_shift(top, k):
-    """What is taken off a side's logits before all else: its largest one where n would be vast, else 0.
+def out_of_range_shift(top, k):
+    """The shift taken off a side's logits before all else: the largest one where n is out of range, else 0.
 
     Past 2^24 float32 does not hold n to a fraction of 1; past 2^31 weights about it overflow.
     """
     MOST: tl.constexpr = 16777216.0 if top.dtype == tl.float32 else 1e300
-    vast = (tl.abs(top * k) > MOST) & (tl.abs(top) < float("inf"))
-    return tl.where(vast, top, 0.0)
+    out_of_range = (tl.abs(top * k) > MOST) & (tl.abs(top) < float("inf"))
+    return tl.where(out_of_range, top, 0.0)
 
 
 @triton.jit
 def stored_side(n, inv):
     """(shift, n, 1/Z) of a side from its row statistics: a negative 1/Z says that n is a shift instead."""
-    vast = inv < 0
-    return tl.where(vast, n, 0.0), tl.where(vast, -7.0, n), tl.abs(inv)
+    out_of_range = inv < 0
+    return tl.where(out_of_range, n, 0.0), tl.where(out_of_range, -7.0, n), tl.abs(inv)
 
 
 @triton.jit
-def gain_at(e, gain, drift):
-    """What a weight 2^e is to be multiplied by for a probability."""
-    return fma(tl.maximum(e, -1000.0), drift, gain)  # −inf would come out of it as NaN
+def times(side, factor):
+    """The `Softmax` whose probabilities are `factor` times those of `side`."""
+    return Softmax(side.shift, side.k, side.n, side.scale * factor, side.scale_correction * factor)
 
 
 @triton.jit
-def by_logit(k, n, gain, drift):
-    """(gain, drift) with which fma(logit, drift, gain) is `gain_at`, for finite logits: it cannot be NaN."""
-    return gain - n * drift, k * drift
+def scale_at(e, side):
+    """The factor that makes a probability of a weight 2^e."""
+    return fma(tl.maximum(e, -1000.0), side.scale_correction, side.scale)  # −inf would come out of it as NaN
 
 
 @triton.jit
-def probability(logit, k, n, gain, drift):
-    """A side's probabilities, from what `normalised` gave."""
-    e = exponent(logit, k, n)
-    return tl.exp2(e) * gain_at(e, gain, drift)
+def scale_by_logit(side):
+    """The (scale, correction) with which fma(logit, correction, scale) is `scale_at`, for finite logits."""
+    return side.scale - side.n * side.scale_correction, side.k * side.scale_correction
+
+
+@triton.jit
+def probability(logit, side):
+    """A side's probabilities of logits that are less the shift already."""
+    e = exponent(logit, side.k, side.n)
+    return tl.exp2(e) * scale_at(e, side)
 
 
 @triton.jit
@@ -411,21 +445,21 @@ def log1p_minus(y):
 
 
 @triton.jit
-def wide(high, low):
+def from_high_low(high, low):
     """A float64 from the pair of float32 a launcher passes: Triton's scalar arguments are float32."""
     return tl.full([], high, tl.float64) + tl.full([], low, tl.float64)
 
 
 @triton.jit
-def difference(a, b, a_scale, b_scale, SAME_SCALE: tl.constexpr):
+def difference(a, b, scales, SAME_SCALE: tl.constexpr):
     """b − a, less a scale that both have: good enough to find a reference, not to measure from it."""
     if SAME_SCALE:
         return b - a
-    return (b.to(tl.float64) * b_scale - a.to(tl.float64) * a_scale).to(a.dtype)
+    return (b.to(tl.float64) * scales.b - a.to(tl.float64) * scales.a).to(a.dtype)
 
 
 @triton.jit
-def log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr):
+def log_ratio(a, b, c, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr):
     """x = (scaled b − scaled a) − c, with relative precision even where both are far larger.
 
     EXACT says that b − a may be taken as representable (both bfloat16 or both float16; the value kernel
@@ -433,37 +467,36 @@ def log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr, EXACT:
     b = 1.00001 it is as large as a thousandth of x.
     """
     if not SAME_SCALE:
-        x = (b.to(tl.float64) * b_scale - a.to(tl.float64) * a_scale) - c.to(tl.float64)
+        x = (b.to(tl.float64) * scales.b - a.to(tl.float64) * scales.a) - c.to(tl.float64)
         return x.to(a.dtype)
     d = b - a
-    x = fma(d, scale, -c)
+    x = fma(d, scales.shared, -c)
     if EXACT:
         return x
     back = d - b
     error = (b - (d - back)) - (a + back)
-    return fma(error, scale, x)
+    return fma(error, scales.shared, x)
 
 
 @triton.jit
-def log_probability_ratio(
-    a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr
-):
+def log_probability_ratio(a, b, c, log_z_ratio, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr):
     """r = log(b_i/a_i), ±inf where one logit is −inf, NaN where both are."""
-    x = log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE, EXACT)
+    x = log_ratio(a, b, c, scales, SAME_SCALE, EXACT)
     if SAME_SCALE and not EXACT:
         # Where one logit is −inf the error term is NaN, the difference itself is not.
         x = tl.where(x == x, x, b - a)
-    return x - lam
+    return x - log_z_ratio
 
 
 @triton.jit
-def rebase(z, a1, a2, h, s):
-    """Bring sums taken about c to c + h and from weights e^{a−m} to s·e^{a−m}.
+def rebase(sums, h, s):
+    """Bring `Sums` taken about c to c + h and from weights e^{a−m} to s·e^{a−m}.
 
     h may be wider than the sums: in float32 one of 32 to 64 is rounded by 1.9e-6, and e^−h with it.
     """
+    z, a1, a2 = sums
     g_h = g(-h)
     to_a2 = tl.exp2(-h * LOG2E).to(a2.dtype)
     from_a1 = (g_h - h).to(a2.dtype)
     from_z = g_h.to(a2.dtype)
-    return z * s, (a1 - h.to(z.dtype) * z) * s, (to_a2 * a2 + from_a1 * a1 + z * from_z) * s
+    return Sums(z * s, (a1 - h.to(z.dtype) * z) * s, (to_a2 * a2 + from_a1 * a1 + z * from_z) * s)

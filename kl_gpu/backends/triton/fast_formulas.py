@@ -1,9 +1,9 @@
-"""The families' formulas for plain rows: float32, no −inf, no sum that cancelled, β away from its ends.
+"""The formulas on the fast path: float32 rows without −inf or a sum that cancelled, β away from its limits.
 
 There logarithms may be good to 2^-22 of 1, and no column needs a case of its own, so that one costs a quarter
 of what it does in `formulas`. Three things keep the promise all the same (docs/numerics.md): terms near r = 0
-come from a polynomial, flows are exactly 0 at r = 0, and where a mixture is nearly one side itself no row
-counts as plain.
+come from a polynomial, flows are exactly 0 at r = 0, and a mixture that is nearly one side itself keeps its
+rows off the fast path.
 
 r = log(b/a), and a and b come times their `shares`, factors that a whole row has in common.
 """
@@ -27,66 +27,65 @@ LN2 = tl.constexpr(math.log(2))
 # coefficients reach 4e-7.
 NEAR = 1.25
 _NEAR = tl.constexpr(NEAR)
-# Families that have a plain form; any other takes the one it has in `formulas` everywhere.
-_FAMILIES = ("jeffreys", "js", "skew", "tv")
+# Formulas that have a fast path; any other takes the form it has in `formulas` everywhere.
+_FAST_FORMULAS = ("jeffreys", "js", "skew", "tv")
 
 
-def logarithm(family: str, dtype: torch.dtype, nvidia: bool) -> str:
-    """LOG2: NVIDIA's instruction "lg2" or Triton's "log2" for plain rows, "" where there are none."""
-    if family not in _FAMILIES or dtype != torch.float32:
+def logarithm(formula: str, dtype: torch.dtype, nvidia: bool) -> str:
+    """LOG2: NVIDIA's instruction "lg2" or Triton's "log2" for the fast path, "" where there is none."""
+    if formula not in _FAST_FORMULAS or dtype != torch.float32:
         return ""
     return "lg2" if nvidia else "log2"
 
 
 @lru_cache(maxsize=256)
-def near_coefficients(family: str, beta: float) -> tuple[float, ...]:
-    """T of term = a·r²·T(r) for |r| < NEAR, highest power first.
-
-    Through the definition at Chebyshev's points.
-    """
-    if family not in _FAMILIES or family == "tv":
+def near_coefficients(formula: str, beta: float) -> tuple[float, ...]:
+    """T of term = a·r²·T(r) for |r| < NEAR, highest power first, from the definition at Chebyshev points."""
+    if formula not in _FAST_FORMULAS or formula == "tv":
         return (0.0,) * 8
-    share = beta if family == "js" else 1.0
+    share = beta if formula == "js" else 1.0
     r = NEAR * np.cos(np.pi * (np.arange(8) + 0.5) / 8)
     ratios = torch.from_numpy(r)
-    terms = column_terms(family, (torch.ones_like(ratios), ratios.exp()), ratios, beta)[0].numpy()
+    terms = column_terms(formula, (torch.ones_like(ratios), ratios.exp()), ratios, beta)[0].numpy()
     coefficients = np.linalg.solve(np.vander(r), terms / (share * r**2))
     return tuple(coefficients.astype(np.float32).tolist())
 
 
 @triton.jit
-def is_plain(beta, rest, FAMILY: tl.constexpr):
-    """Whether β keeps far enough from where all but one side drowns in rounding."""
-    if FAMILY == "js":
+def beta_allows_fast_path(beta, rest, FORMULA: tl.constexpr):
+    """Whether β keeps far enough from where all but one side drowns in rounding; rest = 1 − β."""
+    if FORMULA == "js":
         return (beta > 0.01) & (rest > 0.01)
-    elif FAMILY == "skew":
+    elif FORMULA == "skew":
         return rest > 0.66
     else:
+        tl.static_assert(FORMULA == "jeffreys" or FORMULA == "tv", "this formula has no fast path")
         return rest == rest
 
 
 @triton.jit
-def shares(beta, rest, FAMILY: tl.constexpr):
-    """What a and b are multiplied by before a plain form sees them."""
-    if FAMILY == "js":  # noqa: SIM116
+def shares(beta, rest, FORMULA: tl.constexpr):
+    """What a and b are multiplied by before the fast path's formula sees them."""
+    if FORMULA == "js":
         return beta, rest
-    elif FAMILY == "skew":
+    elif FORMULA == "skew":
         return 1.0, rest
-    elif FAMILY == "tv":
+    elif FORMULA == "tv":
         return 0.5, 0.5
     else:
+        tl.static_assert(FORMULA == "jeffreys", "this formula has no fast path")
         return 1.0, 1.0
 
 
 @triton.jit
-def plain_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr):
-    """log(b_i/a_i) of logits a and b, finite in a plain row."""
+def fast_log_ratio(a, b, row, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr):
+    """log(b_i/a_i) of logits a and b, finite on the fast path."""
     if SAME_SCALE and EXACT:
-        # c + lam is rounded, by the same for all columns: in D that is of fourth order where D is small
-        # beside c², and such rows are not plain.
-        return fma(b - a, scale, -(c + lam))
+        # The rounding of c + log_z_ratio is the same in all columns: in D it is of fourth order where D is
+        # small beside c², and such rows take the fallback.
+        return fma(b - a, row.scales.shared, -(row.c + row.log_z_ratio))
     else:
-        return log_probability_ratio(a, b, c, lam, scale, a_scale, b_scale, SAME_SCALE, EXACT)
+        return log_probability_ratio(a, b, row.c, row.log_z_ratio, row.scales, SAME_SCALE, EXACT)
 
 
 @triton.jit
@@ -128,33 +127,33 @@ def _lopsided(a, b, r, beta, rest, flow_a, flow_b):
 
 
 @triton.jit
-def plain_flows(a, b, r, mean_a, mean_b, beta, rest, FAMILY: tl.constexpr, LOG2: tl.constexpr):
+def fast_flows(a, b, r, mean_a, mean_b, beta, rest, FORMULA: tl.constexpr, LOG2: tl.constexpr):
     """a·(∂D/∂a − mean_a) and b·(∂D/∂b − mean_b).
 
     Without means their sum is the column's term: divergences are homogeneous in (a, b).
     """
-    if FAMILY == "js":
+    if FORMULA == "js":
         log_a, log_b = _logs(r, beta, LOG2)
         return a * (log_a - mean_a), b * (log_b - mean_b)
-    elif FAMILY == "skew":
+    elif FORMULA == "skew":
         log_a, _ = _logs(r, beta, LOG2)
         n = 1.0 - tl.exp2(log_a * LOG2E)  # 1 − a/m
         return a * (log_a + (beta * n - mean_a)), b * (n - mean_b)
-    elif FAMILY == "jeffreys":
+    elif FORMULA == "jeffreys":
         d = tl.where(r == 0, 0.0, b - a)
         flow_a = a * (r * -rest - mean_a) - beta * d
         return flow_a, b * (r * beta - mean_b) + rest * d
     else:
-        tl.static_assert(FAMILY == "tv")
+        tl.static_assert(FORMULA == "tv", "this formula has no fast path")
         sign = tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, 0.0))
         return a * (-sign - mean_a), b * (sign - mean_b)
 
 
 @triton.jit
-def plain_terms(a, b, r, beta, rest, near, FAMILY: tl.constexpr, LOG2: tl.constexpr):
+def fast_terms(a, b, r, beta, rest, near, FORMULA: tl.constexpr, LOG2: tl.constexpr):
     """The divergence's terms, and b·∂D/∂b."""
-    flow_a, flow_b = plain_flows(a, b, r, 0.0, 0.0, beta, rest, FAMILY, LOG2)
-    if FAMILY == "tv":
+    flow_a, flow_b = fast_flows(a, b, r, 0.0, 0.0, beta, rest, FORMULA, LOG2)
+    if FORMULA == "tv":
         return tl.abs(tl.where(tl.abs(r) < 0.5, a * expm1_near(r), b - a)), flow_b
     t0, t1, t2, t3, t4, t5, t6, t7 = near
     t = r * t0 + t1
@@ -165,7 +164,7 @@ def plain_terms(a, b, r, beta, rest, near, FAMILY: tl.constexpr, LOG2: tl.conste
     t = t * r + t6
     t = t * r + t7
     far = flow_a + flow_b
-    if FAMILY == "js":
+    if FORMULA == "js":
         if tl.minimum(beta, rest) < 0.33:
             far = _lopsided(a, b, r, beta, rest, flow_a, flow_b)
     return tl.where(tl.abs(r) < _NEAR, a * (r * r) * t, far), flow_b

@@ -1,4 +1,4 @@
-"""One small formula per family, over probabilities a, b and r = log(b/a) of a tile of columns.
+"""The formulas of `kl_gpu.kinds`, over probabilities a, b and r = log(b/a) of a tile of columns.
 
 Each gives the divergence's terms ≥ 0, and a·∂D/∂a, b·∂D/∂b up to a multiple of a and of b. r is −inf where b
 has no mass, +inf where a has none; a column without either comes as a = b = r = 0. See docs/numerics.md.
@@ -70,14 +70,14 @@ def _tv(a, b, r, beta, rest):
 
 
 @triton.jit
-def formula(a, b, r, beta, rest, FAMILY: tl.constexpr):
-    """The named family's formula; rest = 1 − beta."""
-    if FAMILY == "jeffreys":
+def formula(a, b, r, beta, rest, FORMULA: tl.constexpr):
+    """The terms and flows of FORMULA; rest = 1 − beta."""
+    if FORMULA == "jeffreys":
         return _jeffreys(a, b, r, beta, rest)
-    elif FAMILY == "js":
+    elif FORMULA == "js":
         return _js(a, b, r, beta, rest)
-    elif FAMILY == "skew":
+    elif FORMULA == "skew":
         return _skew(a, b, r, beta, rest)
     else:
-        tl.static_assert(FAMILY == "tv")
+        tl.static_assert(FORMULA == "tv", "no such formula")
         return _tv(a, b, r, beta, rest)

@@ -2,71 +2,80 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 import triton
 import triton.language as tl
 
 from .device_math import (
     LOG2E,
     NO_REFERENCE,
+    Sums,
     difference,
+    exp2_offset,
     g,
     g_near,
     is_near,
-    level,
     load_ragged,
     load_tile,
     log1p_minus,
     log_probability_ratio,
     log_ratio,
+    out_of_range_shift,
     rebase,
     tile_ahead,
     tile_offsets,
     unpacked,
-    vast_shift,
     weights,
 )
 
-# The reference moves where some thread's weights of a step sum to as much. That tells a new maximum from sums
-# that are there anyway: a maximum itself would take an instruction per column.
-_ROOM = tl.constexpr(256.0)
-# A reference leaves the largest of those sums below this power of 2, so that one twice as large moves
-# nothing: a move costs about as much as its step. One eight times as large would cancel about the old c.
-_FILLED = tl.constexpr(7.0)
+# The reference is rebased where a thread's weights of a step sum to this much. That tells a new maximum from
+# sums that are there anyway: a maximum itself would take an instruction per column.
+_REBASE_ABOVE = tl.constexpr(256.0)
+# A new reference leaves the largest of those sums below this power of 2, so that one twice as large rebases
+# nothing: rebasing costs about as much as its step. One eight times as large would cancel about the old c.
+_REBASED_LOG2 = tl.constexpr(7.0)
+
+
+# What sums are taken about: a's n, c, b's own n_b, and the factor b_to_a = 2^n_b over w·eˣ's unit.
+Reference = namedtuple("Reference", "n c n_b b_to_a")
+# A row as `fallback_row` leaves it: n and c are of logits less the shifts, the rest is in float64.
+Fallback = namedtuple("Fallback", "shift_a n_a z_a shift_b n_b z_b c log_z_ratio value")
 
 
 @triton.jit
-def _tile_reference(a, b, w, valid, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr):
+def _tile_reference(a, b, w, inside, scales, SAME_SCALE: tl.constexpr):
     """The mean of the difference over one tile with weights w: the c that fits this tile."""
-    d = difference(a, b, a_scale, b_scale, SAME_SCALE)
+    d = difference(a, b, scales, SAME_SCALE)
     # Not where one side is masked with a number as low as -1e9: about that, the mean would have no digits.
-    valid = valid & (tl.abs(d) < 1e6)
-    w = tl.where(valid, w, 0.0)
+    inside = inside & (tl.abs(d) < 1e6)
+    w = tl.where(inside, w, 0.0)
     # Sum about the largest difference, not about 0, so that a common shift of 1000 costs no digits.
-    top = tl.max(tl.where(valid, d, -1e6))
+    top = tl.max(tl.where(inside, d, -1e6))
     total = tl.sum(w)
-    mean = top + tl.sum(tl.where(valid, w * (d - top), 0.0)) / total
+    mean = top + tl.sum(tl.where(inside, w * (d - top), 0.0)) / total
     if SAME_SCALE:
-        mean = mean * scale
+        mean = mean * scales.shared
     return tl.where(total > 0, mean, 0.0)
 
 
 @triton.jit
-def other_level(n, n_b, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE: tl.constexpr):
-    """The level with 2^(k_b·b − level) = w·eˣ, in float64: side b's exponent as side a's weights see it.
+def other_exp2_offset(n, n_b, c, scales, SAME_SCALE: tl.constexpr):
+    """The offset with 2^(k_b·b − offset) = w·eˣ, in float64: side b's exponent as side a's weights see it.
 
-    Corrected for the rounding of k_a and k_b to float32, which would show at logits of a thousand, and of the
-    scale that x and so c were taken with, which would at sides a few hundred apart. b's mass lies about its
-    own level n_b, which at small temperatures may be thousands away from where c puts it.
+    It is corrected for the rounding of k_a and k_b to float32, which would show at logits of a thousand, and
+    of the scale that x and so c were taken with, which would at sides a few hundred apart. b's mass lies
+    about its own offset n_b, which at small temperatures may be thousands away from where c puts it.
     """
-    n, c, k_a, k_b = n.to(tl.float64), c.to(tl.float64), k_a.to(tl.float64), k_b.to(tl.float64)
+    n, c, k_a, k_b = n.to(tl.float64), c.to(tl.float64), scales.k_a.to(tl.float64), scales.k_b.to(tl.float64)
     if SAME_SCALE:
-        c *= a_scale / scale.to(tl.float64)
-    level_b = n + c * LOG2E - (k_a - a_scale * LOG2E) * (n / k_a)
-    return level_b + (k_b - b_scale * LOG2E) * (n_b.to(tl.float64) / k_b)
+        c *= scales.a / scales.shared.to(tl.float64)
+    offset = n + c * LOG2E - (k_a - scales.a * LOG2E) * (n / k_a)
+    return offset + (k_b - scales.b * LOG2E) * (n_b.to(tl.float64) / k_b)
 
 
 @triton.jit
-def _weighed(a, later_a, k, n, TWO: tl.constexpr):
+def _step_weights(a, later_a, k, n, TWO: tl.constexpr):
     """The weights of a step of one or two `[R, VEC]` tiles, and their sums `[R]`."""
     w = weights(a, k, n)
     mass = tl.sum(w, axis=1)
@@ -78,82 +87,78 @@ def _weighed(a, later_a, k, n, TWO: tl.constexpr):
 
 
 @triton.jit
-def _moved(
-    a, b, later_a, later_b, valid, n, c, z, a1, a2, k_a, k_b, scale, a_scale, b_scale,
-    SAME_SCALE: tl.constexpr, TWO: tl.constexpr,
-):  # fmt: skip
-    """The reference moved to a step of one or two tiles, and the sums brought to it.
+def _rebase_to_step(
+    a, b, later_a, later_b, inside, reference, sums, scales, SAME_SCALE: tl.constexpr, TWO: tl.constexpr
+):
+    """The reference that suits a step of one or two tiles, and the sums rebased to it.
 
     A reference fixed by the first tile would do for Gaussian logits. A trained teacher puts most of its mass
     on a token of some later tile, and sums about a distant c cancel: the row would have to be swept again.
     """
-    n_step = level(tl.max(tl.maximum(a, later_a) if TWO else a), k_a)
-    w, later_w, mass = _weighed(a, later_a, k_a, n_step, TWO)
+    n = exp2_offset(tl.max(tl.maximum(a, later_a) if TWO else a), scales.k_a)
+    w, later_w, mass = _step_weights(a, later_a, scales.k_a, n, TWO)
     w_top = w
     if TWO:
         is_later = tl.max(later_a) > tl.max(a)
         a = tl.where(is_later, later_a, a)
         b = tl.where(is_later, later_b, b)
         w_top = tl.where(is_later, later_w, w)
-    c_step = _tile_reference(a, b, w_top, valid, scale, a_scale, b_scale, SAME_SCALE)
-    rise = tl.floor(tl.log2(tl.max(mass))) - (_FILLED - 1.0)
-    n_step += rise
-    # In float64: what e^−h is off by, a column that outweighs all others hands on to Z_b, so to all of b.
-    h = tl.where(n == NO_REFERENCE, 0.0, c_step.to(tl.float64) - c.to(tl.float64))
+    c = _tile_reference(a, b, w_top, inside, scales, SAME_SCALE)
+    rise = tl.floor(tl.log2(tl.max(mass))) - (_REBASED_LOG2 - 1.0)
+    n += rise
+    # In float64: where one column outweighs the others, an error of e^−h is one of Z_b, and so of all of b.
+    h = tl.where(reference.n == NO_REFERENCE, 0.0, c.to(tl.float64) - reference.c.to(tl.float64))
     # b's sum z + a1 + a2 has a1's rounding in it, and where that sum is then multiplied by e^−h > 1, nothing
     # tells in the end: a NaN has the row swept again where it is more than `store_row` allows.
-    lost = (tl.sum(6.0 * (z + a1 + a2) - tl.abs(a1)) < 0) & (h < 0)
-    z = tl.where(lost, float("nan"), z)
-    z, a1, a2 = rebase(z, a1, a2, h, tl.exp2(n - n_step))
+    lost = (tl.sum(6.0 * (sums.z + sums.a1 + sums.a2) - tl.abs(sums.a1)) < 0) & (h < 0)
+    sums = Sums(tl.where(lost, float("nan"), sums.z), sums.a1, sums.a2)
+    sums = rebase(sums, h, tl.exp2(reference.n - n))
     # b is measured from its own maximum, where exponents are small, and brought to a's by one factor: an
     # exponent of 64 or more would be rounded by 2.6e-6. That maximum is at 2^-4, no worse than at 2^4: so
-    # tops of b alone, which move nothing, may lie 36 powers of 2 above it before their exponents reach 32.
-    n_b = level(tl.max(b), k_b) + 11.0
-    n_b_as_a = other_level(n_step, n_b, c_step, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
-    to_a = tl.exp2(n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
-    return n_step, c_step, n_b, to_a, z, a1, a2
+    # tops of b alone, which rebase nothing, may lie 36 powers of 2 above it before their exponents reach 32.
+    n_b = exp2_offset(tl.max(b), scales.k_b) + 11.0
+    n_b_as_a = other_exp2_offset(n, n_b, c, scales, SAME_SCALE)
+    b_to_a = tl.exp2(n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
+    return Reference(n, c, n_b, b_to_a), sums
 
 
 @triton.jit
 def _tile_sums(
-    a, b, w, valid, c, n_b, to_a, k_b, scale, a_scale, b_scale,
-    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    a, b, w, inside, reference, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr
+):
     """What a `[R, VEC]` tile of weights w adds to a1 and a2."""
-    v = weights(b, k_b, n_b)
-    x = log_ratio(a, b, c, scale, a_scale, b_scale, SAME_SCALE, EXACT)
+    v = weights(b, scales.k_b, reference.n_b)
+    x = log_ratio(a, b, reference.c, scales, SAME_SCALE, EXACT)
     if MASKED:  # w is 0 there
-        v = tl.where(valid, v, 0.0)
-        x = tl.where(valid, x, 0.0)
+        v = tl.where(inside, v, 0.0)
+        x = tl.where(inside, x, 0.0)
     wx = w * x
-    terms = tl.where(is_near(x), wx * g_near(x), (v * to_a - w) - wx)
+    terms = tl.where(is_near(x), wx * g_near(x), (v * reference.b_to_a - w) - wx)
     return tl.sum(wx, axis=1), tl.sum(terms, axis=1)
 
 
 @triton.jit
-def _added(
-    a, b, later_a, later_b, valid, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale,
+def _add_step(
+    a, b, later_a, later_b, inside, reference, sums, scales,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """The state with a step of one or two tiles added."""
-    w, later_w, mass = _weighed(a, later_a, k_a, n, TWO)
-    if tl.max(mass) >= _ROOM:
-        n, c, n_b, to_a, z, a1, a2 = _moved(
-            a, b, later_a, later_b, valid, n, c, z, a1, a2, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, TWO
+    """The reference and the sums with a step of one or two tiles added."""
+    w, later_w, mass = _step_weights(a, later_a, scales.k_a, reference.n, TWO)
+    if tl.max(mass) >= _REBASE_ABOVE:
+        reference, sums = _rebase_to_step(
+            a, b, later_a, later_b, inside, reference, sums, scales, SAME_SCALE, TWO
         )
-        w, later_w, mass = _weighed(a, later_a, k_a, n, TWO)
+        w, later_w, mass = _step_weights(a, later_a, scales.k_a, reference.n, TWO)
+    z, a1, a2 = sums
     z += mass
-    s1, s2 = _tile_sums(a, b, w, valid, c, n_b, to_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, MASKED)
+    s1, s2 = _tile_sums(a, b, w, inside, reference, scales, SAME_SCALE, EXACT, MASKED)
     a1 += s1
     a2 += s2
     if TWO:
-        s1, s2 = _tile_sums(
-            later_a, later_b, later_w, valid, c, n_b, to_a, k_b, scale, a_scale, b_scale,
-            SAME_SCALE, EXACT, MASKED,
-        )  # fmt: skip
+        s1, s2 = _tile_sums(later_a, later_b, later_w, inside, reference, scales, SAME_SCALE, EXACT, MASKED)
         a1 += s1
         a2 += s2
-    return n, c, n_b, to_a, z, a1, a2
+    return reference, Sums(z, a1, a2)
 
 
 @triton.jit
@@ -164,31 +169,30 @@ def is_held(n):
 
 @triton.jit
 def finish(z, a1, a2):
-    """Value and lam = log(Z_b/(Z_a e^c)) from a row's sums in float64, and whether they were good enough."""
+    """A row's value, log_z_ratio = log(Z_b/(Z_a e^c)), and whether its float64 sums were good enough."""
     a1 = a1 / z
     a2 = a2 / z
     y = a1 + a2
-    rest = log1p_minus(y)
+    correction = log1p_minus(y)
     near = tl.abs(y) < 0.5
-    # Not rest + y throughout: y reaches e^40, and log(1 + y) − y + y has lost its digits there.
-    lam = tl.where(near, rest + y, tl.log(1.0 + y))
+    # Not correction + y throughout: y reaches e^40, and log(1 + y) − y + y has lost its digits there.
+    log_z_ratio = tl.where(near, correction + y, tl.log(1.0 + y))
     # The same number twice; the second form does not subtract two large ones where y is large.
-    value = tl.where(near, a2 + rest, lam - a1)
-    size = tl.where(near, a2, tl.abs(a1) + tl.abs(lam))
+    value = tl.where(near, a2 + correction, log_z_ratio - a1)
+    size = tl.where(near, a2, tl.abs(a1) + tl.abs(log_z_ratio))
     # Where a logit was masked with a number as low as -1e9, what is left of y is the sums' rounding.
-    return value, lam, (size <= 4.0 * value) & (size < 64.0)
+    return value, log_z_ratio, (size <= 4.0 * value) & (size < 64.0)
 
 
 @triton.jit
-def careful_row(
-    a_row, b_row, V, k_a, k_b, scale, a_scale, b_scale,
-    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
+def fallback_row(
+    a_row, b_row, V, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """A row that the one-pass sums cannot do: −inf logits, disjoint supports, overflow. Three sweeps.
+    """The `Fallback` of a row that the one-pass sums cannot do: −inf logits, disjoint supports, overflow.
 
-    Sides are normalised by their own maxima, and columns where x is large add b's mass instead of w·g(x).
-    n and c are those of logits less shift_a and shift_b, which are 0 in all but vast rows.
+    It takes three sweeps. Sides are normalised by their own maxima, and columns where x is large add b's mass
+    instead of w·g(x). The shifts are 0 in all rows but those whose logits are out of range.
     """
     INF: tl.constexpr = float("inf")
     top_a = tl.full([R, VEC], -INF, CT)
@@ -198,31 +202,31 @@ def careful_row(
         top_b = tl.maximum(top_b, load_ragged(b_row, start, V, -INF, CT, R, VEC, LAYOUT))
     m_a = tl.max(top_a)
     m_b = tl.max(top_b)
-    shift_a = vast_shift(m_a, k_a)
-    shift_b = vast_shift(m_b, k_b)
+    shift_a = out_of_range_shift(m_a, scales.k_a)
+    shift_b = out_of_range_shift(m_b, scales.k_b)
     m_a -= shift_a
     m_b -= shift_b
-    n_a = level(m_a, k_a)
-    n_b = level(m_b, k_b)
+    n_a = exp2_offset(m_a, scales.k_a)
+    n_b = exp2_offset(m_b, scales.k_b)
 
     # Any c near the mean serves; the difference of the maxima keeps a common shift out of the sum.
-    c_start = difference(m_a, m_b, a_scale, b_scale, SAME_SCALE)
+    c_start = difference(m_a, m_b, scales, SAME_SCALE)
     if SAME_SCALE:
-        c_start = c_start * scale
+        c_start = c_start * scales.shared
     z_a = tl.zeros([R, VEC], CT)
     z_b = tl.zeros([R, VEC], CT)
     shift = tl.zeros([R, VEC], CT)
-    holes = tl.zeros([R, VEC], tl.int32)
+    neg_inf = tl.zeros([R, VEC], tl.int32)
     for start in range(0, V, R * VEC):
         a = load_ragged(a_row, start, V, -INF, CT, R, VEC, LAYOUT) - shift_a
         b = load_ragged(b_row, start, V, -INF, CT, R, VEC, LAYOUT) - shift_b
-        w = weights(a, k_a, n_a)
+        w = weights(a, scales.k_a, n_a)
         z_a += w
-        z_b += weights(b, k_b, n_b)
+        z_b += weights(b, scales.k_b, n_b)
         # Not from where one side is masked with a number: c would lie as far out, and round every x.
-        away = log_ratio(a, b, c_start, scale, a_scale, b_scale, SAME_SCALE, EXACT)
-        shift += tl.where(tl.abs(away) < 1e4 * tl.maximum(scale, 1.0), w * away, 0.0)
-        holes |= ((a > -INF) & (b == -INF)).to(tl.int32)
+        away = log_ratio(a, b, c_start, scales, SAME_SCALE, EXACT)
+        shift += tl.where(tl.abs(away) < 1e4 * tl.maximum(scales.shared, 1.0), w * away, 0.0)
+        neg_inf |= ((a > -INF) & (b == -INF)).to(tl.int32)
     z_a = tl.sum(z_a)
     z_b = tl.sum(z_b)
     # c in two numbers: one of 300 is rounded by 1.5e-5, beside which a divergence of 1e-12 would be lost.
@@ -237,12 +241,12 @@ def careful_row(
     for start in range(0, V, R * VEC):
         a = load_ragged(a_row, start, V, -INF, CT, R, VEC, LAYOUT) - shift_a
         b = load_ragged(b_row, start, V, -INF, CT, R, VEC, LAYOUT) - shift_b
-        w = weights(a, k_a, n_a)
-        x = log_probability_ratio(a, b, c, c_rest, scale, a_scale, b_scale, SAME_SCALE, EXACT)
+        w = weights(a, scales.k_a, n_a)
+        x = log_probability_ratio(a, b, c, c_rest, scales, SAME_SCALE, EXACT)
         x = tl.where((a == -INF) | (b == -INF), 0.0, x)  # a NaN stays
         # A column that b lacks takes all of its p from y, and adds no mass.
         far = (x > 2.0) | (a == -INF) | (b == -INF)
-        mass_b += tl.where(far, weights(b, k_b, n_b), 0.0)
+        mass_b += tl.where(far, weights(b, scales.k_b, n_b), 0.0)
         p = w * inv_a
         # The lowest number over a temperature below 1 is infinite, and what has no weight counts as nothing.
         nothing = (p == 0) & (x == x)
@@ -255,38 +259,36 @@ def careful_row(
     z_b = z_b.to(tl.float64)
     a1 = tl.sum(a1).to(tl.float64)
     # b's sums are in units of e^gap of a's.
-    n_b_as_a = other_level(n_a, n_b, exact_c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
+    n_b_as_a = other_exp2_offset(n_a, n_b, exact_c, scales, SAME_SCALE)
     gap = (n_b.to(tl.float64) - n_b_as_a) / LOG2E
     far_b = tl.exp(tl.minimum(gap, 60.0)) * tl.sum(mass_b).to(tl.float64) / z_a
     a2 = tl.sum(a2).to(tl.float64) + far_b
     y = a1 + a2
-    rest = log1p_minus(y)
-    hole = tl.max(tl.max(holes, axis=1)) > 0
+    correction = log1p_minus(y)
+    has_neg_inf = tl.max(tl.max(neg_inf, axis=1)) > 0
     # a2 < 1: what is left of two large sums is their rounding, and may be 0.
     near = (tl.abs(y) < 0.5) & (a2 < 1.0) & (gap < 60.0)
-    lam = tl.where(near, rest + y, gap + tl.log(z_b / z_a))
-    value = tl.where(near, a2 + rest, lam - a1)
-    # NaN sums (a NaN, a +inf, a row of −inf) must stay NaN where there is a hole too.
-    value = tl.where(hole, tl.where(value == value, INF, value), value)
-    return shift_a, n_a, z_a, shift_b, n_b, z_b, c, lam + c_rest.to(tl.float64), value
+    log_z_ratio = tl.where(near, correction + y, gap + tl.log(z_b / z_a))
+    value = tl.where(near, a2 + correction, log_z_ratio - a1)
+    # NaN sums (a NaN, a +inf, a row of −inf) must stay NaN where b has a −inf too.
+    value = tl.where(has_neg_inf, tl.where(value == value, INF, value), value)
+    log_z_ratio += c_rest.to(tl.float64)
+    return Fallback(shift_a, n_a, z_a, shift_b, n_b, z_b, c, log_z_ratio, value)
 
 
 @triton.jit
 def sweep(
-    a_row, b_row, first, last, k_a, k_b, scale, a_scale, b_scale,
-    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
+    a_row, b_row, first, last, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """The state of columns [first, last): n, c, b's level n_b, and the sums z, a1, a2."""
+    """The state of columns [first, last): their `Reference` and `Sums`."""
     BLOCK: tl.constexpr = R * VEC
     offsets = tile_offsets(R, VEC, LAYOUT)
     n = tl.full([], NO_REFERENCE, CT)
     c = tl.full([], 0.0, CT)
     n_b = tl.full([], 0.0, CT)
-    to_a = tl.full([], 1.0, CT)
-    z = tl.zeros([R], CT)
-    a1 = tl.zeros([R], CT)
-    a2 = tl.zeros([R], CT)
+    reference = Reference(n, c, n_b, tl.full([], 1.0, CT))
+    sums = Sums(tl.zeros([R], CT), tl.zeros([R], CT), tl.zeros([R], CT))
     everywhere = tl.full([R, VEC], 1, tl.int1)
     # Two tiles a step where threads hold them in words: half as often a maximum that all threads wait for.
     # Held one by one, two tiles and the next two take more registers than there are.
@@ -317,73 +319,73 @@ def sweep(
             if TWO:
                 behind_a = load_tile(a_row + LATER, ahead, R, VEC, LAYOUT)
                 behind_b = load_tile(b_row + LATER, ahead, R, VEC, LAYOUT)
-            n, c, n_b, to_a, z, a1, a2 = _added(
-                a, b, later_a, later_b, everywhere, n, c, n_b, to_a, z, a1, a2,
-                k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, False, TWO,
-            )  # fmt: skip
+            reference, sums = _add_step(
+                a, b, later_a, later_b, everywhere, reference, sums, scales, SAME_SCALE, EXACT, False, TWO
+            )
     for start in range(full, last, BLOCK):
         inside = start + offsets < last
         a = load_ragged(a_row, start, last, -float("inf"), CT, R, VEC, LAYOUT)
         b = load_ragged(b_row, start, last, -float("inf"), CT, R, VEC, LAYOUT)
-        n, c, n_b, to_a, z, a1, a2 = _added(
-            a, b, a, b, inside, n, c, n_b, to_a, z, a1, a2, k_a, k_b, scale, a_scale, b_scale,
-            SAME_SCALE, EXACT, True, False,
-        )  # fmt: skip
-    return n, c, n_b, tl.sum(z), tl.sum(a1), tl.sum(a2)
+        reference, sums = _add_step(
+            a, b, a, b, inside, reference, sums, scales, SAME_SCALE, EXACT, True, False
+        )
+    return reference, Sums(tl.sum(sums.z), tl.sum(sums.a1), tl.sum(sums.a2))
 
 
 @triton.jit
-def merged(n, c, n_b, z, a1, a2, CT: tl.constexpr):
-    """One state from a vector of them, the sums in float64; and the largest |c| that columns were seen from.
+def merged(n, c, n_b, sums, CT: tl.constexpr):
+    """One state (n, c, n_b, sums) from a vector of them, the sums in float64, and the largest |c| among them.
 
-    A part without mass (z = 0) has no reference to bring, but a NaN of it must reach the sums.
+    A split without mass (z = 0) has no reference to bring, but a NaN of it must reach the sums.
     """
+    z, a1, a2 = sums
     top = tl.max(n)
     weight = tl.exp2((n - top).to(tl.float64))
     mass = z.to(tl.float64) * weight
     shared = (tl.sum(mass * c.to(tl.float64)) / tl.sum(mass)).to(CT)
     h = shared.to(tl.float64) - c.to(tl.float64)
-    z, a1, a2 = rebase(z.to(tl.float64), a1.to(tl.float64), a2.to(tl.float64), h, weight)
-    furthest = tl.max(tl.where(mass > 0, tl.abs(c), 0.0))
+    z, a1, a2 = rebase(Sums(z.to(tl.float64), a1.to(tl.float64), a2.to(tl.float64)), h, weight)
+    max_abs_c = tl.max(tl.where(mass > 0, tl.abs(c), 0.0))
     mass_b = z + a1 + a2
-    level_b = tl.max(tl.where(mass_b == tl.max(mass_b), n_b, NO_REFERENCE))  # of the part with most of b
-    return top, shared, level_b, tl.sum(z), tl.sum(a1), tl.sum(a2), furthest
+    top_n_b = tl.max(tl.where(mass_b == tl.max(mass_b), n_b, NO_REFERENCE))  # of the split with most of b
+    return top, shared, top_n_b, Sums(tl.sum(z), tl.sum(a1), tl.sum(a2)), max_abs_c
 
 
 @triton.jit
 def store_row(
-    value_out, stats, a_row, b_row, V, n, c, n_b, z_a, a1, a2, furthest,
-    k_a, k_b, scale, a_scale, b_scale,
+    value_out, stats, a_row, b_row, V, n, c, n_b, sums, max_abs_c, scales,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Value and statistics of a row from its state; rows that the state cannot do are swept again here."""
-    value, lam, good = finish(z_a, a1, a2)
-    # Z_b, which all of b inherits, may be off by more than the value: by a 2^24th of a1 over e^lam; by 1.3e-6
-    # where b's top lies so far above n_b, which is of the reference's last move, that its exponent passes 32.
-    ratio = tl.exp(lam)
-    n_b_as_a = other_level(n, n_b, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
-    level_b = n_b_as_a + tl.log2(z_a * ratio)
-    good = good & (tl.abs(a1) <= 6.0 * ratio * z_a) & (level_b < n_b + 32.0)
-    # For the gradient, whose weights are about n_b too, it goes to where `level` puts a column with all of b.
-    n_b = (tl.floor(level_b) - 7.0).to(CT)
-    n_b_as_a = other_level(n, n_b, c, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE)
+    """Store a row's value and statistics from its state; return whether it did without `fallback_row`."""
+    z_a, a1, a2 = sums
+    value, log_z_ratio, good = finish(z_a, a1, a2)
+    ratio = tl.exp(log_z_ratio)
+    # Z_b, which all of b inherits, may be off by more than the value: by a 2^24th of a1 over e^log_z_ratio;
+    # by 1.3e-6 where b's top lies so far above n_b, which is of the last rebase, that its exponent passes 32.
+    n_b_as_a = other_exp2_offset(n, n_b, c, scales, SAME_SCALE)
+    log2_mass_b = n_b_as_a + tl.log2(z_a * ratio)
+    good = good & (tl.abs(a1) <= 6.0 * ratio * z_a) & (log2_mass_b < n_b + 32.0)
+    # The gradient's weights are about n_b too: it goes to where `exp2_offset` puts a column with all of b.
+    n_b = (tl.floor(log2_mass_b) - 7.0).to(CT)
+    n_b_as_a = other_exp2_offset(n, n_b, c, scales, SAME_SCALE)
     z_b = z_a * ratio * tl.exp2(n_b_as_a - n_b.to(tl.float64))
     if EXACT:
         # 0.75 − 1e-6 needs 26 bits: fl(b − a) is off by up to 2^-25·|c|, which shows in D where c is far
         # larger than the usual x.
-        shift = furthest.to(tl.float64)
+        shift = max_abs_c.to(tl.float64)
         good = good & (value >= 4.5e-4 * shift * shift)
     good = good & is_held(n) & is_held(n_b)
     if not good:
-        shift_a, n, z_a, shift_b, n_b, z_b, c, lam, value = careful_row(
-            a_row, b_row, V, k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, False, CT, R, VEC, LAYOUT
-        )
-        # `stored_side` tells them apart.
-        n = tl.where(shift_a != 0, shift_a, n)
-        z_a = tl.where(shift_a != 0, -z_a, z_a)
-        n_b = tl.where(shift_b != 0, shift_b, n_b)
-        z_b = tl.where(shift_b != 0, -z_b, z_b)
+        row = fallback_row(a_row, b_row, V, scales, SAME_SCALE, False, CT, R, VEC, LAYOUT)
+        c = row.c
+        log_z_ratio = row.log_z_ratio
+        value = row.value
+        # `stored_side` tells n and shift apart.
+        n = tl.where(row.shift_a != 0, row.shift_a, row.n_a)
+        z_a = tl.where(row.shift_a != 0, -row.z_a, row.z_a)
+        n_b = tl.where(row.shift_b != 0, row.shift_b, row.n_b)
+        z_b = tl.where(row.shift_b != 0, -row.z_b, row.z_b)
     # max keeps NaN out only by the comparison's direction: NaN < 0 is false, so NaN stays.
     value = tl.where(value < 0, 0.0, value)
     tl.store(value_out, value.to(value_out.dtype.element_ty))
@@ -391,8 +393,8 @@ def store_row(
     tl.store(stats + 1, (1.0 / z_a).to(CT))
     tl.store(stats + 2, n_b)
     tl.store(stats + 3, (1.0 / z_b).to(CT))
-    # The gradient measures from where log b = log a: a large lam of its own would round r there.
-    shift = c.to(tl.float64) + lam
+    # The gradient measures from where log b = log a: a large log_z_ratio of its own would round r there.
+    shift = c.to(tl.float64) + log_z_ratio
     c = shift.to(CT)
     tl.store(stats + 4, c)
     tl.store(stats + 5, (shift - c.to(tl.float64)).to(CT))

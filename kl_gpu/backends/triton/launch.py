@@ -21,7 +21,7 @@ LANES = 64 if torch.version.hip else 32  # threads of a warp
 # Columns that one program sweeps; a longer row is shared. At 16384 one row of 128256 keeps 8 programs busy,
 # and the 264 of them that sweep at once on 132 SMs have 17 MB of bfloat16 in flight, which an L2 holds until
 # the gradient reads them again.
-PART = 16384
+SPLIT_COLUMNS = 16384
 
 
 def high_low(x: float) -> tuple[float, float]:
@@ -37,18 +37,18 @@ class ProgramShape(NamedTuple):
     registers: int | None = None
 
 
-class Parts(NamedTuple):
+class Splits(NamedTuple):
     """How a row is shared: by V alone, so that no bit of it depends on how many rows there are."""
 
     number: int
     columns: int
 
 
-def parts_of(columns: int, step: int) -> Parts:
-    """Parts of nearly equal width, whole steps each but for the row's last."""
-    count = triton.cdiv(columns, PART)
+def splits_of(columns: int, step: int) -> Splits:
+    """Splits of nearly equal width, whole steps each but for the row's last."""
+    count = triton.cdiv(columns, SPLIT_COLUMNS)
     width = triton.cdiv(triton.cdiv(columns, count), step) * step
-    return Parts(triton.cdiv(columns, width), width)
+    return Splits(triton.cdiv(columns, width), width)
 
 
 def starts_in_words(logits: Tensor) -> bool:
@@ -122,7 +122,7 @@ def configuration(p: RowPair, shapes: dict[int, ProgramShape], lanes: int = LANE
 
 
 def step_of(p: RowPair, configuration: dict[str, Any]) -> int:
-    """Columns that a pass of the first sweep takes: two tiles where `kl.sweep` does."""
+    """Columns that a pass of the first sweep takes: two tiles where `kl_pass.sweep` does."""
     sizes = {p.a.element_size(), p.b.element_size()}
     tiles = 2 if sizes == {2} else 1
     return int(tiles * configuration["R"] * configuration["VEC"])

@@ -1,13 +1,15 @@
-"""The kernel: a queue of parts of rows, each swept for its state, its formula's sums or its gradients.
+"""The main kernel: a queue of splits of rows, each swept for its state, its formula's sums or its gradients.
 
-A row longer than `launch.PART` is shared by several programs. Whoever finishes the last part of a row folds
-all of them, in the order of their columns. Where value and gradient are asked for together, programs take
-their work from one counter: parts of a row's second and third sweep lie `lag` rows behind its first, early
-enough to find its logits in the L2 and late enough to find its sums. A program waits only for work with a
-smaller number, which a running program has taken, so the queue cannot lock whatever runs at once.
+A row longer than `launch.SPLIT_COLUMNS` is shared by several programs. Whoever finishes a row's last split
+merges all of them, in the order of their columns. Where value and gradient are asked for together, programs
+take their work from one counter: splits of a row's second and third sweep lie `lag` rows behind its first,
+early enough to find its logits in the L2 and late enough to find its sums. A program waits only for work with
+a smaller number, which a running program has taken, so the queue cannot lock whatever runs at once.
 """
 
 from __future__ import annotations
+
+from collections import namedtuple
 
 import torch
 import triton
@@ -15,10 +17,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ..interface import STATS, RowPair
-from .device_math import LOG2E, NO_REFERENCE, normalised, row_start, stored_side, wide, write_zeros
-from .fast_formulas import is_plain, logarithm, near_coefficients
-from .formula_pass import formula_sums, plain_sums
-from .gradient_pass import write_gradient
+from .device_math import (
+    NO_REFERENCE,
+    Row,
+    Sums,
+    from_high_low,
+    normalised,
+    row_start,
+    scales_of,
+    store_state,
+    stored_side,
+    write_zeros,
+)
+from .fast_formulas import beta_allows_fast_path, logarithm, near_coefficients
+from .formula_pass import fast_formula_sums, formula_sums
+from .gradient_pass import Incoming, write_gradient
 from .kl_pass import merged, store_row, sweep
 from .launch import (
     ProgramShape,
@@ -26,31 +39,44 @@ from .launch import (
     geometry,
     gradient_layout,
     high_low,
-    parts_of,
     resident_programs,
+    splits_of,
     step_of,
 )
 
-# Row statistics: n_a, 1/Z_a, n_b, 1/Z_b (so that a_i = 2^(k_a·logit − n_a)/Z_a), then c and lam with
-# log(b_i/a_i) = x_i − lam, the value, and what a·∂D/∂a and b·∂D/∂b sum to. They come zeroed: behind them
-# parts that have arrived are counted, of the first sweep and of the second, and sweeps that are complete.
+# Row statistics: n_a, 1/Z_a, n_b, 1/Z_b (so that a_i = 2^(k_a·logit − n_a)/Z_a), then c and log_z_ratio with
+# log(b_i/a_i) = x_i − log_z_ratio, the value, and what a·∂D/∂a and b·∂D/∂b sum to. They come zeroed: behind
+# them the splits that have arrived are counted, of the first sweep and of the second, and complete sweeps.
 _STATS = tl.constexpr(STATS)
 _ARRIVED = tl.constexpr(9)
 _COMPLETE = tl.constexpr(11)
-# Once the first sweep is complete: whether the row needed no careful path.
-_PLAIN = _ARRIVED
+# Once the first sweep is complete: whether the row did without the fallback.
+_FAST_PATH = _ARRIVED
 # The least KL of a row whose gradient to b, stored in 16 bits, is a difference of two exponentials.
 _DIRECT = tl.constexpr(1e-3)
-# A part's state, while it waits for the others: n, c, n_b, z, a1, a2; then the formula's three sums.
+# A split's state, while it waits for the others: n, c, n_b, z, a1, a2; then the formula's three sums. There
+# is room for SPLITS of each, num_splits rounded up to a power of two.
 STATE = 9
 _STATE = tl.constexpr(STATE)
 
 
+# A `[A, B, V]` tensor and its first two strides.
+Strided = namedtuple("Strided", "ptr outer inner")
+# The kernel's run-time parameters; `_parts` are (high, low) of float64 numbers.
+Launch = namedtuple(
+    "Launch",
+    "a b grad_a grad_b valid_ptr value_ptr stats_ptr states_ptr row_scale_ptr n_rows n_inner V "
+    "scale_parts beta_parts near num_splits split_columns lag",
+)
+# Pointers to one row, and its split number `split`, the columns [first, last).
+Work = namedtuple("Work", "a b grad_a grad_b value stats states split num_splits first last")
+
+
 @triton.jit
-def _last_to_arrive(stats, sweep: tl.constexpr, parts):
-    """Whether every other part of the row has been published."""
+def _last_to_arrive(stats, sweep: tl.constexpr, num_splits):
+    """Whether every other split of the row has been published."""
     tl.debug_barrier()  # every thread's stores come before the one thread's release
-    return tl.atomic_add(stats + _ARRIVED + sweep, 1.0, sem="acq_rel") == parts - 1
+    return tl.atomic_add(stats + _ARRIVED + sweep, 1.0, sem="acq_rel") == num_splits - 1
 
 
 @triton.jit
@@ -72,253 +98,241 @@ def _statistic(stats, which: tl.constexpr):
 
 
 @triton.jit
-def _published(states, which: tl.constexpr, parts, PARTS: tl.constexpr, other: tl.constexpr):
-    part = tl.arange(0, PARTS)
-    return tl.load(states + which * PARTS + part, mask=part < parts, other=other, cache_modifier=".cg")
+def _load_states(work, which: tl.constexpr, SPLITS: tl.constexpr, other: tl.constexpr):
+    split = tl.arange(0, SPLITS)
+    at = work.states + which * SPLITS + split
+    return tl.load(at, mask=split < work.num_splits, other=other, cache_modifier=".cg")
+
+
+@triton.jit
+def _load_row(stats, beta, rest, scales, TOP: tl.constexpr, CT: tl.constexpr):
+    a = stored_side(_statistic(stats, 0), _statistic(stats, 1))
+    b = stored_side(_statistic(stats, 2), _statistic(stats, 3))
+    return Row(
+        normalised(*a, scales.k_a, scales.a, TOP, CT), normalised(*b, scales.k_b, scales.b, TOP, CT),
+        _statistic(stats, 4), _statistic(stats, 5), beta, rest, scales,
+    )  # fmt: skip
 
 
 @triton.jit
 def _first_sweep(
-    value_out, stats, states, a_row, b_row, V, part, parts, first, last,
-    k_a, k_b, scale, a_scale, b_scale,
-    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
-    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, PARTS: tl.constexpr,
+    work, V, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    n, c, n_b, z, a1, a2 = sweep(
-        a_row, b_row, first, last, k_a, k_b, scale, a_scale, b_scale,
-        SAME_SCALE, EXACT, CT, R, VEC, LAYOUT,
-    )  # fmt: skip
+    reference, sums = sweep(
+        work.a, work.b, work.first, work.last, scales, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT
+    )
+    n, c, n_b, _ = reference
+    z, a1, a2 = sums
     complete = True
-    z_row = z.to(tl.float64)
-    a1_row = a1.to(tl.float64)
-    a2_row = a2.to(tl.float64)
-    furthest = tl.abs(c)
-    if PARTS > 1:
-        mine = states + part
-        tl.store(mine, n)
-        tl.store(mine + PARTS, c)
-        tl.store(mine + 2 * PARTS, n_b)
-        tl.store(mine + 3 * PARTS, z)
-        tl.store(mine + 4 * PARTS, a1)
-        tl.store(mine + 5 * PARTS, a2)
-        complete = _last_to_arrive(stats, 0, parts)
+    sums = Sums(z.to(tl.float64), a1.to(tl.float64), a2.to(tl.float64))
+    max_abs_c = tl.abs(c)
+    if SPLITS > 1:
+        store_state(work.states + work.split, (n, c, n_b, z, a1, a2), SPLITS)
+        complete = _last_to_arrive(work.stats, 0, work.num_splits)
     if complete:
-        if PARTS > 1:
-            n, c, n_b, z_row, a1_row, a2_row, furthest = merged(
-                _published(states, 0, parts, PARTS, NO_REFERENCE), _published(states, 1, parts, PARTS, 0.0),
-                _published(states, 2, parts, PARTS, 0.0), _published(states, 3, parts, PARTS, 0.0),
-                _published(states, 4, parts, PARTS, 0.0), _published(states, 5, parts, PARTS, 0.0),
-                CT,
-            )  # fmt: skip
+        if SPLITS > 1:
+            all_n = _load_states(work, 0, SPLITS, NO_REFERENCE)
+            all_c = _load_states(work, 1, SPLITS, 0.0)
+            all_n_b = _load_states(work, 2, SPLITS, 0.0)
+            all_z = _load_states(work, 3, SPLITS, 0.0)
+            all_a1 = _load_states(work, 4, SPLITS, 0.0)
+            all_a2 = _load_states(work, 5, SPLITS, 0.0)
+            n, c, n_b, sums, max_abs_c = merged(all_n, all_c, all_n_b, Sums(all_z, all_a1, all_a2), CT)
         good = store_row(
-            value_out, stats, a_row, b_row, V, n, c, n_b, z_row, a1_row, a2_row, furthest,
-            k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT,
+            work.value, work.stats, work.a, work.b, V, n, c, n_b, sums, max_abs_c, scales,
+            SAME_SCALE, EXACT, CT, R, VEC, LAYOUT,
         )  # fmt: skip
-        tl.store(stats + _PLAIN, good.to(CT))
-        _complete(stats)
+        tl.store(work.stats + _FAST_PATH, good.to(CT))
+        _complete(work.stats)
 
 
 @triton.jit
-def _is_plain(stats, upstream, beta, rest, FAMILY: tl.constexpr, DIRECT: tl.constexpr, LOG2: tl.constexpr):
-    if FAMILY == "kl":
-        # Beyond these `by_logit` would cancel, or overflow at the lowest number.
+def _takes_fast_path(
+    stats, upstream, beta, rest, FORMULA: tl.constexpr, DIRECT: tl.constexpr, LOG2: tl.constexpr
+):
+    if FORMULA == "kl":
+        # Beyond these `scale_by_logit` would cancel, or overflow at the lowest number.
         small = (tl.abs(_statistic(stats, 0)) < 1e6) & (tl.abs(_statistic(stats, 2)) < 1e6)
         small &= tl.abs(upstream) < 1e9
         if DIRECT:
             # Its error is up to 2e-6 of a. Where D is less, b − a may be at most 1e-4 of a in all columns
             # that matter, and would have fewer digits than it is stored with.
             small &= _statistic(stats, 6) >= _DIRECT
-        return (_statistic(stats, _PLAIN) != 0) & small
+        return (_statistic(stats, _FAST_PATH) != 0) & small
     elif LOG2 == "":
         return False
     else:
-        return (_statistic(stats, _PLAIN) != 0) & is_plain(beta, rest, FAMILY)
+        return (_statistic(stats, _FAST_PATH) != 0) & beta_allows_fast_path(beta, rest, FORMULA)
 
 
 @triton.jit
 def _second_sweep(
-    value_out, stats, states, a_row, b_row, part, parts, first, last, beta, rest, near,
-    k_a, k_b, scale, a_scale, b_scale,
-    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, LOG2: tl.constexpr, CT: tl.constexpr,
-    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, PARTS: tl.constexpr,
+    work, beta, rest, near, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
+    FORMULA: tl.constexpr, LOG2: tl.constexpr, CT: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    _wait(stats, 1)
-    kl = _statistic(stats, 6)
-    shift_a, n_a, inv_a = stored_side(_statistic(stats, 0), _statistic(stats, 1))
-    shift_b, n_b, inv_b = stored_side(_statistic(stats, 2), _statistic(stats, 3))
-    side_a = normalised(n_a, inv_a, k_a, a_scale, 15, CT)
-    side_b = normalised(n_b, inv_b, k_b, b_scale, 15, CT)
-    c = _statistic(stats, 4)
-    lam = _statistic(stats, 5)
-    if _is_plain(stats, 1.0, beta, rest, FAMILY, False, LOG2):
-        value, mean_a, mean_b = plain_sums(
-            a_row, b_row, first, last, side_a, side_b, c, lam, beta, rest, near,
-            scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, LOG2, CT, R, VEC, LAYOUT,
+    _wait(work.stats, 1)
+    kl = _statistic(work.stats, 6)
+    row = _load_row(work.stats, beta, rest, scales, 15, CT)
+    if _takes_fast_path(work.stats, 1.0, beta, rest, FORMULA, False, LOG2):
+        value, mean_a, mean_b = fast_formula_sums(
+            work.a, work.b, work.first, work.last, row, near, SAME_SCALE, EXACT, FORMULA, LOG2, CT, R, VEC,
+            LAYOUT,
         )  # fmt: skip
     else:
         value, mean_a, mean_b = formula_sums(
-            a_row, b_row, first, last, shift_a, side_a, shift_b, side_b, c, lam, beta, rest,
-            scale, a_scale, b_scale, SAME_SCALE, FAMILY, CT, R, VEC, LAYOUT,
-        )  # fmt: skip
+            work.a, work.b, work.first, work.last, row, SAME_SCALE, FORMULA, CT, R, VEC, LAYOUT
+        )
     complete = True
-    if PARTS > 1:
-        mine = states + 6 * PARTS + part
-        tl.store(mine, value)
-        tl.store(mine + PARTS, mean_a)
-        tl.store(mine + 2 * PARTS, mean_b)
-        complete = _last_to_arrive(stats, 1, parts)
+    if SPLITS > 1:
+        store_state(work.states + 6 * SPLITS + work.split, (value, mean_a, mean_b), SPLITS)
+        complete = _last_to_arrive(work.stats, 1, work.num_splits)
     if complete:
-        if PARTS > 1:
-            value = tl.sum(_published(states, 6, parts, PARTS, 0.0))
-            mean_a = tl.sum(_published(states, 7, parts, PARTS, 0.0))
-            mean_b = tl.sum(_published(states, 8, parts, PARTS, 0.0))
+        if SPLITS > 1:
+            value = tl.sum(_load_states(work, 6, SPLITS, 0.0))
+            mean_a = tl.sum(_load_states(work, 7, SPLITS, 0.0))
+            mean_b = tl.sum(_load_states(work, 8, SPLITS, 0.0))
         value = tl.where(value < 0, 0.0, value)
         value = tl.where(kl == kl, value, kl)  # a row without a distribution
-        tl.store(value_out, value)
-        tl.store(stats + 6, value)
-        tl.store(stats + 7, mean_a)
-        tl.store(stats + 8, mean_b)
-        _complete(stats)
+        tl.store(work.value, value)
+        tl.store(work.stats + 6, value)
+        tl.store(work.stats + 7, mean_a)
+        tl.store(work.stats + 8, mean_b)
+        _complete(work.stats)
 
 
 @triton.jit
 def _gradient(
-    stats, upstream, a_row, b_row, grad_a, grad_b, first, last, V, beta, rest,
-    k_a, k_b, scale, a_scale, b_scale,
-    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr, LOG2: tl.constexpr,
-    CT: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
+    work, upstream, V, beta, rest, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
+    FORMULA: tl.constexpr, LOG2: tl.constexpr, CT: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    value = _statistic(stats, 6)
+    value = _statistic(work.stats, 6)
     # What a·∂D/∂a and b·∂D/∂b sum to over the row: for KL(a‖b), −a·r gives the KL and b − a gives 0.
     mean_a = value
     mean_b = value * 0.0
-    if FAMILY != "kl":
-        mean_a = _statistic(stats, 7)
-        mean_b = _statistic(stats, 8)
+    if FORMULA != "kl":
+        mean_a = _statistic(work.stats, 7)
+        mean_b = _statistic(work.stats, 8)
     # A row without a divergence has no gradient, also where a probability of 0 would hide it. An infinite
     # mean leaves its side no gradient either: NaN, never a silent 0.
     nan = tl.full([], float("nan"), CT)
-    up_a = tl.where((value == value) & (tl.abs(mean_a) < float("inf")), upstream * a_scale.to(CT), nan)
+    up_a = tl.where((value == value) & (tl.abs(mean_a) < float("inf")), upstream * scales.a.to(CT), nan)
     has_b = value == value
-    if FAMILY != "kl":
+    if FORMULA != "kl":
         has_b = has_b & (tl.abs(mean_b) < float("inf"))
-    up_b = tl.where(has_b, upstream * b_scale.to(CT), nan)
+    up_b = tl.where(has_b, upstream * scales.b.to(CT), nan)
     # The b − a of kl and tv subtracts exponentials that must be good far down; a (r + KL) multiplies one,
     # whose error near the top counts KL times.
-    FAR: tl.constexpr = 31 if FAMILY == "kl" or FAMILY == "tv" else 15
-    shift_a, n_a, inv_a = stored_side(_statistic(stats, 0), _statistic(stats, 1))
-    shift_b, n_b, inv_b = stored_side(_statistic(stats, 2), _statistic(stats, 3))
-    side_a = normalised(n_a, inv_a, k_a, a_scale, FAR, CT)
-    near_a = normalised(n_a, inv_a, k_a, a_scale, 15, CT)
-    side_b = normalised(n_b, inv_b, k_b, b_scale, FAR, CT)
-    c = _statistic(stats, 4)
-    lam = _statistic(stats, 5)
-    DIRECT: tl.constexpr = TO_B and SAME_SCALE and grad_b.dtype.element_ty.primitive_bitwidth == 16
-    if _is_plain(stats, upstream, beta, rest, FAMILY, DIRECT, LOG2):
+    FAR: tl.constexpr = 31 if FORMULA == "kl" or FORMULA == "tv" else 15
+    row = _load_row(work.stats, beta, rest, scales, FAR, CT)
+    near_a = _load_row(work.stats, beta, rest, scales, 15, CT).a
+    to = Incoming(mean_a, mean_b, up_a, up_b)
+    DIRECT: tl.constexpr = TO_B and SAME_SCALE and work.grad_b.dtype.element_ty.primitive_bitwidth == 16
+    if _takes_fast_path(work.stats, upstream, beta, rest, FORMULA, DIRECT, LOG2):
         write_gradient(
-            a_row, b_row, grad_a, grad_b, first, last, V,
-            shift_a, side_a, near_a, shift_b, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
-            scale, a_scale, b_scale,
-            SAME_SCALE, EXACT, FAMILY, True, DIRECT, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
+            work.a, work.b, work.grad_a, work.grad_b, work.first, work.last, V, row, near_a, to,
+            SAME_SCALE, EXACT, FORMULA, True, DIRECT, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
         )  # fmt: skip
     else:
         write_gradient(
-            a_row, b_row, grad_a, grad_b, first, last, V,
-            shift_a, side_a, near_a, shift_b, side_b, c, lam, mean_a, mean_b, up_a, up_b, beta, rest,
-            scale, a_scale, b_scale,
-            SAME_SCALE, EXACT, FAMILY, False, DIRECT, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
+            work.a, work.b, work.grad_a, work.grad_b, work.first, work.last, V, row, near_a, to,
+            SAME_SCALE, EXACT, FORMULA, False, DIRECT, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
         )  # fmt: skip
 
 
 @triton.jit
 def _item(
-    item, incoming, a_ptr, b_ptr, rows_ptr, value_ptr, stats_ptr, states_ptr, row_scale_ptr,
-    grad_a_ptr, grad_b_ptr, n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
-    a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low, near,
-    ga_outer, ga_inner, gb_outer, gb_inner, parts, part_columns, lag,
-    HAS_ROWS: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FAMILY: tl.constexpr,
-    SWEEPS: tl.constexpr, STAGES: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
+    item, incoming, launch, HAS_VALID: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
+    FORMULA: tl.constexpr, SWEEPS: tl.constexpr, STAGES: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
     LOG2: tl.constexpr, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
-    OUT_LAYOUT: tl.constexpr, PARTS: tl.constexpr,
+    OUT_LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One part of one row in one stage: a sweep, or behind the sweeps the gradient."""
-    slot = item // (parts * STAGES)
-    stage = item % (parts * STAGES) // parts
-    row = slot - stage * lag
-    part = item % parts
-    if (row >= 0) & (row < n_rows):
-        counts = True
-        if HAS_ROWS:
-            counts = tl.load(rows_ptr + row) != 0
-        first = part * part_columns
-        last = tl.minimum(first + part_columns, V)
-        a_row = row_start(a_ptr, row, n_inner, a_outer, a_inner)
-        b_row = row_start(b_ptr, row, n_inner, b_outer, b_inner)
-        grad_a = row_start(grad_a_ptr, row, n_inner, ga_outer, ga_inner)
-        grad_b = row_start(grad_b_ptr, row, n_inner, gb_outer, gb_inner)
-        value_out = value_ptr + row
-        stats = stats_ptr + row.to(tl.int64) * _STATS
-        states = states_ptr + row.to(tl.int64) * (_STATE * PARTS)
-        a_scale = wide(a_scale_high, a_scale_low)
-        b_scale = wide(b_scale_high, b_scale_low)
-        k_a = (a_scale * LOG2E).to(CT)
-        k_b = (b_scale * LOG2E).to(CT)
-        scale = a_scale.to(CT)
-        beta = wide(beta_high, beta_low)
+    """One split of one row in one stage: a sweep, or behind the sweeps the gradient."""
+    num_splits, V, n_inner = launch.num_splits, launch.V, launch.n_inner
+    slot = item // (num_splits * STAGES)
+    stage = item % (num_splits * STAGES) // num_splits
+    row = slot - stage * launch.lag
+    split = item % num_splits
+    if (row >= 0) & (row < launch.n_rows):
+        valid = True
+        if HAS_VALID:
+            valid = tl.load(launch.valid_ptr + row) != 0
+        first = split * launch.split_columns
+        work = Work(
+            row_start(row, n_inner, *launch.a),
+            row_start(row, n_inner, *launch.b),
+            row_start(row, n_inner, *launch.grad_a),
+            row_start(row, n_inner, *launch.grad_b),
+            launch.value_ptr + row,
+            launch.stats_ptr + row.to(tl.int64) * _STATS,
+            launch.states_ptr + row.to(tl.int64) * (_STATE * SPLITS),
+            split, num_splits, first, tl.minimum(first + launch.split_columns, V),
+        )  # fmt: skip
+        scales = scales_of(*launch.scale_parts, CT)
+        beta = from_high_low(*launch.beta_parts)
         rest = (1.0 - beta).to(CT)
         beta = beta.to(CT)
-        if not counts:
+        if not valid:
             if SWEEPS > 0:
-                if (stage == 0) & (part == 0):
-                    tl.store(value_out, 0.0)
+                if (stage == 0) & (split == 0):
+                    tl.store(work.value, 0.0)
             if stage == STAGES - 1:
                 if TO_A:
-                    write_zeros(grad_a, first, last, R, VEC, OUT_LAYOUT)
+                    write_zeros(work.grad_a, first, work.last, R, VEC, OUT_LAYOUT)
                 if TO_B:
-                    write_zeros(grad_b, first, last, R, VEC, OUT_LAYOUT)
+                    write_zeros(work.grad_b, first, work.last, R, VEC, OUT_LAYOUT)
         elif stage < SWEEPS:
             if SWEEPS > 0:
                 if stage == 0:
-                    _first_sweep(
-                        value_out, stats, states, a_row, b_row, V, part, parts, first, last,
-                        k_a, k_b, scale, a_scale, b_scale,
-                        SAME_SCALE, EXACT, CT, R, VEC, LAYOUT, PARTS,
-                    )  # fmt: skip
+                    _first_sweep(work, V, scales, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT, SPLITS)
                 elif SWEEPS > 1:
                     _second_sweep(
-                        value_out, stats, states, a_row, b_row, part, parts, first, last, beta, rest, near,
-                        k_a, k_b, scale, a_scale, b_scale, SAME_SCALE, EXACT, FAMILY, LOG2, CT,
-                        R, VEC, LAYOUT, PARTS,
+                        work, beta, rest, launch.near, scales,
+                        SAME_SCALE, EXACT, FORMULA, LOG2, CT, R, VEC, LAYOUT, SPLITS,
                     )  # fmt: skip
         elif TO_A or TO_B:
             if SWEEPS > 0:
-                _wait(stats, SWEEPS)
-            upstream = tl.load(row_scale_ptr + row).to(CT) * incoming
+                _wait(work.stats, SWEEPS)
+            upstream = tl.load(launch.row_scale_ptr + row).to(CT) * incoming
             _gradient(
-                stats, upstream, a_row, b_row, grad_a, grad_b, first, last, V, beta, rest,
-                k_a, k_b, scale, a_scale, b_scale,
-                SAME_SCALE, EXACT, FAMILY, LOG2, CT, TO_A, TO_B, R, VEC, OUT_LAYOUT,
+                work, upstream, V, beta, rest, scales,
+                SAME_SCALE, EXACT, FORMULA, LOG2, CT, TO_A, TO_B, R, VEC, OUT_LAYOUT,
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_inner", "parts", "lag"])
-def rows_kernel(
-    a_ptr, b_ptr, rows_ptr, value_ptr, stats_ptr, states_ptr, queue_ptr,
-    row_scale_ptr, incoming_ptr, grad_a_ptr, grad_b_ptr,
+# Loose parameters: tuples of them double what Triton 3.4 takes to bind the arguments of a launch (21 µs).
+@triton.jit(do_not_specialize=["n_rows", "n_inner", "num_splits", "lag"])
+def pair_kernel(
+    a_ptr, b_ptr,  # [A, B, V] fp16, bf16, fp32 or fp64, each
+    valid_ptr,  # [A*B] bool, or None
+    value_ptr,  # [A*B] CT
+    stats_ptr,  # [A*B, STATS] CT, zeroed where VALUE
+    states_ptr,  # [A*B, STATE, SPLITS] CT, where VALUE and SPLITS > 1
+    queue_ptr,  # [1] int32, zeroed, where STAGES > 1
+    row_scale_ptr,  # [A*B] CT, where TO_A or TO_B
+    incoming_ptr,  # [] CT, where HAS_INCOMING
+    grad_a_ptr, grad_b_ptr,  # [A, B, V] in the dtype of its side, where TO_A and where TO_B
     n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
     a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low,
     near_0, near_1, near_2, near_3, near_4, near_5, near_6, near_7,
-    ga_outer, ga_inner, gb_outer, gb_inner, parts, part_columns, lag,
-    HAS_ROWS: tl.constexpr, HAS_INCOMING: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
-    FAMILY: tl.constexpr, VALUE: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr, LOG2: tl.constexpr,
+    grad_a_outer, grad_a_inner, grad_b_outer, grad_b_inner, num_splits, split_columns, lag,
+    HAS_VALID: tl.constexpr, HAS_INCOMING: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
+    FORMULA: tl.constexpr, VALUE: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr, LOG2: tl.constexpr,
     CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
-    OUT_LAYOUT: tl.constexpr, PARTS: tl.constexpr,
+    OUT_LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """VALUE: sweep for the value (families other than KL twice). TO_A, TO_B: write gradients."""
-    SWEEPS: tl.constexpr = (1 if FAMILY == "kl" else 2) if VALUE else 0
+    """VALUE: sweep for the value (formulas other than KL twice). TO_A, TO_B: write gradients."""
+    SWEEPS: tl.constexpr = (1 if FORMULA == "kl" else 2) if VALUE else 0
     STAGES: tl.constexpr = SWEEPS + (1 if TO_A or TO_B else 0)
-    near = (near_0, near_1, near_2, near_3, near_4, near_5, near_6, near_7)
+    launch = Launch(
+        Strided(a_ptr, a_outer, a_inner), Strided(b_ptr, b_outer, b_inner),
+        Strided(grad_a_ptr, grad_a_outer, grad_a_inner), Strided(grad_b_ptr, grad_b_outer, grad_b_inner),
+        valid_ptr, value_ptr, stats_ptr, states_ptr, row_scale_ptr, n_rows, n_inner, V,
+        (a_scale_high, a_scale_low, b_scale_high, b_scale_low), (beta_high, beta_low),
+        (near_0, near_1, near_2, near_3, near_4, near_5, near_6, near_7), num_splits, split_columns, lag,
+    )  # fmt: skip
     begin = tl.program_id(0)
     incoming = tl.full([], 1.0, CT)
     if STAGES > 1:
@@ -327,24 +341,16 @@ def rows_kernel(
     if HAS_INCOMING:
         incoming = tl.load(incoming_ptr).to(CT)
         # For an incoming 1 the gradient is there already.
-        end = tl.where(incoming == 1.0, 0, n_rows * parts)
+        end = tl.where(incoming == 1.0, 0, n_rows * num_splits)
         for item in range(begin, end, tl.num_programs(0)):
             _item(
-                item, incoming, a_ptr, b_ptr, rows_ptr, value_ptr, stats_ptr, states_ptr, row_scale_ptr,
-                grad_a_ptr, grad_b_ptr, n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
-                a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low, near,
-                ga_outer, ga_inner, gb_outer, gb_inner, parts, part_columns, lag,
-                HAS_ROWS, SAME_SCALE, EXACT, FAMILY, SWEEPS, STAGES, TO_A, TO_B, LOG2, CT,
-                R, VEC, LAYOUT, OUT_LAYOUT, PARTS,
+                item, incoming, launch, HAS_VALID, SAME_SCALE, EXACT, FORMULA, SWEEPS, STAGES, TO_A, TO_B,
+                LOG2, CT, R, VEC, LAYOUT, OUT_LAYOUT, SPLITS,
             )  # fmt: skip
     else:
         _item(
-            begin, incoming, a_ptr, b_ptr, rows_ptr, value_ptr, stats_ptr, states_ptr, row_scale_ptr,
-            grad_a_ptr, grad_b_ptr, n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
-            a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low, near,
-            ga_outer, ga_inner, gb_outer, gb_inner, parts, part_columns, lag,
-            HAS_ROWS, SAME_SCALE, EXACT, FAMILY, SWEEPS, STAGES, TO_A, TO_B, LOG2, CT,
-            R, VEC, LAYOUT, OUT_LAYOUT, PARTS,
+            begin, incoming, launch, HAS_VALID, SAME_SCALE, EXACT, FORMULA, SWEEPS, STAGES, TO_A, TO_B,
+            LOG2, CT, R, VEC, LAYOUT, OUT_LAYOUT, SPLITS,
         )  # fmt: skip
 
 
@@ -366,28 +372,28 @@ def _launch(
     incoming: Tensor | None = None,
 ) -> None:
     config = configuration(p, SHAPES if p.formula == "kl" else FORMULA_SHAPES)
-    parts = parts_of(p.a.shape[2], step_of(p, config))
-    width = triton.next_power_of_2(parts.number)
+    splits = splits_of(p.a.shape[2], step_of(p, config))
+    width = triton.next_power_of_2(splits.number)
     has_gradient = grad_a is not None or grad_b is not None
     stages = (0 if value is None else 1 if p.formula == "kl" else 2) + has_gradient
-    shared = value is not None and parts.number > 1
+    shared = value is not None and splits.number > 1
     states = stats.new_empty((p.n_rows, STATE, width)) if shared else stats
     queue = stats.new_zeros(1, dtype=torch.int32) if stages > 1 else stats
     resident = resident_programs(p.a.device)
-    lag = min(p.n_rows, triton.cdiv(5 * resident, 4 * parts.number * stages)) if stages > 1 else 0
-    programs = (p.n_rows + (stages - 1) * lag) * parts.number * stages
+    lag = min(p.n_rows, triton.cdiv(5 * resident, 4 * splits.number * stages)) if stages > 1 else 0
+    programs = (p.n_rows + (stages - 1) * lag) * splits.number * stages
     if incoming is not None:
         # Most often there is nothing to do, which a few programs find out sooner than many.
         programs = min(programs, 2 * resident)
     # What has no tensor passes one that is never read or written through.
     out_a, out_b = p.a if grad_a is None else grad_a, p.b if grad_b is None else grad_b
-    rows_kernel[(programs,)](
+    pair_kernel[(programs,)](
         p.a, p.b, p.valid, stats if value is None else value, stats, states, queue,
         stats if row_scale is None else row_scale, stats if incoming is None else incoming, out_a, out_b,
         p.n_rows, *geometry(p), *high_low(p.beta), *near_coefficients(p.formula, p.beta),
-        out_a.stride(0), out_a.stride(1), out_b.stride(0), out_b.stride(1), parts.number, parts.columns, lag,
-        HAS_ROWS=p.valid is not None, HAS_INCOMING=incoming is not None, FAMILY=p.formula,
-        VALUE=value is not None, TO_A=grad_a is not None, TO_B=grad_b is not None, PARTS=width,
+        out_a.stride(0), out_a.stride(1), out_b.stride(0), out_b.stride(1), *splits, lag,
+        HAS_VALID=p.valid is not None, HAS_INCOMING=incoming is not None, FORMULA=p.formula,
+        VALUE=value is not None, TO_A=grad_a is not None, TO_B=grad_b is not None, SPLITS=width,
         OUT_LAYOUT=gradient_layout(config["LAYOUT"], p.a, p.b, grad_a, grad_b),
         LOG2=logarithm(p.formula, p.dtype, p.a.device.type == "cuda" and not torch.version.hip), **config,
     )  # fmt: skip
@@ -401,7 +407,7 @@ def _outputs(p: RowPair) -> tuple[Tensor, Tensor]:
 def value(p: RowPair) -> tuple[Tensor, Tensor]:
     """Per-row divergence `[A*B]` and the row statistics `[A*B, STATS]` that `gradient` needs.
 
-    KL moves 2 U; the other families sweep the row a second time: 4 U, 2 U of them from an L2 that holds it.
+    KL moves 2 U; the other formulas sweep the row a second time: 4 U, 2 U of them from an L2 that holds it.
     """
     value, stats = _outputs(p)
     _launch(p, value, stats, None, None, None)
