@@ -495,8 +495,11 @@ def rebase(sums, h, s):
     h may be wider than the sums: in float32 one of 32 to 64 is rounded by 1.9e-6, and e^−h with it.
     """
     z, a1, a2 = sums
-    g_h = g(-h)
-    to_a2 = tl.exp2(-h * LOG2E).to(a2.dtype)
-    from_a1 = (g_h - h).to(a2.dtype)
-    from_z = g_h.to(a2.dtype)
-    return Sums(z * s, (a1 - h.to(z.dtype) * z) * s, (to_a2 * a2 + from_a1 * a1 + z * from_z) * s)
+    exponent_h = -h * LOG2E
+    whole = tl.floor(exponent_h)  # by itself: a float64 exponential takes registers that the sweep has not
+    e_h = tl.exp2((exponent_h - whole).to(z.dtype)) * tl.exp2(whole.to(z.dtype))
+    h = h.to(z.dtype)
+    near = is_near(h)
+    g_h = tl.where(near, g_near(-h) * -h, (e_h - 1.0) + h)
+    e_h_minus_1 = tl.where(near, g_h - h, e_h - 1.0)
+    return Sums(z * s, (a1 - h * z) * s, (e_h * a2 + e_h_minus_1 * a1 + z * g_h) * s)
