@@ -34,8 +34,8 @@ class Entry:
             sweep's is the first, the gradient's the last, and between them lie the fallback's. Later
             sweeps and gradients are there twice: for rows of the fast path, which counts, comes first.
         tensors: of logits' size, that are read or written.
-        gcn_loops: the same in AMD's code, where the last stage comes first and rows of the fast path behind the
-            others.
+        gcn_loops: the same in AMD's code, where the last stage comes first and rows of the fast path behind
+            the others.
     """
 
     kernel: str
