@@ -93,7 +93,7 @@ def test_the_newest_run_of_each_gpu_counts_and_no_cpu(tmp_path: Path) -> None:
     other = store(tmp_path, "c.json", document(device="GPU A"))
     store(tmp_path, "d.partial.json", document(date="2027-01-01T00:00:00+00:00"))
     store(tmp_path, "e.json", document(device="CPU, 2 threads") | {"driver": None})
-    store(tmp_path, "f-validation.json", {"device": "GPU X", "phases": []})
+    store(tmp_path, "f-checks.json", {"device": "GPU X", "phases": []})
     store(tmp_path, "audit.json", [])  # type: ignore[arg-type]
     assert [path for path, _ in newest_per_gpu(tmp_path)] == [other, newest]
 

@@ -557,7 +557,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 
 def test_a_session_without_a_gpu_says_what_it_skips(session: tuple[str, Path]) -> None:
     shown, out = session
-    (path,) = out.glob("*-validation.json")
+    (path,) = out.glob("*-checks.json")
     checks = json.loads(path.read_text())
     assert list(checks) == [
         *("device", "date", "torch", "triton", "driver", "phases", "tests", "sanitizer", "points", "wrong"),
@@ -579,7 +579,7 @@ def test_a_session_leaves_its_json_and_its_plots(session: tuple[str, Path]) -> N
     _, out = session
     assert len(list(out.iterdir())) <= 8
     assert not list(out.glob("*.partial.json"))
-    (path,) = (path for path in out.glob("*.json") if not path.name.endswith("-validation.json"))
+    (path,) = (path for path in out.glob("*.json") if not path.name.endswith("-checks.json"))
     report = json.loads(path.read_text())
     assert list(report) == ["device", "date", "torch", "triton", "driver", "copy_gbps", "rows"]
     assert report["copy_gbps"] > 0
