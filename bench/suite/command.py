@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from kl_gpu.backends import registry
 
 from ..harness import machine
 from ..harness.options import DTYPES, at_least, device, usual_device
-from ..harness.report import new_report, summary_table
+from ..harness.report import new_report
 from ..harness.systems import PLAIN, WORKLOADS, available, usual
 from .plan import PLANS, Point
 from .plugin import NAME, Suite
@@ -96,10 +95,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     status = pytest.main(_pytest_arguments(options), plugins=[_Named(suite)])
     if not options.report_log:  # else whoever asked for that makes a report of it
         report.add(suite.findings)
-        console = Console()
-        console.print(summary_table(report.rows))
-        path = report.save(options.out, complete=status == pytest.ExitCode.OK)
-        console.print(str(path), markup=False, soft_wrap=True)
+        print(report.save(options.out, complete=status == pytest.ExitCode.OK))
     return int(status)
 
 

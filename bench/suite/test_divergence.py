@@ -32,7 +32,7 @@ def test_divergence(
     except LeftOut as left_out:
         pytest.skip(f"{name} is left out: {left_out}")
     case = contestant.problem.case
-    finding = Finding(name, case.kind, workload, case.dtype, case.rows, case.vocab)
+    finding = Finding(name, case.kind, workload, case.dtype, case.rows, case.vocab, group=str(point))
     try:
         contestant.rehearse()
         benchmark.pedantic(contestant.run, setup=contestant.set_up, rounds=suite.rounds, warmup_rounds=1)
