@@ -14,7 +14,6 @@ COMMANDS = {
     "gpu": ("gpu.session", "a whole session on a GPU: tests, timings, sanitizer, plots"),
     "linear": ("linear", "linear_div beside its products and baselines, on the device at hand"),
     "plots": ("gpu.plots", "the pictures of a stored run"),
-    "readme": ("gpu.readme", "README's GPU table from the stored runs"),
     "audit": ("audit.command", "the Triton kernels compiled for every architecture, without a GPU"),
     "accuracy": ("accuracy", "README's accuracy figures: errors on rows like a trained model's"),
 }

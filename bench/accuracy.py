@@ -159,7 +159,7 @@ class Chunk:
             found["topk_div", f"{tail}, {kind}"] = Truth.of(value, size, 2e-7 * to_rest + 1e-13)
         return found
 
-    def answers(self, backend: str) -> Iterator[tuple[Name, Tensor]]:
+    def answers(self, backend: str) -> Iterator[tuple[Name, Any]]:
         student, teacher = self.student, self.teacher
         for kind in kl_gpu.KINDS:
             value = kl_gpu.divergence(student, teacher, kind, reduction="none", backend=backend)
@@ -171,7 +171,7 @@ class Chunk:
         for name, value in zip(("log-probability", "entropy"), both, strict=True):
             yield ("token_logprobs", name), value
         for tail, kind in _topk_kinds():
-            how = {"tail": tail, "reduction": "none", "backend": backend}
+            how: dict[str, Any] = {"tail": tail, "reduction": "none", "backend": backend}
             loss = kl_gpu.topk_div(student[self.some], self.known, self.ids, kind, **how)
             yield ("topk_div", f"{tail}, {kind}"), loss
 

@@ -4,8 +4,8 @@ Value, and gradients of the student's hidden states and weight. Contestants take
 a CPU right after a call of its own that is not timed: a training loop finds the memory that its last step
 gave back, not what another's gigabytes left of it. "products" are the same calls of the same library on the
 same chunks, and nothing else; 8·N·H·V operations are counted for everybody. Memory is the allocator's peak
-beyond the inputs and the gradients that are returned; --resident takes it from fresh processes' resident
-sets, where what a library takes for scratch counts too. Leaves linear.json.
+beyond the inputs and the gradients that are returned, without what a library takes elsewhere for scratch.
+Leaves linear.json.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,7 +31,7 @@ from kl_gpu.linear import accumulate, chunks
 
 from .harness import baselines, machine
 from .harness.clock import interleaved
-from .harness.memory import peak_extra_bytes, resident_peak_bytes
+from .harness.memory import peak_extra_bytes
 from .harness.options import DTYPES, add_sizes, usual_device
 
 # On a GPU: of "kl_gpu forward_kl" alone, and of "kl_gpu js" against "liger js".
@@ -183,37 +181,14 @@ def worded(rows: Sequence[Row]) -> str:
     return "; ".join(found)
 
 
-def print_resident(options: argparse.Namespace) -> None:
-    """What the options' contestant takes of this fresh process."""
-    device = torch.device("cpu")
-    loss, heads = losses(device)[0][options.resident_of], problem(options, DTYPES[options.dtype[0]], device)
-    # Libraries load and threads start; what is compiled is compiled for this very size.
-    few = Heads(heads.hidden[:64], heads.weight[:64], heads.teacher_hidden[:64], heads.teacher_weight[:64])
-    both_ways(loss, heads if options.resident_of.startswith("torch.compile") else few)
-    gc.collect()
-    print(resident_peak_bytes(lambda: both_ways(loss, heads)) - heads.returned)
-
-
-def resident(options: argparse.Namespace, name: str, dtype: str) -> int:
-    """Bytes beyond inputs and gradients of one call in a process of its own."""
-    sizes = [f"--{size}={getattr(options, size)}" for size in ("rows", "hidden", "columns", "threads")]
-    command = [sys.executable, "-m", "bench", "linear", "--dtype", dtype, "--resident-of", name, *sizes]
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sizes(parser, rows=8192, hidden=4096, columns=128256, repeats=10, threads=2)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), nargs="+", default=["bf16"])
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), metavar="DIR")
-    parser.add_argument("--resident", action="store_true", help="memory of fresh processes, on a CPU")
-    parser.add_argument("--resident-of", help=argparse.SUPPRESS)
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     torch.set_num_threads(options.threads)
-    if options.resident_of:
-        print_resident(options)
-        return 0
     device, left_out, rows = usual_device(), dict[str, str](), list[Row]()
     for dtype in options.dtype:
         rows += measure(problem(options, DTYPES[dtype], device), dtype, options.repeats, left_out)
@@ -223,10 +198,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "linear.json").write_text(json.dumps(record, indent=1) + "\n")
     for row in rows:
-        size = row.peak_extra_bytes
-        if options.resident and row.contender != "products":
-            size = resident(options, row.contender, row.dtype)
-        figures = f"{row.ms:9.1f} ms{row.tflops:7.1f} TFLOP/s{size / 2**20:9.0f} MiB"
+        figures = f"{row.ms:9.1f} ms{row.tflops:7.1f} TFLOP/s{row.peak_extra_bytes / 2**20:9.0f} MiB"
         print(f"{row.dtype} {row.contender:25}{figures}   {row.value:.6f}")
     for name, why in left_out.items():
         print(f"{name} is left out: {why}")

@@ -26,7 +26,9 @@ def lines(rows: Sequence[Row]) -> list[list[str]]:
 
 def counts_table(rows: Sequence[Row], arch: str) -> str:
     """What was compiled for one architecture in aligned rows, in Markdown."""
-    cells = lines([row for row in rows if (row.arch, row.V_class) == (arch, "aligned") and row.dtype != "fp16"])
+    cells = lines(
+        [row for row in rows if (row.arch, row.V_class) == (arch, "aligned") and row.dtype != "fp16"]
+    )
     for line in cells:
         del line[_OF_ALL]
     cells.insert(1, ["---"] * len(cells[0]))

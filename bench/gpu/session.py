@@ -28,8 +28,8 @@ from .correctness import ROOT, environment, files_for_a_gpu, run_tests
 from .limited import Finished
 from .limited import run as run_limited
 from .phases import CUT_SHORT, DONE, FAILED, SKIPPED, Budget, Ending, Outcome, Phase, run_phases
-from .readme import table
 from .sanitizer import NAME, TOOLS, sanitize, tool
+from .targets import table
 
 _RESERVE = 10.0  # seconds for what frames the phases
 _HANGS = 75  # seconds: a timing that takes longer hangs, a program waiting for another that never runs, say
@@ -229,6 +229,5 @@ def _show(session: Session) -> None:
     lines = [*failures[:_SHOWN], *checks["wrong"][:_SHOWN]]
     lines += [f"{point}: not reached" for point in checks["points"]["not reached"][:_SHOWN]]
     lines += [f"{name} is left out: {why}" for name, why in checks["left_out"].items()]
-    on_gpu = session.device.type == "cuda" and session.timings is not None
-    runs = [(session.timings, asdict(session.report))] if on_gpu else []
-    print(*lines, table(runs), sep="\n")
+    rows = asdict(session.report)["rows"] if session.device.type == "cuda" else []
+    print(*lines, table(rows), sep="\n")

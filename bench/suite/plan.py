@@ -1,8 +1,8 @@
 """Which points are timed, the most important first, and against whom at each.
 
 Ours runs at every point, and first. Baselines do not run everywhere: plain PyTorch takes twenty times as long
-as a fused kernel, and torch.compile compiles anew at every size. All run at V = 128256 in bf16, and the two that
-say what a user has without this library, plain PyTorch and torch.compile, over all V for forward KL.
+as a fused kernel, and torch.compile compiles anew at every size. All run at V = 128256 in bf16, and the two
+that say what a user has without this library, plain PyTorch and torch.compile, over all V for forward KL.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Point:
 
 
 def gpu_plan() -> list[Point]:
-    """Ours everywhere, then baselines, beside ours once more: what a baseline is divided by is of its passes."""
+    """Ours everywhere, then baselines, each beside ours once more: a ratio is of the same passes."""
     points = list(_gpu_points())
     alone = dict.fromkeys(replace(point, systems=OURS) for point in points)
     return [*alone, *_without_repetition(point for point in points if point.systems != OURS)]
