@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ Name = tuple[str, str]  # entry and kind
 BASELINES = {"forward_kl": "F.kl_div(log_softmax, log_softmax)", "js": "plain fp32 JSD"}
 RELATIVE = 5e-6  # the promise
 BINS = np.logspace(-12, 2, 57)  # of D, for the picture
-MODEL_VOCAB = 4096
+MODEL_VOCAB, WIDE_VOCAB = 4096, 50257
 _CHUNK = 250
 _K = 16
 
@@ -81,9 +81,9 @@ class Findings:
         np.maximum.at(line, np.clip(np.searchsorted(BINS, value) - 1, 0, len(line) - 1), relative)
 
 
-def chunks(model: Trained, rows: int, vocab: int, seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+def chunks(model: Trained, rows: int, vocab: int) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(case, student, teacher) until all cases together have had so many rows."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     cases = [*FAMILIES, *(copy for copy in COPIES if vocab == MODEL_VOCAB and copy != "itself")]
     size = max(1, min(_CHUNK, rows // len(cases)))
     for turn in range(-(-rows // size)):
@@ -101,20 +101,12 @@ def _numpy(x: Tensor) -> Floats:
     return x.cpu().double().numpy()
 
 
-@dataclass(frozen=True)
-class Truth:
-    """What an entry should give, what errors are relative to, and what they may be.
-
-    Rows that no promise speaks of have no finite `size`, and do not count.
-    """
+class Truth(NamedTuple):
+    """Rows that no promise speaks of have no finite `size`, and do not count."""
 
     value: Floats
-    size: Floats
-    bound: Floats
-
-    @classmethod
-    def of(cls, value: Floats, size: Floats, beside: Floats | float = 0.0) -> Truth:
-        return cls(value, size, RELATIVE * size + beside)
+    size: Floats  # what errors are relative to
+    beside: Floats | float = 0.0  # what they may be beside the promised share of it
 
 
 class Chunk:
@@ -135,13 +127,13 @@ class Chunk:
         for kind in kl_gpu.KINDS:
             value = reference.divergence(s, t, kind)
             beside = _first_order(s, t) if kind == "tv" else 0.0
-            found["divergence", kind] = Truth.of(value, _within(value, 1e-12, 1e2), beside)
+            found["divergence", kind] = Truth(value, _within(value, 1e-12, 1e2), beside)
         for name, value in reference.token_stats(s, t, labels).items():
             size = _within(value, 1e-12, 1e2) if name.endswith("_kl") else np.maximum(1, np.abs(value))
-            found["token_stats", name] = Truth.of(value, size, 0.5 if name == "top1_agree" else 0.0)
+            found["token_stats", name] = Truth(value, size, 0.5 if name == "top1_agree" else 0.0)
         logprob, entropy = reference_topk.token_logprobs(s, labels), reference_topk.entropy(s)
-        found["token_logprobs", "log-probability"] = Truth.of(logprob, _within(np.abs(logprob), 1e-300))
-        found["token_logprobs", "entropy"] = Truth.of(entropy, np.maximum(1, _within(entropy, 1e-300)))
+        found["token_logprobs", "log-probability"] = Truth(logprob, _within(np.abs(logprob), 1e-300))
+        found["token_logprobs", "entropy"] = Truth(entropy, np.maximum(1, _within(entropy, 1e-300)))
         return found | self._topk_truths(s[self.some])
 
     def _topk_truths(self, s: Floats) -> dict[Name, Truth]:
@@ -156,7 +148,7 @@ class Chunk:
             # Beside 5e-6 of the value, what 2e-7 of the rest's mass makes of it.
             to_rest = np.abs(np.where(held, 0.0, gradient).sum(-1))
             size = _within(np.abs(value), 1e-9)
-            found["topk_div", f"{tail}, {kind}"] = Truth.of(value, size, 2e-7 * to_rest + 1e-13)
+            found["topk_div", f"{tail}, {kind}"] = Truth(value, size, 2e-7 * to_rest + 1e-13)
         return found
 
     def answers(self, backend: str) -> Iterator[tuple[Name, Any]]:
@@ -196,28 +188,28 @@ def compare(found: Findings, case: str, chunk: Chunk, backends: Sequence[str], d
     truths = chunk.truths()
     for backend in backends:
         for (entry, kind), answer in chunk.answers(backend):
-            truth = truths[entry, kind]
-            keep = np.isfinite(truth.size)
-            size, error = truth.size[keep], np.abs(_numpy(answer) - truth.value)[keep]
-            found.of(backend, entry, kind).add(case, error, size, truth.bound[keep])
+            value, size, beside = truths[entry, kind]
+            keep = np.isfinite(size)
+            error, bound = np.abs(_numpy(answer) - value)[keep], (RELATIVE * size + beside)[keep]
+            size = size[keep]
+            found.of(backend, entry, kind).add(case, error, size, bound)
             if backend == drawn and entry == "divergence":
                 found.add_by_size("kl_gpu", kind, size, error / size)
     for kind in BASELINES if drawn in backends else ():
-        truth = truths["divergence", kind]
-        keep = np.isfinite(truth.size)
+        value, size, _ = truths["divergence", kind]
         plain = _numpy(PLAIN[kind](chunk.student.float(), chunk.teacher.float()))
-        size = truth.size[keep]
-        found.add_by_size("torch", kind, size, np.abs(plain[keep] - size) / size)
+        keep = np.isfinite(size)
+        found.add_by_size("torch", kind, size[keep], (np.abs(plain - value) / size)[keep])
 
 
 def measure(
-    model: Trained, rows: int, vocab: int, backends: Sequence[str], device: torch.device, seed: int = 0,
+    model: Trained, rows: int, vocab: int, backends: Sequence[str], device: torch.device,
     found: Findings | None = None,
 ) -> Findings:  # fmt: skip
     """The findings of so many rows of this width, added to those in `found`."""
     found = Findings() if found is None else found
     drawn = registry.resolve(None, device)
-    for case, student, teacher in chunks(model, rows, vocab, seed):
+    for case, student, teacher in chunks(model, rows, vocab):
         with np.errstate(all="ignore"), torch.no_grad():
             compare(found, case, Chunk(student.to(device), teacher.to(device)), backends, drawn)
     return found
@@ -261,25 +253,21 @@ def document(found: Findings, about: dict[str, Any]) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--rows", type=int, default=3000, help=f"of V = {MODEL_VOCAB}; README's figures are of 100000")
-    add("--wide-rows", type=int, default=0, help="of V = --wide-vocab, beside them; README's: 2000")
-    add("--wide-vocab", type=int, default=50257)
-    add("--backends", nargs="+", choices=kl_gpu.BACKENDS, help="all that compile, by default")
-    add("--seed", type=int, default=0)
+    add("--wide-rows", type=int, default=0, help=f"of V = {WIDE_VOCAB}, beside them; README's: 2000")
     add("--out", type=Path, default=Path("out/accuracy"), metavar="DIR")
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     device = usual_device()
     backend = registry.resolve(None, device)
-    backends = list(dict.fromkeys(options.backends or [backend, "eager"]))
-    model = train(MODEL_VOCAB)
-    found = measure(model, options.rows, MODEL_VOCAB, backends, device, options.seed)
+    backends, model = list(dict.fromkeys([backend, "eager"])), train(MODEL_VOCAB)
+    found = measure(model, options.rows, MODEL_VOCAB, backends, device)
     if options.wide_rows:
-        measure(model, options.wide_rows, options.wide_vocab, backends, device, options.seed, found)
+        measure(model, options.wide_rows, WIDE_VOCAB, backends, device, found)
     options.out.mkdir(parents=True, exist_ok=True)
     about = {"device": machine.name(device), "backend": backend, "torch": torch.__version__}
     about["date"] = date.today().isoformat()
-    sizes = {name: getattr(options, name) for name in ("rows", "wide_rows", "wide_vocab")}
+    sizes = {"rows": options.rows, "wide_rows": options.wide_rows, "wide_vocab": WIDE_VOCAB}
     text = json.dumps(document(found, about | sizes), indent=1)
     (options.out / "accuracy.json").write_text(text + "\n")
     title = f"fp32 logits like a trained model's, worst of {options.rows + options.wide_rows} rows"

@@ -18,7 +18,6 @@ from torch import Tensor
 
 import kl_gpu
 
-pytest.importorskip("rich")
 pytest.importorskip("pytest_benchmark")
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("rich")
-
 from bench.__main__ import main
 from bench.gpu.plots import read
 from bench.gpu.targets import NOT_MEASURED, TARGETS, table, worded

@@ -5,13 +5,13 @@ loop over the same buffers that does nothing but move them, the written one with
 over "kernel" is the kernel's share of the memory's speed. "kl_div" is the public call, autograd and a new
 gradient buffer included, as the baselines have it.
 
-`topk` is forward and backward, each call right after one of its own that is not timed: a training loop finds
-the memory that its last step gave back, not what another candidate left of it. "memory" is one read, then one
-read and one write, into memory that is there or into a new buffer, whose pages the system hands out one by one.
+`topk` is forward and backward, each call right after one of its own that is not timed: a training loop
+finds the memory that its last step gave back, not what another candidate left of it. "memory" is one read,
+then one read and one write, into memory that is there or into a new buffer, whose pages come one by one.
 
-`overhead` is what 50 calls cost where the logits cost nothing: a millisecond is 20 µs a call. "empty operator"
-takes two tensors and allocates its result, registered by `Library.impl`, as ours are; "empty custom_op" is the
-same through the decorator.
+`overhead` is what 50 calls cost where the logits cost nothing: a millisecond is 20 µs a call. "empty
+operator" takes two tensors and allocates its result, registered by `Library.impl`, as ours are; "empty
+custom_op" is the same through the decorator.
 """
 
 from __future__ import annotations
@@ -160,28 +160,24 @@ def topk(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Race]:
         call()
         output.copy_(student)
 
-    losses: dict[str, tuple[Callable[..., Any], Callable[[Tensor], Tensor]]] = {
-        "token_logprobs": (
-            lambda x, **how: kl_gpu.token_logprobs(x, tokens, **how),
-            lambda x: _plain_logprobs(x, tokens),
-        ),
-        "topk_div": (
-            lambda x, **how: kl_gpu.topk_div(x, logprobs, ids, reduction="none", **how),
-            lambda x: _plain_bucket(x, logprobs, ids),
-        ),
-    }
-    for title, (ours, plain) in losses.items():
+    def race(title: str, ours: Callable[..., Any], plain: Callable[[Tensor], Tensor]) -> Race:
+        def in_place() -> Tensor:
+            return ours(_Output.apply(weight, output), inplace=True).mean()
+
         calls: Calls = {
             "memory": lambda: move(to),
             "memory, new buffer": lambda: move(torch.empty_like(student)),
             "ours": _backward(leaf, lambda: ours(leaf).mean()),
-            "ours, inplace": _backward(
-                leaf, lambda: ours(_Output.apply(weight, output), inplace=True).mean()
-            ),
+            "ours, inplace": _backward(leaf, in_place),
             "plain PyTorch": _backward(leaf, lambda: plain(leaf).mean()),
         }
         before = {name: partial(prepare, call) for name, call in calls.items()}
-        yield Race(title, calls, ("ours", "ours, inplace"), before)
+        return Race(title, calls, ("ours", "ours, inplace"), before)
+
+    ours: Callable[..., Any] = partial(kl_gpu.token_logprobs, token_ids=tokens)
+    yield race("token_logprobs", ours, lambda x: _plain_logprobs(x, tokens))
+    ours = partial(kl_gpu.topk_div, teacher_logprobs=logprobs, teacher_ids=ids, reduction="none")
+    yield race("topk_div", ours, lambda x: _plain_bucket(x, logprobs, ids))
 
 
 def _nothing(student: Tensor, teacher: Tensor) -> Tensor:

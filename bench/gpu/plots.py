@@ -15,7 +15,7 @@ Rows = list[dict[str, Any]]
 
 _FIELDS = ("device", "date", "torch", "triton", "driver", "copy_gbps", "rows")
 # One colour each in every picture, whoever else is in it.
-_COLOURS = {"kl_gpu": "C0", "torch": "C3", "torch.compile": "C1", "liger": "C2", "trl": "C4"}
+_COLOURS = {"kl_gpu": "C0", "torch": "C3", "torch.compile": "C1", "liger": "C2"}
 
 
 def read(path: Path) -> Document:

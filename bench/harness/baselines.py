@@ -1,6 +1,6 @@
-"""Other libraries' losses as baselines, where they can be imported.
+"""Liger-Kernel's losses as baselines, where they can be imported.
 
-Both reduce to a mean over tokens and give no value per token, so they do one workload: value and gradient.
+They reduce to a mean over tokens and give no value per token, so they do one workload: value and gradient.
 """
 
 from __future__ import annotations
@@ -47,38 +47,6 @@ def liger_linear() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         ImportError: it is not installed, or not as we know it.
     """
     return _named(_module("liger_kernel.transformers"), "LigerFusedLinearJSD")(jsd_beta=0.5)
-
-
-_TRAINERS = ("trl.experimental.gkd.gkd_trainer", "trl.experimental.gkd", "trl.trainer.gkd_trainer", "trl")
-
-
-def trl() -> dict[str, Mean]:
-    """TRL's generalised JSD by kind, on logits in fp32, as autocast hands them to it.
-
-    Raises:
-        ImportError: it is not installed, or not as we know it.
-    """
-    loss = _trl_loss()
-
-    def of(beta: float) -> Mean:
-        def mean(student: Tensor, teacher: Tensor) -> Tensor:
-            # "sum": its "batchmean" has meant different denominators.
-            total = loss(student.float(), teacher.float(), beta=beta, reduction="sum")
-            return total / student.shape[0]
-
-        return mean
-
-    return {"forward_kl": of(0.0), "reverse_kl": of(1.0), "js": of(0.5)}
-
-
-def _trl_loss() -> Any:
-    failures = []
-    for name in _TRAINERS:  # where it has lived, newest first
-        try:
-            return _named(_named(_module(name), "GKDTrainer"), "generalized_jsd_loss")
-        except ImportError as error:
-            failures.append(str(error))
-    raise ImportError(failures[0])
 
 
 def _module(name: str) -> Any:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import platform
-import shutil
-import subprocess
 from pathlib import Path
 
 import torch
+from torch.utils import collect_env
 
 _UNKNOWN_CACHE = 64 << 20
 
@@ -56,13 +55,7 @@ def driver_version(device: torch.device) -> str | None:
     """The GPU driver's own number, which PyTorch does not tell. None on the CPU alone: no GPU, no driver."""
     if device.type != "cuda":
         return None
-    if (nvidia_smi := shutil.which("nvidia-smi")) is not None:
-        query = [nvidia_smi, "--query-gpu=driver_version", "--format=csv,noheader"]
-        answer = subprocess.run(query, capture_output=True, text=True, check=False)
-        if answer.returncode == 0 and answer.stdout.strip():
-            return answer.stdout.splitlines()[0].strip()
-    loaded = Path("/sys/module/nvidia/version")
-    return loaded.read_text().strip() if loaded.exists() else "unknown"
+    return collect_env.get_nvidia_driver_version(collect_env.run) or "unknown"
 
 
 def rows_that_fit(wanted: int, vocab: int, itemsize: int, device: torch.device, plain: int = 5) -> int:

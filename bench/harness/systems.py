@@ -78,10 +78,9 @@ PLAIN: dict[str, Divergence] = {
 class System:
     """A contestant. Past the tolerances its output is wrong, and the run stops.
 
-    `value_tolerance` is relative, `gradient_tolerance` in units of max(p, q). One that fails to run at all
-    is left out, with its reason, unless it is `required`: torch.compile needs a compiler on the machine.
-    The tolerances of baselines are loose on purpose: how inaccurate one is belongs in the table; only
-    nonsense stops the run.
+    `value_tolerance` is relative, `gradient_tolerance` in units of max(p, q); a baseline's are loose on
+    purpose: how inaccurate one is belongs in the table. One that fails to run at all is left out, with its
+    reason, unless it is `required`: torch.compile needs a compiler on the machine.
     """
 
     name: str
@@ -149,28 +148,21 @@ def available(device: torch.device) -> dict[str, System]:
         *(_ours(f"kl_gpu[{backend}]", backend) for backend in kl_gpu.BACKENDS if _runs(backend, device)),
         _baseline("torch", PLAIN.__getitem__),
         _baseline("torch.compile", _compiled),
-        *(_library(name, means) for name, means in _libraries(device)[0].items()),
+        *([_library("liger", baselines.liger())] if not absent(device) else []),
     ]
     return {system.name: system for system in systems}
 
 
+@cache
 def absent(device: torch.device) -> dict[str, str]:
     """The other libraries that cannot be timed here, and why."""
-    return _libraries(device)[1]
-
-
-@cache
-def _libraries(device: torch.device) -> tuple[dict[str, dict[str, baselines.Mean]], dict[str, str]]:
-    found, why_not = {}, {}
-    for name, losses in (("liger", baselines.liger), ("trl", baselines.trl)):
-        if name == "liger" and device.type != "cuda":
-            why_not[name] = "its kernels need a GPU"
-            continue
-        try:
-            found[name] = losses()
-        except ImportError as error:
-            why_not[name] = str(error)
-    return found, why_not
+    if device.type != "cuda":
+        return {"liger": "its kernels need a GPU"}
+    try:
+        baselines.liger()
+    except ImportError as error:
+        return {"liger": str(error)}
+    return {}
 
 
 def usual(device: torch.device) -> list[str]:
