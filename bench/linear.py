@@ -14,11 +14,10 @@ import argparse
 import gc
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +37,7 @@ from .harness.options import DTYPES, add_sizes, usual_device
 MOST_MS, MOST_BYTES, TIMES_LIGER = 62.0, 3e9, 2.5
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Row = dict[str, Any]  # a line of linear.json; memory is beyond inputs and gradients
 
 
 class Heads(NamedTuple):
@@ -52,18 +52,6 @@ class Heads(NamedTuple):
     def returned(self) -> int:
         """Bytes of the gradients."""
         return self.hidden.nbytes + self.weight.nbytes
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of linear.json."""
-
-    contender: str
-    dtype: str
-    ms: float
-    tflops: float
-    peak_extra_bytes: int  # beyond inputs and gradients
-    value: float
 
 
 def plain(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
@@ -160,24 +148,27 @@ def measure(heads: Heads, dtype: str, repeats: int, left_out: dict[str, str]) ->
     times = interleaved(calls, repeats, calls if device.type == "cpu" else None, device)
     operations = 8 * len(heads.hidden) * heads.weight.numel()
     return [
-        Row(name, dtype, 1e3 * median(each), operations / median(each) / 1e12, peaks[name], values[name])
+        {
+            "contender": name, "dtype": dtype, "ms": 1e3 * median(each),
+            "tflops": operations / median(each) / 1e12, "peak_extra_bytes": peaks[name], "value": values[name],
+        }
         for name, each in times.items()
-    ]
+    ]  # fmt: skip
 
 
 def worded(rows: Sequence[Row]) -> str:
     """The targets, and what was measured of each."""
-    by_name = {row.contender: row for row in rows}
+    by_name = {row["contender"]: row for row in rows}
     ours, js = by_name["kl_gpu forward_kl"], by_name["kl_gpu js"]
     liger = by_name.get("liger js")
-    against = "not measured" if liger is None else f"{liger.ms / js.ms:.2f} ×"
+    against = "not measured" if liger is None else f"{liger['ms'] / js['ms']:.2f} ×"
     found = [
-        f"time (≤ {MOST_MS:.0f} ms): {ours.ms:.1f} ms, {ours.tflops:.0f} TFLOP/s",
-        f"peak extra memory (< {MOST_BYTES / 1e9:.0f} GB): {ours.peak_extra_bytes / 1e9:.2f} GB",
+        f"time (≤ {MOST_MS:.0f} ms): {ours['ms']:.1f} ms, {ours['tflops']:.0f} TFLOP/s",
+        f"peak extra memory (< {MOST_BYTES / 1e9:.0f} GB): {ours['peak_extra_bytes'] / 1e9:.2f} GB",
         f"js against Liger's fused linear JSD (≥ {TIMES_LIGER} ×): {against}",
     ]
     if "products" in by_name:
-        found.append(f"of the products alone: {ours.ms / by_name['products'].ms:.2f} ×")
+        found.append(f"of the products alone: {ours['ms'] / by_name['products']['ms']:.2f} ×")
     return "; ".join(found)
 
 
@@ -194,12 +185,13 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         rows += measure(problem(options, DTYPES[dtype], device), dtype, options.repeats, left_out)
     sizes = {name: getattr(options, name) for name in ("rows", "hidden", "columns")}
     about = {"device": machine.name(device), "torch": torch.__version__, **sizes}
-    record = {**about, "contenders": [asdict(row) for row in rows], "left_out": left_out}
+    record = {**about, "contenders": rows, "left_out": left_out}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "linear.json").write_text(json.dumps(record, indent=1) + "\n")
     for row in rows:
-        figures = f"{row.ms:9.1f} ms{row.tflops:7.1f} TFLOP/s{row.peak_extra_bytes / 2**20:9.0f} MiB"
-        print(f"{row.dtype} {row.contender:25}{figures}   {row.value:.6f}")
+        figures = "{ms:9.1f} ms{tflops:7.1f} TFLOP/s{mib:9.0f} MiB   {value:.6f}"
+        figures = figures.format(**row, mib=row["peak_extra_bytes"] / 2**20)
+        print(f"{row['dtype']} {row['contender']:25}{figures}")
     for name, why in left_out.items():
         print(f"{name} is left out: {why}")
     print(worded(rows))

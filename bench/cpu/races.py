@@ -8,10 +8,6 @@ gradient buffer included, as the baselines have it.
 `topk` is forward and backward, each call right after one of its own that is not timed: a training loop
 finds the memory that its last step gave back, not what another candidate left of it. "memory" is one read,
 then one read and one write, into memory that is there or into a new buffer, whose pages come one by one.
-
-`overhead` is what 50 calls cost where the logits cost nothing: a millisecond is 20 µs a call. "empty
-operator" takes two tensors and allocates its result, registered by `Library.impl`, as ours are; "empty
-custom_op" is the same through the decorator.
 """
 
 from __future__ import annotations
@@ -33,8 +29,6 @@ from kl_gpu.backends.interface import RowPair
 
 Call = Callable[[], object]
 Calls = dict[str, Call]
-
-CALLS = 50  # a round of `overhead`: long against the clock's own steps, short against a slow spell
 
 
 @dataclass(frozen=True)
@@ -180,43 +174,8 @@ def topk(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Race]:
     yield race("topk_div", ours, lambda x: _plain_bucket(x, logprobs, ids))
 
 
-def _nothing(student: Tensor, teacher: Tensor) -> Tensor:
-    return torch.empty(len(student))
-
-
-# Its operators go with the library: it must outlive the calls.
-_library = torch.library.Library("kl_gpu_bench", "DEF")
-_library.define("nothing(Tensor student, Tensor teacher) -> Tensor")
-_library.impl("nothing", _nothing, "CompositeExplicitAutograd")
-_decorated = torch.library.custom_op("kl_gpu_bench::decorated", _nothing, mutates_args=())
-
-
-def overhead(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Race]:
-    student, teacher = torch.randn(2, 1, 32).to(dtype).unbind()
-    leaf = student.clone().requires_grad_()
-    calls: Calls = {
-        "empty operator": lambda: torch.ops.kl_gpu_bench.nothing.default(student, teacher),
-        "empty custom_op": lambda: _decorated(student, teacher),
-        "kl_div, per token": lambda: kl_gpu.kl_div(student, teacher, reduction="none"),
-        "kl_div": lambda: kl_gpu.kl_div(student, teacher),
-        "kl_div and backward": _backward(leaf, lambda: kl_gpu.kl_div(leaf, teacher)),
-        "divergence, js": lambda: kl_gpu.divergence(student, teacher, "js"),
-        "token_stats": lambda: kl_gpu.token_stats(student, teacher),
-        "F.kl_div": lambda: _plain_kl(student, teacher).mean(),
-        "F.kl_div and backward": _backward(leaf, lambda: _plain_kl(leaf, teacher).mean()),
-    }
-    title = f"{CALLS} calls on {list(student.shape)}"
-    yield Race(title, {name: partial(_repeat, call) for name, call in calls.items()}, ("F.kl_div",))
-
-
-def _repeat(call: Call) -> None:
-    for _ in range(CALLS):
-        call()
-
-
 RACES: dict[str, Callable[[argparse.Namespace, torch.dtype], Iterator[Race]]] = {
     "table": table,
     "token-stats": token_stats,
     "topk": topk,
-    "overhead": overhead,
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 Mean = Callable[[Tensor, Tensor], Tensor]  # of student and teacher logits: 0-d
 
 WORKLOADS = frozenset({"value_grad"})
+_LIBRARY = "liger_kernel.transformers"
 
 
 def liger() -> dict[str, Mean]:
@@ -23,7 +24,6 @@ def liger() -> dict[str, Mean]:
     Raises:
         ImportError: it is not installed, or not as we know it.
     """
-    library = _module("liger_kernel.transformers")
 
     def of(loss: Any) -> Mean:
         def mean(student: Tensor, teacher: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def liger() -> dict[str, Mean]:
 
         return mean
 
-    divergence, jensen_shannon = _named(library, "LigerKLDIVLoss"), _named(library, "LigerJSD")
+    divergence, jensen_shannon = _named("LigerKLDIVLoss"), _named("LigerJSD")
     # Its KL with the arguments exchanged has no gradient to the student: reverse KL is JSD's end at β = 1.
     return {
         "forward_kl": of(divergence(reduction="batchmean", log_target=True)),
@@ -46,20 +46,15 @@ def liger_linear() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     Raises:
         ImportError: it is not installed, or not as we know it.
     """
-    return _named(_module("liger_kernel.transformers"), "LigerFusedLinearJSD")(jsd_beta=0.5)
+    return _named("LigerFusedLinearJSD")(jsd_beta=0.5)
 
 
-def _module(name: str) -> Any:
+def _named(name: str) -> Any:
     try:
-        return importlib.import_module(name)
+        return getattr(importlib.import_module(_LIBRARY), name)
     except ImportError:
         raise
-    except Exception as error:  # what a library does at import is its own affair; here it only means "absent"
-        raise ImportError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
-
-
-def _named(owner: Any, name: str) -> Any:
-    try:
-        return getattr(owner, name)
     except AttributeError:
-        raise ImportError(f"{getattr(owner, '__name__', owner)} has no {name}") from None
+        raise ImportError(f"{_LIBRARY} has no {name}") from None
+    except Exception as error:  # what a library does at import is its own affair; here it only means "absent"
+        raise ImportError(f"{_LIBRARY} cannot be imported: {type(error).__name__}: {error}") from error

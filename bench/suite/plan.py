@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from ..harness.cases import Case
 from ..harness.systems import PLAIN, WORKLOADS
 
 VOCABS = (32000, 50257, 65536, 128256, 151936, 262144)
@@ -28,19 +29,14 @@ _MIXED = tuple(kind for kind in PLAIN if kind not in _KLS)
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Case):
     """One case, all workloads, by these systems. `rows` is what is wanted: memory may allow fewer."""
 
-    kind: str
-    dtype: str
-    rows: int
-    vocab: int
     systems: tuple[str, ...]
     workloads: tuple[str, ...] = tuple(WORKLOADS)
 
     def __str__(self) -> str:
-        beside = "" if self.systems == OURS else " among others"
-        return f"{self.kind} {self.dtype} N={self.rows} V={self.vocab}{beside}"
+        return f"{super().__str__()}{'' if self.systems == OURS else ' among others'}"
 
 
 def gpu_plan() -> list[Point]:
