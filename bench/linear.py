@@ -147,13 +147,12 @@ def measure(heads: Heads, dtype: str, repeats: int, left_out: dict[str, str]) ->
             left_out[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
     times = interleaved(calls, repeats, calls if device.type == "cpu" else None, device)
     operations = 8 * len(heads.hidden) * heads.weight.numel()
-    return [
-        {
-            "contender": name, "dtype": dtype, "ms": 1e3 * median(each),
-            "tflops": operations / median(each) / 1e12, "peak_extra_bytes": peaks[name], "value": values[name],
-        }
-        for name, each in times.items()
-    ]  # fmt: skip
+    rows = []
+    for name, each in times.items():
+        row = {"contender": name, "dtype": dtype, "ms": 1e3 * median(each)}
+        row |= {"tflops": operations / median(each) / 1e12, "peak_extra_bytes": peaks[name]}
+        rows.append(row | {"value": values[name]})
+    return rows
 
 
 def worded(rows: Sequence[Row]) -> str:

@@ -25,7 +25,7 @@ pytest.importorskip("pytest_timeout")
 
 import conftest
 from bench.__main__ import main as bench
-from bench.gpu import correctness, limited, sanitizer, sanitizer_calls
+from bench.gpu import correctness, limited, sanitizer
 from bench.gpu.limited import Finished, run
 from bench.gpu.phases import Budget, Ending, Outcome, Phase, run_phases
 from bench.gpu.session import Session
@@ -369,7 +369,7 @@ def test_what_the_sanitizer_says(tmp_path: Path, says: str, status: int, ending:
 
 
 def test_the_calls_for_the_sanitizer() -> None:
-    assert sanitizer_calls.calls(CPU, (33,)) == 2 * len(KINDS)
+    assert sanitizer.calls(CPU, (33,)) == 2 * len(KINDS)
 
 
 class _Loss:

@@ -110,8 +110,11 @@ def _read_gcn(assembly: str) -> tuple[Code, int, int]:
     return parse_gcn(assembly.splitlines()), figure("vgpr_count"), spilled
 
 
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+def _printed(tool: str, *arguments: str) -> str:
+    """By one of the programs in Triton's wheel."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    done = subprocess.run([str(program), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def _read_cubin(cubin: bytes) -> tuple[Code, int, int]:
@@ -119,12 +122,7 @@ def _read_cubin(cubin: bytes) -> tuple[Code, int, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        sass = subprocess.run(
-            [_tool("nvdisasm"), "-c", str(path)], capture_output=True, text=True, check=True
-        )
-        usage = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", str(path)], capture_output=True, text=True, check=True
-        )
-    used = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr))
+        sass, usage = _printed("nvdisasm", "-c", str(path)), _printed("cuobjdump", "-res-usage", str(path))
+    used = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
     # Spills go to local memory, as do arrays; these kernels have none.
-    return parse_sass(sass.stdout.splitlines()), int(used["REG"]), int(used["STACK"]) + int(used["LOCAL"])
+    return parse_sass(sass.splitlines()), int(used["REG"]), int(used["STACK"]) + int(used["LOCAL"])

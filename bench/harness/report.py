@@ -14,7 +14,7 @@ import torch
 
 from . import machine
 from .cases import Case
-from .traffic import COPY_PASSES, PASSES, gbps
+from .traffic import COPY_PASSES, PASSES
 
 COPY = "copy"
 
@@ -87,11 +87,11 @@ class Report:
         ms_of = {
             name: median(1e3 * s for each in passes for s in each.seconds) for name, passes in group.items()
         }
-        copy_gbps = gbps(COPY_PASSES * case.tensor_bytes, ms_of.pop(COPY))
+        copy_gbps = COPY_PASSES * case.tensor_bytes / ms_of.pop(COPY) / 1e6
         self.copy_gbps = max(self.copy_gbps, copy_gbps)
         required = PASSES[work] * case.tensor_bytes
         for name, ms in ms_of.items():
-            speed = gbps(required, ms)
+            speed = required / ms / 1e6
             peak = max(each.peak_extra_bytes for each in group[name])
             error = max(each.max_rel_error for each in group[name])
             task = (name, case.kind, work, case.dtype, case.rows, case.vocab)

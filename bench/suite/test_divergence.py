@@ -42,7 +42,7 @@ def test_divergence(
         finding.max_rel_error = contestant.max_rel_error
     except Exception as error:  # a baseline may fail in its own ways, and not only with RuntimeError
         why = str(error).strip().partition("\n")[0] or type(error).__name__
-        stage.failed(workload, name, why)
+        stage.failed[workload, name] = why
         finding.seconds = []
         if contestant.required or isinstance(error, WrongOutput):
             raise
