@@ -88,10 +88,8 @@ def chunks(model: Trained, rows: int, vocab: int) -> Iterator[tuple[str, Tensor,
     size = max(1, min(_CHUNK, rows // len(cases)))
     for turn in range(-(-rows // size)):
         case = cases[turn % len(cases)]
-        if case in FAMILIES:
-            pair = FAMILIES[case](size, vocab, generator)
-        else:
-            pair = model.pair(case, size, generator)
+        own = case in FAMILIES
+        pair = FAMILIES[case](size, vocab, generator) if own else model.pair(case, size, generator)
         if turn // len(cases) % 2 and not any(torch.isinf(side).any() for side in pair):
             pair, case = nearer(pair, generator), f"{case}, nearer"
         yield case, *pair

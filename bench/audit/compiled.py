@@ -18,7 +18,6 @@ from .machine_code import Path as Code
 from .machine_code import parse_gcn, parse_sass
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-_POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 _ANY_NUMBER = ("n_rows", "n_inner", "n_ids", "words", "parts", "lag")
 _LOGITS = ("a_ptr", "b_ptr", "x_ptr", "grad_a_ptr", "grad_b_ptr", "grad_ptr")
 
@@ -51,7 +50,7 @@ def signature(entry: Entry, dtype: str) -> dict[str, str]:
         elif name == "rows_ptr":
             types[name] = "*i1"
         elif name in _LOGITS:
-            types[name] = _POINTERS[dtype]
+            types[name] = f"*{dtype}"
         elif name.endswith("_ptr"):
             types[name] = "*fp32"
         elif name in ("n_inner", "V"):
@@ -89,11 +88,9 @@ def compile_entry(entry: Entry, dtype: str, arch: str, V_class: str) -> Compiled
     )
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     built = triton_compile(source, target=target, options=options)
-    shared = int(built.metadata.shared)
+    read = _read_gcn(built.asm["amdgcn"]) if amd else _read_cubin(built.asm["cubin"])
     columns = entry.columns(dtype, V_CLASSES[V_class], warp_size(arch))
-    if amd:
-        return Compiled(*_read_gcn(built.asm["amdgcn"]), shared, warps, columns)
-    return Compiled(*_read_cubin(built.asm["cubin"]), shared, warps, columns)
+    return Compiled(*read, int(built.metadata.shared), warps, columns)
 
 
 def _read_gcn(assembly: str) -> tuple[Code, int, int]:

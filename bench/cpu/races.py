@@ -112,10 +112,6 @@ def token_stats(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Rac
     yield Race("token_stats", calls, ("token_stats", "kl_div"))
 
 
-def _plain_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    return F.log_softmax(logits, -1).gather(-1, ids[:, None])[:, 0]
-
-
 def _plain_bucket(logits: Tensor, logprobs: Tensor, ids: Tensor) -> Tensor:
     """Forward KL of K + 1 outcomes as people write it."""
     log_q = F.log_softmax(logits, -1).gather(-1, ids).float()
@@ -169,7 +165,7 @@ def topk(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Race]:
         return Race(title, calls, ("ours", "ours, inplace"), before)
 
     ours: Callable[..., Any] = partial(kl_gpu.token_logprobs, token_ids=tokens)
-    yield race("token_logprobs", ours, lambda x: _plain_logprobs(x, tokens))
+    yield race("token_logprobs", ours, lambda x: F.log_softmax(x, -1).gather(-1, tokens[:, None])[:, 0])
     ours = partial(kl_gpu.topk_div, teacher_logprobs=logprobs, teacher_ids=ids, reduction="none")
     yield race("topk_div", ours, lambda x: _plain_bucket(x, logprobs, ids))
 

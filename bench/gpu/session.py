@@ -149,7 +149,10 @@ class Session:
         return {
             **about,
             "phases": [asdict(outcome) for outcome in self.outcomes],
-            "tests": {name: tests.about() for name, tests in self.tests.items()},
+            "tests": {
+                name: {"line": tests.line, "failures": tests.failures, "stopped": tests.stopped}
+                for name, tests in self.tests.items()
+            },
             "sanitizer": self.sanitizer,
             "points": self.points(),
             "wrong": [*self.suite.failures, *(f"{test}: did not end" for test in self.suite.stopped)],

@@ -36,11 +36,8 @@ def cache_bytes(device: torch.device) -> int:
     """The last-level cache, which must not hold a previous run's logits."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    units = {"K": 1 << 10, "M": 1 << 20}
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("*/size")]
-    return max(
-        (int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=_UNKNOWN_CACHE
-    )
+    return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=_UNKNOWN_CACHE)
 
 
 def triton_version() -> str | None:

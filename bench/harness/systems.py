@@ -33,10 +33,6 @@ def _plain_forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return _kl(*_log_softmaxes(student, teacher))
 
 
-def _plain_reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    return _plain_forward_kl(teacher, student)
-
-
 def _plain_jeffreys(student: Tensor, teacher: Tensor) -> Tensor:
     log_q, log_p = _log_softmaxes(student, teacher)
     return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
@@ -65,7 +61,7 @@ def _plain_tv(student: Tensor, teacher: Tensor) -> Tensor:
 # What is written without this library, per kind at its default β. The kinds that can be timed are these.
 PLAIN: dict[str, Divergence] = {
     "forward_kl": _plain_forward_kl,
-    "reverse_kl": _plain_reverse_kl,
+    "reverse_kl": lambda student, teacher: _plain_forward_kl(teacher, student),
     "jeffreys": _plain_jeffreys,
     "js": _plain_js,
     "skew_forward_kl": _plain_skew,
@@ -125,13 +121,9 @@ def _baseline(name: str, per_row_of: Callable[[str], Divergence]) -> System:
 
 
 def _library(name: str, means: dict[str, baselines.Mean]) -> System:
-    """Another library's loss, which gives a mean alone."""
-
-    def per_row(student: Tensor, teacher: Tensor) -> Tensor:
-        raise NotImplementedError(f"{name} gives no value per token")
-
+    """Another library's loss, which gives a mean alone: no workload asks for more."""
     kinds, workloads = frozenset(means), baselines.WORKLOADS
-    return System(name, lambda kind: (per_row, means[kind]), kinds=kinds, workloads=workloads)
+    return System(name, lambda kind: (means[kind], means[kind]), kinds=kinds, workloads=workloads)
 
 
 def _compiled(kind: str) -> Divergence:

@@ -83,7 +83,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(f"argument --out: {error}")
     backend = registry.resolve(None, on)
     print(f"{report.device}; torch {report.torch}, triton {report.triton}; kl_gpu: {backend}")
-    print("U: one tensor of logits. 2U, 3U, 5U: the least to move.")
+    print("2U, 3U, 5U: so many tensors of logits are the least to move.")
     if on.type == "cpu" and machine.is_busy():
         print("This machine is busy: figures will be off, and not by the same factor.")
     begun = options.skip.read_text().splitlines() if options.skip else ()

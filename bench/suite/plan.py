@@ -78,12 +78,9 @@ def _others() -> Iterator[Point]:
 
 def cpu_plan() -> list[Point]:
     """Without a GPU: enough to see every part at work. Speeds of CPUs are `make bench`'s business."""
-    points = [
-        Point("forward_kl", dtype, 64, vocab, PYTORCH)
-        for dtype in ("bf16", "fp32")
-        for vocab in (32000, USUAL)
-    ]
-    return [*points, *(Point("forward_kl", "bf16", rows, USUAL, PYTORCH) for rows in FEW_ROWS[:2])]
+    cases = [(dtype, 64, vocab) for dtype in ("bf16", "fp32") for vocab in (32000, USUAL)]
+    cases += [("bf16", rows, USUAL) for rows in FEW_ROWS[:2]]
+    return [Point("forward_kl", *case, PYTORCH) for case in cases]
 
 
 def tiny_plan() -> list[Point]:

@@ -40,11 +40,7 @@ class Suite:
     """
 
     def __init__(
-        self,
-        points: Sequence[Point],
-        device: torch.device,
-        repeats: int,
-        begun: Collection[str] = (),
+        self, points: Sequence[Point], device: torch.device, repeats: int, begun: Collection[str] = ()
     ) -> None:
         self.points = points
         self.device = device
