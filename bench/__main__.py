@@ -6,61 +6,35 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from types import ModuleType
 
 # By name; a module has add_arguments(parser), and run(options, parser), which returns the exit status.
 COMMANDS = {
     "suite": ("suite.command", "kl_gpu beside plain PyTorch and torch.compile, on the device at hand"),
-    "cpu table": ("cpu.table", "README's CPU table: the kernels beside the machine's memory"),
-    "cpu overhead": ("cpu.overhead", "what a call costs where the logits cost nothing"),
-    "cpu topk": ("cpu.topk", "token_logprobs and topk_div"),
-    "cpu token-stats": ("cpu.token_stats", "token_stats"),
+    "cpu": ("cpu.command", "the C++ kernels beside the machine's memory: README's CPU tables"),
     "gpu": ("gpu.session", "a whole session on a GPU: tests, timings, sanitizer, plots"),
     "linear": ("linear", "linear_div beside its products and baselines, on the device at hand"),
     "plots": ("gpu.plots", "the pictures of a stored run"),
-    "readme": ("gpu.readme", "README's GPU table from the stored runs"),
     "audit": ("audit.command", "the Triton kernels compiled for every architecture, without a GPU"),
     "accuracy": ("accuracy", "README's accuracy figures: errors on rows like a trained model's"),
 }
 
 
-def _command(arguments: Sequence[str]) -> str | None:
-    """The longest name of a command that the arguments begin with."""
-    for words in (2, 1):
-        if (name := " ".join(arguments[:words])) in COMMANDS:
-            return name
-    return None
-
-
-def _overview() -> argparse.ArgumentParser:
-    width = max(map(len, COMMANDS))
-    commands = "\n".join(f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items())
-    return argparse.ArgumentParser(
-        prog="python -m bench",
-        usage="python -m bench COMMAND ...",
-        description=f"{__doc__}\n\ncommands:\n{commands}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    name = _command(given)
-    if name is None:
-        overview = _overview()
-        overview.add_argument("command", nargs="+")
-        overview.parse_args(given)
-        overview.error(f"no such command: {' '.join(given)}")
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    raw = argparse.RawDescriptionHelpFormatter
+    if name not in COMMANDS:
+        commands = "\n".join(f"  {name:10}{what}" for name, (_, what) in COMMANDS.items())
+        about = f"{__doc__}\n\ncommands:\n{commands}"
+        overview = argparse.ArgumentParser(prog="python -m bench", description=about, formatter_class=raw)
+        overview.add_argument("command", choices=tuple(COMMANDS), metavar="COMMAND")
+        overview.parse_args([name])  # prints help, or says that there is no such command
     # Imported only now: no command needs what another one does.
-    module: ModuleType = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
+    module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
     parser = argparse.ArgumentParser(
-        prog=f"python -m bench {name}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=f"python -m bench {name}", description=module.__doc__, formatter_class=raw
     )
     module.add_arguments(parser)
-    options = parser.parse_args(given[len(name.split()) :])
-    return module.run(options, parser)
+    return module.run(parser.parse_args(rest), parser)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ Value, and gradients of the student's hidden states and weight. Contestants take
 a CPU right after a call of its own that is not timed: a training loop finds the memory that its last step
 gave back, not what another's gigabytes left of it. "products" are the same calls of the same library on the
 same chunks, and nothing else; 8·N·H·V operations are counted for everybody. Memory is the allocator's peak
-beyond the inputs and the gradients that are returned; --resident takes it from fresh processes' resident
-sets, where what a library takes for scratch counts too. Leaves linear.json.
+beyond the inputs and the gradients that are returned, without what a library takes elsewhere for scratch.
+Leaves linear.json.
 """
 
 from __future__ import annotations
@@ -13,14 +13,11 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +30,14 @@ from kl_gpu.linear import accumulate, chunks
 
 from .harness import baselines, machine
 from .harness.clock import interleaved
-from .harness.memory import peak_extra_bytes, resident_peak_bytes
+from .harness.memory import peak_extra_bytes
 from .harness.options import DTYPES, add_sizes, usual_device
 
 # On a GPU: of "kl_gpu forward_kl" alone, and of "kl_gpu js" against "liger js".
 MOST_MS, MOST_BYTES, TIMES_LIGER = 62.0, 3e9, 2.5
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Row = dict[str, Any]  # a line of linear.json; memory is beyond inputs and gradients
 
 
 class Heads(NamedTuple):
@@ -54,18 +52,6 @@ class Heads(NamedTuple):
     def returned(self) -> int:
         """Bytes of the gradients."""
         return self.hidden.nbytes + self.weight.nbytes
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of linear.json."""
-
-    contender: str
-    dtype: str
-    ms: float
-    tflops: float
-    peak_extra_bytes: int  # beyond inputs and gradients
-    value: float
 
 
 def plain(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
@@ -161,73 +147,50 @@ def measure(heads: Heads, dtype: str, repeats: int, left_out: dict[str, str]) ->
             left_out[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
     times = interleaved(calls, repeats, calls if device.type == "cpu" else None, device)
     operations = 8 * len(heads.hidden) * heads.weight.numel()
-    return [
-        Row(name, dtype, 1e3 * median(each), operations / median(each) / 1e12, peaks[name], values[name])
-        for name, each in times.items()
-    ]
+    rows = []
+    for name, each in times.items():
+        row = {"contender": name, "dtype": dtype, "ms": 1e3 * median(each)}
+        row |= {"tflops": operations / median(each) / 1e12, "peak_extra_bytes": peaks[name]}
+        rows.append(row | {"value": values[name]})
+    return rows
 
 
 def worded(rows: Sequence[Row]) -> str:
     """The targets, and what was measured of each."""
-    by_name = {row.contender: row for row in rows}
+    by_name = {row["contender"]: row for row in rows}
     ours, js = by_name["kl_gpu forward_kl"], by_name["kl_gpu js"]
     liger = by_name.get("liger js")
-    against = "not measured" if liger is None else f"{liger.ms / js.ms:.2f} ×"
+    against = "not measured" if liger is None else f"{liger['ms'] / js['ms']:.2f} ×"
     found = [
-        f"time (≤ {MOST_MS:.0f} ms): {ours.ms:.1f} ms, {ours.tflops:.0f} TFLOP/s",
-        f"peak extra memory (< {MOST_BYTES / 1e9:.0f} GB): {ours.peak_extra_bytes / 1e9:.2f} GB",
+        f"time (≤ {MOST_MS:.0f} ms): {ours['ms']:.1f} ms, {ours['tflops']:.0f} TFLOP/s",
+        f"peak extra memory (< {MOST_BYTES / 1e9:.0f} GB): {ours['peak_extra_bytes'] / 1e9:.2f} GB",
         f"js against Liger's fused linear JSD (≥ {TIMES_LIGER} ×): {against}",
     ]
     if "products" in by_name:
-        found.append(f"of the products alone: {ours.ms / by_name['products'].ms:.2f} ×")
+        found.append(f"of the products alone: {ours['ms'] / by_name['products']['ms']:.2f} ×")
     return "; ".join(found)
-
-
-def print_resident(options: argparse.Namespace) -> None:
-    """What the options' contestant takes of this fresh process."""
-    device = torch.device("cpu")
-    loss, heads = losses(device)[0][options.resident_of], problem(options, DTYPES[options.dtype[0]], device)
-    # Libraries load and threads start; what is compiled is compiled for this very size.
-    few = Heads(heads.hidden[:64], heads.weight[:64], heads.teacher_hidden[:64], heads.teacher_weight[:64])
-    both_ways(loss, heads if options.resident_of.startswith("torch.compile") else few)
-    gc.collect()
-    print(resident_peak_bytes(lambda: both_ways(loss, heads)) - heads.returned)
-
-
-def resident(options: argparse.Namespace, name: str, dtype: str) -> int:
-    """Bytes beyond inputs and gradients of one call in a process of its own."""
-    sizes = [f"--{size}={getattr(options, size)}" for size in ("rows", "hidden", "columns", "threads")]
-    command = [sys.executable, "-m", "bench", "linear", "--dtype", dtype, "--resident-of", name, *sizes]
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sizes(parser, rows=8192, hidden=4096, columns=128256, repeats=10, threads=2)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), nargs="+", default=["bf16"])
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), metavar="DIR")
-    parser.add_argument("--resident", action="store_true", help="memory of fresh processes, on a CPU")
-    parser.add_argument("--resident-of", help=argparse.SUPPRESS)
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     torch.set_num_threads(options.threads)
-    if options.resident_of:
-        print_resident(options)
-        return 0
     device, left_out, rows = usual_device(), dict[str, str](), list[Row]()
     for dtype in options.dtype:
         rows += measure(problem(options, DTYPES[dtype], device), dtype, options.repeats, left_out)
     sizes = {name: getattr(options, name) for name in ("rows", "hidden", "columns")}
     about = {"device": machine.name(device), "torch": torch.__version__, **sizes}
-    record = {**about, "contenders": [asdict(row) for row in rows], "left_out": left_out}
+    record = {**about, "contenders": rows, "left_out": left_out}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "linear.json").write_text(json.dumps(record, indent=1) + "\n")
     for row in rows:
-        size = row.peak_extra_bytes
-        if options.resident and row.contender != "products":
-            size = resident(options, row.contender, row.dtype)
-        figures = f"{row.ms:9.1f} ms{row.tflops:7.1f} TFLOP/s{size / 2**20:9.0f} MiB"
-        print(f"{row.dtype} {row.contender:25}{figures}   {row.value:.6f}")
+        figures = "{ms:9.1f} ms{tflops:7.1f} TFLOP/s{mib:9.0f} MiB   {value:.6f}"
+        figures = figures.format(**row, mib=row["peak_extra_bytes"] / 2**20)
+        print(f"{row['dtype']} {row['contender']:25}{figures}")
     for name, why in left_out.items():
         print(f"{name} is left out: {why}")
     print(worded(rows))

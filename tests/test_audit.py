@@ -9,11 +9,10 @@ import pytest
 pytest.importorskip("triton")
 
 from bench.audit import docs
-from bench.audit.budget import budget
 from bench.audit.compiled import ARCHITECTURES
 from bench.audit.kernels import DTYPES, V_CLASSES, entries
 from bench.audit.machine_code import main_loops, mix, parse_gcn, parse_sass
-from bench.audit.occupancy import CORES, resident_programs
+from bench.audit.occupancy import CORES, budget, resident_programs
 from bench.audit.rows import RESULTS, load
 
 # A masked row leaves early; the loop has a rare branch (L_x_2) that is longer than the jump over it, and the

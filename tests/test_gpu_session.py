@@ -19,14 +19,13 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("rich")
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("pytest_reportlog")
 pytest.importorskip("pytest_timeout")
 
 import conftest
 from bench.__main__ import main as bench
-from bench.gpu import correctness, limited, sanitizer, sanitizer_calls
+from bench.gpu import correctness, limited, sanitizer
 from bench.gpu.limited import Finished, run
 from bench.gpu.phases import Budget, Ending, Outcome, Phase, run_phases
 from bench.gpu.session import Session
@@ -199,7 +198,6 @@ def test_the_plan_covers_what_was_asked_for_the_important_first() -> None:
         "torch",
         "torch.compile",
         "liger",
-        "trl",
     }
     assert len(points) == len(set(points))
 
@@ -371,55 +369,39 @@ def test_what_the_sanitizer_says(tmp_path: Path, says: str, status: int, ending:
 
 
 def test_the_calls_for_the_sanitizer() -> None:
-    assert sanitizer_calls.calls(CPU, (33,)) == 2 * len(KINDS)
+    assert sanitizer.calls(CPU, (33,)) == 2 * len(KINDS)
 
 
 class _Loss:
-    """Another library's loss by its documented interface: log-probabilities in, or logits; β of the JSD."""
+    """Another library's loss by its documented interface: log-probabilities in; β of the JSD."""
 
     def __init__(self, beta: float = 0.0, **options: object) -> None:
         self.beta = beta
 
     def __call__(self, log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
-        return _Trainer.generalized_jsd_loss(log_q, log_p, beta=self.beta, reduction="sum") / len(log_q)
-
-
-class _Trainer:
-    @staticmethod
-    def generalized_jsd_loss(student: Any, teacher: Any, *, beta: float, reduction: str) -> torch.Tensor:
-        assert reduction == "sum"
-        kind = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "js")
-        given = {"beta": beta} if kind == "js" else {}
-        return torch.as_tensor(reference.divergence(student.numpy(), teacher.numpy(), kind, **given).sum())
+        kind = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, "js")
+        given = {"beta": self.beta} if kind == "js" else {}
+        return torch.as_tensor(reference.divergence(log_q.numpy(), log_p.numpy(), kind, **given).mean())
 
 
 def test_other_libraries_are_asked_for_the_divergence_they_are_judged_by(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    library, trainer = type(sys)("liger_kernel.transformers"), type(sys)("trl")
+    library = type(sys)("liger_kernel.transformers")
     library.LigerKLDIVLoss = library.LigerJSD = _Loss
-    trainer.GKDTrainer = _Trainer
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", library)
-    monkeypatch.setitem(sys.modules, "trl", trainer)
-    for name in baselines._TRAINERS[:-1]:
-        monkeypatch.setitem(sys.modules, name, None)
     student, teacher = torch.randn(4, 50), torch.randn(4, 50)
-    for losses in (baselines.liger(), baselines.trl()):
-        assert set(losses) == {"forward_kl", "reverse_kl", "js"}
-        for kind, mean in losses.items():
-            want = reference.divergence(student.numpy(), teacher.numpy(), kind).mean()
-            np.testing.assert_allclose(float(mean(student, teacher)), want, rtol=1e-5)
+    losses = baselines.liger()
+    assert set(losses) == {"forward_kl", "reverse_kl", "js"}
+    for kind, mean in losses.items():
+        want = reference.divergence(student.numpy(), teacher.numpy(), kind).mean()
+        np.testing.assert_allclose(float(mean(student, teacher)), want, rtol=1e-5)
 
 
 def test_a_library_that_is_not_there_or_has_changed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", type(sys)("liger_kernel.transformers"))
     with pytest.raises(ImportError, match=r"liger_kernel\.transformers has no LigerKLDIVLoss"):
         baselines.liger()
-    monkeypatch.setitem(sys.modules, "trl", None)
-    for name in baselines._TRAINERS:
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError):
-        baselines.trl()
 
 
 def test_a_process_that_hangs_is_ended() -> None:
@@ -557,7 +539,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 
 def test_a_session_without_a_gpu_says_what_it_skips(session: tuple[str, Path]) -> None:
     shown, out = session
-    (path,) = out.glob("*-validation.json")
+    (path,) = out.glob("*-checks.json")
     checks = json.loads(path.read_text())
     assert list(checks) == [
         *("device", "date", "torch", "triton", "driver", "phases", "tests", "sanitizer", "points", "wrong"),
@@ -579,7 +561,7 @@ def test_a_session_leaves_its_json_and_its_plots(session: tuple[str, Path]) -> N
     _, out = session
     assert len(list(out.iterdir())) <= 8
     assert not list(out.glob("*.partial.json"))
-    (path,) = (path for path in out.glob("*.json") if not path.name.endswith("-validation.json"))
+    (path,) = (path for path in out.glob("*.json") if not path.name.endswith("-checks.json"))
     report = json.loads(path.read_text())
     assert list(report) == ["device", "date", "torch", "triton", "driver", "copy_gbps", "rows"]
     assert report["copy_gbps"] > 0

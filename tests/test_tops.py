@@ -37,7 +37,7 @@ def rows_on_a_floor(kind: str) -> tuple[Tensor, Tensor]:
         for side, logits in zip(sides, tops, strict=True):
             side[row, [FIRST, SECOND, THIRD]] = torch.tensor(logits, device=DEVICE)
     a, b = sides
-    return (b, a) if KINDS[kind].weights == "teacher" else (a, b)
+    return (b, a) if KINDS[kind].expectation_under == "teacher" else (a, b)
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "tv", "js", "skew_reverse_kl"])

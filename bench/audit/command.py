@@ -8,37 +8,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from .occupancy import CORES
-
-if TYPE_CHECKING:
-    from .rows import Row
-
-
-def print_table(rows: Sequence[Row]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption_justify="left")
-    for heading in ("kernel", "kind", "dtype", "arch", "V"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("regs", "spill", "shared", "load", "store", "instr", "budget", "ex2", "programs"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        over = row.instructions_per_element > row.budget
-        table.add_row(
-            *(row.kernel, row.kind, row.dtype, row.arch, row.V_class),
-            *map(str, (row.registers, row.spill_bytes, row.shared_bytes, row.load_bits, row.store_bits)),
-            f"{row.instructions_per_element:.1f}{' >' if over else '  '}",
-            *(f"{row.budget:.1f}", f"{row.ex2_per_element:.1f}", str(row.programs_per_core)),
-        )
-    table.caption = "instr, ex2: per column of a row. programs: resident on an SM or compute unit at a time."
-    Console(width=120 if not sys.stdout.isatty() else None).print(table)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +33,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         return 0
     choice = (options.kernel, options.dtype, options.arch, options.v_class)
     rows = list(audit(*choice))
-    print_table(rows)
+    for line in docs.lines(rows):
+        print(f"{line[0]:12} {line[1]:22}" + " ".join(f"{cell:>9}" for cell in line[2:]))
     whole = not any(choice) and not options.out
     if whole or options.out:
         save(rows, RESULTS if whole else options.out)

@@ -18,7 +18,6 @@ from .machine_code import Path as Code
 from .machine_code import parse_gcn, parse_sass
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-_POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 _ANY_NUMBER = ("n_rows", "n_inner", "n_ids", "words", "num_splits", "lag")
 _LOGITS = ("a_ptr", "b_ptr", "x_ptr", "grad_a_ptr", "grad_b_ptr", "grad_ptr")
 
@@ -51,7 +50,7 @@ def signature(entry: Entry, dtype: str) -> dict[str, str]:
         elif name == "valid_ptr":
             types[name] = "*i1"
         elif name in _LOGITS:
-            types[name] = _POINTERS[dtype]
+            types[name] = f"*{dtype}"
         elif name.endswith("_ptr"):
             types[name] = "*fp32"
         elif name in ("n_inner", "V"):
@@ -78,7 +77,7 @@ def compile_entry(entry: Entry, dtype: str, arch: str, V_class: str) -> Compiled
         name
         for name, kind in types.items()
         if kind[0] == "*"
-        or name == "part_columns"
+        or name == "split_columns"
         or (V_class == "aligned" and kind[0] == "i" and name not in _ANY_NUMBER)
     ]
     source = ASTSource(
@@ -89,11 +88,9 @@ def compile_entry(entry: Entry, dtype: str, arch: str, V_class: str) -> Compiled
     )
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     built = triton_compile(source, target=target, options=options)
-    shared = int(built.metadata.shared)
+    read = _read_gcn(built.asm["amdgcn"]) if amd else _read_cubin(built.asm["cubin"])
     columns = entry.columns(dtype, V_CLASSES[V_class], warp_size(arch))
-    if amd:
-        return Compiled(*_read_gcn(built.asm["amdgcn"]), shared, warps, columns)
-    return Compiled(*_read_cubin(built.asm["cubin"]), shared, warps, columns)
+    return Compiled(*read, int(built.metadata.shared), warps, columns)
 
 
 def _read_gcn(assembly: str) -> tuple[Code, int, int]:
@@ -110,8 +107,11 @@ def _read_gcn(assembly: str) -> tuple[Code, int, int]:
     return parse_gcn(assembly.splitlines()), figure("vgpr_count"), spilled
 
 
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+def _printed(tool: str, *arguments: str) -> str:
+    """By one of the programs in Triton's wheel."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    done = subprocess.run([str(program), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def _read_cubin(cubin: bytes) -> tuple[Code, int, int]:
@@ -119,12 +119,7 @@ def _read_cubin(cubin: bytes) -> tuple[Code, int, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        sass = subprocess.run(
-            [_tool("nvdisasm"), "-c", str(path)], capture_output=True, text=True, check=True
-        )
-        usage = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", str(path)], capture_output=True, text=True, check=True
-        )
-    used = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr))
+        sass, usage = _printed("nvdisasm", "-c", str(path)), _printed("cuobjdump", "-res-usage", str(path))
+    used = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
     # Spills go to local memory, as do arrays; these kernels have none.
-    return parse_sass(sass.stdout.splitlines()), int(used["REG"]), int(used["STACK"]) + int(used["LOCAL"])
+    return parse_sass(sass.splitlines()), int(used["REG"]), int(used["STACK"]) + int(used["LOCAL"])

@@ -10,29 +10,32 @@ from .rows import RESULTS, Row, load
 
 PAGE = Path(__file__).parents[2] / "docs" / "gpu-model.md"
 _HEADING = [
-    "kernel",
-    "kind",
-    "dtype",
-    "registers",
-    "shared",
-    "load",
-    "store",
-    "instructions",
-    "budget",
-    "ex2",
-    "programs",
+    *("kernel", "kind", "dtype", "arch", "V", "registers", "shared", "load", "store"),
+    *("instructions", "budget", "ex2", "programs"),
 ]
+_OF_ALL = slice(3, 5)  # what is the same in every row of the page
+
+
+def lines(rows: Sequence[Row]) -> list[list[str]]:
+    """What was compiled, as cells, their names first."""
+    found = [list(_HEADING)]
+    for row in rows:
+        widths = [str(x) for x in (row.registers, row.shared_bytes, row.load_bits, row.store_bits)]
+        counts = [f"{x:.1f}" for x in (row.instructions_per_element, row.budget, row.ex2_per_element)]
+        name = [row.kernel, row.kind, row.dtype, row.arch, row.V_class]
+        found.append([*name, *widths, *counts, str(row.programs_per_core)])
+    return found
 
 
 def counts_table(rows: Sequence[Row], arch: str) -> str:
     """What was compiled for one architecture in aligned rows, in Markdown."""
-    lines = [_HEADING, ["---"] * len(_HEADING)]
-    for row in rows:
-        if (row.arch, row.V_class) == (arch, "aligned") and row.dtype != "fp16":
-            widths = [str(x) for x in (row.registers, row.shared_bytes, row.load_bits, row.store_bits)]
-            counts = [f"{x:.1f}" for x in (row.instructions_per_element, row.budget, row.ex2_per_element)]
-            lines.append([row.kernel, row.kind, row.dtype, *widths, *counts, str(row.programs_per_core)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    cells = lines(
+        [row for row in rows if (row.arch, row.V_class) == (arch, "aligned") and row.dtype != "fp16"]
+    )
+    for line in cells:
+        del line[_OF_ALL]
+    cells.insert(1, ["---"] * len(cells[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def regions(path: Path = RESULTS) -> dict[str, str]:

@@ -138,7 +138,7 @@ class StatsEntry(Entry):
 
 @dataclass(frozen=True)
 class ComplementEntry(Entry):
-    """One of the kernels of `kl_gpu.triton.remainder`, at 64 ids a row: one tensor of logits."""
+    """One of the kernels of `backends.triton.complement`, at 64 ids a row: one tensor of logits."""
 
     types: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("n_rows", "n_ids", "words", "num_splits", "split_columns"), "i32"),

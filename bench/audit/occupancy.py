@@ -1,4 +1,4 @@
-"""How many programs of a kernel a core holds at a time, from its registers, warps and shared memory."""
+"""What a core holds: programs of a kernel at a time, and instructions while memory is the limit."""
 
 from __future__ import annotations
 
@@ -37,3 +37,15 @@ def resident_programs(core: Core, registers: int, warps: int, shared_bytes: int)
     # Registers belong to a scheduler: what is left over at one of them is no use to another's warps.
     fitting = _SCHEDULERS * min(core.registers // _SCHEDULERS // allotted, core.warps // _SCHEDULERS)
     return min(fitting // warps, core.shared // (shared_bytes + _PROGRAM_SHARED), core.programs)
+
+
+# An H200 has 132 SMs with 4 issue slots of 32 lanes at about 1.7 GHz, and moves 4.3 TB/s.
+_SLOTS_PER_BYTE = 132 * 4 * 32 * 1.7e9 / 4.3e12
+
+
+def budget(tensors: int, itemsize: int) -> float:
+    """Instructions per column that leave memory the limit, where so many tensors of logits are moved.
+
+    tests/test_machine_code.py holds kernels to other bounds where they do better, or cannot reach these.
+    """
+    return round(_SLOTS_PER_BYTE * tensors * itemsize, 1)

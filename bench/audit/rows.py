@@ -6,15 +6,15 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
 
 import triton
 
-from .budget import budget
 from .compiled import ARCHITECTURES, compile_entry, warp_size
 from .kernels import DTYPES, V_CLASSES, Entry, entries
 from .machine_code import main_loops, mix
-from .occupancy import CORES, resident_programs
+from .occupancy import CORES, budget, resident_programs
 
 RESULTS = Path(__file__).parents[1] / "results" / "audit.json"
 
@@ -61,43 +61,26 @@ def audit_one(entry: Entry, dtype: str, arch: str, V_class: str) -> Row:
         per_loop = zip(found, compiled.columns, strict=True)
         return round(sum(getattr(one, count) * threads / columns for one, columns in per_loop), 2)
 
+    held = (compiled.registers, compiled.warps, compiled.shared_bytes)
     return Row(
-        kernel=entry.kernel,
-        kind=entry.kind,
-        dtype=dtype,
-        arch=arch,
-        V_class=V_class,
-        V=V_CLASSES[V_class],
-        registers=compiled.registers,
-        spill_bytes=compiled.spill_bytes,
-        shared_bytes=compiled.shared_bytes,
-        load_bits=whole.load_bits,
-        store_bits=whole.store_bits,
-        instructions_per_element=each("instructions"),
-        ex2_per_element=each("ex2"),
-        tensors=entry.tensors,
-        budget=budget(entry.tensors, DTYPES[dtype].itemsize),
-        warps=compiled.warps,
-        columns=compiled.columns[0],
-        programs_per_core=resident_programs(
-            CORES[arch], compiled.registers, compiled.warps, compiled.shared_bytes
-        ),
+        *(entry.kernel, entry.kind, dtype, arch, V_class, V_CLASSES[V_class]),
+        *(compiled.registers, compiled.spill_bytes, compiled.shared_bytes),
+        *(whole.load_bits, whole.store_bits),
+        *(each("instructions"), each("ex2")),
+        entry.tensors,
+        budget(entry.tensors, DTYPES[dtype].itemsize),
+        *(compiled.warps, compiled.columns[0], resident_programs(CORES[arch], *held)),
     )
 
 
-def audit(
-    kernels: Sequence[str] = (),
-    dtypes: Sequence[str] = (),
-    archs: Sequence[str] = (),
-    V_classes: Sequence[str] = (),
-) -> Iterator[Row]:
+Names = Sequence[str]
+
+
+def audit(kernels: Names = (), dtypes: Names = (), archs: Names = (), V_classes: Names = ()) -> Iterator[Row]:
     """Every variant by these names; all of them where none is given."""
-    for entry in entries():
-        if not kernels or entry.kernel in kernels:
-            for dtype in dtypes or DTYPES:
-                for arch in archs or ARCHITECTURES:
-                    for V_class in V_classes or V_CLASSES:
-                        yield audit_one(entry, dtype, arch, V_class)
+    chosen = [entry for entry in entries() if not kernels or entry.kernel in kernels]
+    for case in product(chosen, dtypes or DTYPES, archs or ARCHITECTURES, V_classes or V_CLASSES):
+        yield audit_one(*case)
 
 
 def load(path: Path = RESULTS) -> tuple[dict[str, str], list[Row]]:

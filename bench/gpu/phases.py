@@ -13,14 +13,11 @@ class Budget:
     """Seconds that only ever get fewer."""
 
     def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
+        self.now = now
         self._end = now() + seconds
 
     def left(self) -> float:
-        return max(0.0, self._end - self._now())
-
-    def now(self) -> float:
-        return self._now()
+        return max(0.0, self._end - self.now())
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..harness.results import Document, read
 from ..harness.traffic import PASSES
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
+Document = dict[str, Any]
 Rows = list[dict[str, Any]]
 
+_FIELDS = ("device", "date", "torch", "triton", "driver", "copy_gbps", "rows")
 # One colour each in every picture, whoever else is in it.
-_COLOURS = {"kl_gpu": "C0", "torch": "C3", "torch.compile": "C1", "liger": "C2", "trl": "C4"}
+_COLOURS = {"kl_gpu": "C0", "torch": "C3", "torch.compile": "C1", "liger": "C2"}
+
+
+def read(path: Path) -> Document:
+    """A run's JSON.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    document = json.loads(path.read_text())
+    if not isinstance(document, dict) or not set(_FIELDS) <= set(document):
+        raise ValueError(f"{path} is not a run's JSON: it must have {', '.join(_FIELDS)}")
+    return document
 
 
 def plot(document: Document, folder: Path, stem: str, kind: str = "forward_kl") -> list[Path]:
@@ -24,38 +35,30 @@ def plot(document: Document, folder: Path, stem: str, kind: str = "forward_kl") 
     rows = [row for row in document["rows"] if row["kind"] == kind]
     if not rows:
         return []
-    most: dict[tuple[str, int], set[int]] = {}
+    sizes: dict[tuple[str, int], set[int]] = {}
     for row in rows:
-        most.setdefault((row["dtype"], row["V"]), set()).add(row["N"])
-    widest = max(most, key=lambda at: len(most[at]))
-    full = [row for row in rows if 2 * row["N"] >= max(most[row["dtype"], row["V"]])]
+        sizes.setdefault((row["dtype"], row["V"]), set()).add(row["N"])
+    widest = max(sizes, key=lambda at: len(sizes[at]))
+    full = [row for row in rows if 2 * row["N"] >= max(sizes[row["dtype"], row["V"]])]
     few = [row for row in rows if (row["dtype"], row["V"]) == widest]
-
-    def bandwidth(axes: Axes, panel: Rows) -> None:
-        _lines(axes, panel, "V", lambda row: row["gbps"])
-        axes.axhline(document["copy_gbps"], color="grey", linestyle="--", label="device copy")
-        axes.set(xlabel="V", ylabel="GB/s of the least traffic", ylim=(0, None))
-
-    def times(axes: Axes, panel: Rows) -> None:
-        _lines(axes, panel, "N", lambda row: row["ms"])
-        axes.set(xlabel="N", ylabel="ms", xscale="log", yscale="log")
-
-    def memory(axes: Axes, panel: Rows) -> None:
-        _lines(axes, panel, "V", lambda row: row["peak_extra_bytes"] / 1e9)
-        axes.set(xlabel="V", ylabel="GB beyond the inputs", ylim=(0, None))
-
     about = f"{document['device']}, {document['date'][:10]}, {kind}"
-    least, largest = min(row["N"] for row in full), max(row["N"] for row in full)
-    sizes = f"{about}, N = {largest}" if least == largest else f"{about}, N = {least} to {largest}"
+    over_v = f"{about}, N up to {max(row['N'] for row in full)}"
+    speed = {"xlabel": "V", "ylabel": "GB/s of the least traffic", "ylim": (0, None)}
+    time = {"xlabel": "N", "ylabel": "ms", "xscale": "log", "yscale": "log"}
+    memory = {"xlabel": "V", "ylabel": "GB beyond the inputs", "ylim": (0, None)}
+    name = str(folder / stem)
     return [
-        _draw(folder / f"{stem}-bandwidth.png", sizes, full, bandwidth),
-        _draw(folder / f"{stem}-rows.png", f"{about}, V = {widest[1]}", few, times),
-        _draw(folder / f"{stem}-memory.png", sizes, full, memory),
+        _draw(f"{name}-bandwidth.png", over_v, full, lambda row: row["gbps"], speed, document["copy_gbps"]),
+        _draw(f"{name}-rows.png", f"{about}, V = {widest[1]}", few, lambda row: row["ms"], time),
+        _draw(f"{name}-memory.png", over_v, full, lambda row: row["peak_extra_bytes"] / 1e9, memory),
     ]
 
 
-def _draw(path: Path, title: str, rows: Rows, panel_of: Callable[[Axes, Rows], None]) -> Path:
-    """A panel for every work and dtype."""
+def _draw(
+    path: str, title: str, rows: Rows, of: Callable[[dict[str, Any]], float], labels: dict[str, Any],
+    copy: float | None = None,
+) -> Path:  # fmt: skip
+    """A panel for every work and dtype, a line for every system."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -63,13 +66,17 @@ def _draw(path: Path, title: str, rows: Rows, panel_of: Callable[[Axes, Rows], N
 
     works = [work for work in PASSES if any(row["work"] == work for row in rows)]
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    figure, grid = pyplot.subplots(
-        len(dtypes), len(works), figsize=(4.2 * len(works), 3.4 * len(dtypes)), squeeze=False
-    )
+    size = (4.2 * len(works), 3.4 * len(dtypes))
+    figure, grid = pyplot.subplots(len(dtypes), len(works), figsize=size, squeeze=False)
     for dtype, line in zip(dtypes, grid, strict=True):
         for work, axes in zip(works, line, strict=True):
             panel = [row for row in rows if row["work"] == work and row["dtype"] == dtype]
-            panel_of(axes, panel)
+            for system in dict.fromkeys(row["system"] for row in panel):
+                points = sorted((row[labels["xlabel"]], of(row)) for row in panel if row["system"] == system)
+                axes.plot(*zip(*points, strict=True), "o-", ms=4, label=system, color=_COLOURS.get(system))
+            if copy is not None:
+                axes.axhline(copy, color="grey", linestyle="--", label="device copy")
+            axes.set(**labels)
             axes.set_title(f"{work} {PASSES[work]}U, {dtype}", fontsize=10)
             axes.grid(alpha=0.3)
             axes.legend(fontsize=7)
@@ -77,16 +84,7 @@ def _draw(path: Path, title: str, rows: Rows, panel_of: Callable[[Axes, Rows], N
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-    return path
-
-
-def _lines(axes: Axes, rows: Rows, over: str, of: Callable[[dict[str, Any]], float]) -> None:
-    for system in dict.fromkeys(row["system"] for row in rows):
-        points = {row[over]: of(row) for row in rows if row["system"] == system}  # a later row replaces
-        at = sorted(points)
-        axes.plot(
-            at, [points[x] for x in at], marker="o", markersize=4, label=system, color=_COLOURS.get(system)
-        )
+    return Path(path)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,13 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from ..harness import machine
 from ..harness.options import usual_device
-from ..harness.report import Finding, Report, new_report, summary_table
+from ..harness.report import Finding, Report, new_report
 from ..harness.report_log import PytestReport, events
 from ..suite.plan import PLANS
 from .correctness import ROOT, environment, files_for_a_gpu, run_tests
@@ -32,7 +29,7 @@ from .limited import Finished
 from .limited import run as run_limited
 from .phases import CUT_SHORT, DONE, FAILED, SKIPPED, Budget, Ending, Outcome, Phase, run_phases
 from .sanitizer import NAME, TOOLS, sanitize, tool
-from .targets import TARGETS, worded
+from .targets import table
 
 _RESERVE = 10.0  # seconds for what frames the phases
 _HANGS = 75  # seconds: a timing that takes longer hangs, a program waiting for another that never runs, say
@@ -152,7 +149,10 @@ class Session:
         return {
             **about,
             "phases": [asdict(outcome) for outcome in self.outcomes],
-            "tests": {name: tests.about() for name, tests in self.tests.items()},
+            "tests": {
+                name: {"line": tests.line, "failures": tests.failures, "stopped": tests.stopped}
+                for name, tests in self.tests.items()
+            },
             "sanitizer": self.sanitizer,
             "points": self.points(),
             "wrong": [*self.suite.failures, *(f"{test}: did not end" for test in self.suite.stopped)],
@@ -213,36 +213,24 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     repeats = 21 if on_gpu and not options.tiny else 3
     session = Session(options.out.resolve(), device, new_report(device), plan, repeats)
 
-    console = Console()
-    console.width = max(console.width, 100)
-    console.print(f"{session.report.device}; torch {session.report.torch}, triton {session.report.triton}")
+    print(f"{session.report.device}; torch {session.report.torch}, triton {session.report.triton}")
     if not on_gpu and machine.is_busy():
-        console.print("This machine is busy: figures will be off, and not by the same factor.")
+        print("This machine is busy: figures will be off, and not by the same factor.")
     checks = session.folder
     for outcome in run_phases(session.phases(), budget):
         checks = session.note(outcome)
-        line = f"{outcome.name}: {outcome.outcome} after {outcome.seconds:.0f} s. {outcome.why}"
-        console.print(line, markup=False, highlight=False)
-    _show(console, session)
-    console.print(f"{session.timings}\n{checks}", markup=False, soft_wrap=True)
+        print(f"{outcome.name}: {outcome.outcome} after {outcome.seconds:.0f} s. {outcome.why}", flush=True)
+    _show(session)
+    print(session.timings, checks, sep="\n")
     faulthandler.cancel_dump_traceback_later()
     return int(any(outcome.outcome == FAILED for outcome in session.outcomes))
 
 
-def _show(console: Console, session: Session) -> None:
+def _show(session: Session) -> None:
     checks = session.checks()
     failures = [line for tests in session.tests.values() for line in tests.failures]
     lines = [*failures[:_SHOWN], *checks["wrong"][:_SHOWN]]
     lines += [f"{point}: not reached" for point in checks["points"]["not reached"][:_SHOWN]]
     lines += [f"{name} is left out: {why}" for name, why in checks["left_out"].items()]
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if session.report.rows:
-        console.print(summary_table(session.report.rows))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("work", "target", session.report.device):
-        table.add_column(heading)
     rows = asdict(session.report)["rows"] if session.device.type == "cuda" else []
-    for target in TARGETS:
-        table.add_row(target.work, target.wanted, worded(target, rows))
-    console.print(table)
+    print(*lines, table(rows), sep="\n")

@@ -1,6 +1,6 @@
-"""Other libraries' losses as baselines, where they can be imported.
+"""Liger-Kernel's losses as baselines, where they can be imported.
 
-Both reduce to a mean over tokens and give no value per token, so they do one workload: value and gradient.
+They reduce to a mean over tokens and give no value per token, so they do one workload: value and gradient.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 Mean = Callable[[Tensor, Tensor], Tensor]  # of student and teacher logits: 0-d
 
 WORKLOADS = frozenset({"value_grad"})
+_LIBRARY = "liger_kernel.transformers"
 
 
 def liger() -> dict[str, Mean]:
@@ -23,7 +24,6 @@ def liger() -> dict[str, Mean]:
     Raises:
         ImportError: it is not installed, or not as we know it.
     """
-    library = _module("liger_kernel.transformers")
 
     def of(loss: Any) -> Mean:
         def mean(student: Tensor, teacher: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def liger() -> dict[str, Mean]:
 
         return mean
 
-    divergence, jensen_shannon = _named(library, "LigerKLDIVLoss"), _named(library, "LigerJSD")
+    divergence, jensen_shannon = _named("LigerKLDIVLoss"), _named("LigerJSD")
     # Its KL with the arguments exchanged has no gradient to the student: reverse KL is JSD's end at β = 1.
     return {
         "forward_kl": of(divergence(reduction="batchmean", log_target=True)),
@@ -46,52 +46,15 @@ def liger_linear() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     Raises:
         ImportError: it is not installed, or not as we know it.
     """
-    return _named(_module("liger_kernel.transformers"), "LigerFusedLinearJSD")(jsd_beta=0.5)
+    return _named("LigerFusedLinearJSD")(jsd_beta=0.5)
 
 
-_TRAINERS = ("trl.experimental.gkd.gkd_trainer", "trl.experimental.gkd", "trl.trainer.gkd_trainer", "trl")
-
-
-def trl() -> dict[str, Mean]:
-    """TRL's generalised JSD by kind, on logits in fp32, as autocast hands them to it.
-
-    Raises:
-        ImportError: it is not installed, or not as we know it.
-    """
-    loss = _trl_loss()
-
-    def of(beta: float) -> Mean:
-        def mean(student: Tensor, teacher: Tensor) -> Tensor:
-            # "sum": its "batchmean" has meant different denominators.
-            total = loss(student.float(), teacher.float(), beta=beta, reduction="sum")
-            return total / student.shape[0]
-
-        return mean
-
-    return {"forward_kl": of(0.0), "reverse_kl": of(1.0), "js": of(0.5)}
-
-
-def _trl_loss() -> Any:
-    failures = []
-    for name in _TRAINERS:  # where it has lived, newest first
-        try:
-            return _named(_named(_module(name), "GKDTrainer"), "generalized_jsd_loss")
-        except ImportError as error:
-            failures.append(str(error))
-    raise ImportError(failures[0])
-
-
-def _module(name: str) -> Any:
+def _named(name: str) -> Any:
     try:
-        return importlib.import_module(name)
+        return getattr(importlib.import_module(_LIBRARY), name)
     except ImportError:
         raise
-    except Exception as error:  # what a library does at import is its own affair; here it only means "absent"
-        raise ImportError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
-
-
-def _named(owner: Any, name: str) -> Any:
-    try:
-        return getattr(owner, name)
     except AttributeError:
-        raise ImportError(f"{getattr(owner, '__name__', owner)} has no {name}") from None
+        raise ImportError(f"{_LIBRARY} has no {name}") from None
+    except Exception as error:  # what a library does at import is its own affair; here it only means "absent"
+        raise ImportError(f"{_LIBRARY} cannot be imported: {type(error).__name__}: {error}") from error

@@ -10,7 +10,6 @@ from torch import Tensor
 from kl_gpu import reference
 
 from .options import DTYPES
-from .traffic import tensor_bytes
 
 # N rows are built from this many distinct pairs of rows, so that a float64 reference of a few rows checks
 # all N of them. Memory sees N different rows all the same.
@@ -32,7 +31,8 @@ class Case:
 
     @property
     def tensor_bytes(self) -> int:
-        return tensor_bytes(self.rows, self.vocab, self.torch_dtype.itemsize)
+        """U."""
+        return self.rows * self.vocab * self.torch_dtype.itemsize
 
     def __str__(self) -> str:
         return f"{self.kind} {self.dtype} N={self.rows} V={self.vocab}"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import platform
-import shutil
-import subprocess
 from pathlib import Path
 
 import torch
+from torch.utils import collect_env
 
 _UNKNOWN_CACHE = 64 << 20
 
@@ -37,11 +36,8 @@ def cache_bytes(device: torch.device) -> int:
     """The last-level cache, which must not hold a previous run's logits."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    units = {"K": 1 << 10, "M": 1 << 20}
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("*/size")]
-    return max(
-        (int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=_UNKNOWN_CACHE
-    )
+    return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=_UNKNOWN_CACHE)
 
 
 def triton_version() -> str | None:
@@ -56,13 +52,7 @@ def driver_version(device: torch.device) -> str | None:
     """The GPU driver's own number, which PyTorch does not tell. None on the CPU alone: no GPU, no driver."""
     if device.type != "cuda":
         return None
-    if (nvidia_smi := shutil.which("nvidia-smi")) is not None:
-        query = [nvidia_smi, "--query-gpu=driver_version", "--format=csv,noheader"]
-        answer = subprocess.run(query, capture_output=True, text=True, check=False)
-        if answer.returncode == 0 and answer.stdout.strip():
-            return answer.stdout.splitlines()[0].strip()
-    loaded = Path("/sys/module/nvidia/version")
-    return loaded.read_text().strip() if loaded.exists() else "unknown"
+    return collect_env.get_nvidia_driver_version(collect_env.run) or "unknown"
 
 
 def rows_that_fit(wanted: int, vocab: int, itemsize: int, device: torch.device, plain: int = 5) -> int:

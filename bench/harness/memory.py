@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -41,23 +40,3 @@ def _cpu_peak(call: Callable[[], object]) -> int:
         held += change
         peak = max(peak, held)
     return peak
-
-
-def resident_peak_bytes(call: Callable[[], object]) -> int:
-    """What a call adds to this process at its peak, by the kernel's own account: scratch of libraries too.
-
-    Linux only. In a fresh process, or memory that was freed but kept would hide what is taken again.
-    """
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is resident now
-    before = _resident("VmRSS")
-    held = call()
-    peak = _resident("VmHWM")
-    del held
-    return peak - before
-
-
-def _resident(which: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{which}:"):
-            return int(line.split()[1]) << 10
-    raise RuntimeError(f"/proc/self/status has no {which}")

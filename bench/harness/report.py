@@ -1,30 +1,27 @@
-"""The report of a run: rows from what was timed, JSON for everybody, tables for the terminal."""
+"""The report of a run: rows from what was timed, as JSON."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 
 import torch
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 
 from . import machine
 from .cases import Case
-from .traffic import COPY_PASSES, PASSES, gbps
+from .traffic import COPY_PASSES, PASSES
 
 COPY = "copy"
 
 
 @dataclass
-class Finding:
-    """What one test of the suite measured. `seconds` are empty where the system failed."""
+class Task:
+    """What was timed."""
 
     system: str
     kind: str
@@ -32,25 +29,26 @@ class Finding:
     dtype: str
     N: int
     V: int
-    seconds: list[float] = field(default_factory=list)
-    peak_extra_bytes: int = 0
-    max_rel_error: float = 0.0
 
     @property
     def case(self) -> Case:
         return Case(self.kind, self.dtype, self.N, self.V)
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass
+class Finding(Task):
+    """What one test of the suite measured. `seconds` are empty where the system failed."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak_extra_bytes: int = 0
+    max_rel_error: float = 0.0
+    group: str = ""  # who was timed together
+
+
+@dataclass
+class Row(Task):
     """One line of the JSON."""
 
-    system: str
-    kind: str
-    work: str
-    dtype: str
-    N: int
-    V: int
     ms: float
     bytes: int
     gbps: float
@@ -72,12 +70,15 @@ class Report:
     rows: list[Row] = field(default_factory=list)
 
     def add(self, findings: Iterable[Finding]) -> None:
-        """Adds a row for each system and workload that was timed beside the copy, and failed in no pass."""
-        groups: dict[tuple[Case, str], dict[str, list[Finding]]] = {}
+        """Adds a row for each system and workload that was timed beside the copy, and failed in no pass.
+
+        What was timed twice has the row of the later group.
+        """
+        groups: dict[tuple[Case, str, str], dict[str, list[Finding]]] = {}
         for finding in findings:
-            group = groups.setdefault((finding.case, finding.work), {})
+            group = groups.setdefault((finding.case, finding.work, finding.group), {})
             group.setdefault(finding.system, []).append(finding)
-        for (case, work), group in groups.items():
+        for (case, work, _), group in groups.items():
             whole = {name: passes for name, passes in group.items() if all(each.seconds for each in passes)}
             if COPY in whole:
                 self._add(case, work, whole)
@@ -86,14 +87,15 @@ class Report:
         ms_of = {
             name: median(1e3 * s for each in passes for s in each.seconds) for name, passes in group.items()
         }
-        copy_gbps = gbps(COPY_PASSES * case.tensor_bytes, ms_of.pop(COPY))
+        copy_gbps = COPY_PASSES * case.tensor_bytes / ms_of.pop(COPY) / 1e6
         self.copy_gbps = max(self.copy_gbps, copy_gbps)
         required = PASSES[work] * case.tensor_bytes
         for name, ms in ms_of.items():
-            speed = gbps(required, ms)
+            speed = required / ms / 1e6
             peak = max(each.peak_extra_bytes for each in group[name])
             error = max(each.max_rel_error for each in group[name])
             task = (name, case.kind, work, case.dtype, case.rows, case.vocab)
+            self.rows = [row for row in self.rows if (row.system, row.case, row.work) != (name, case, work)]
             self.rows.append(Row(*task, ms, required, speed, speed / copy_gbps, peak, error))
 
     @property
@@ -117,35 +119,3 @@ def new_report(device: torch.device) -> Report:
         triton=machine.triton_version(),
         driver=machine.driver_version(device),
     )
-
-
-def summary_table(rows: Sequence[Row]) -> Table:
-    """Medians over kinds and sizes: the share of copy speed, and the time as a multiple of kl_gpu's."""
-    systems = list(dict.fromkeys(row.system for row in rows))
-    ours = {_task(row): row.ms for row in rows if row.system == "kl_gpu"}
-    groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
-    for row in rows:
-        groups.setdefault((row.work, row.dtype), {}).setdefault(row.system, []).append(row)
-
-    title = "Medians: share of copy speed, time ÷ kl_gpu's"
-    table = Table("work", title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for system in systems:
-        table.add_column(escape(system), justify="right")
-    for (work, dtype), group in groups.items():
-        cells = []
-        for system in systems:
-            mine = group.get(system, [])
-            share = f"{median(row.share_of_copy for row in mine):.0%}" if mine else "–"
-            ratios = [row.ms / ours[_task(row)] for row in mine if _task(row) in ours]
-            cells.append(f"{share}  {_short(median(ratios))}×" if ratios else share)
-        table.add_row(f"{work} {dtype}", *cells)
-    return table
-
-
-def _task(row: Row) -> tuple[str, str, str, int, int]:
-    return row.kind, row.work, row.dtype, row.N, row.V
-
-
-def _short(number: float) -> str:
-    """Three digits without an exponent, and none at all below a thousandth."""
-    return f"{number:.3g}" if 0.001 <= number < 999.5 else f"{number:.0f}"

@@ -76,9 +76,5 @@ class PytestReport:
         recorded = (pair for event in self.tests.values() for pair in event.get("user_properties", ()))
         return [value for key, value in recorded if key == name]
 
-    def about(self) -> dict[str, Any]:
-        """What a session's JSON keeps of it."""
-        return {"line": self.line, "failures": self.failures, "stopped": self.stopped}
-
     def _with(self, outcome: str) -> Iterator[tuple[str, Event]]:
         return ((test, event) for test, event in self.tests.items() if event["outcome"] == outcome)

@@ -33,10 +33,6 @@ def _plain_forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return _kl(*_log_softmaxes(student, teacher))
 
 
-def _plain_reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    return _plain_forward_kl(teacher, student)
-
-
 def _plain_jeffreys(student: Tensor, teacher: Tensor) -> Tensor:
     log_q, log_p = _log_softmaxes(student, teacher)
     return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
@@ -65,7 +61,7 @@ def _plain_tv(student: Tensor, teacher: Tensor) -> Tensor:
 # What is written without this library, per kind at its default β. The kinds that can be timed are these.
 PLAIN: dict[str, Divergence] = {
     "forward_kl": _plain_forward_kl,
-    "reverse_kl": _plain_reverse_kl,
+    "reverse_kl": lambda student, teacher: _plain_forward_kl(teacher, student),
     "jeffreys": _plain_jeffreys,
     "js": _plain_js,
     "skew_forward_kl": _plain_skew,
@@ -78,10 +74,9 @@ PLAIN: dict[str, Divergence] = {
 class System:
     """A contestant. Past the tolerances its output is wrong, and the run stops.
 
-    `value_tolerance` is relative, `gradient_tolerance` in units of max(p, q). One that fails to run at all
-    is left out, with its reason, unless it is `required`: torch.compile needs a compiler on the machine.
-    The tolerances of baselines are loose on purpose: how inaccurate one is belongs in the table; only
-    nonsense stops the run.
+    `value_tolerance` is relative, `gradient_tolerance` in units of max(p, q); a baseline's are loose on
+    purpose: how inaccurate one is belongs in the table. One that fails to run at all is left out, with its
+    reason, unless it is `required`: torch.compile needs a compiler on the machine.
     """
 
     name: str
@@ -126,13 +121,9 @@ def _baseline(name: str, per_row_of: Callable[[str], Divergence]) -> System:
 
 
 def _library(name: str, means: dict[str, baselines.Mean]) -> System:
-    """Another library's loss, which gives a mean alone."""
-
-    def per_row(student: Tensor, teacher: Tensor) -> Tensor:
-        raise NotImplementedError(f"{name} gives no value per token")
-
+    """Another library's loss, which gives a mean alone: no workload asks for more."""
     kinds, workloads = frozenset(means), baselines.WORKLOADS
-    return System(name, lambda kind: (per_row, means[kind]), kinds=kinds, workloads=workloads)
+    return System(name, lambda kind: (means[kind], means[kind]), kinds=kinds, workloads=workloads)
 
 
 def _compiled(kind: str) -> Divergence:
@@ -149,28 +140,21 @@ def available(device: torch.device) -> dict[str, System]:
         *(_ours(f"kl_gpu[{backend}]", backend) for backend in kl_gpu.BACKENDS if _runs(backend, device)),
         _baseline("torch", PLAIN.__getitem__),
         _baseline("torch.compile", _compiled),
-        *(_library(name, means) for name, means in _libraries(device)[0].items()),
+        *([_library("liger", baselines.liger())] if not absent(device) else []),
     ]
     return {system.name: system for system in systems}
 
 
+@cache
 def absent(device: torch.device) -> dict[str, str]:
     """The other libraries that cannot be timed here, and why."""
-    return _libraries(device)[1]
-
-
-@cache
-def _libraries(device: torch.device) -> tuple[dict[str, dict[str, baselines.Mean]], dict[str, str]]:
-    found, why_not = {}, {}
-    for name, losses in (("liger", baselines.liger), ("trl", baselines.trl)):
-        if name == "liger" and device.type != "cuda":
-            why_not[name] = "its kernels need a GPU"
-            continue
-        try:
-            found[name] = losses()
-        except ImportError as error:
-            why_not[name] = str(error)
-    return found, why_not
+    if device.type != "cuda":
+        return {"liger": "its kernels need a GPU"}
+    try:
+        baselines.liger()
+    except ImportError as error:
+        return {"liger": str(error)}
+    return {}
 
 
 def usual(device: torch.device) -> list[str]:

@@ -14,13 +14,3 @@ PASSES: dict[str, int] = {
 }
 
 COPY_PASSES = 2  # read the source, write the destination
-
-
-def tensor_bytes(rows: int, vocab: int, itemsize: int) -> int:
-    """U: the bytes of one tensor of logits."""
-    return rows * vocab * itemsize
-
-
-def gbps(moved: int, ms: float) -> float:
-    """10⁹ bytes per second."""
-    return moved / ms / 1e6

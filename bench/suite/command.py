@@ -12,16 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from kl_gpu.backends import registry
 
 from ..harness import machine
 from ..harness.options import DTYPES, at_least, device, usual_device
-from ..harness.report import new_report, summary_table
+from ..harness.report import new_report
 from ..harness.systems import PLAIN, WORKLOADS, available, usual
 from .plan import PLANS, Point
-from .plugin import NAME, Suite
+from .plugin import Suite
 
 FOLDER = Path(__file__).parent
 _VOCABS = (32000, 50257, 128256, 151936)
@@ -31,7 +30,7 @@ _KLS = ["forward_kl", "reverse_kl"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", type=device, help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
-    add("--vocab", type=at_least(2), nargs="+", metavar="V", help=f"default: {' '.join(map(str, _VOCABS))}")
+    add("--vocab", type=at_least(2), nargs="+", metavar="V", default=_VOCABS, help="default: four of models")
     add("--dtype", choices=tuple(DTYPES), nargs="+", default=["fp32", "bf16"], help="default: fp32 bf16")
     add("--kind", choices=tuple(PLAIN), nargs="+", default=_KLS, help="default: the KLs")
     add("--work", choices=tuple(WORKLOADS), nargs="+", default=list(WORKLOADS), help="default: all")
@@ -39,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=at_least(1), metavar="K", help="runs, of which the median counts; default: 6 or 30")
     add("--systems", nargs="+", metavar="NAME", help="default: all; on a GPU its default backend")
     add("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="for the JSON; default: out/bench")
-    add("--quick", action="store_true", help="one vocabulary, few rows, 3 repeats, unless given")
     session = parser.add_argument_group("for `python -m bench gpu`")
     add = session.add_argument
     add("--plan", choices=tuple(PLANS), help="the points, in place of those above; goes on past errors")
@@ -51,11 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _points(options: argparse.Namespace, on: torch.device) -> list[Point]:
     if options.plan:
         return PLANS[options.plan]()
-    on_gpu = on.type == "cuda"
-    vocabs = options.vocab or (_VOCABS[:1] if options.quick else _VOCABS)
-    usual_rows = (1024 if on_gpu else 16) if options.quick else (8192 if on_gpu else 512)
     systems, workloads = tuple(options.systems or usual(on)), tuple(options.work)
-    cases = itertools.product(vocabs, options.dtype, options.rows or [usual_rows], options.kind)
+    rows = options.rows or [8192 if on.type == "cuda" else 512]
+    cases = itertools.product(options.vocab, options.dtype, rows, options.kind)
     return [Point(kind, dtype, n, vocab, systems, workloads) for vocab, dtype, n, kind in cases]
 
 
@@ -87,28 +83,14 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(f"argument --out: {error}")
     backend = registry.resolve(None, on)
     print(f"{report.device}; torch {report.torch}, triton {report.triton}; kl_gpu: {backend}")
-    print("U: one tensor of logits. 2U, 3U, 5U: the least to move.")
+    print("2U, 3U, 5U: so many tensors of logits are the least to move.")
     if on.type == "cpu" and machine.is_busy():
         print("This machine is busy: figures will be off, and not by the same factor.")
     begun = options.skip.read_text().splitlines() if options.skip else ()
-    repeats = options.repeats or (3 if options.quick else 30 if on.type == "cuda" else 6)
+    repeats = options.repeats or (30 if on.type == "cuda" else 6)
     suite = Suite(_points(options, on), on, repeats, begun)
-    status = pytest.main(_pytest_arguments(options), plugins=[_Named(suite)])
+    status = pytest.main(_pytest_arguments(options), plugins=[suite])
     if not options.report_log:  # else whoever asked for that makes a report of it
         report.add(suite.findings)
-        console = Console()
-        console.print(summary_table(report.rows))
-        path = report.save(options.out, complete=status == pytest.ExitCode.OK)
-        console.print(str(path), markup=False, soft_wrap=True)
+        print(report.save(options.out, complete=status == pytest.ExitCode.OK))
     return int(status)
-
-
-class _Named:
-    """Registers the suite by its name, before the folder's conftest looks for it."""
-
-    def __init__(self, suite: Suite) -> None:
-        self._suite = suite
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_configure(self, config: pytest.Config) -> None:
-        config.pluginmanager.register(self._suite, NAME)

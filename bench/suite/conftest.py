@@ -6,23 +6,9 @@ import pytest
 
 from ..harness.options import usual_device
 from .plan import cpu_plan
-from .plugin import NAME, Suite
-from .stage import Stage
+from .plugin import Suite
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not config.pluginmanager.has_plugin(NAME):
-        device = usual_device()
-        config.pluginmanager.register(Suite(cpu_plan(), device, repeats=9), NAME)
-
-
-@pytest.fixture(scope="session")
-def suite(pytestconfig: pytest.Config) -> Suite:
-    plugin = pytestconfig.pluginmanager.get_plugin(NAME)
-    assert isinstance(plugin, Suite)
-    return plugin
-
-
-@pytest.fixture(scope="session")
-def stage(suite: Suite) -> Stage:
-    return Stage(suite.device)
+    if not any(isinstance(plugin, Suite) for plugin in config.pluginmanager.get_plugins()):
+        config.pluginmanager.register(Suite(cpu_plan(), usual_device(), repeats=9))

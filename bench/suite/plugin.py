@@ -15,8 +15,8 @@ from ..harness.report import COPY, Finding
 from ..harness.systems import available
 from ..harness.traffic import PASSES as TENSORS
 from .plan import Point
+from .stage import Stage
 
-NAME = "kl-gpu-suite"
 PASSES = 3
 
 
@@ -40,11 +40,7 @@ class Suite:
     """
 
     def __init__(
-        self,
-        points: Sequence[Point],
-        device: torch.device,
-        repeats: int,
-        begun: Collection[str] = (),
+        self, points: Sequence[Point], device: torch.device, repeats: int, begun: Collection[str] = ()
     ) -> None:
         self.points = points
         self.device = device
@@ -52,6 +48,14 @@ class Suite:
         self.rounds = -(-repeats // self.passes)
         self._begun = frozenset(begun)
         self.findings: list[Finding] = []
+
+    @pytest.fixture(scope="session")
+    def suite(self) -> Suite:
+        return self
+
+    @pytest.fixture(scope="session")
+    def stage(self) -> Stage:
+        return Stage(self.device)
 
     def timings(self) -> Iterator[Timing]:
         known = available(self.device)

@@ -42,13 +42,13 @@ class Stage:
         self._point: Point | None = None
         self._problem: Problem | None = None
         self._entries: dict[str, Entry] = {}
-        self._failed: dict[tuple[str, str], str] = {}  # workload and system: why
+        self.failed: dict[tuple[str, str], str] = {}  # workload and system: why
 
     def problem(self, point: Point) -> Problem:
         if point != self._point or self._problem is None:
             self._problem = None
             self._entries.clear()
-            self._failed.clear()
+            self.failed.clear()
             gc.collect()  # an earlier point's logits may hang in a reference cycle
             torch.cuda.empty_cache()
             case = Case(point.kind, point.dtype, rows_of(point, self.device), point.vocab)
@@ -61,14 +61,11 @@ class Stage:
         if name != COPY and name not in self._known:
             raise LeftOut(absent(self.device).get(name, "it does not run here"))
         problem = self.problem(point)
-        if (workload, name) in self._failed:
-            raise LeftOut(self._failed[workload, name])
+        if (workload, name) in self.failed:
+            raise LeftOut(self.failed[workload, name])
         if name != COPY and name not in self._entries:
             self._entries[name] = self._known[name].enter(point.kind)
         return Contestant(self, problem, workload, self._entries.get(name))
-
-    def failed(self, workload: str, name: str, why: str) -> None:
-        self._failed[workload, name] = why
 
 
 class Contestant:

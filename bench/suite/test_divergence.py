@@ -32,7 +32,7 @@ def test_divergence(
     except LeftOut as left_out:
         pytest.skip(f"{name} is left out: {left_out}")
     case = contestant.problem.case
-    finding = Finding(name, case.kind, workload, case.dtype, case.rows, case.vocab)
+    finding = Finding(name, case.kind, workload, case.dtype, case.rows, case.vocab, group=str(point))
     try:
         contestant.rehearse()
         benchmark.pedantic(contestant.run, setup=contestant.set_up, rounds=suite.rounds, warmup_rounds=1)
@@ -42,7 +42,7 @@ def test_divergence(
         finding.max_rel_error = contestant.max_rel_error
     except Exception as error:  # a baseline may fail in its own ways, and not only with RuntimeError
         why = str(error).strip().partition("\n")[0] or type(error).__name__
-        stage.failed(workload, name, why)
+        stage.failed[workload, name] = why
         finding.seconds = []
         if contestant.required or isinstance(error, WrongOutput):
             raise
