@@ -35,6 +35,8 @@ _REBASE_ABOVE = tl.constexpr(256.0)
 # A new reference leaves the largest of those sums below this power of 2, so that one twice as large rebases
 # nothing: rebasing costs about as much as its step. One eight times as large would cancel about the old c.
 _REBASED_LOG2 = tl.constexpr(7.0)
+# How much higher than `exp2_offset` has it the sweep takes n_b: tops of b alone rebase nothing.
+_B_RAISED = tl.constexpr(6.0)
 
 
 # What sums are taken about: a's n, c, b's own n_b, and the factor b_to_a = 2^n_b over w·eˣ's unit.
@@ -114,9 +116,9 @@ def _rebase_to_step(
     sums = Sums(tl.where(lost, float("nan"), sums.z), sums.a1, sums.a2)
     sums = rebase(sums, h, tl.exp2(reference.n - n))
     # b is measured from its own maximum, where exponents are small, and brought to a's by one factor: an
-    # exponent of 64 or more would be rounded by 2.6e-6. That maximum is at 2^-4, no worse than at 2^4: so
-    # tops of b alone, which rebase nothing, may lie 36 powers of 2 above it before their exponents reach 32.
-    n_b = exp2_offset(tl.max(b), scales.k_b) + 11.0
+    # exponent of 64 or more would be rounded by 2.6e-6. That maximum is at 2^1 or 2^2: so tops of b alone,
+    # which rebase nothing, may lie 30 powers of 2 above it before their exponents reach 32.
+    n_b = exp2_offset(tl.max(b), scales.k_b) + _B_RAISED
     n_b_as_a = other_exp2_offset(n, n_b, c, scales, SAME_SCALE)
     b_to_a = tl.exp2(n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
     return Reference(n, c, n_b, b_to_a), sums
@@ -366,8 +368,10 @@ def store_row(
     n_b_as_a = other_exp2_offset(n, n_b, c, scales, SAME_SCALE)
     log2_mass_b = n_b_as_a + tl.log2(z_a * ratio)
     good = good & (tl.abs(a1) <= 6.0 * ratio * z_a) & (log2_mass_b < n_b + 32.0)
-    # The gradient's weights are about n_b too: it goes to where `exp2_offset` puts a column with all of b.
-    n_b = (tl.floor(log2_mass_b) - 7.0).to(CT)
+    # The gradient's weights are about n_b too, as `exp2_offset` has it: by b's top of the last rebase, unless
+    # b's sum tells of a top far above that one.
+    n_b = n_b.to(tl.float64) - _B_RAISED
+    n_b = tl.where(log2_mass_b < n_b + 14.0, n_b, tl.floor(log2_mass_b) - 7.0).to(CT)
     n_b_as_a = other_exp2_offset(n, n_b, c, scales, SAME_SCALE)
     z_b = z_a * ratio * tl.exp2(n_b_as_a - n_b.to(tl.float64))
     if EXACT:
