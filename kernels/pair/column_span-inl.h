@@ -46,11 +46,11 @@ struct ColumnSpan {
         if (rest > 0) f(last_a, last_b);
     }
 
-    // The same, with end_run() outside the inner loop: after every kRun steps, and at the end.
+    // The same, with end_run() outside the inner loop: after every `run` steps, and at the end.
     template <class F, class EndRun>
-    KL_INLINE void for_each_step(F f, EndRun end_run) const {
+    KL_INLINE void for_each_step(F f, std::int64_t run, EndRun end_run) const {
         for (std::int64_t i = 0; i < columns;) {
-            const std::int64_t stop = smaller(columns, i + kRun * kStep<T>);
+            const std::int64_t stop = smaller(columns, i + run * kStep<T>);
             for (; i < stop; i += kStep<T>) f(a + i, b + i);
             end_run();
         }

@@ -155,7 +155,7 @@ inline State sweep_neg_inf(const ColumnSpan<T>& in, float scale, Reference refer
             column(a.x, b.x);
             column(a.y, b.y);
         },
-        end_run);
+        kRun, end_run);
 
     State out;
     out.reference = reference;

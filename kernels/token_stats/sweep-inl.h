@@ -59,6 +59,9 @@ KL_INLINE void accumulate_pair(const PairTerms& s, const PairTerms& t, PairVecto
     to.largest_g = max(s.f.g, max(t.f.g, to.largest_g));
 }
 
+// Half of kRun: an entropy weighs what a run's sums lose with exponents of up to 20.
+constexpr std::int64_t kEntropyRun = 8;
+
 // A NaN or an infinity anywhere makes a sum that is not finite.
 template <bool Exact, class T>
 inline PairSums sweep_pair(const ColumnSpan<T>& in, float scale, Reference reference) {
@@ -74,7 +77,7 @@ inline PairSums sweep_pair(const ColumnSpan<T>& in, float scale, Reference refer
             top_b = max(b.x, max(b.y, top_b));
             accumulate_pair(pair_terms<Exact>(a.x, b.x, k, m, c), pair_terms<Exact>(a.y, b.y, k, m, c), s);
         },
-        [&]() KL_INLINE_LAMBDA { total.take(s); });
+        kEntropyRun, [&]() KL_INLINE_LAMBDA { total.take(s); });
     return {sum(total.z),   sum(total.a1), sum(total.a2), sum(total.zb),
             sum(total.b2),  sum(total.ea), sum(total.eb), static_cast<double>(largest(s.largest_g)),
             largest(top_a), largest(top_b)};
