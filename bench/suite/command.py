@@ -89,6 +89,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     begun = options.skip.read_text().splitlines() if options.skip else ()
     repeats = options.repeats or (30 if on.type == "cuda" else 6)
     suite = Suite(_points(options, on), on, repeats, begun)
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+        del os.environ[name]  # of the process that runs our own tests: pytest-benchmark would time nothing
     status = pytest.main(_pytest_arguments(options), plugins=[suite])
     if not options.report_log:  # else whoever asked for that makes a report of it
         report.add(suite.findings)
