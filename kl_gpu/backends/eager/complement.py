@@ -10,8 +10,7 @@ from torch import Tensor
 from ..interface import COMPLEMENT_STATS, ComplementArgs, wide_dtype
 from .pair import CHUNK, blocks_of, columns_of, row_sum, worker_for
 
-# Row statistics: log-sum-exp and entropy of the complement.
-_PADDING = COMPLEMENT_STATS - 2
+# Row statistics: log-sum-exp and entropy of the complement; the others stay 0.
 
 
 class _Chunks:
