@@ -36,17 +36,21 @@ inline Form form_for(double exact_scale, const RowScalars& row, bool is_fp32) {
         !(std::fabs(row.lse_a) < 0x1p20) || is_odd(row.coefficient_a) || is_odd(row.coefficient_b))
         return Form::general;
     // Logits in fp32 keep the loop waiting for memory, so the fast path would gain nothing there.
-    const bool fast = !is_fp32 && is_good(exact_scale) && row.top_r < 16 && std::fabs(row.shift) < 8;
+    const bool fast =
+        !is_fp32 && !masked && is_good(exact_scale) && row.top_r < 16 && std::fabs(row.shift) < 8;
     return fast ? Form::fast : Form::precise;
 }
 
 template <Form form, bool ToA, bool ToB, class V>
 KL_INLINE Begun<V> begin_gradient(V a, V b, const RowConstants<V>& row) {
     // Logits are clamped so that nothing below overflows or loses its fraction: -1e9 is a usual mask. The
-    // gradient of a multiplies by r itself, which only an inf would spoil.
+    // gradient of a multiplies by r itself, which only an inf would spoil. AVX-512 reduces any finite
+    // exponent, so the fast path needs no clamp there.
     [[maybe_unused]] const Mask<V> no_a = a < row.lowest_a;
-    a = max(a, row.lowest_a);
-    b = max(b, ToA ? splat<V>(-0x1p100f) : row.lowest_b);
+    if constexpr (form != Form::fast || kWidth < 64) {
+        a = max(a, row.lowest_a);
+        b = max(b, ToA ? splat<V>(-0x1p100f) : row.lowest_b);
+    }
 
     Begun<V> out;
     if constexpr (form == Form::fast)

@@ -5,6 +5,9 @@
 // teachers put most of their mass on a few tokens in some other tile, and measured from a c that is far
 // from E_a[d] almost all of a2 would cancel in the end. So a tile that moves the mean far
 // is swept again, from its own mean. That happens about ln(#tiles) times in a row.
+//
+// A tile takes the first loop that can do it: for finite columns; for columns of which some are -inf on both
+// sides or in a; for whatever there is.
 #pragma once
 
 #include <cmath>
