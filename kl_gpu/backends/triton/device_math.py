@@ -107,8 +107,10 @@ def _by_thread(pairs, R: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def _first(row, start, VEC: tl.constexpr, LAYOUT: tl.constexpr):
-    """Where a tile starts. That runs are aligned the compiler hears here: it drops what is said of addresses of
-    whole tiles where it moves a broadcast."""
+    """Where a tile starts; the compiler learns here that its runs are aligned.
+
+    It would drop the same hint on the addresses of the whole tile where it moves a broadcast.
+    """
     if LAYOUT == ALIGNED_RUNS:
         return tl.multiple_of(row + start, VEC * row.dtype.element_ty.primitive_bitwidth // 8)
     return row + start
