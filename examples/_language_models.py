@@ -259,12 +259,13 @@ def costs(losses: dict[str, Loss], student: Tensor, teacher: Tensor) -> dict[str
         value.backward()
         return value.item()  # waits for the device
 
-    found = {}
-    for name, loss in losses.items():
-        run = partial(work, loss)
-        value = run()  # also warms up
-        seconds = statistics.median(timeit.repeat(run, repeat=7, number=1))
-        found[name] = {"value": value, "seconds": seconds, "peak_bytes": peak_bytes(run, student.device)}
+    runs = {name: partial(work, loss) for name, loss in losses.items()}
+    found = {name: {"value": run()} for name, run in runs.items()}  # which also warms up
+    # In turn, so that what else the machine does slows all of them alike.
+    seconds = [{name: timeit.timeit(run, number=1) for name, run in runs.items()} for _ in range(7)]
+    for name, run in runs.items():
+        found[name]["seconds"] = statistics.median(each[name] for each in seconds)
+        found[name]["peak_bytes"] = peak_bytes(run, student.device)
     return found
 
 
