@@ -94,6 +94,15 @@ def test_a_session_compiles_what_it_times_and_sanitizes() -> None:
     assert {variant for call in CALLS["sanitizer"]() for variant in variants(call)} <= compiled
 
 
+@pytest.mark.parametrize("what", ["value_grad", "forward_backward", "both sides", "token_stats"])
+def test_vocabularies_of_one_layout_share_their_kernels(what: str) -> None:
+    first, *others = (
+        variants(Call("js", "bf16", 8192, V, what)) for V in (128256, 32000, 65536, 151936, 262144)
+    )
+    assert all(found == first for found in others)
+    assert variants(Call("js", "bf16", 8192, 50257, what)) != first
+
+
 def test_calls_that_compile_something_new_come_first() -> None:
     few = [Call("forward_kl", "bf16", rows, 600, what) for what in ("value", "value_grad") for rows in (1, 2)]
     assert new_first(few, variants) == [few[0], few[2], few[1], few[3]]

@@ -89,6 +89,7 @@ def _topk_div(problem: Problem, backend: str | None) -> Results:
     student = student.detach().requires_grad_()
     best, ids = teacher.float().log_softmax(-1).topk(min(_K, problem.case.vocab))
     value = kl_gpu.topk_div(student, best, ids, problem.case.kind, reduction="none", backend=backend)
+    assert isinstance(value, Tensor)
     return value.detach(), *torch.autograd.grad(value, student, problem.row_gradient)
 
 
@@ -182,7 +183,8 @@ def calls_of(phase: str) -> str:
 def new_first(calls: Iterable[Call], variants: Callable[[Call], frozenset[object]]) -> list[Call]:
     """Those in front that compile what none before them does: else two processes would compile the same."""
     seen: set[object] = set()
-    front, rest = [], []
+    front: list[Call] = []
+    rest: list[Call] = []
     for call in calls:
         mine = variants(call)
         (rest if mine <= seen else front).append(call)

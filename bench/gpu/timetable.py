@@ -1,8 +1,8 @@
 """Whether a session fits into the minutes for which a machine is lent: `python -m bench gpu --dry-run`.
 
-Every variant of a kernel that the plan needs is compiled for an H200, and the seconds of one core are counted. A
-timing takes the bytes that it must move at a stated bandwidth, times a stated factor for its system. What cannot
-be counted without a GPU is stated below, on the safe side.
+Every variant of a kernel that the plan needs is compiled for an H200, and one core's seconds are counted. A
+timing takes the bytes that it must move at a stated bandwidth, times a factor for its system. What cannot be
+counted without a GPU is stated below, on the safe side.
 """
 
 from __future__ import annotations

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import sys
 import zipfile
-from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,25 +23,23 @@ def use(wheels: Path, into: Path) -> list[str]:
     Wheels are unpacked, since Triton reads the source of kernels. What is installed comes first.
     """
     taken = []
-    for wheel in sorted(wheels.glob("*.whl")):
-        name = wheel.name.partition("-")[0]
-        if not _is_installed(name):
-            zipfile.ZipFile(wheel).extractall(into)
-            taken.append(name)
+    for path in sorted(wheels.glob("*.whl")):
+        with zipfile.ZipFile(path) as wheel:
+            if not all(map(find_spec, _modules(wheel))):
+                wheel.extractall(into)
+                taken.append(path.name.partition("-")[0])
     if taken:
         sys.path.append(str(into))
-        path = (os.environ.get("PYTHONPATH"), str(into))
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+        paths = (os.environ.get("PYTHONPATH"), str(into))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         importlib.invalidate_caches()
     return taken
 
 
-def _is_installed(name: str) -> bool:
-    try:
-        distribution(re.sub(r"[-_.]+", "-", name))
-    except PackageNotFoundError:
-        return False
-    return True
+def _modules(wheel: zipfile.ZipFile) -> set[str]:
+    """What can be imported, by its first name."""
+    first = {name.partition("/")[0] for name in wheel.namelist()}
+    return {name.removesuffix(".py") for name in first if not name.endswith((".dist-info", ".data"))}
 
 
 def missing() -> list[str]:
