@@ -6,8 +6,11 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any
 
+from torch import Tensor
+
 from kl_gpu.kinds import KINDS
 
+from ..audit.classes import VClass
 from ..audit.kernels import ComplementEntry, Entry, entries, shard_entries
 from .calls import Call
 
@@ -28,8 +31,8 @@ class Variant:
 class _Incoming(Entry):
     """The gradient's kernel as the backward of a loss that has its gradient already launches it."""
 
-    def configuration(self, dtype: str, V: int, lanes: int) -> dict[str, Any]:
-        return super().configuration(dtype, V, lanes) | {"HAS_INCOMING": True}
+    def configuration(self, logits: Tensor, lanes: int) -> dict[str, Any]:
+        return super().configuration(logits, lanes) | {"HAS_INCOMING": True}
 
 
 @cache
@@ -66,7 +69,7 @@ def variants(call: Call) -> frozenset[Variant]:
     student = "a" if kind.expectation_under == "student" else "b"
     found = []
     for entry in _entries(call.what, kind.formula, student):
-        configuration = entry.configuration(call.dtype, call.vocab, _LANES).items()
+        configuration = entry.configuration(VClass(call.vocab, call.vocab).logits(call.dtype), _LANES).items()
         named = tuple(sorted((name, str(value)) for name, value in configuration))
         found.append(Variant(entry, call.dtype, named, call.vocab))
     return frozenset(found)
