@@ -152,7 +152,7 @@ def smoke_calls() -> Iterator[Call]:
 
 
 def sanitizer_calls() -> Iterator[Call]:
-    """Small, since the sanitizer takes its time. Whole tiles; a row that programs share, with a ragged tail."""
+    """Few and small, since the sanitizer takes its time. Whole tiles; a shared row, with a ragged tail."""
     for vocab, dtype, kind in itertools.product((4096, SHARED), ("bf16", "fp32"), ("forward_kl", "js")):
         for what in ("value_grad", "both sides"):
             yield Call(kind, dtype, _FEW, vocab, what)
