@@ -8,39 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..arguments import validation
 from ..arguments.options import Options
 from ..arguments.params import DivergenceCall, DivergenceParams
-from ..autograd import RowDivergence, keep
+from ..autograd import ROW_DIVERGENCE
 from ..backends import registry
 from ..dense import run_divergence
+from ..inference_tensors import keep
 from ..kinds import KINDS
 from ..ops import pair as ops
 from . import collectives, consistency, shards, states
 
 
-class _Shards(RowDivergence):
-    """Per-row divergence `[N]` of logits of which this rank has some columns; the gradient is local."""
+class _Shards(transforms.Plain):
+    """`ROW_DIVERGENCE` of logits of which this rank has some columns; the gradient is local."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, student: Tensor, teacher: Tensor, valid: Tensor | None, call: DivergenceCall, group: Any
-    ) -> Tensor:
-        sides = call.window.of(student), call.window.of(teacher)
-        value, stats, backend = whole_rows(*sides, valid, call.params, group, any(ctx.needs_input_grad[:2]))
-        keep(ctx, student, teacher, valid, stats)
+    def forward(ctx: Any, group: Any, call: DivergenceCall, *tensors: Any) -> tuple[Tensor]:
+        *sides, valid = tensors
+        student, teacher = call.window.of_each(*sides)
+        needs_stats = any(ctx.needs_input_grad[2:4])
+        value, stats, backend = whole_rows(student, teacher, valid, call.params, group, needs_stats)
+        ctx.step = ROW_DIVERGENCE
         ctx.call = call._replace(params=call.params._replace(backend=backend))
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return *RowDivergence.backward(ctx, row_gradient), None
+        keep(ctx, *tensors, stats)
+        return (value,)
 
 
 def _per_row(
     student: Tensor, teacher: Tensor, valid: Tensor | None, call: DivergenceCall, *, group: Any
 ) -> Tensor:
-    value: Tensor = _Shards.apply(student, teacher, valid, call, group)
+    value: Tensor = _Shards.apply(group, call, student, teacher, valid)[0]
     return value
 
 

@@ -13,9 +13,11 @@ from ..arguments import validation
 from ..arguments.options import Options
 from ..arguments.params import DivergenceParams, LinearParams
 from ..arguments.reduction import compute_dtype
-from ..autograd import are_saved_tensors_managed, forbid_double_backward, keep, kept
+from ..autograd import are_saved_tensors_managed
 from ..backends import registry
+from ..inference_tensors import keep, kept
 from ..kinds import KINDS
+from ..transforms import forbid_double_backward
 from . import op
 
 _NO_GRADIENTS = [False, False, False]
@@ -67,25 +69,9 @@ def _pull(how: tuple[LinearParams, Linear], needs: Any, incoming: Any, tensors: 
     return *_gradients(how, tensors, incoming[0], list(needs[:3])), *(None,) * 4
 
 
-# Weights have no rows: the samples of a vmap run one after another.
+# Per-row divergence `[N]`. Backward computes the logits again, chunk by chunk. Weights have no rows: the
+# samples of a vmap run one after another.
 _STEP = transforms.Step(_values, _pull, rowwise=False)
-
-
-class _Rows(torch.autograd.Function):
-    """Per-row divergence `[N]`. Backward computes the logits again, chunk by chunk."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, params, needs, linear = arguments
-        keep(ctx, *tensors)
-        ctx.how, ctx.needs = (params, linear), needs
-        return _values(ctx.how, *tensors)[0]
-
-    @staticmethod
-    def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = kept(ctx)
-        grads = _gradients(ctx.how, tensors, row_gradient, ctx.needs)
-        return (*_tied(grads, row_gradient, _Heads(*tensors[:6])), *(None,) * 4)
 
 
 class _Sum(torch.autograd.Function):
@@ -282,8 +268,8 @@ def run_linear(
 
     # In float16 a gradient divided by N vanishes unless a loss scale comes first, and that comes in backward.
     in_range = torch.float16 not in (dtypes[0], student.dtype, student_weight.dtype)
-    transformed = transforms.are_active()
-    if reduction.has_scale and in_range and torch.is_grad_enabled() and any(needs) and not transformed:
+    differentiated = torch.is_grad_enabled() and any(needs) and not transforms.are_active()
+    if reduction.has_scale and in_range and differentiated:
         row_scale = reduction.scale(lead, compute_dtype(*dtypes), device)
         valid = _flat(reduction.computed)
         function = _CompiledSum if torch.compiler.is_compiling() else _Sum
@@ -291,10 +277,7 @@ def run_linear(
         return total.float() if mixed else total
 
     def of(some: Tensor | None) -> Tensor:
-        if transformed:
-            (found,) = transforms.run(_STEP, (params, linear), *heads, _flat(some))
-        else:
-            found = _Rows.apply(*heads, _flat(some), params, needs, linear)
+        found: Tensor = transforms.apply(_STEP, (params, linear), *heads, _flat(some))[0]
         return found.view(lead)
 
     value = reduction.completed(of(reduction.computed), of)

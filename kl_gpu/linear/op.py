@@ -15,20 +15,10 @@ from torch import Tensor
 from ..arguments.params import LinearParams
 from ..arguments.reduction import compute_dtype
 from ..arguments.validation import autocasts
-from ..ops import symbols
-from ..ops.register import Implementations, register
+from ..ops.register import operator
 from .accumulate import BiasGradient, WeightGradient
 from .chunks import chunks_of
 from .heads import Head, Sweep, SweepRows, sweep_rows
-
-_library = torch.library.Library("kl_gpu", "FRAGMENT")
-_library.define(
-    "linear(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor teacher_hidden, "
-    "Tensor teacher_weight, Tensor? teacher_bias, Tensor? rows, Tensor? row_scale, bool[] needs, "
-    "ScalarType student_dtype, ScalarType teacher_dtype, float student_inner, float teacher_inner, "
-    "float student_cap, float teacher_cap, SymInt vocab_size, SymInt chunk_rows, str kind, float beta, "
-    "float student_scale, float teacher_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
-)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -116,7 +106,11 @@ def _linear_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _outputs(hidden, weight, bias, arguments[8], LinearParams.from_arguments(*arguments[9:]))
 
 
-_IMPLEMENTATIONS: Implementations = {"linear": (over_chunks, _linear_fake)}
-register(_library, _IMPLEMENTATIONS)
-
-linear = symbols.operator("linear")
+linear = operator(
+    "linear(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor teacher_hidden, "
+    "Tensor teacher_weight, Tensor? teacher_bias, Tensor? rows, Tensor? row_scale, bool[] needs, "
+    "ScalarType student_dtype, ScalarType teacher_dtype, float student_inner, float teacher_inner, "
+    "float student_cap, float teacher_cap, SymInt vocab_size, SymInt chunk_rows, str kind, float beta, "
+    "float student_scale, float teacher_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _linear_fake,
+)(over_chunks)

@@ -40,41 +40,14 @@ def _values(
     return value.to(call.dtype), grad_picked, grad_rest
 
 
-def _to_split(row_gradient: Tensor, grad_picked: Tensor, grad_rest: Tensor) -> tuple[Tensor, Tensor]:
-    scale = row_gradient.to(grad_rest.dtype)
-    return scale[..., None] * grad_picked, scale * grad_rest
-
-
 def _pull(call: _Call, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
-    return *_to_split(*incoming, *kept), None, None, None, None
+    grad_picked, grad_rest = kept
+    scale = incoming[0].to(grad_rest.dtype)
+    return scale[..., None] * grad_picked, scale * grad_rest, None, None, None, None
 
 
-_STEP = transforms.Step(_values, _pull)
-
-
-class _Divergence(torch.autograd.Function):
-    """From a row's split (`complement.Split`) to the divergence `[*]`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, picked: Tensor, rest_lse: Tensor, log_p: Tensor, rest_log_p: Tensor | None,
-        has_rest: Tensor, valid: Tensor | None, call: _Call,
-    ) -> Tensor:  # fmt: skip
-        value, *derivatives = _values(call, picked, rest_lse, log_p, rest_log_p, has_rest, valid)
-        ctx.save_for_backward(*derivatives)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return *_to_split(row_gradient, *ctx.saved_tensors), None, None, None, None, None
-
-
-def _divergence(*tensors: Tensor | None, call: _Call) -> Tensor:
-    """`_Divergence`, also under torch.func."""
-    if transforms.are_active():
-        return transforms.run(_STEP, call, *tensors)[0]
-    value: Tensor = _Divergence.apply(*tensors, call)
-    return value
+# From a row's split (`complement.split`) to the divergence `[*]`.
+_STEP = transforms.Step(_values, _pull, saves_inputs=False)
 
 
 def topk_div(
@@ -230,7 +203,9 @@ def run_topk(
     call = _Call(TopkParams(*KINDS[kind].at(options.beta), tail, scale, resolution), dtype)
 
     def of(picked: Tensor, rest_lse: Tensor, some: Tensor | None) -> Tensor:
-        return _divergence(picked, rest_lse, log_p, rest_log_p, has_rest, some, call=call)
+        tensors = picked, rest_lse, log_p, rest_log_p, has_rest, some
+        found: Tensor = transforms.apply(_STEP, call, *tensors)[0]
+        return found
 
     per_row = reduction.completed(
         of(picked, rest_lse, valid), lambda others: of(*split(logits, ids, others, params)[:2], others)
