@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ..arguments import validation
-from ..arguments.options import Options
+from ..arguments.options import REDUCTIONS, Options
 from ..arguments.reduction import Reduction, valid_rows
 from ..dense import run_divergence
 from .divergence import vocab_parallel_div
@@ -83,7 +83,7 @@ def divergence(student: Any, teacher: Any, kind: str, **options: Any) -> Tensor:
         options[argument] = _local_rows(argument, options[argument], student, rows_of)
     if options["shift"] and Shard(1) in rows_of:
         raise ValueError("shift=True needs whole sequences on every rank: labels are of the next position")
-    validation.name("reduction", options["reduction"], ("none", "sum", "mean", "batchmean"))
+    validation.name("reduction", options["reduction"], REDUCTIONS)
     validation.normalizer(options["normalizer"], options["reduction"], student.device, shared=True)
     reduction, normalizer = options.pop("reduction"), options.pop("normalizer")
 
@@ -98,24 +98,14 @@ def divergence(student: Any, teacher: Any, kind: str, **options: Any) -> Tensor:
         shards = {"student_shard": sides[0], "teacher_shard": sides[1]}
         options |= {"kind": kind, "group": group, "vocab_start": start, "reduction": "none"}
         local = vocab_parallel_div(**shards, **options)
+    shape = student.shape[:-1]
+    lead = torch.Size((shape[0], shape[1] - 1)) if options["shift"] else shape
     # Not `run_check`: it would compare the ranks' values with a collective of its own.
-    lead = _lead(student.shape[:-1], options["shift"])
-    value = DTensor.from_local(
-        local, student.device_mesh, rows_of, run_check=False, shape=lead, stride=_strides(lead)
-    )
+    placed = {"run_check": False, "shape": lead, "stride": torch.empty(lead, device="meta").stride()}
+    value = DTensor.from_local(local, student.device_mesh, rows_of, **placed)
     if reduction == "none":
         return value
     valid, _ = valid_rows(options["mask"], options["labels"], options["ignore_index"], None, options["shift"])
     if valid is not None:
-        valid = DTensor.from_local(
-            valid, student.device_mesh, rows_of, run_check=False, shape=lead, stride=_strides(lead)
-        )
+        valid = DTensor.from_local(valid, student.device_mesh, rows_of, **placed)
     return Reduction(valid, None, None, reduction, normalizer).reduced(value)
-
-
-def _lead(shape: torch.Size, shift: bool) -> torch.Size:
-    return torch.Size((shape[0], shape[1] - 1)) if shift else shape
-
-
-def _strides(shape: torch.Size) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -64,18 +64,9 @@ class _Cap:
         return gradient.mul_(self.tanh[: len(gradient)].square_().neg_().add_(1)).mul_(self.inner)
 
 
-class SweepRows(Protocol):
-    """Divergences `[n]` of logits `[n, V]`, of which `keep` says which rows count; with factors `[n]` of the
-    rows their gradient, too, in place of the student's logits."""
-
-    def __call__(
-        self,
-        params: LinearParams,
-        student: Tensor,
-        teacher: Tensor,
-        keep: Tensor | None,
-        row_scale: Tensor | None,
-    ) -> Tensor: ...
+# Divergences `[n]` of logits `[n, V]`, of which a bool `[n]` says which rows count; with factors `[n]` of the
+# rows their gradient, too, in place of the student's logits.
+SweepRows = Callable[[LinearParams, Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 
 
 def sweep_rows(
@@ -125,16 +116,12 @@ class Sweep:
         if self.caps == [None, None]:
             return self.rows(self.params, student, teacher, keep, row_scale)
         # A few rows at a time: what the caps make of them stays in a cache.
-        parts = [slice(i, i + self.at_once) for i in range(0, len(student), self.at_once)]
-        return torch.cat(
-            [
-                self._capped(
-                    student[p], teacher[p], None if keep is None else keep[p],
-                    None if row_scale is None else row_scale[p],
-                )
-                for p in parts
-            ]
-        )  # fmt: skip
+        found = []
+        for start in range(0, len(student), self.at_once):
+            part = slice(start, start + self.at_once)
+            per_row = (None if x is None else x[part] for x in (keep, row_scale))
+            found.append(self._capped(student[part], teacher[part], *per_row))
+        return torch.cat(found)
 
     def _capped(
         self, student: Tensor, teacher: Tensor, keep: Tensor | None, row_scale: Tensor | None

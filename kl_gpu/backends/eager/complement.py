@@ -37,19 +37,12 @@ def _buffer(args: ComplementArgs, worker: torch.device) -> Tensor:
     return torch.empty((rows, min(columns, CHUNK) + 1), dtype=torch.float64, device=worker)
 
 
-def _row_blocks(args: ComplementArgs) -> Iterator[tuple[int, slice, slice]]:
-    """Outer index and inner rows, and the same as flat row numbers."""
-    inner = args.logits.shape[1]
-    for i, j in blocks_of(args.logits, CHUNK):
-        yield i, j, slice(i * inner + j.start, i * inner + j.stop)
-
-
 def complement(args: ComplementArgs, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `Backend.complement` has it."""
     device, worker = args.logits.device, worker_for(args.logits.device)
     found = torch.zeros((args.n_rows, COMPLEMENT_STATS), dtype=torch.float64, device=worker)
     buffer = _buffer(args, worker)
-    for i, j, flat in _row_blocks(args):
+    for i, j, flat in blocks_of(args.logits, CHUNK):
         chunks = _Chunks(args.logits[i, j], args.ids[flat].to(worker), args.scale, buffer)
         top = torch.cat([x.amax(-1, keepdim=True) for _, x in chunks], -1).amax(-1, keepdim=True)
         nothing = torch.isneginf(top)
@@ -81,7 +74,7 @@ def complement_gradient(
     """As `Backend.complement_gradient` has it."""
     worker = worker_for(args.logits.device)
     buffer = _buffer(args, worker)
-    for i, j, flat in _row_blocks(args):
+    for i, j, flat in blocks_of(args.logits, CHUNK):
         rest_lse, rest_entropy = (x.to(worker, torch.float64) for x in stats[flat, :2].split(1, -1))
         flow = grad_rest[flat, None].to(worker, torch.float64)
         turn = torch.zeros_like(flow) if grad_entropy is None else grad_entropy[flat, None].to(flow)
