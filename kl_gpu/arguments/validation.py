@@ -149,10 +149,10 @@ def known(function: str, options: Collection[str], allowed: Collection[str]) -> 
         raise TypeError(f"{function} takes {', '.join(allowed)}; got {', '.join(unknown)}")
 
 
-def whole(argument: str, value: Any, low: int) -> None:
+def whole(argument: str, value: Any, low: int, otherwise: str = "") -> None:
     _integer(argument, value)
     if value < low:
-        raise ValueError(f"{argument} must be at least {low}, got {value}")
+        raise ValueError(f"{argument} must be at least {low}{otherwise}, got {value}")
 
 
 def count(argument: str, value: Any, most: int) -> None:
@@ -326,11 +326,8 @@ def logit_scale(argument: str, value: Any, temperature: float) -> float:
 
 
 def chunk_rows(value: Any) -> None:
-    if value is None:
-        return
-    _integer("chunk_rows", value)
-    if value < 1:
-        raise ValueError(f"chunk_rows must be at least 1 or None, got {value}")
+    if value is not None:
+        whole("chunk_rows", value, 1, " or None")
 
 
 def _beside(

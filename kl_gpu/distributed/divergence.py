@@ -139,9 +139,8 @@ def vocab_parallel_div(
             logits were modified since the call.
     """
     validation.known("vocab_parallel_div", options, _OPTIONS)
-    group = collectives.resolve(group)
     sides = {"student_shard": student_shard, "teacher_shard": teacher_shard}
-    consistency.agree(
+    group = consistency.agree(
         "vocab_parallel_div", group, check, tuple(sides.values()), vocab_start, kind=kind,
         **{name: value for name, value in options.items() if name != "inplace"},
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,11 +102,14 @@ def divergence(student: Any, teacher: Any, kind: str, **options: Any) -> Tensor:
     shape = student.shape[:-1]
     lead = torch.Size((shape[0], shape[1] - 1)) if options["shift"] else shape
     # Not `run_check`: it would compare the ranks' values with a collective of its own.
-    placed = {"run_check": False, "shape": lead, "stride": torch.empty(lead, device="meta").stride()}
-    value = DTensor.from_local(local, student.device_mesh, rows_of, **placed)
+    as_rows = partial(
+        DTensor.from_local, device_mesh=student.device_mesh, placements=rows_of, run_check=False, shape=lead,
+        stride=torch.empty(lead, device="meta").stride(),
+    )  # fmt: skip
+    value = as_rows(local)
     if reduction == "none":
         return value
     valid, _ = valid_rows(options["mask"], options["labels"], options["ignore_index"], None, options["shift"])
     if valid is not None:
-        valid = DTensor.from_local(valid, student.device_mesh, rows_of, **placed)
+        valid = as_rows(valid)
     return Reduction(valid, None, None, reduction, normalizer).reduced(value)

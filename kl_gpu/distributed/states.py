@@ -25,13 +25,8 @@ def packed(
     """
     state, finite = registry.load(backend).shard_states(stats, inside, *scales)
     log_b = state[0] + state[1]
-    return (state, log_b) if finite else _looked_at_again(state, log_b, a, b, rows, scales, backend)
-
-
-def _looked_at_again(
-    state: Tensor, log_b: Tensor, a: Tensor, b: Tensor, rows: Tensor | None, scales: tuple[float, float],
-    backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if finite:
+        return state, log_b
     odd = ~torch.isfinite(log_b)
     if rows is not None:
         odd = odd & rows

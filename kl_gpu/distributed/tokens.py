@@ -49,9 +49,10 @@ def vocab_parallel_token_logprobs(
         RuntimeError: a collective failed; from backward, when a second derivative is asked for.
     """
     validation.known("vocab_parallel_token_logprobs", options, _LOGPROB_OPTIONS)
-    group = collectives.resolve(group)
-    entry = "vocab_parallel_token_logprobs"
-    consistency.agree(entry, group, check, (logits_shard,), vocab_start, token_ids=token_ids, **options)
+    group = consistency.agree(
+        "vocab_parallel_token_logprobs", group, check, (logits_shard,), vocab_start, token_ids=token_ids,
+        **options,
+    )  # fmt: skip
     validation.one_side("logits_shard", logits_shard)
     shard = shards.locate(
         {"logits_shard": logits_shard}, vocab_start, options.pop("vocab_size", None), group, whole=True
@@ -156,9 +157,8 @@ def vocab_parallel_token_stats(
             the argument.
         RuntimeError: a collective failed.
     """
-    group = collectives.resolve(group)
     sides = {"student_shard": student_shard, "teacher_shard": teacher_shard}
-    consistency.agree(
+    group = consistency.agree(
         "vocab_parallel_token_stats", group, check, tuple(sides.values()), vocab_start, labels=labels,
         temperature=temperature, teacher_temperature=teacher_temperature, mask=mask,
         ignore_index=ignore_index, shift=shift, vocab_size=vocab_size, backend=backend,

@@ -42,12 +42,6 @@ def _asked_for(grads: Sequence[Tensor], needs: list[bool]) -> list[Tensor | None
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-def _tied(grads: list[Tensor | None], incoming: Tensor, heads: _Heads) -> tuple[Tensor | None, ...]:
-    """What backward returns for the six tensors of both heads."""
-    sources = (x for x in heads[:3] if x is not None)
-    return (*forbid_double_backward(tuple(grads), incoming, *sources), None, None, None)
-
-
 # The operator `linear.op.linear`, or what takes its place.
 Linear = Callable[..., "tuple[Tensor, Tensor, Tensor, Tensor]"]
 
@@ -104,7 +98,7 @@ class _Sum(torch.autograd.Function):
                 grads = _gradients(ctx.how, tensors, incoming * row_scale, ctx.needs)
             elif not validation.readable(incoming) or incoming.item() != 1:
                 grads = [None if grad is None else grad.mul_(incoming) for grad in grads]
-        return (*_tied(grads, incoming, _Heads(*tensors[:6])), *(None,) * 5)
+        return (*forbid_double_backward(tuple(grads), incoming, *tensors), *(None,) * 8)
 
 
 class _CompiledSum(torch.autograd.Function):

@@ -59,8 +59,9 @@ def _value_outputs(student: Tensor, teacher: Tensor, *_: object) -> tuple[Tensor
 @_operator(f"value({_INPUTS}, {_PARAMS}) -> (Tensor, Tensor)", _value_outputs)
 def value(student: Tensor, teacher: Tensor, rows: Tensor | None, *params: Any) -> tuple[Tensor, Tensor]:
     """Values `[N]`, and the statistics `[N, STATS]` that `gradient` needs."""
-    values, stats = zip(*_ask("value", student, teacher, rows, DivergenceParams(*params)), strict=True)
-    return whole(values, student.shape[:-1]), whole(stats, student.shape[:-1])
+    found = _ask("value", student, teacher, rows, DivergenceParams(*params))
+    values, stats = (whole(parts, student.shape[:-1]) for parts in zip(*found, strict=True))
+    return values, stats
 
 
 def _divergence_output(student: Tensor, teacher: Tensor, *_: object) -> Tensor:
@@ -101,8 +102,8 @@ def value_and_gradient(
     of = DivergenceParams(*params)
     grads = KINDS[of.kind].as_ab(to_student, to_teacher)
     found = _ask("value_and_gradient", student, teacher, rows, of, (row_scale,), grads)
-    values, stats = zip(*found, strict=True)
-    return whole(values, student.shape[:-1]), whole(stats, student.shape[:-1])
+    values, stats = (whole(parts, student.shape[:-1]) for parts in zip(*found, strict=True))
+    return values, stats
 
 
 def _formula_sums_output(student: Tensor, *_: object) -> Tensor:

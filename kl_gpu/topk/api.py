@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,24 +23,19 @@ from . import formulas
 TAILS = tuple(formulas.TAIL_KINDS)
 
 
-class _Call(NamedTuple):
-    params: TopkParams
-    dtype: torch.dtype
-
-
 def _values(
-    call: _Call, picked: Tensor, rest_lse: Tensor, log_p: Tensor, rest_log_p: Tensor | None,
+    params: TopkParams, picked: Tensor, rest_lse: Tensor, log_p: Tensor, rest_log_p: Tensor | None,
     has_rest: Tensor, valid: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The divergence, and its derivatives to `picked` and `rest_lse`."""
-    value, grad_picked, grad_rest = formulas.topk(picked, rest_lse, log_p, rest_log_p, has_rest, *call.params)
+    value, grad_picked, grad_rest = formulas.topk(picked, rest_lse, log_p, rest_log_p, has_rest, *params)
     if valid is not None:
         value, grad_rest = torch.where(valid, value, 0.0), torch.where(valid, grad_rest, 0.0)
         grad_picked = torch.where(valid[..., None], grad_picked, 0.0)
-    return value.to(call.dtype), grad_picked, grad_rest
+    return value, grad_picked, grad_rest
 
 
-def _pull(call: _Call, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
+def _pull(params: TopkParams, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
     grad_picked, grad_rest = kept
     scale = incoming[0].to(grad_rest.dtype)
     return scale[..., None] * grad_picked, scale * grad_rest, None, None, None, None
@@ -200,12 +195,12 @@ def run_topk(
     both_wide = student_logits.dtype == teacher_logprobs.dtype == torch.float64
     dtype = torch.float64 if both_wide else torch.float32
     resolution = formulas.RESOLUTION[teacher_logprobs.dtype]
-    call = _Call(TopkParams(*KINDS[kind].at(options.beta), tail, scale, resolution), dtype)
+    of_tail = TopkParams(*KINDS[kind].at(options.beta), tail, scale, resolution)
 
     def of(picked: Tensor, rest_lse: Tensor, some: Tensor | None) -> Tensor:
         tensors = picked, rest_lse, log_p, rest_log_p, has_rest, some
-        found: Tensor = transforms.apply(_STEP, call, *tensors)[0]
-        return found
+        found: Tensor = transforms.apply(_STEP, of_tail, *tensors)[0]
+        return found.to(dtype)
 
     per_row = reduction.completed(
         of(picked, rest_lse, valid), lambda others: of(*split(logits, ids, others, params)[:2], others)

@@ -187,6 +187,12 @@ def _split(x: Tensor, n: int, dtype: torch.dtype) -> list[Tensor]:
 _STATS = (3, 3, 2, 2, 2)
 
 
+def _stored(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """The row statistics that hold these five, `[*, 5]`."""
+    parts = [part for k, n in enumerate(_STATS) for part in _split(numbers[..., k], n, dtype)]
+    return torch.stack(parts, -1)
+
+
 def _numbers(stats: Tensor) -> tuple[Tensor, ...]:
     """The five in float64, `[*, 1]` each."""
     return tuple(part.sum(-1, keepdim=True) for part in stats.double().split(_STATS, -1))
@@ -202,11 +208,10 @@ def value(p: RowPair) -> tuple[Tensor, Tensor]:
     found[:, 2].clamp_min_(0)
     if p.a.shape[-1] == 1:
         found[:, 2:].mul_(0)  # as in `gradient`, and NaN where there is no distribution
-    stats = [part for k, n in enumerate(_STATS) for part in _split(found[:, k : k + 1], n, p.dtype)]
-    result = stats[6][:, 0]
+    result = found[:, 2].to(p.dtype, copy=True)
     if p.valid is not None:
         result = torch.where(p.valid.reshape(-1).to(worker), result, 0)
-    return result.to(p.a.device), torch.cat(stats, -1).to(p.a.device)
+    return result.to(p.a.device), _stored(found, p.dtype).to(p.a.device)
 
 
 def divergence(p: RowPair) -> Tensor:
@@ -240,8 +245,7 @@ def statistics(
         sums: float64 `[N, 3]`, the whole row's value, mean_a and mean_b.
     """
     numbers = torch.cat((torch.stack((log_a, log_a + ratio), -1), sums), -1)
-    parts = [part for k, n in enumerate(_STATS) for part in _split(numbers[..., k], n, local.dtype)]
-    return torch.stack(parts, -1)
+    return _stored(numbers, local.dtype)
 
 
 def formula_sums(p: RowPair, stats: Tensor) -> Tensor:
