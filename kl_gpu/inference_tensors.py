@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+OptionalTensor = TypeVar("OptionalTensor", Tensor, "Tensor | None")
 
 _library = torch.library.Library("kl_gpu", "FRAGMENT")
 # A copy that the compiler can neither leave out nor make again in backward from what was copied.
@@ -30,17 +32,16 @@ def ordinary(tensor: Tensor | None) -> Tensor | None:
     return alias
 
 
-def ordinary_rows(tensor: Tensor) -> Tensor:
+def ordinary_rows(tensor: OptionalTensor) -> OptionalTensor:
     """`ordinary` for what has a number or K per row, and is saved by other operators than ours.
 
     torch.compile cannot ask how a tensor was made. There it is copied by an operator of ours, which the
     compiler neither removes nor repeats in backward from the original: so the copy is saved, not the
     inference tensor.
     """
-    if torch.compiler.is_compiling():
-        copied: Tensor = tensor if tensor.requires_grad else copy(tensor)
-        return copied
-    return tensor if tensor.requires_grad else ordinary(tensor)  # type: ignore[return-value]
+    if tensor is None or tensor.requires_grad:
+        return tensor
+    return copy(tensor) if torch.compiler.is_compiling() else ordinary(tensor)  # type: ignore[return-value]
 
 
 def keep(ctx: Any, *tensors: Tensor | None) -> None:

@@ -120,12 +120,6 @@ def _quantile(ordered: Tensor, share: float) -> float:
 
 
 def _fields(call: tuple[float, float, str], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    if transforms.are_active():
-        return transforms.run(_STEP, call, *tensors)
-    return _run_fields(call, *tensors)
-
-
-def _run_fields(call: tuple[float, float, str], *tensors: Tensor | None) -> tuple[Tensor, ...]:
     return ops.token_stats(*tensors, *call).unbind(0)
 
 
@@ -133,7 +127,7 @@ def _no_gradient(*_: object) -> Any:
     raise RuntimeError("kl_gpu.token_stats has no gradient")
 
 
-_STEP = transforms.Step(_run_fields, _no_gradient, values=0)
+_STEP = transforms.Step(_fields, _no_gradient, values=0)
 
 
 def token_stats(
@@ -184,7 +178,9 @@ def token_stats(
     validation.rows(student_logits, mask, labels, ignore_index, None)
     call = (*scales, registry.resolve(backend, student_logits.device))
     options = Options(mask=mask, labels=labels, ignore_index=ignore_index, shift=shift)
-    return run_token_stats(student_logits, teacher_logits, options, columns, partial(_fields, call))
+    return run_token_stats(
+        student_logits, teacher_logits, options, columns, partial(transforms.apply, _STEP, call)
+    )
 
 
 # What computes the seven fields `[N]` from logits `[N, V]`, the rows that count and their labels.

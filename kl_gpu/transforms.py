@@ -58,10 +58,10 @@ class Step:
 
 
 def apply(step: Step, call: Any, *tensors: Tensor | None) -> Any:
-    """The step's differentiable outputs, also under torch.func."""
+    """The step's differentiable outputs, or all where none of them is, also under torch.func."""
     if are_active():
-        return run(step, call, *tensors)[: step.values]
-    return Plain.apply(step, call, *tensors)
+        return run(step, call, *tensors)[: step.values or None]
+    return Plain.apply(step, call, *tensors) if step.values else step.run(call, *tensors)
 
 
 def run(step: Step, call: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:

@@ -103,8 +103,8 @@ class Reduction(NamedTuple):
 
     def scale(self, lead: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """These constants, `[*lead]`."""
-        factor, denominator = self.factor, self._denominator(lead, dtype)
-        factor = 1.0 if factor is None else factor
+        factor = 1.0 if self.factor is None else self.factor
+        denominator = self._denominator(lead, dtype)
         if self.weight is None and not isinstance(denominator, Tensor):
             share = factor / denominator
             if is_dynamo_compiling():  # `full` would make a constant of a normalizer that changes

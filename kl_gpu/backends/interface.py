@@ -66,9 +66,8 @@ class RowPair(NamedTuple):
     ) -> RowPair:
         """From the caller's two sides; `kind` is a name in `KINDS`."""
         of, dtype = KINDS[kind], compute_dtype(student.dtype, teacher.dtype)
-        if of.expectation_under == "teacher":
-            return cls(teacher, student, valid, of.formula, beta, teacher_scale, student_scale, dtype)
-        return cls(student, teacher, valid, of.formula, beta, student_scale, teacher_scale, dtype)
+        (a, a_scale), (b, b_scale) = of.as_ab((student, student_scale), (teacher, teacher_scale))
+        return cls(a, b, valid, of.formula, beta, a_scale, b_scale, dtype)
 
     @property
     def n_rows(self) -> int:

@@ -131,17 +131,15 @@ def agree(
     found = collectives.gather(local, group, f"the arguments of {entry}").cpu().numpy()
     for column, name in enumerate(_FIELDS):
         if other := [rank for rank, x in enumerate(found[:, column]) if x != found[0, column]]:
+            value: Any = of.get(name)
+            shown = f"a tensor {tuple(value.shape)}" if is_plain(value) else repr(value)
             raise ValueError(
                 f"{_NAMES.get(name, name)} must be the same on every rank: rank "
                 f"{', '.join(map(str, other))} differs from rank 0, "
-                f"got {_shown(of.get(name))} on rank {dist.get_rank(group)}"
+                f"got {shown} on rank {dist.get_rank(group)}"
             )
     if start >= 0:
         _check_spans(found[:, -2], found[:, -1])
     # Only now: a rank that remembered a call which was refused would not ask next time, where others do.
     entries.add(entry)
     return group
-
-
-def _shown(value: Any) -> str:
-    return f"a tensor {tuple(value.shape)}" if is_plain(value) else repr(value)

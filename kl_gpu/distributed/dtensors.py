@@ -96,9 +96,7 @@ def divergence(student: Any, teacher: Any, kind: str, **options: Any) -> Tensor:
         # Told, so that vocab_size costs no collective; DTensor cuts as torch.chunk does.
         width = -(-student.shape[-1] // student.device_mesh.size(across))
         start = min(student.device_mesh.get_local_rank(across) * width, student.shape[-1])
-        shards = {"student_shard": sides[0], "teacher_shard": sides[1]}
-        options |= {"kind": kind, "group": group, "vocab_start": start, "reduction": "none"}
-        local = vocab_parallel_div(**shards, **options)
+        local = vocab_parallel_div(*sides, kind, group=group, vocab_start=start, reduction="none", **options)
     shape = student.shape[:-1]
     lead = torch.Size((shape[0], shape[1] - 1)) if options["shift"] else shape
     # Not `run_check`: it would compare the ranks' values with a collective of its own.

@@ -76,8 +76,9 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, params, needs, linear = arguments
-        how, row_scale, grads = (params, linear), tensors[-1], None
+        *tensors, how, needs = arguments
+        params, linear = how
+        row_scale, grads = tensors[-1], None
         if are_saved_tensors_managed():
             (value,) = _values(how, *tensors[:-1])
         else:
@@ -98,7 +99,7 @@ class _Sum(torch.autograd.Function):
                 grads = _gradients(ctx.how, tensors, incoming * row_scale, ctx.needs)
             elif not validation.readable(incoming) or incoming.item() != 1:
                 grads = [None if grad is None else grad.mul_(incoming) for grad in grads]
-        return (*forbid_double_backward(tuple(grads), incoming, *tensors), *(None,) * 8)
+        return (*forbid_double_backward(tuple(grads), incoming, *tensors), *(None,) * 7)
 
 
 class _CompiledSum(torch.autograd.Function):
@@ -106,7 +107,7 @@ class _CompiledSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, params, needs, linear = arguments
+        *tensors, (params, linear), needs = arguments
         value, *grads = linear(*tensors, needs, *params.as_arguments())
         ctx.save_for_backward(*grads)
         ctx.needs = needs
@@ -118,7 +119,7 @@ class _CompiledSum(torch.autograd.Function):
             (grad * incoming).to(grad.dtype) if need else None
             for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
         ]
-        return (*grads, *(None,) * 8)
+        return (*grads, *(None,) * 7)
 
 
 def linear_div(
@@ -267,7 +268,7 @@ def run_linear(
         row_scale = reduction.scale(lead, compute_dtype(*dtypes), device)
         valid = _flat(reduction.computed)
         function = _CompiledSum if torch.compiler.is_compiling() else _Sum
-        total = function.apply(*heads, valid, row_scale.reshape(-1), params, needs, linear)
+        total = function.apply(*heads, valid, row_scale.reshape(-1), (params, linear), needs)
         return total.float() if mixed else total
 
     def of(some: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +23,8 @@ _CAPPED_ON_A_GPU = 1 << 23
 class Head:
     """One side: its products in their dtype, and the memory of a chunk's logits."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, columns: int, rows: int
-    ) -> None:
+    def __init__(self, side: Any, dtype: torch.dtype, columns: int, rows: int) -> None:
+        hidden, weight, bias = side
         self.hidden, self.dtype = hidden, dtype
         self.weight = weight[:columns].to(dtype)
         self.bias = None if bias is None else bias[:columns].to(dtype)

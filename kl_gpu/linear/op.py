@@ -31,13 +31,14 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def over_chunks(
     *arguments: Any, sweep_rows: SweepRows = sweep_rows, widest: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator `linear`, whose schema names the arguments, whatever sweeps the rows; `widest` as in `Sweep`."""
-    (*student_side, teacher_hidden, teacher_weight, teacher_bias), (valid, row_scale, needs) = (
-        arguments[:6], arguments[6:9]
-    )  # fmt: skip
-    student_hidden, student_weight, student_bias = student_side
+    """The operator `linear`, whose schema names the arguments, whatever sweeps the rows.
+
+    `widest` as in `Sweep`.
+    """
+    student_side, teacher_side, (valid, row_scale, needs) = arguments[:3], arguments[3:6], arguments[6:9]
     params = LinearParams.from_arguments(*arguments[9:])
-    device, n = student_hidden.device, len(student_hidden)
+    hidden, weight, bias = student_side
+    device, n, columns = hidden.device, len(hidden), params.vocab_size
     with torch.no_grad(), _without_autocast(device):
         value, to_hidden, *_ = _outputs(*student_side, needs=[needs[0], False, False], params=params)
         chunks = list(chunks_of(valid, n, params, device))
@@ -45,12 +46,11 @@ def over_chunks(
             value.zero_()
             to_hidden.zero_()
         longest = max((c.rows.stop - c.rows.start for c in chunks), default=0)
-        columns = params.vocab_size
-        student = Head(student_hidden, student_weight, student_bias, params.student_dtype, columns, longest)
-        teacher = Head(teacher_hidden, teacher_weight, teacher_bias, params.teacher_dtype, columns, longest)
+        student = Head(student_side, params.student_dtype, columns, longest)
+        teacher = Head(teacher_side, params.teacher_dtype, columns, longest)
         sweep = Sweep(params, student.buffer, teacher.buffer, sweep_rows, widest)
-        to_weight = WeightGradient(student_weight, student.dtype, columns, len(chunks)) if needs[1] else None
-        to_bias = BiasGradient(student_bias, student.dtype, columns) if needs[2] else None
+        to_weight = WeightGradient(weight, student.dtype, columns, len(chunks)) if needs[1] else None
+        to_bias = BiasGradient(bias, student.dtype, columns) if needs[2] and bias is not None else None
         for chunk in chunks:
             states = student.states(chunk)
             s, t = student.logits(states), teacher.logits(teacher.states(chunk))
@@ -64,7 +64,7 @@ def over_chunks(
                 to_weight.add(s, states)
             if to_bias is not None:
                 to_bias.add(s)
-        others = (student_hidden.new_empty(0) if x is None else x.result() for x in (to_weight, to_bias))
+        others = (hidden.new_empty(0) if x is None else x.result() for x in (to_weight, to_bias))
         return value, to_hidden, *others  # type: ignore[return-value]
 
 

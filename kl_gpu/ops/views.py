@@ -51,4 +51,4 @@ def whole(parts: Sequence[Tensor], lead: torch.Size, dim: int = 0) -> Tensor:
     joined = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
     if len(lead) == 1:  # as it is: on a small problem a view takes as long as the kernel
         return joined
-    return joined.view(*joined.shape[:dim], *lead, *joined.shape[dim + 1 :])
+    return joined.view((*joined.shape[:dim], *lead, *joined.shape[dim + 1 :]))
