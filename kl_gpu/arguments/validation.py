@@ -229,24 +229,23 @@ def logits(student: Any, teacher: Any, vocab_size: Any, shift: bool) -> int:
     """Check both sides against each other; returns the number of columns that count."""
     beside_each_other({"student_logits": student, "teacher_logits": teacher})
     shifted("logits [batch, time, V]", student, shift)
-    return vocabulary(
-        "student_logits", student.shape[-1], "teacher_logits", teacher.shape[-1], "columns", vocab_size
-    )
+    sizes = {"student_logits": student.shape[-1], "teacher_logits": teacher.shape[-1]}
+    return vocabulary(sizes, "columns", vocab_size)
 
 
-def vocabulary(
-    argument: str, columns: int, other_argument: str, other_columns: int, unit: str, vocab_size: Any
-) -> int:
-    """Check what both sides have against vocab_size; returns the number of columns that count."""
-    if vocab_size is None:
-        if columns != other_columns:
-            raise ValueError(
-                f"vocab_size must be given where the vocabularies differ: {argument} has {columns} "
-                f"{unit}, {other_argument} {other_columns}"
-            )
-        return columns
-    count("vocab_size", vocab_size, min(columns, other_columns))
-    return int(vocab_size)
+def vocabulary(sizes: dict[str, int], unit: str, vocab_size: Any) -> int:
+    """Check what one or both sides have against vocab_size; returns the number of columns that count."""
+    if vocab_size is not None:
+        count("vocab_size", vocab_size, min(sizes.values()))
+        return int(vocab_size)
+    columns, *other = sizes.values()
+    if other and other[0] != columns:
+        argument, other_argument = sizes
+        raise ValueError(
+            f"vocab_size must be given where the vocabularies differ: {argument} has {columns} "
+            f"{unit}, {other_argument} {other[0]}"
+        )
+    return columns
 
 
 def one_side(argument: str, side: Any, columns: int = 0) -> None:
@@ -261,8 +260,7 @@ def one_sided_logits(argument: str, value: Any, vocab_size: Any, shift: bool) ->
     """Check logits that stand alone; returns the number of columns that count."""
     one_side(argument, value, columns=1)
     shifted(f"{argument} [batch, time, V]", value, shift)
-    columns: int = value.shape[-1]
-    return vocabulary(argument, columns, argument, columns, "columns", vocab_size)
+    return vocabulary({argument: value.shape[-1]}, "columns", vocab_size)
 
 
 def _head(side: str, hidden: Any, weight: Any, bias: Any, least: int) -> None:
@@ -323,11 +321,6 @@ def logit_scale(argument: str, value: Any, temperature: float) -> float:
             f"got {temperature} over {value}"
         )
     return float(value)
-
-
-def chunk_rows(value: Any) -> None:
-    if value is not None:
-        whole("chunk_rows", value, 1, " or None")
 
 
 def _beside(

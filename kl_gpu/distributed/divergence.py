@@ -57,12 +57,12 @@ def whole_rows(
     """
     of, backend = KINDS[params.kind], params.backend
     order, scales = of.as_ab, of.as_ab(params.student_scale, params.teacher_scale)
-    forward = params._replace(kind=states.kl_kind(params.kind), beta=0.0)
-    inside, local = ops.value(student, teacher, valid, *forward)
+    # The KL whose a and b are those of this kind, and the other.
+    a_to_b, b_to_a = (params._replace(kind=kl, beta=0.0) for kl in of.as_ab("reverse_kl", "forward_kl"))
+    inside, local = ops.value(student, teacher, valid, *a_to_b)
     kls = [inside] if of.formula in ("kl", "jeffreys") else []
     if of.formula == "jeffreys":
-        other = forward._replace(kind="reverse_kl" if forward.kind == "forward_kl" else "forward_kl")
-        kls.append(ops.divergence(student, teacher, valid, *other))
+        kls.append(ops.divergence(student, teacher, valid, *b_to_a))
     own, _ = states.packed(*order(student, teacher), valid, local, kls, scales, backend)
     found = collectives.gather(own, group, f"{params.kind}'s row states")
     (log_a, ratio, *kls), fit = states.merged(found, backend)

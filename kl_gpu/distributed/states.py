@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..backends import registry
 from ..backends.shard_merge import log_sum
-from ..kinds import KINDS
 from ..ops import complement
 
 
@@ -53,8 +52,3 @@ def entropy(log_masses: Tensor, inside: Tensor) -> Tensor:
     log_share = log_masses - log_sum(log_masses)
     share = torch.exp(log_share)
     return torch.where(share == 0, 0.0, share * (inside - log_share)).sum(0)
-
-
-def kl_kind(kind: str) -> str:
-    """The KL whose a and b are those of this kind."""
-    return "forward_kl" if KINDS[kind].expectation_under == "teacher" else "reverse_kl"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,21 +21,6 @@ from ..transforms import forbid_double_backward
 from . import op
 
 _NO_GRADIENTS = [False, False, False]
-
-
-class _Heads(NamedTuple):
-    """The tensors of both sides as the operator takes them: hidden states `[N, H]`, weight `[V, H]`, bias."""
-
-    student_hidden: Tensor
-    student_weight: Tensor
-    student_bias: Tensor | None
-    teacher_hidden: Tensor
-    teacher_weight: Tensor
-    teacher_bias: Tensor | None
-
-    @property
-    def needs(self) -> list[bool]:
-        return [x is not None and x.requires_grad for x in self[:3]]
 
 
 def _asked_for(grads: Sequence[Tensor], needs: list[bool]) -> list[Tensor | None]:
@@ -222,23 +207,23 @@ def run_linear(
         validation.logit_scale("logit_scale", logit_scale, temperature),
         validation.logit_scale("teacher_logit_scale", teacher_logit_scale, teacher_temperature),
     )
-    validation.chunk_rows(chunk_rows)
+    if chunk_rows is not None:
+        validation.whole("chunk_rows", chunk_rows, 1, " or None")
     validation.heads(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
         options.shift, least=1 if columns is None else 0,
     )  # fmt: skip
-    device, sizes = student_hidden.device, (len(student_weight), len(teacher_weight))
+    device = student_hidden.device
     if columns is None:
-        columns = validation.vocabulary(
-            "student_weight", sizes[0], "teacher_weight", sizes[1], "rows", options.vocab_size
-        )
+        sizes = {"student_weight": len(student_weight), "teacher_weight": len(teacher_weight)}
+        columns = validation.vocabulary(sizes, "rows", options.vocab_size)
     reduction = options.reduction_of(student_hidden)
     chosen = registry.resolve(options.backend, device)
 
     states = [x[:, :-1] if options.shift else x for x in (student_hidden, teacher_hidden)]
     lead = states[0].shape[:-1]
     student, teacher = (x.reshape(-1, x.shape[-1]) for x in states)
-    heads = _Heads(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias)
+    heads = student, student_weight, student_bias, teacher, teacher_weight, teacher_bias
     dtypes = _logits_dtype(student), _logits_dtype(teacher)
     divergence = DivergenceParams(
         *KINDS[kind].at(options.beta),
@@ -257,7 +242,7 @@ def run_linear(
         chunk_rows=chunk_rows or 0,
         divergence=divergence,
     )
-    needs = heads.needs
+    needs = [x is not None and x.requires_grad for x in heads[:3]]
     # float64 with a narrower side: computed in float64, returned in float32.
     mixed = dtypes[0] != dtypes[1]
 

@@ -23,9 +23,7 @@ from .heads import Head, Sweep, SweepRows, sweep_rows
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """The dtypes are settled: autocast must not choose others for the products in here."""
-    if autocasts(device):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def over_chunks(

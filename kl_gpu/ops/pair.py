@@ -37,17 +37,14 @@ def _ask(
 
     A block has its own rows of what is given `per_row`, flat, and of the `strided` tensors as views.
     """
-    kind, beta, student_scale, teacher_scale, name = params
-    backend, lead = registry.load(name), student.shape[:-1]
+    backend, lead = registry.load(params.backend), student.shape[:-1]
     run, flat = getattr(backend, member), [flat_rows(x, lead) for x in per_row]
     valid = None if valid is None else valid.contiguous()
     if backend.viewless and 1 <= len(lead) <= 2:
-        p = RowPair.of(student, teacher, valid, kind, beta, student_scale, teacher_scale)
-        return [run(p, *flat, *strided, *last)]
+        return [run(RowPair.of(student, teacher, valid, *params), *flat, *strided, *last)]
     found = []
     for (s, t, keep, *others), rows in blocks(lead, [student, teacher, valid, *strided], flat):
-        p = RowPair.of(s, t, keep, kind, beta, student_scale, teacher_scale)
-        found.append(run(p, *rows, *others, *last))
+        found.append(run(RowPair.of(s, t, keep, *params), *rows, *others, *last))
     return found
 
 

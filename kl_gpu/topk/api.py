@@ -212,7 +212,5 @@ def run_topk(
         if tail == "renormalize":
             picked, rest_lse, _ = split(logits, ids, valid, params._replace(scale=1.0, sweeps=True))
         masses = formulas.mass_of(log_p), formulas.student_mass(picked, rest_lse)
-        teacher_mass, student_mass = (
-            (x if valid is None else torch.where(valid, x, 0.0)).to(dtype) for x in masses
-        )
-    return value, teacher_mass, student_mass
+        teacher_mass, student_mass = (x if valid is None else torch.where(valid, x, 0.0) for x in masses)
+    return value, teacher_mass.to(dtype), student_mass.to(dtype)
