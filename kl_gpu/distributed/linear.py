@@ -56,7 +56,7 @@ def _sweep_rows(
     params: LinearParams, student: Tensor, teacher: Tensor, keep: Tensor | None,
     row_scale: Tensor | None, *, group: Any,
 ) -> Tensor:  # fmt: skip
-    """`linear_sweep.SweepRows` of rows of which this rank has some columns."""
+    """`linear.heads.SweepRows` of rows of which this rank has some columns."""
     s, t = shards.two_at_least(student), shards.two_at_least(teacher)
     value, stats, backend = whole_rows(s, t, keep, params.divergence, group, row_scale is not None)
     if row_scale is not None:
@@ -68,7 +68,7 @@ def _sweep_rows(
 
 
 def _linear(*arguments: Any, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`linear_ops.over_chunks` in chunks that all ranks agree on, whatever their shards and their memory."""
+    """`linear.op.over_chunks` in chunks that all ranks agree on, whatever their shards and their memory."""
     heads, params = arguments[:9], LinearParams.from_arguments(*arguments[9:])
     hidden = heads[0]
     some = params._replace(vocab_size=max(1, params.vocab_size))
