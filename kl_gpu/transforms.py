@@ -102,13 +102,14 @@ class Plain(torch.autograd.Function):
     def forward(ctx: Any, step: Step, call: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         outputs = step.run(call, *tensors)
         ctx.step, ctx.call = step, call
-        keep(ctx, *(tensors if step.saves_inputs else [None] * len(tensors)), *outputs[step.values :])
+        keep(ctx, *(tensors if step.saves_inputs else ()), *outputs[step.values :])
         return outputs[: step.values]
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
         needs, saved = ctx.needs_input_grad[2:], kept(ctx)
-        tensors, others = saved[: len(needs)], saved[len(needs) :]
+        inputs = len(needs) if ctx.step.saves_inputs else 0
+        tensors, others = saved[:inputs], saved[inputs:]
         grads = ctx.step.pull(ctx.call, needs, incoming, tensors, others)
         return None, None, *forbid_double_backward(grads, *incoming, *tensors)
 
