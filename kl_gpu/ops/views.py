@@ -35,7 +35,7 @@ def blocks(
     for block in views(lead, strided):
         part = slice(start, start + math.prod(block[0].shape[:2]))
         start = part.stop
-        yield block, [x if x is None or part.stop - part.start == len(x) else x[part] for x in flat]
+        yield block, [x if x is None or part.stop - part.start == x.shape[0] else x[part] for x in flat]
 
 
 def flat_rows(per_row: Tensor | None, lead: torch.Size) -> Tensor | None:
