@@ -27,6 +27,7 @@ LANES = 64 if torch.version.hip else 32  # threads of a warp
 # and the 264 of them that sweep at once on 132 SMs have 17 MB of bfloat16 in flight, which an L2 holds until
 # the gradient reads them again.
 SPLIT_COLUMNS = 16384
+_ROOM = 16
 
 
 @lru_cache(maxsize=1024)
@@ -64,6 +65,14 @@ def splits_of(columns: int, step: int) -> Splits:
     """Splits of nearly equal width, whole steps each but for the row's last."""
     width = cdiv(cdiv(columns, cdiv(columns, SPLIT_COLUMNS)), step) * step
     return Splits(cdiv(columns, width), width)
+
+
+def room_for(splits: int) -> int:
+    """How many splits of a row the compiled kernel has room for: one number serves up to 262144 columns.
+
+    The next power of two would have every vocabulary compile kernels of its own.
+    """
+    return 1 if splits == 1 else max(power_of_2(splits), _ROOM)
 
 
 def kernel(function: Callable[..., None]) -> Any:
