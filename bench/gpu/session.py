@@ -30,7 +30,7 @@ from ..harness.report import Finding, Report, new_report
 from ..harness.report_log import PytestReport, events
 from ..suite.plan import PLANS, REPEATS
 from . import wheels
-from .calls import calls_of
+from .calls import WRONG, calls_of
 from .correctness import ROOT, environment, of_the_queue, others, run_tests
 from .limited import Finished
 from .limited import run as run_limited
@@ -61,6 +61,7 @@ class Session:
     report: Report
     seconds: dict[str, int]
     outcomes: list[Outcome] = field(default_factory=list)
+    wrong_calls: list[str] = field(default_factory=list)
     tests: dict[str, PytestReport] = field(default_factory=dict)
     sanitizer: dict[str, str] = field(default_factory=dict)
     suite: PytestReport = field(default_factory=PytestReport)
@@ -97,10 +98,11 @@ class Session:
         processes = ["--processes", str(os.cpu_count() or 1), "--device", str(self.device)]
         command = [sys.executable, "-m", "bench.gpu.calls", name, *processes]
         finished = run_limited(command, limit, self.log, ROOT, environment())
-        last = finished.output.strip().rpartition("\n")[2]
+        lines = finished.output.strip().splitlines() or [""]
+        self.wrong_calls += [line.removeprefix(WRONG) for line in lines if line.startswith(WRONG)]
         if finished.timed_out:
             return Ending(CUT_SHORT, "kernels are left to compile where they are first used")
-        return Ending(DONE if finished.code == 0 else FAILED, last)
+        return Ending(DONE if finished.code == 0 else FAILED, lines[-1])
 
     def test(self, name: str, limit: float) -> Ending:
         files = (of_the_queue if name == "test the queue" else others)(ROOT / "tests")
@@ -198,7 +200,11 @@ class Session:
             },
             "sanitizer": self.sanitizer,
             "points": self.points(),
-            "wrong": [*self.suite.failures, *(f"{test}: did not end" for test in self.suite.stopped)],
+            "wrong": [
+                *self.wrong_calls,
+                *self.suite.failures,
+                *(f"{test}: did not end" for test in self.suite.stopped),
+            ],
             "left_out": self.left_out(),
         }
 
