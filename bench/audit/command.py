@@ -10,14 +10,15 @@ import argparse
 import os
 from pathlib import Path
 
+from .classes import DTYPES, V_CLASSES
 from .occupancy import CORES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", nargs="+", default=[], help="only these kernels")
-    parser.add_argument("--dtype", nargs="+", default=[], choices=("bf16", "fp16", "fp32"))
+    parser.add_argument("--dtype", nargs="+", default=[], choices=tuple(DTYPES))
     parser.add_argument("--arch", nargs="+", default=[], choices=tuple(CORES))
-    parser.add_argument("--v-class", nargs="+", default=[], choices=("aligned", "odd"))
+    parser.add_argument("--v-class", nargs="+", default=[], choices=tuple(V_CLASSES))
     parser.add_argument("--out", type=Path, help="default of a whole audit: bench/results/audit.json")
     parser.add_argument("--docs", action="store_true", help="compile nothing; rewrite docs from the results")
 
@@ -33,6 +34,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         return 0
     choice = (options.kernel, options.dtype, options.arch, options.v_class)
     rows = list(audit(*choice))
+    if not rows:
+        parser.error(f"no kernel is called {' or '.join(options.kernel)}")
     for line in docs.lines(rows):
         print(f"{line[0]:12} {line[1]:22}" + " ".join(f"{cell:>9}" for cell in line[2:]))
     whole = not any(choice) and not options.out

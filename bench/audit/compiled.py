@@ -13,12 +13,14 @@ from triton import compile as triton_compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .kernels import V_CLASSES, Entry
+from kl_gpu.backends.triton.launch import FP_FUSION
+
+from .classes import V_CLASSES
+from .kernels import Entry
 from .machine_code import Path as Code
 from .machine_code import parse_gcn, parse_sass
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-_ANY_NUMBER = ("n_rows", "n_inner", "n_ids", "words", "num_splits", "lag")
 _LOGITS = ("a_ptr", "b_ptr", "x_ptr", "grad_a_ptr", "grad_b_ptr", "grad_ptr")
 
 
@@ -26,7 +28,8 @@ _LOGITS = ("a_ptr", "b_ptr", "x_ptr", "grad_a_ptr", "grad_b_ptr", "grad_ptr")
 class Compiled:
     """Machine code of one kernel; registers and spilled bytes of a thread, shared bytes of a program.
 
-    `columns` are those that one pass through each of its main loops covers.
+    `columns` are those that one pass through each of its main loops covers. `reductions` are the types of
+    what it reduces: shapes, and which thread owns which element.
     """
 
     code: Code
@@ -35,6 +38,7 @@ class Compiled:
     shared_bytes: int
     warps: int
     columns: tuple[int, ...]
+    reductions: tuple[str, ...]
 
 
 def warp_size(arch: str) -> int:
@@ -66,31 +70,31 @@ def signature(entry: Entry, dtype: str) -> dict[str, str]:
 
 def compile_entry(entry: Entry, dtype: str, arch: str, V_class: str) -> Compiled:
     amd = arch.startswith("gfx")
-    configuration = entry.configuration(dtype, V_CLASSES[V_class], warp_size(arch))
+    logits = V_CLASSES[V_class].logits(dtype)
+    configuration = entry.configuration(logits, warp_size(arch))
     warps, registers = configuration["num_warps"], configuration.get("maxnreg")
-    # Only NVIDIA's compiler knows the register limit.
-    options = {"num_warps": warps} | ({"maxnreg": registers} if registers and not amd else {})
+    options = {"num_warps": warps, "enable_fp_fusion": FP_FUSION}
+    if registers and not amd:  # only NVIDIA's compiler knows the limit
+        options["maxnreg"] = registers
     names = list(entry.function.arg_names)
     types = signature(entry, dtype)
-    # Allocators align tensors to 16 bytes at least; rows are as aligned as V and the strides make them.
-    divisible = [
-        name
-        for name, kind in types.items()
-        if kind[0] == "*"
-        or name == "split_columns"
-        or (V_class == "aligned" and kind[0] == "i" and name not in _ANY_NUMBER)
-    ]
     source = ASTSource(
         fn=entry.function,
         signature=types,
         constexprs={(names.index(n),): value for n, value in configuration.items() if n in names},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     built = triton_compile(source, target=target, options=options)
     read = _read_gcn(built.asm["amdgcn"]) if amd else _read_cubin(built.asm["cubin"])
-    columns = entry.columns(dtype, V_CLASSES[V_class], warp_size(arch))
-    return Compiled(*read, int(built.metadata.shared), warps, columns)
+    columns = entry.columns(logits, warp_size(arch))
+    return Compiled(*read, int(built.metadata.shared), warps, columns, reductions(built.asm["ttgir"]))
+
+
+def reductions(ttgir: str) -> tuple[str, ...]:
+    """The operands' types of every `tt.reduce`, in the order of the code, with their layouts written out."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    types = re.findall(r'"tt\.reduce"\(.*?^\s*\}\) : \((.*?)\) ->', ttgir, re.DOTALL | re.MULTILINE)
+    return tuple(re.sub(r"#\w+\b(?!\.)", lambda name: layouts[name[0]], one) for one in types)
 
 
 def _read_gcn(assembly: str) -> tuple[Code, int, int]:

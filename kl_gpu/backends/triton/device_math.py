@@ -27,7 +27,7 @@ NO_REFERENCE = tl.constexpr(-1e30)
 
 SINGLES = tl.constexpr(int(Layout.SINGLES))
 RUNS = tl.constexpr(int(Layout.RUNS))
-RUNS_IN_WORDS = tl.constexpr(int(Layout.RUNS_IN_WORDS))
+ALIGNED_RUNS = tl.constexpr(int(Layout.ALIGNED_RUNS))
 PAIRS_IN_WORDS = tl.constexpr(int(Layout.PAIRS_IN_WORDS))
 PAIRS = tl.constexpr(int(Layout.PAIRS))
 
@@ -106,15 +106,110 @@ def _by_thread(pairs, R: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def load_tile(row, start, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+def _first(row, start, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+    """Where a tile starts; the compiler learns here that its runs are aligned.
+
+    It would drop the same hint on the addresses of the whole tile where it moves a broadcast.
+    """
+    if LAYOUT == ALIGNED_RUNS:
+        return tl.multiple_of(row + start, VEC * row.dtype.element_ty.primitive_bitwidth // 8)
+    return row + start
+
+
+@triton.jit
+def _addresses(row, start, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+    return tile_pointers(_first(row, start, VEC, LAYOUT), R, VEC, LAYOUT)
+
+
+@triton.jit
+def _inside(start, last, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+    """Which columns of the tile at `start` lie before `last`: of a run all or none, where V is whole runs."""
+    inside = start + tile_offsets(R, VEC, LAYOUT) < last
+    if LAYOUT == ALIGNED_RUNS:
+        inside = tl.max_constancy(inside, [1, VEC])
+    return inside
+
+
+@triton.jit
+def _in_turn(x, y):
+    """The columns of x `[R, n]` and of y, by turns."""
+    return tl.reshape(tl.join(x, y), [x.shape[0], 2 * x.shape[1]])
+
+
+@triton.jit
+def _load_word(row, column):
+    """The 16-bit numbers of this column and the next, in one word."""
+    low = tl.load(row + column).to(tl.uint16, bitcast=True).to(tl.int32)
+    return tl.load(row + column + 1).to(tl.uint16, bitcast=True).to(tl.int32) << 16 | low
+
+
+@triton.jit
+def _load_words(row, first, COUNT: tl.constexpr):
+    """1, 2 or 4 words `[R, COUNT]` from the column `first` on. A thread owns all of a row."""
+    if COUNT == 1:
+        return _load_word(row, first)[:, None]
+    elif COUNT == 2:
+        return tl.join(_load_word(row, first), _load_word(row, first + 2))
+    else:
+        even = tl.join(_load_word(row, first), _load_word(row, first + 4))
+        return _in_turn(even, tl.join(_load_word(row, first + 2), _load_word(row, first + 6)))
+
+
+@triton.jit
+def _load_column(row, column, last, other, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(row + column, mask=column < last, other=other)
+    else:
+        return tl.load(row + column)
+
+
+@triton.jit
+def _load_columns(row, first, step, last, other, COUNT: tl.constexpr, MASKED: tl.constexpr):
+    """2 or 4 columns `[R, COUNT]`, `step` apart from `first` on. A thread owns all of a row."""
+    x = _load_column(row, first, last, other, MASKED)
+    if COUNT == 2:
+        return tl.join(x, _load_column(row, first + step, last, other, MASKED))
+    else:
+        even = tl.join(x, _load_column(row, first + 2 * step, last, other, MASKED))
+        y = _load_column(row, first + step, last, other, MASKED)
+        return _in_turn(even, tl.join(y, _load_column(row, first + 3 * step, last, other, MASKED)))
+
+
+@triton.jit
+def _load_runs(row, start, last, other, R: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr):
+    """A tile whose runs start anywhere, column by column: in one access, other threads would get them."""
+    first = start + tl.arange(0, R) * VEC
+    if VEC == 8:
+        even = _load_columns(row, first, 2, last, other, 4, MASKED)
+        return _in_turn(even, _load_columns(row, first + 1, 2, last, other, 4, MASKED))
+    else:
+        return _load_columns(row, first, 1, last, other, VEC, MASKED)
+
+
+@triton.jit
+def load_tile(
+    row, start, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, IN_WORDS: tl.constexpr = True
+):
     """The whole tile at column `start`, as it lies in memory; `unpacked` makes logits of it.
 
     16-bit logits stay in words: a loop that carried them to its next pass one by one would pay an instruction
-    and a register for each.
+    and a register for each. Runs do not where IN_WORDS is False.
     """
     WORDS: tl.constexpr = R * VEC // 2
-    if row.dtype.element_ty.primitive_bitwidth != 16 or LAYOUT <= RUNS:
-        return (tl.load(tile_pointers(row + start, R, VEC, LAYOUT)),)
+    AS_WORDS: tl.constexpr = row.dtype.element_ty.primitive_bitwidth == 16 and IN_WORDS
+    if LAYOUT == RUNS:
+        if AS_WORDS:
+            return (_load_words(row + start, tl.arange(0, R) * VEC, VEC // 2),)
+        else:
+            return (_load_runs(row, start, 0, 0.0, R, VEC, False),)
+    elif LAYOUT == ALIGNED_RUNS:
+        if AS_WORDS:
+            words = _first(row, start, VEC, LAYOUT).to(tl.pointer_type(tl.int32))
+            return (tl.load(tile_pointers(words, R, VEC // 2, LAYOUT)),)
+        else:
+            return (tl.load(_addresses(row, start, R, VEC, LAYOUT)),)
+    elif LAYOUT == SINGLES:
+        return (tl.load(_addresses(row, start, R, VEC, LAYOUT)),)
     elif LAYOUT == PAIRS:
         # An odd row's pair lies in two words. Even rows load theirs twice, from the L1: a mask would have
         # registers cleared first. The second word lies in the row, whose columns no tile ends with (VEC does
@@ -125,16 +220,13 @@ def load_tile(row, start, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constex
         return tl.load(words + tl.arange(0, WORDS)), tl.load(beyond + tl.arange(0, WORDS))
     else:
         words = (row + start).to(tl.pointer_type(tl.int32))
-        if LAYOUT == PAIRS_IN_WORDS:
-            return (tl.load(words + tl.arange(0, WORDS)),)
-        else:
-            return (tl.load(tile_pointers(words, R, VEC // 2, RUNS)),)
+        return (tl.load(words + tl.arange(0, WORDS)),)
 
 
 @triton.jit
 def tile_ahead(start, full, STEP: tl.constexpr):
     """Where the next pass starts; behind the last one its own start: a mask would clear registers first."""
-    return tl.multiple_of(tl.minimum(start + STEP, full - STEP), 16)
+    return tl.minimum(start + STEP, full - STEP)
 
 
 @triton.jit
@@ -170,9 +262,11 @@ def load_ragged(
         first = tl.load(row + first, mask=first < last, other=other)
         pairs = tl.join(_by_thread(first, R, VEC), _by_thread(second, R, VEC))
         return tl.reshape(pairs, [R, VEC]).to(CT)
+    elif LAYOUT == RUNS:
+        return _load_runs(row, start, last, other, R, VEC, True).to(CT)
     else:
-        offsets = tile_offsets(R, VEC, LAYOUT)
-        return tl.load(row + start + offsets, mask=start + offsets < last, other=other).to(CT)
+        inside = _inside(start, last, R, VEC, LAYOUT)
+        return tl.load(_addresses(row, start, R, VEC, LAYOUT), mask=inside, other=other).to(CT)
 
 
 @triton.jit
@@ -191,7 +285,7 @@ def store_tile(row, start, values, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: t
         words = words + tl.arange(0, R * VEC // 2)[:, None] * 2 + tl.arange(0, 2)[None, :]
         tl.store(words, _pairs(values, R, VEC))
     else:
-        tl.store(tile_pointers(row + start, R, VEC, LAYOUT), values)
+        tl.store(_addresses(row, start, R, VEC, LAYOUT), values)
 
 
 @triton.jit
@@ -204,8 +298,8 @@ def store_ragged(row, start, last, values, R: tl.constexpr, VEC: tl.constexpr, L
         tl.store(row + column, first, mask=column < last)
         tl.store(row + column + 1, second, mask=column + 1 < last)
     else:
-        offsets = tile_offsets(R, VEC, LAYOUT)
-        tl.store(row + start + offsets, values, mask=start + offsets < last)
+        inside = _inside(start, last, R, VEC, LAYOUT)
+        tl.store(_addresses(row, start, R, VEC, LAYOUT), values, mask=inside)
 
 
 @triton.jit
@@ -236,9 +330,8 @@ def own_columns(grad, first, last, V, LAYOUT: tl.constexpr):
 @triton.jit
 def write_zeros(grad, first, last, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
     """Zero the columns [first, last) of a row that is not valid."""
-    offsets = tile_offsets(R, VEC, LAYOUT)
     for start in range(first, last, R * VEC):
-        tl.store(grad + start + offsets, 0.0, mask=start + offsets < last)
+        tl.store(_addresses(grad, start, R, VEC, LAYOUT), 0.0, mask=_inside(start, last, R, VEC, LAYOUT))
 
 
 @triton.jit

@@ -35,13 +35,18 @@ from .gradient_pass import Incoming, write_gradient
 from .kl_pass import merged, store_row, sweep
 from .launch import (
     ProgramShape,
+    cdiv,
     configuration,
+    enqueue,
     geometry,
     gradient_layout,
     high_low,
+    kernel,
     resident_programs,
+    room_for,
     splits_of,
     step_of,
+    steps,
 )
 
 # Row statistics: n_a, 1/Z_a, n_b, 1/Z_b (so that a_i = 2^(k_a·logit − n_a)/Z_a), then c and log_z_ratio with
@@ -55,7 +60,7 @@ _FAST_PATH = _ARRIVED
 # The least KL of a row whose gradient to b, stored in 16 bits, is a difference of two exponentials.
 _DIRECT = tl.constexpr(1e-3)
 # A split's state, while it waits for the others: n, c, n_b, z, a1, a2; then the formula's three sums. There
-# is room for SPLITS of each, num_splits rounded up to a power of two.
+# is room for SPLITS of each, num_splits or more.
 STATE = 9
 _STATE = tl.constexpr(STATE)
 
@@ -303,14 +308,13 @@ def _item(
 
 
 # Loose parameters: tuples of them double what Triton 3.4 takes to bind the arguments of a launch (21 µs).
-@triton.jit(do_not_specialize=["n_rows", "n_inner", "num_splits", "lag"])
+@kernel
 def pair_kernel(
     a_ptr, b_ptr,  # [A, B, V] fp16, bf16, fp32 or fp64, each
     valid_ptr,  # [A*B] bool, or None
     value_ptr,  # [A*B] CT
-    stats_ptr,  # [A*B, STATS] CT, zeroed where VALUE
+    stats_ptr,  # [A*B, STATS] CT, zeroed where VALUE, with one row more for the queue where STAGES > 1
     states_ptr,  # [A*B, STATE, SPLITS] CT, where VALUE and SPLITS > 1
-    queue_ptr,  # [1] int32, zeroed, where STAGES > 1
     row_scale_ptr,  # [A*B] CT, where TO_A or TO_B
     incoming_ptr,  # [] CT, where HAS_INCOMING
     grad_a_ptr, grad_b_ptr,  # [A, B, V] in the dtype of its side, where TO_A and where TO_B
@@ -337,7 +341,8 @@ def pair_kernel(
     incoming = tl.full([], 1.0, CT)
     if STAGES > 1:
         # Not the program's number: only a number that was taken says that its predecessors run.
-        begin = tl.atomic_add(queue_ptr, 1)
+        queue = stats_ptr + n_rows.to(tl.int64) * _STATS
+        begin = tl.atomic_add(queue.to(tl.pointer_type(tl.int32)), 1)
     if HAS_INCOMING:
         incoming = tl.load(incoming_ptr).to(CT)
         # For an incoming 1 the gradient is there already.
@@ -372,36 +377,37 @@ def _launch(
     incoming: Tensor | None = None,
 ) -> None:
     config = configuration(p, SHAPES if p.formula == "kl" else FORMULA_SHAPES)
-    splits = splits_of(p.a.shape[2], step_of(p, config))
-    width = triton.next_power_of_2(splits.number)
+    splits = splits_of(p.a.shape[-1], step_of(p, config))
+    width = room_for(splits.number)
     has_gradient = grad_a is not None or grad_b is not None
     stages = (0 if value is None else 1 if p.formula == "kl" else 2) + has_gradient
     shared = value is not None and splits.number > 1
     states = stats.new_empty((p.n_rows, STATE, width)) if shared else stats
-    queue = stats.new_zeros(1, dtype=torch.int32) if stages > 1 else stats
     resident = resident_programs(p.a.device)
-    lag = min(p.n_rows, triton.cdiv(5 * resident, 4 * splits.number * stages)) if stages > 1 else 0
+    lag = min(p.n_rows, cdiv(5 * resident, 4 * splits.number * stages)) if stages > 1 else 0
     programs = (p.n_rows + (stages - 1) * lag) * splits.number * stages
     if incoming is not None:
         # Most often there is nothing to do, which a few programs find out sooner than many.
         programs = min(programs, 2 * resident)
     # What has no tensor passes one that is never read or written through.
     out_a, out_b = p.a if grad_a is None else grad_a, p.b if grad_b is None else grad_b
-    pair_kernel[(programs,)](
-        p.a, p.b, p.valid, stats if value is None else value, stats, states, queue,
+    enqueue(
+        pair_kernel, programs, p.a.device,
+        p.a, p.b, p.valid, stats if value is None else value, stats, states,
         stats if row_scale is None else row_scale, stats if incoming is None else incoming, out_a, out_b,
         p.n_rows, *geometry(p), *high_low(p.beta), *near_coefficients(p.formula, p.beta),
-        out_a.stride(0), out_a.stride(1), out_b.stride(0), out_b.stride(1), *splits, lag,
+        *steps(out_a), *steps(out_b), *splits, lag,
         HAS_VALID=p.valid is not None, HAS_INCOMING=incoming is not None, FORMULA=p.formula,
         VALUE=value is not None, TO_A=grad_a is not None, TO_B=grad_b is not None, SPLITS=width,
-        OUT_LAYOUT=gradient_layout(config["LAYOUT"], p.a, p.b, grad_a, grad_b),
+        OUT_LAYOUT=gradient_layout(config["LAYOUT"], p.a, p.b, grad_a, grad_b) if has_gradient else 0,
         LOG2=logarithm(p.formula, p.dtype, p.a.device.type == "cuda" and not torch.version.hip), **config,
     )  # fmt: skip
 
 
 def _outputs(p: RowPair) -> tuple[Tensor, Tensor]:
+    """Values, and statistics with a row more for the queue, which would be another tensor to fill."""
     value = torch.empty(p.n_rows, dtype=p.dtype, device=p.a.device)
-    return value, torch.zeros((p.n_rows, STATS), dtype=p.dtype, device=p.a.device)
+    return value, torch.zeros((p.n_rows + 1, STATS), dtype=p.dtype, device=p.a.device)
 
 
 def value(p: RowPair) -> tuple[Tensor, Tensor]:
@@ -411,12 +417,14 @@ def value(p: RowPair) -> tuple[Tensor, Tensor]:
     """
     value, stats = _outputs(p)
     _launch(p, value, stats, None, None, None)
-    return value, stats
+    return value, stats[:-1]
 
 
 def divergence(p: RowPair) -> Tensor:
     """`value` without the statistics, which the kernel passes from stage to stage all the same."""
-    return value(p)[0]
+    value, stats = _outputs(p)
+    _launch(p, value, stats, None, None, None)
+    return value
 
 
 def gradient(
@@ -440,4 +448,4 @@ def value_and_gradient(
     """`value`, and row_scale · ∂divergence/∂logits into the buffers; 3 U of DRAM where the L2 holds a row."""
     value, stats = _outputs(p)
     _launch(p, value, stats, row_scale, grad_a, grad_b)
-    return value, stats
+    return value, stats[:-1]
