@@ -97,7 +97,9 @@ struct ColumnMask {
 
     explicit ColumnMask(const Weightless& low) : low_a(splat<VF>(low.a)), low_b(splat<VF>(low.b)) {}
     KL_INLINE void take_out(VF& a, VF& b) {
-        const VI no_a = a == splat<VF>(-__builtin_inff());
+        // A NaN or +inf stays where it is, and shows in the sums.
+        const VF inf = splat<VF>(__builtin_inff());
+        const VI no_a = (a == -inf) & (b < inf);
         lone_b = no_a ? max(b, lone_b) : lone_b;
         a = no_a ? low_a : a;
         b = no_a ? low_b : b;
