@@ -42,9 +42,9 @@ def _in_place(modules: Modules) -> Iterator[None]:
             sys.modules.pop(name, None)
         sys.modules.update(new)
         if package is not None:
-            backends.triton = package
+            setattr(backends, "triton", package)  # noqa: B010
         elif hasattr(backends, "triton"):
-            del backends.triton
+            delattr(backends, "triton")
 
     replace(before, modules, modules.get(NAME))
     registry._loaded.pop("triton", None)
@@ -52,8 +52,10 @@ def _in_place(modules: Modules) -> Iterator[None]:
         yield
     finally:
         replace(_loaded(), before, attribute)
-        registry._loaded.clear(), registry._loaded.update(loaded)
-        registry._usable.clear(), registry._usable.update(usable)
+        registry._loaded.clear()
+        registry._loaded.update(loaded)
+        registry._usable.clear()
+        registry._usable.update(usable)
 
 
 @cache
@@ -73,9 +75,9 @@ def load(folder: Path = SOURCES) -> Modules:
         spec.loader.exec_module(package)
         modules = _loaded()
     # The host chooses NVIDIA's logarithm by where the tensors are.
-    pair = modules[f"{NAME}.pair"]
-    choose = pair.logarithm
-    pair.logarithm = lambda formula, dtype, nvidia: choose(formula, dtype, True)
+    pair = vars(modules[f"{NAME}.pair"])
+    choose = pair["logarithm"]
+    pair["logarithm"] = lambda formula, dtype, nvidia: choose(formula, dtype, True)
     return modules
 
 
@@ -87,3 +89,10 @@ def executed(arch: str, folder: Path = SOURCES) -> Iterator[Driver]:
         devices = frozenset({*registry._TRITON_DEVICES, "cpu"})
         with mock.patch.object(registry, "_TRITON_DEVICES", devices):
             yield driver
+
+
+def is_executed() -> bool:
+    """Whether backend="triton" means that now."""
+    from triton.runtime.driver import driver
+
+    return isinstance(driver._active, Driver)

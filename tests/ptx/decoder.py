@@ -25,7 +25,8 @@ class Instruction(ctypes.Structure):
     """core/program.h describes it."""
 
     _fields_ = [
-        ("opcode", ctypes.c_int32), ("guard", ctypes.c_int32), ("negated", ctypes.c_int32), ("count", ctypes.c_int32),
+        ("opcode", ctypes.c_int32), ("guard", ctypes.c_int32),
+        ("negated", ctypes.c_int32), ("count", ctypes.c_int32),
         ("destination", ctypes.c_int32 * 4), ("source", ctypes.c_int32 * 4), ("immediate", ctypes.c_int64),
         ("line", ctypes.c_int32), ("width", ctypes.c_int32),
     ]  # fmt: skip
@@ -187,8 +188,8 @@ class Decoder:
             return self._parameter(statement, parts)
         if space not in ("global", "shared"):
             raise Unsupported(f"memory of kind {space}")
-        if "acquire" in parts:
-            return self._acquire(statement, parts)
+        if "acquire" in parts or "relaxed" in parts:
+            return self._atomic_load(statement, parts)
         vector = [int(x[1:]) for x in parts[2:-1] if re.match(r"v\d$", x)]
         unknown = [x for x in parts[2:-1] if x not in _CACHE_HINTS and not re.match(r"v\d$", x)]
         bytes_ = _ACCESS_BYTES.get(parts[-1][1:])
@@ -205,30 +206,40 @@ class Decoder:
         self._address(made, address, 8 if space == "global" else 4)
         made.count, made.width = len(registers), bytes_
         for n, register in enumerate(registers):
-            place = self.registers.register(register) if load else self.registers.source(register, max(bytes_, 4))
+            place = (
+                self.registers.register(register) if load else self.registers.source(register, max(bytes_, 4))
+            )
             made.destination[n] = place
         return None
 
     def _parameter(self, statement: Statement, parts: list[str]) -> None:
         to, address = statement.operands
-        name = address.strip("[]")
-        bytes_ = 8 if parts[-1].endswith("64") else 4
-        self.registers.place(f"{bytes_} of parameter {name}", bytes_)
-        made = self._emit(f"mov.b{8 * bytes_}", statement)
+        kind, bytes_ = parts[-1], _ACCESS_BYTES.get(parts[-1][1:], 0)
+        whole = self.registers.width(to)
+        if bytes_ not in (4, 8) or bytes_ > whole or (bytes_ < whole and kind[0] not in "su"):
+            raise Unsupported(f"a parameter read as {kind}")
+        opcode = f"cvt.{kind[0]}64.{kind}" if bytes_ < whole else f"mov.b{8 * bytes_}"
+        made = self._emit(opcode, statement)
         made.destination[0] = self.registers.register(to)
-        made.source[0] = self.registers.places[f"{bytes_} of parameter {name}"]
+        made.source[0] = self.registers.place(f"{bytes_} of parameter {address.strip('[]')}", bytes_)
 
-    def _acquire(self, statement: Statement, parts: list[str]) -> None:
-        if set(parts[1:]) != {"global", "gpu", "acquire", "b32"} or parts[0] != "ld":
-            raise Unsupported("only 32-bit loads that acquire for the GPU are modelled")
-        made = self._emit("ATOMIC_LOAD_B32", statement)
+    def _atomic_load(self, statement: Statement, parts: list[str]) -> None:
+        order = parts[3] if len(parts) > 3 else ""
+        opcode = f"ATOMIC_LOAD_{parts[-1]}".upper()
+        if (
+            parts[:3] != ["ld", "global", "gpu"]
+            or order not in ("acquire", "relaxed")
+            or opcode not in OPCODES
+        ):
+            raise Unsupported("only loads of one word for the whole GPU are modelled")
+        made = self._emit(opcode, statement)
         made.destination[0] = self.registers.register(statement.operands[0].strip("{}"))
         self._address(made, statement.operands[1], 8)
-        made.width = ACQUIRE
+        made.width = _ORDERS[order]
 
     def _atomic(self, statement: Statement, parts: list[str]) -> None:
         opcode = f"ATOMIC_{parts[-2]}_{parts[-1]}".upper()
-        *order, operation, kind = parts[1:]
+        *order, _, kind = parts[1:]
         scope = [x for x in order if x in ("cta", "cluster")]
         if opcode not in OPCODES or scope or "global" not in order:
             raise Unsupported("the executor does not know this atomic")
@@ -273,7 +284,9 @@ class Decoder:
             raise Unsupported("only 8 x 8 matrices of 16-bit numbers are modelled")
         load = parts[0] == "ldmatrix"
         values, address = statement.operands if load else reversed(statement.operands)
-        made = self._emit("MATRIX_" + ("LOAD" if load else "STORE") + ("_TRANS" if "trans" in parts else ""), statement)
+        made = self._emit(
+            "MATRIX_" + ("LOAD" if load else "STORE") + ("_TRANS" if "trans" in parts else ""), statement
+        )
         self._address(made, address, 4)
         registers = _group(values)
         made.count = len(registers)

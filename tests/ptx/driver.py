@@ -1,11 +1,11 @@
-"""Triton's driver for a GPU that is not there: kernels are compiled for it, and launches run their PTX here."""
+"""Triton's driver for a GPU that is not there: kernels are compiled for it, and launches execute its PTX."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def missing() -> str | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _program(ptx: str) -> Program:
     return Program(ptx)
 
@@ -94,7 +94,9 @@ class Driver:
         def launch(x: int, y: int, z: int, stream: int, ptx: str, *arguments: Any) -> None:
             # Before the kernel's arguments: metadata and hooks.
             values = arguments[len(arguments) - len(source.signature) :]
-            self._launch(ptx, (x, y, z), dict(zip(names, (values[n] for n in given), strict=True)), metadata.shared)
+            self._launch(
+                ptx, (x, y, z), dict(zip(names, (values[n] for n in given), strict=True)), metadata.shared
+            )
 
         return launch
 

@@ -1,7 +1,7 @@
 """Triton's language as compiled code needs it, in a process whose kernels are interpreted otherwise.
 
-Import this before any kernel is interpreted: the interpreter replaces the language's functions by its own, and
-leaves them there.
+Import this before any kernel is interpreted: the interpreter replaces the language's functions by its own,
+and leaves them there.
 """
 
 from __future__ import annotations

@@ -40,7 +40,9 @@ def load() -> ctypes.CDLL:
         raise RuntimeError("the PTX executor needs a C++20 compiler, and found none")
     # Which instructions -march=native means, and the compiler's version: both are macros.
     macros = _printed(cxx, "-march=native", "-dM", "-E", "-x", "c++", os.devnull)
-    sources = {path.name: path.read_text() for path in sorted(CORE.iterdir())} | {"operations.inc": generated()}
+    sources = {path.name: path.read_text() for path in sorted(CORE.iterdir())} | {
+        "operations.inc": generated()
+    }
     key = hashlib.sha256(repr((macros, _FLAGS, sources)).encode()).hexdigest()[:16]
     folder = BUILD / key
     built = folder / "core.so"

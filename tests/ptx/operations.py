@@ -59,10 +59,14 @@ def _integers(table: dict[str, Operation]) -> None:
             table[f"mul.wide.{one}"] = Operation(two, (one, one), f"{two}(a) * b")
             sum_ = f"{two}(u{2 * bits}({two}(a) * b) + u{2 * bits}(c))"
             table[f"mad.wide.{one}"] = Operation(two, (one, one, two), sum_)
-        table[f"mul.hi.{sign}32"] = Operation(f"{sign}32", (f"{sign}32",) * 2, f"{sign}32(({sign}64(a) * b) >> 32)")
+        table[f"mul.hi.{sign}32"] = Operation(
+            f"{sign}32", (f"{sign}32",) * 2, f"{sign}32(({sign}64(a) * b) >> 32)"
+        )
         table[f"bfe.{sign}32"] = Operation(f"{sign}32", (f"{sign}32", "u32", "u32"), "extracted(a, b, c)")
     word = ("u32", "u32", "u32")
-    table["add.s16x2"] = Operation("u32", word[:2], "((a + b) & 0xffff) | ((a & 0xffff0000u) + (b & 0xffff0000u))")
+    table["add.s16x2"] = Operation(
+        "u32", word[:2], "((a + b) & 0xffff) | ((a & 0xffff0000u) + (b & 0xffff0000u))"
+    )
     table["popc.b32"] = Operation("u32", word[:1], "u32(std::popcount(a))")
     table["clz.b32"] = Operation("u32", word[:1], "u32(std::countl_zero(a))")
     table["brev.b32"] = Operation("u32", word[:1], "reversed(a)")
@@ -72,7 +76,9 @@ def _integers(table: dict[str, Operation]) -> None:
 
 
 def _moved(name: str, kind: str) -> Operation:
-    return Operation(kind, (kind, kind, "p"), "c ? a : b") if name == "selp" else Operation(kind, (kind,), "a")
+    return (
+        Operation(kind, (kind, kind, "p"), "c ? a : b") if name == "selp" else Operation(kind, (kind,), "a")
+    )
 
 
 def _predicates(table: dict[str, Operation]) -> None:
@@ -85,7 +91,9 @@ def _predicates(table: dict[str, Operation]) -> None:
 def _comparisons(ordered: bool = True) -> dict[str, str]:
     """Of floats, as functions of a and b. A NaN makes the plain ones false and those ending in u true."""
     unordered = "(a != a || b != b)"
-    plain = {name: f"a {sign} b" for name, sign in _ORDERED.items() if name != "ne"} | {"ne": "(a < b || a > b)"}
+    plain = {name: f"a {sign} b" for name, sign in _ORDERED.items() if name != "ne"} | {
+        "ne": "(a < b || a > b)"
+    }
     others = {f"{name}u": f"{text} || {unordered}" for name, text in plain.items()}
     return plain | others | {"num": f"!{unordered}", "nan": unordered}
 
@@ -93,7 +101,9 @@ def _comparisons(ordered: bool = True) -> dict[str, str]:
 def _floats(table: dict[str, Operation]) -> None:
     for kind, raw in _FLOATS.items():
         for name, sign in {"add": "+", "sub": "-", "mul": "*"}.items():
-            table[f"{name}.{kind}"] = table[f"{name}.rn.{kind}"] = Operation(kind, (kind, kind), f"a {sign} b")
+            table[f"{name}.{kind}"] = table[f"{name}.rn.{kind}"] = Operation(
+                kind, (kind, kind), f"a {sign} b"
+            )
         table[f"fma.rn.{kind}"] = Operation(kind, (kind, kind, kind), "std::fma(a, b, c)")
         table[f"div.rn.{kind}"] = Operation(kind, (kind, kind), "a / b")
         table[f"rcp.rn.{kind}"] = Operation(kind, (kind,), "1 / a")
@@ -140,7 +150,9 @@ def _conversions(table: dict[str, Operation]) -> None:
         table[f"cvt.f32.{kind}"] = Operation("f32", ("u16",), f"from_{kind}(a)")
         table[f"cvt.f64.{kind}"] = Operation("f64", ("u16",), f"f64(from_{kind}(a))")
         table[f"cvt.rn.{kind}.f32"] = Operation("u16", ("f32",), f"to_{kind}(a)")
-        table[f"cvt.rn.{kind}x2.f32"] = Operation("u32", ("f32", "f32"), f"u32(to_{kind}(a)) << 16 | to_{kind}(b)")
+        table[f"cvt.rn.{kind}x2.f32"] = Operation(
+            "u32", ("f32", "f32"), f"u32(to_{kind}(a)) << 16 | to_{kind}(b)"
+        )
     table["cvt.rn.f16.f64"] = Operation("u16", ("f64",), "to_f16(a)")
     for kind in _FLOATS:
         for mode, function in {"rni": "nearbyint", "rmi": "floor", "rpi": "ceil", "rzi": "trunc"}.items():
@@ -172,13 +184,28 @@ BY_HAND = (
     *("NOTHING", "TRAP", "BRANCH", "RETURN", "BARRIER", "WARP_BARRIER"),
     *("GLOBAL_LOAD", "GLOBAL_STORE", "SHARED_LOAD", "SHARED_STORE"),
     *("MATRIX_LOAD", "MATRIX_LOAD_TRANS", "MATRIX_STORE", "MATRIX_STORE_TRANS"),
-    *("ATOMIC_LOAD_B32", "ATOMIC_EXCH_B32", "ATOMIC_CAS_B32", "ATOMIC_ADD_F32", "ATOMIC_ADD_F64"),
-    *("ATOMIC_ADD_U32", "ATOMIC_ADD_U64", "ATOMIC_MAX_S32", "ATOMIC_MIN_S32", "ATOMIC_OR_B32", "ATOMIC_AND_B32"),
+    *(
+        "ATOMIC_LOAD_B32",
+        "ATOMIC_LOAD_B64",
+        "ATOMIC_EXCH_B32",
+        "ATOMIC_CAS_B32",
+        "ATOMIC_ADD_F32",
+        "ATOMIC_ADD_F64",
+    ),
+    *(
+        "ATOMIC_ADD_U32",
+        "ATOMIC_ADD_U64",
+        "ATOMIC_MAX_S32",
+        "ATOMIC_MIN_S32",
+        "ATOMIC_OR_B32",
+        "ATOMIC_AND_B32",
+    ),
     *("SHUFFLE_BFLY", "SHUFFLE_IDX", "SHUFFLE_UP", "SHUFFLE_DOWN", "BALLOT"),
     *("REDUCE_ADD_S32", "REDUCE_MAX_S32", "REDUCE_MIN_S32", "REDUCE_MAX_U32", "REDUCE_MIN_U32"),
     *("REDUCE_AND_B32", "REDUCE_OR_B32", "REDUCE_XOR_B32", "UNPACK", "PACK"),
 )
 OPCODES = {name: n for n, name in enumerate((*BY_HAND, *LANEWISE))}
+
 
 def width(kind: str) -> int:
     """Bytes that one lane of a register of this type takes: 16 bits lie in a word."""
@@ -193,15 +220,19 @@ def _function(name: str) -> str:
         for n, (kind, letter) in enumerate(zip(sources, "abc", strict=False))
     )
     reads = "".join(
-        f"auto {letter} = {_read(kind, letter + 's[l]')}; " for kind, letter in zip(sources, "abc", strict=False)
+        f"auto {letter} = {_read(kind, letter + 's[l]')}; "
+        for kind, letter in zip(sources, "abc", strict=False)
     )
     if result[0] == "f":
         made = f"bits<{lane}>({result}({expression}))"
     else:
         made = f"{lane}({expression})" if result == "p" else f"{lane}(u{result[1:]}({expression}))"
     return (
-        f"// {name}\nstatic void lanewise_{OPCODES[name]}(u8* r, const Instruction& i, u32 lanes) {{\n    {arrays}\n"
-        f"    alignas(64) {lane} made[LANES];\n    for (int l = 0; l < LANES; l++) {{ {reads}made[l] = {made}; }}\n"
+        f"// {name}\n"
+        f"static void lanewise_{OPCODES[name]}(u8* r, const Instruction& i, u32 lanes) {{\n"
+        f"    {arrays}\n"
+        f"    alignas(64) {lane} made[LANES];\n"
+        f"    for (int l = 0; l < LANES; l++) {{ {reads}made[l] = {made}; }}\n"
         f"    put(({lane}*)(r + i.destination[0]), made, lanes);\n}}\n"
     )
 

@@ -59,7 +59,10 @@ def parse(ptx: str) -> Kernel:
         raise Unsupported(f"{name}: directives {directives.split()}")
     kernel = Kernel(
         name,
-        [Parameter(*x) for x in re.findall(r"\.param\s+\.(\w+)[^,\n]*?(\w+)\s*(?:,|$)", parameters, re.MULTILINE)],
+        [
+            Parameter(*x)
+            for x in re.findall(r"\.param\s+\.(\w+)[^,\n]*?(\w+)\s*(?:,|$)", parameters, re.MULTILINE)
+        ],
         int(threads[1]) // 32,
         {prefix: kind for kind, prefix in re.findall(r"\.reg\s+\.(\w+)\s+%(\w+)<\d+>", body)},
     )

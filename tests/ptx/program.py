@@ -76,7 +76,8 @@ class Report:
 
 class _Buffer(ctypes.Structure):
     _fields_ = [
-        ("begin", ctypes.c_uint64), ("end", ctypes.c_uint64), ("writable", ctypes.c_int32), ("pad", ctypes.c_int32),
+        ("begin", ctypes.c_uint64), ("end", ctypes.c_uint64),
+        ("writable", ctypes.c_int32), ("pad", ctypes.c_int32),
     ]  # fmt: skip
 
 
@@ -90,8 +91,9 @@ class _Launch(ctypes.Structure):
         ("grid_x", ctypes.c_int64), ("grid_y", ctypes.c_int64), ("grid_z", ctypes.c_int64),
         ("shared_bytes", ctypes.c_int64), ("buffers", ctypes.c_void_p), ("n_buffers", ctypes.c_int64),
         ("resident", ctypes.c_int64), ("quantum", ctypes.c_int64), ("patience", ctypes.c_int64),
-        ("seed", ctypes.c_uint64), ("shuffle", ctypes.c_int32), ("weak", ctypes.c_int32), ("error", ctypes.c_int32),
-        ("hazards", ctypes.c_int32), ("races", ctypes.c_int32), ("pad", ctypes.c_int32),
+        ("seed", ctypes.c_uint64), ("shuffle", ctypes.c_int32), ("weak", ctypes.c_int32),
+        ("error", ctypes.c_int32), ("hazards", ctypes.c_int32),
+        ("races", ctypes.c_int32), ("pad", ctypes.c_int32),
         ("executed", ctypes.c_void_p), ("traffic", ctypes.c_void_p), ("message", ctypes.c_void_p),
         ("message_bytes", ctypes.c_int64),
     ]  # fmt: skip
@@ -127,8 +129,8 @@ class Program:
         return registers
 
     def run(
-        self, grid: tuple[int, int, int], values: Sequence[float], buffers: Sequence[Buffer], shared_bytes: int,
-        settings: Settings, counted: bool = False,
+        self, grid: tuple[int, int, int], values: Sequence[float], buffers: Sequence[Buffer],
+        shared_bytes: int, settings: Settings, counted: bool = False,
     ) -> Report:  # fmt: skip
         """Launch it.
 
@@ -140,17 +142,19 @@ class Program:
             ExecutionError: an access out of bounds, a race, a deadlock, and the like.
         """
         registers = self._with_parameters(values)
-        table = (_Buffer * len(buffers))(*((b.address, b.address + b.bytes, b.writable, 0) for b in buffers))
+        table = (_Buffer * len(buffers))(
+            *(_Buffer(b.address, b.address + b.bytes, b.writable, 0) for b in buffers)
+        )
         executed = np.zeros((len(self._code), 2), np.uint64)
         traffic = np.zeros((len(buffers), 4), np.uint64)
         message = ctypes.create_string_buffer(1024)
-        place = self._places
+        place, s = self._places, settings
         launch = _Launch(
             ctypes.addressof(self._code), registers.ctypes.data, len(registers),
-            place["tid.x"], place["ctaid.x"], place["ctaid.y"], place["ctaid.z"], place["nctaid.x"], self.warps,
-            *grid, shared_bytes, ctypes.addressof(table), len(buffers),
-            settings.resident, settings.quantum, settings.patience, settings.seed, settings.shuffle, settings.weak,
-            ERRORS.index(settings.error), settings.hazards, settings.races, 0,
+            place["tid.x"], place["ctaid.x"], place["ctaid.y"], place["ctaid.z"], place["nctaid.x"],
+            self.warps, *grid, shared_bytes, ctypes.addressof(table), len(buffers),
+            s.resident, s.quantum, s.patience, s.seed, s.shuffle, s.weak, ERRORS.index(s.error), s.hazards,
+            s.races, 0,
             executed.ctypes.data if counted else None, traffic.ctypes.data if counted else None,
             ctypes.addressof(message), len(message),
         )  # fmt: skip

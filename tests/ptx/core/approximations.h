@@ -1,4 +1,5 @@
-// The instructions that need not round correctly, with the worst error that NVIDIA documents for them on demand.
+// The instructions that need not round correctly, with the worst error that NVIDIA documents for them on
+// demand.
 #pragma once
 
 #include "values.h"
@@ -21,10 +22,14 @@ inline u64 mixed(u64 x) {
 // From -most to most.
 inline int error_of(u64 input, int most) {
     switch (g_error) {
-        case Error::none: return 0;
-        case Error::up: return most;
-        case Error::down: return -most;
-        default: return int(mixed(input + g_salt) % u64(2 * most + 1)) - most;
+        case Error::none:
+            return 0;
+        case Error::up:
+            return most;
+        case Error::down:
+            return -most;
+        default:
+            return int(mixed(input + g_salt) % u64(2 * most + 1)) - most;
     }
 }
 inline f32 off_by_ulps(f32 x, u64 input, int ulps) {

@@ -6,7 +6,7 @@
 namespace ptx {
 
 class Bounds {
-  public:
+public:
     explicit Bounds(const Launch& launch) : buffers(launch.buffers), n(launch.n_buffers) {}
 
     // The number of the buffer that holds these bytes.
@@ -24,7 +24,7 @@ class Bounds {
         report(lane, address, bytes, store);
     }
 
-  private:
+private:
     bool holds(s64 i, u64 address, int bytes, bool store) const {
         return i < n && address >= buffers[i].begin && address + u64(bytes) <= buffers[i].end &&
                (!store || buffers[i].writable);
@@ -38,9 +38,10 @@ class Bounds {
             if (distance < least) least = distance, nearest = i;
         }
         const char* what = store ? "store" : "load";
-        if (nearest < 0) fail("lane %d: %s of %d bytes, and the kernel was given no buffer", lane, what, bytes);
-        fail("lane %d: %s of %d bytes outside every buffer, at byte %lld of buffer %lld, which has %lld", lane,
-             what, bytes, (long long)(address - buffers[nearest].begin), (long long)nearest,
+        if (nearest < 0)
+            fail("lane %d: %s of %d bytes, and the kernel was given no buffer", lane, what, bytes);
+        fail("lane %d: %s of %d bytes outside every buffer, at byte %lld of buffer %lld, which has %lld",
+             lane, what, bytes, (long long)(address - buffers[nearest].begin), (long long)nearest,
              (long long)(buffers[nearest].end - buffers[nearest].begin));
     }
 

@@ -16,10 +16,18 @@ inline void shuffle(Warp& warp, const Instruction& i, Shuffle kind) {
         s64 const low = s64(lane & segment), high = low | s64(clamp & ~segment), by = operand[lane] & 31;
         s64 from = lane;
         switch (kind) {
-            case Shuffle::butterfly: from = lane ^ by; break;
-            case Shuffle::index: from = low | (by & ~s64(segment)); break;
-            case Shuffle::up: from = lane - by; break;
-            case Shuffle::down: from = lane + by; break;
+            case Shuffle::butterfly:
+                from = lane ^ by;
+                break;
+            case Shuffle::index:
+                from = low | (by & ~s64(segment));
+                break;
+            case Shuffle::up:
+                from = lane - by;
+                break;
+            case Shuffle::down:
+                from = lane + by;
+                break;
         }
         bool const valid = kind == Shuffle::up ? from >= high : from <= high;
         warp.at<u32>(i.destination[0])[lane] = value[valid ? from : lane];
@@ -49,7 +57,8 @@ inline void matrices(Block& block, Warp& warp, const Instruction& i, bool store,
             return transposed ? whole[column][row] : whole[row][column];
         };
         auto rows = [&](auto access) {
-            for (int r = 0; r < 8; r++) access(8 * j + r, u64(address[8 * j + r]) + u64(i.immediate), whole[r]);
+            for (int r = 0; r < 8; r++)
+                access(8 * j + r, u64(address[8 * j + r]) + u64(i.immediate), whole[r]);
         };
         u32* held = warp.at<u32>(i.destination[j]);
         if (store) {
@@ -76,7 +85,8 @@ inline void unpack(Warp& warp, const Instruction& i, u32 lanes) {
         u64 const value = warp.get(i.source[0], whole, lane);
         for (int c = 0; c < i.count; c++)
             if (i.destination[c] >= 0)
-                warp.at<u32>(i.destination[c])[lane] = u32(value >> (8 * i.width * c)) & (ALL >> (32 - 8 * i.width));
+                warp.at<u32>(i.destination[c])[lane] =
+                    u32(value >> (8 * i.width * c)) & (ALL >> (32 - 8 * i.width));
     }
 }
 inline void pack(Warp& warp, const Instruction& i, u32 lanes) {

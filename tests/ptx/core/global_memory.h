@@ -9,7 +9,7 @@
 namespace ptx {
 
 class GlobalMemory {
-  public:
+public:
     GlobalMemory(const Launch& launch, std::mt19937_64& random)
         : races(launch), bounds(launch), traffic(launch), random(random), weak(launch.weak) {}
 
@@ -39,8 +39,10 @@ class GlobalMemory {
             for (int c = 0; c < i.count; c++) {
                 u64 const value = warp.get(i.destination[c], i.width, lane);
                 u64 const at = x + u64(c * i.width);
-                if (weak) block.stores.store(at, value, i.width, warp.id, block.epoch);
-                else memcpy(reinterpret_cast<void*>(at), &value, size_t(i.width));
+                if (weak)
+                    block.stores.store(at, value, i.width, warp.id, block.epoch);
+                else
+                    memcpy(reinterpret_cast<void*>(at), &value, size_t(i.width));
             }
         }
         if (weak) block.stores.let_arrive_beyond(256, random);
@@ -80,7 +82,7 @@ class GlobalMemory {
 
     Races races;
 
-  private:
+private:
     u64 read(const Block& block, u64 address, int bytes) const {
         if (weak) return block.stores.load(address, bytes);
         u64 value = 0;

@@ -16,7 +16,8 @@ constexpr u32 ALL = 0xffffffffu;
 constexpr s32 RELEASE = 1;
 constexpr s32 ACQUIRE = 2;
 
-// A register is 32 lanes of 4 or 8 bytes; registers are named by their offset in bytes. Mirrored in program.py.
+// A register is 32 lanes of 4 or 8 bytes; registers are named by their offset in bytes. Mirrored in
+// program.py.
 struct Instruction {
     s32 opcode, guard;              // guard: the predicate, -1 if none
     s32 negated, count;             // count: registers that a vector access moves

@@ -1,8 +1,9 @@
 // Global accesses that nothing orders: a happens-before check by vector clocks.
 //
-// Two accesses of one address by different warps, at least one of them a store, must be ordered by the program's
-// order, by barriers of a block, or by a release that an acquire of the same address has seen. Warps' clocks,
-// and the last accesses of every address, say whether they are (FastTrack: Flanagan and Freund, 2009).
+// Two accesses of one address by different warps, at least one of them a store, must be ordered by the
+// program's order, by barriers of a block, or by a release that an acquire of the same address has seen.
+// Warps' clocks, and the last accesses of every address, say whether they are (FastTrack: Flanagan and
+// Freund, 2009).
 #pragma once
 
 #include <unordered_map>
@@ -13,7 +14,7 @@
 namespace ptx {
 
 class Races {
-  public:
+public:
     explicit Races(const Launch& launch) : buffers(launch.buffers), on(launch.races) {
         if (!on) return;
         warps_of_block = launch.warps;
@@ -39,8 +40,10 @@ class Races {
         for_granules(buffer, address, bytes, [&](Touched& t, u64 at) {
             ordered_or_fail(t.store, warp, buffer, at, "load", "the store");
             if (t.atomics) ordered_or_fail(atomics[address_of(buffer, at)], warp, buffer, at, "load");
-            if (t.load.warp == warp.number || before(t.load, warp)) t.load = now(warp);
-            else share(t, address_of(buffer, at), warp);
+            if (t.load.warp == warp.number || before(t.load, warp))
+                t.load = now(warp);
+            else
+                share(t, address_of(buffer, at), warp);
         });
     }
     void store(s64 buffer, u64 address, int bytes, const Warp& warp) {
@@ -84,7 +87,7 @@ class Races {
         }
     }
 
-  private:
+private:
     using Clock = std::vector<u32>;
     static constexpr u64 GRANULE = 2;  // bytes: the narrowest number that kernels store
 
@@ -139,25 +142,28 @@ class Races {
         readers.erase(address_of(buffer, at));
         t.loads = false;
     }
-    void ordered_or_fail(const Accesses& others, const Warp& warp, s64 buffer, u64 at, const char* what) const {
+    void ordered_or_fail(const Accesses& others, const Warp& warp, s64 buffer, u64 at,
+                         const char* what) const {
         for (const Access& other : others) ordered_or_fail(other, warp, buffer, at, what, "an access");
     }
     void ordered_or_fail(const Access& other, const Warp& warp, s64 buffer, u64 at, const char* what,
                          const char* of) const {
         if (other.warp == warp.number || before(other, warp)) return;
-        fail("race: nothing orders this %s of byte %lld of buffer %lld and %s in PTX line %d by block %lld warp %lld",
-             what, (long long)(at * GRANULE), (long long)buffer, of, other.line,
-             (long long)(other.warp / warps_of_block), (long long)(other.warp % warps_of_block));
+        fail(
+            "race: nothing orders this %s of byte %lld of buffer %lld and %s in PTX line %d by block %lld "
+            "warp %lld",
+            what, (long long)(at * GRANULE), (long long)buffer, of, other.line,
+            (long long)(other.warp / warps_of_block), (long long)(other.warp % warps_of_block));
     }
 
     const Buffer* buffers;
     bool on;
     s64 warps_of_block = 1;
-    std::vector<Clock> clocks;                   // of every warp, while its block runs
-    std::vector<std::vector<Touched>> touched;   // by buffer and granule
-    std::unordered_map<u64, Accesses> readers;   // where several warps have loaded since the last store
-    std::unordered_map<u64, Accesses> atomics;   // by address
-    std::unordered_map<u64, Clock> released;     // by address
+    std::vector<Clock> clocks;                  // of every warp, while its block runs
+    std::vector<std::vector<Touched>> touched;  // by buffer and granule
+    std::unordered_map<u64, Accesses> readers;  // where several warps have loaded since the last store
+    std::unordered_map<u64, Accesses> atomics;  // by address
+    std::unordered_map<u64, Clock> released;    // by address
 };
 
 }  // namespace ptx

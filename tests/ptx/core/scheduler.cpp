@@ -6,7 +6,7 @@
 namespace ptx {
 
 class Scheduler {
-  public:
+public:
     explicit Scheduler(const Launch& launch)
         : launch(launch), random(launch.seed), memory(launch, random), interpreter(launch, memory) {
         g_error = Error(launch.error);
@@ -33,16 +33,19 @@ class Scheduler {
             }
             bool const passed = block.pass_barrier();
             if (passed) memory.races.barrier(block);
-            without_progress = interpreter.progress ? 0 : without_progress + s64(interpreter.executed - before) + !passed;
+            without_progress =
+                interpreter.progress ? 0 : without_progress + s64(interpreter.executed - before) + !passed;
             if (without_progress > launch.patience)
-                fail("deadlock: %lld blocks have run %lld instructions since an atomic access changed anything or a block ended",
-                     (long long)blocks.size(), (long long)without_progress);
+                fail(
+                    "deadlock: %lld blocks have run %lld instructions since an atomic access changed "
+                    "anything or a block ended",
+                    (long long)blocks.size(), (long long)without_progress);
         }
         of_ended.let_arrive_beyond(0, random);
         return s64(interpreter.executed);
     }
 
-  private:
+private:
     void fill() {
         while (s64(blocks.size()) < launch.resident && next < order.size()) {
             blocks.push_back(std::make_unique<Block>(launch, order[next++]));
@@ -54,7 +57,8 @@ class Scheduler {
         try {
             interpreter.run(block, warp, 1 + s64(random() % u64(launch.quantum)));
         } catch (Fault& fault) {
-            fail("block %lld warp %d, PTX line %d: %s", (long long)block.id, warp.id, warp.line, fault.what.c_str());
+            fail("block %lld warp %d, PTX line %d: %s", (long long)block.id, warp.id, warp.line,
+                 fault.what.c_str());
         }
     }
     // What a block has not published arrives some time later, at the launch's end at the latest.

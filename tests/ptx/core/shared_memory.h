@@ -9,7 +9,7 @@
 namespace ptx {
 
 class SharedMemory {
-  public:
+public:
     // Bytes that nothing wrote are all ones: NaN, and far from any index.
     SharedMemory(s64 size, bool hazards)
         : bytes(size_t(size), 0xff), shadow(hazards ? size_t(size) : 0), hazards(hazards) {}
@@ -25,7 +25,7 @@ class SharedMemory {
         memcpy(&bytes[at], from, size_t(n));
     }
 
-  private:
+private:
     // Who touched a byte last, and in which epoch: between the same two barriers.
     struct Touched {
         s64 written = 0, read = 0;
@@ -43,7 +43,8 @@ class SharedMemory {
             Touched& t = shadow[x];
             if (t.writer < 0) fail("shared byte %lld: read before it was written", (long long)x);
             if (t.written == epoch && t.writer != warp)
-                fail("shared byte %lld: read without a barrier since warp %d wrote it", (long long)x, t.writer);
+                fail("shared byte %lld: read without a barrier since warp %d wrote it", (long long)x,
+                     t.writer);
             if (t.read != epoch) t.read = epoch, t.readers = 0;
             t.readers |= u64(1) << warp;
         }
@@ -54,7 +55,8 @@ class SharedMemory {
             // Several warps may hold the same number and each store it.
             bool const same = bytes[x] == from[x - at];
             if (t.written == epoch && t.writer != warp && !same)
-                fail("shared byte %lld: written without a barrier since warp %d wrote it", (long long)x, t.writer);
+                fail("shared byte %lld: written without a barrier since warp %d wrote it", (long long)x,
+                     t.writer);
             if (t.read == epoch && (t.readers & ~(u64(1) << warp)) && !same)
                 fail("shared byte %lld: written without a barrier since another warp read it", (long long)x);
             t.written = epoch;

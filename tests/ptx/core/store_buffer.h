@@ -10,7 +10,7 @@
 namespace ptx {
 
 class StoreBuffer {
-  public:
+public:
     void store(u64 address, u64 value, int bytes, int warp, s64 epoch) {
         pending.push_back({address, value, bytes, warp, epoch});
     }
@@ -61,7 +61,7 @@ class StoreBuffer {
         other.pending.clear();
     }
 
-  private:
+private:
     struct Pending {
         u64 address, value;
         int bytes, warp;
@@ -74,8 +74,10 @@ class StoreBuffer {
     void write_where(F arrives) {
         size_t kept = 0;
         for (const Pending& p : pending)
-            if (arrives(p)) write(p);
-            else pending[kept++] = p;
+            if (arrives(p))
+                write(p);
+            else
+                pending[kept++] = p;
         pending.resize(kept);
     }
     static void write(const Pending& p) {

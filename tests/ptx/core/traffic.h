@@ -8,7 +8,7 @@
 namespace ptx {
 
 class Traffic {
-  public:
+public:
     explicit Traffic(const Launch& launch) : buffers(launch.buffers), counts(launch.traffic) {
         if (!counts) return;
         for (s64 i = 0; i < launch.n_buffers; i++)
@@ -25,7 +25,7 @@ class Traffic {
             if (!before[x]) before[x] = true, count[2]++;
     }
 
-  private:
+private:
     const Buffer* buffers;
     u64* counts;
     std::vector<std::vector<bool>> seen;

@@ -31,8 +31,10 @@ struct Warp {
     }
     u64 get(s32 reg, int bytes, int lane) { return bytes == 8 ? at<u64>(reg)[lane] : at<u32>(reg)[lane]; }
     void set(s32 reg, int bytes, int lane, u64 value) {
-        if (bytes == 8) at<u64>(reg)[lane] = value;
-        else at<u32>(reg)[lane] = u32(value);
+        if (bytes == 8)
+            at<u64>(reg)[lane] = value;
+        else
+            at<u32>(reg)[lane] = u32(value);
     }
     u32 mask(s32 predicate) {
         const u32* p = at<u32>(predicate);
@@ -108,7 +110,7 @@ struct Block {
         return true;
     }
 
-  private:
+private:
     struct Free {
         void operator()(u8* p) const { ::operator delete[](p, std::align_val_t(64)); }
     };
