@@ -39,7 +39,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=ptx.executions())
 def triton_execution(request: pytest.FixtureRequest) -> Iterator[str]:
-    """backend="triton" as GPUs of one architecture run it; as usual where PTX cannot be executed."""
+    """backend="triton" as usual, and as GPUs of each architecture run it."""
     with ptx.executed(request.param):
         yield request.param
 

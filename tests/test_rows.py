@@ -9,10 +9,11 @@ from torch import Tensor
 from kl_gpu.backends.interface import STATS, RowPair
 from kl_gpu.kinds import KINDS
 from support import DEVICE, check_gradients, check_value, pair
+from tests.ptx.fixtures import AS_USUAL
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("triton_execution")
-on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="steers what runs when")
+on_interpreter = pytest.mark.skipif(DEVICE.type != "cpu", reason="steers Triton's interpreter")
 
 # Three splits of a row, the last of them ragged.
 VOCAB = 40001
@@ -90,7 +91,34 @@ def test_shared_rows_keep_the_promises(kind: str) -> None:
     assert all(grad[0, 4].isnan().all() for grad in grads)
 
 
-@on_cpu
+@on_interpreter
+@pytest.mark.usefixtures("wide_triton_programs")
+def test_splits_are_merged_in_their_order_whoever_comes_last(
+    monkeypatch: pytest.MonkeyPatch, triton_execution: str
+) -> None:
+    if triton_execution != AS_USUAL:
+        pytest.skip("steers Triton's interpreter")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from kl_gpu.backends import triton
+
+    # A KL's value: what has more sweeps than one takes its work from the queue, in the queue's order.
+    p = problem(*pair(1, 1, VOCAB), "forward_kl")
+    value, stats = triton.value(p)
+    visit, visited = InterpreterBuilder.set_grid_idx, []
+
+    def backwards(self: InterpreterBuilder, x: int, y: int, z: int) -> None:
+        visited.append(x)
+        visit(self, self.grid_dim[0] - 1 - x, y, z)
+
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", backwards)
+    other_value, other_stats = triton.value(p)
+    assert visited == [0, 1, 2]
+    assert torch.equal(value, other_value)
+    assert torch.equal(stats[:, :9], other_stats[:, :9])
+
+
+@on_interpreter
 @pytest.mark.usefixtures("wide_triton_programs")
 @pytest.mark.parametrize("resident", [1, 5, 1000])
 def test_bits_do_not_depend_on_how_far_sweeps_lie_apart(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,9 +17,12 @@ import torch
 from kl_gpu.backends.interface import RowPair
 from tests.ptx import backend, driver
 from tests.ptx.counts import Counts, counts
+from tests.ptx.requirements import ARCHITECTURES
 from tests.realistic_rows import FAMILIES
 
-from .kernels import DTYPES, Entry, StatsEntry, entries
+from .classes import DTYPES, V_CLASSES
+from .kernels import Entry, StatsEntry, entries
+from .rows import audit_one
 from .sass_of_ptx import blocks, disassembled, executed_instructions
 
 ROWS = 4
@@ -97,49 +101,16 @@ def execute(entry: Entry, dtype: str, arch: str, V: int, family: str = "tops on 
 
 
 _HEADING = [
-    "kernel",
-    "kind",
-    "dtype",
-    "arch",
-    "V",
-    "loops",
-    "SASS",
-    "PTX",
-    "loaded",
-    "stored",
-    "reads",
-    "barriers",
+    *("kernel", "kind", "dtype", "arch", "loops", "SASS", "PTX", "loaded", "stored", "reads", "barriers"),
 ]
 
 
-def lines(kernels: Sequence[str], dtypes: Sequence[str], archs: Sequence[str], V: int) -> Iterator[list[str]]:
-    """A table: what the loops' usual path says beside what was executed."""
-    from .rows import audit_one
-
-    yield list(_HEADING)
-    for entry in entries():
-        if not can_execute(entry) or (kernels and entry.kernel not in kernels):
-            continue
-        for dtype in dtypes or ("bf16",):
-            for arch in archs or driver.ARCHITECTURES:
-                if arch not in driver.ARCHITECTURES:
-                    continue
-                static = audit_one(entry, dtype, arch, "aligned")
-                found = execute(entry, dtype, arch, V)
-                figures = (
-                    static.instructions_per_element,
-                    found.sass,
-                    found.ptx,
-                    found.loaded,
-                    found.stored,
-                    found.reads,
-                )
-                yield [
-                    entry.kernel,
-                    entry.kind,
-                    dtype,
-                    arch,
-                    str(V),
-                    *(f"{x:.1f}" for x in figures),
-                    f"{found.barriers:.0f}",
-                ]
+def lines(kernels: Sequence[str], dtypes: Sequence[str], archs: Sequence[str]) -> Iterator[list[str]]:
+    """A table: what the loops' usual path says, and beside it what was executed."""
+    chosen = [entry for entry in entries() if can_execute(entry) and (not kernels or entry.kernel in kernels)]
+    yield _HEADING
+    for entry, dtype, arch in product(chosen, dtypes or ("bf16",), archs or ARCHITECTURES):
+        loops = audit_one(entry, dtype, arch, "aligned").instructions_per_element
+        found = execute(entry, dtype, arch, V_CLASSES["aligned"].V)
+        figures = (loops, found.sass, found.ptx, found.loaded, found.stored, found.reads, found.barriers)
+        yield [entry.kernel, entry.kind, dtype, arch, *(f"{figure:.1f}" for figure in figures)]

@@ -9,7 +9,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
@@ -17,19 +16,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from . import library
 from .program import Buffer, Program, Report, Settings
 
-# What the executor was tried with; another version's PTX may hold what it does not know.
-TRITON_VERSIONS = ("3.7.1",)
-ARCHITECTURES = ("sm_80", "sm_90")
 _SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
-
-
-def missing() -> str | None:
-    """Why nothing can be executed here, or None."""
-    if triton.__version__ not in TRITON_VERSIONS:
-        return f"the PTX executor knows Triton {', '.join(TRITON_VERSIONS)}, this is {triton.__version__}"
-    if library.compiler() is None:
-        return "the PTX executor needs a C++20 compiler, and found none"
-    return None
 
 
 @cache

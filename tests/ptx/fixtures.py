@@ -4,45 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
-import torch
+
+from .requirements import ARCHITECTURES, missing
 
 NAME = "triton-ptx"
+AS_USUAL = "as usual"
 _ARCHITECTURE = "sm_90"  # of the backend; tests of the kernels take both
-# Where a GPU is, it runs the kernels itself.
-_POSSIBLE = find_spec("triton") is not None and not torch.cuda.is_available()
 
-if _POSSIBLE:
-    from . import backend, driver
+if not missing():
+    from . import backend
 
 
-def _why_not() -> str | None:
-    return driver.missing() if _POSSIBLE else "the PTX executor needs Triton, and CPU tensors"
+def _marks() -> list[pytest.MarkDecorator]:
+    why = missing()
+    return [pytest.mark.exhaustive, *([pytest.mark.skip(reason=why)] if why else [])]
 
 
 def backends() -> list[Any]:
     """The backend, for tests of every backend; `make test-all` runs it."""
-    if not _POSSIBLE:
-        return []
-    why = _why_not()
-    return [
-        pytest.param(NAME, marks=[pytest.mark.exhaustive, *([pytest.mark.skip(reason=why)] if why else [])])
-    ]
+    return [pytest.param(NAME, marks=_marks())]
 
 
-def executions() -> list[str]:
-    """How tests of the Triton backend alone run: as on GPUs that are not there, else as kernels run here."""
-    return ["as usual"] if _why_not() else list(driver.ARCHITECTURES)
+def executions() -> list[Any]:
+    """How tests of the Triton backend alone run: as kernels run here, and in `make test-all` as on GPUs."""
+    return [AS_USUAL, *(pytest.param(arch, marks=_marks()) for arch in ARCHITECTURES)]
 
 
 @contextmanager
 def executed(name: str) -> Iterator[str]:
     """The name that kl_gpu knows the backend by, while kernels run as `name` says."""
     arch = _ARCHITECTURE if name == NAME else name
-    if _POSSIBLE and arch in driver.ARCHITECTURES:
+    if arch in ARCHITECTURES:
         with backend.executed(arch):
             yield "triton"
     else:
@@ -50,4 +45,4 @@ def executed(name: str) -> Iterator[str]:
 
 
 def is_executed() -> bool:
-    return _POSSIBLE and backend.is_executed()
+    return not missing() and backend.is_executed()

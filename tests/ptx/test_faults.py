@@ -8,24 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
 import kl_gpu
 from kl_gpu.backends.interface import RowPair
 from kl_gpu.kinds import KINDS
 from support import pair
 from tests.ptx.backend import executed
-from tests.ptx.driver import Driver, missing
+from tests.ptx.driver import Driver
 from tests.ptx.faults import Place, places, planted
 from tests.ptx.program import ExecutionError
 
-if torch.cuda.is_available():
-    pytest.skip("a GPU runs the kernels itself", allow_module_level=True)
-if why := missing():
-    pytest.skip(why, allow_module_level=True)
-
-# Two splits, the last of them ragged; runs of columns, whose ragged tiles have one load and one store.
-VOCAB = 16384 + 4008
+# Two splits, the last of them ragged: what is shared, at half the cost of three.
+VOCAB = 16384 + 4001
 SEEDS = range(4)
 
 
@@ -121,17 +114,21 @@ def test_barriers_that_the_compiler_has_set_are_missed(arch: str) -> None:
     assert missed >= len(reached[::2]) / 3
 
 
+# Ragged tiles of pairs, whose second column may lie behind the row: loads, and stores of the gradient.
 PAST_THE_ROW = [
-    place
-    for access in (r"tl\.load\(row \+ start \+ offsets", r"tl\.store\(row \+ start \+ offsets, values")
-    for place in places("device_math.py", rf"{access}, mask=start \+ offsets < last")
+    *places("device_math.py", r"first \+ 1 < last"),
+    *places("device_math.py", r"column \+ 1 < last"),
 ]
 
 
 @pytest.mark.parametrize("place", PAST_THE_ROW, ids=str)
 def test_an_access_past_the_row_is_out_of_bounds(place: Place, tmp_path: Path) -> None:
     with executed("sm_90", planted(tmp_path, place, place.text.replace("<", "<="))) as driver:
-        must_end(driver, forward_kl, "(load|store) of 2 bytes outside every buffer")
+        must_end(
+            driver,
+            forward_kl,
+            r"(load|store) of 2 bytes outside every buffer|race: nothing orders this store",
+        )
 
 
 @pytest.mark.parametrize("place", places("pair.py", r"slot - stage \* launch\.lag"), ids=str)

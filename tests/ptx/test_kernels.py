@@ -11,19 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
-
 import kl_gpu
 from kl_gpu.backends.interface import RowPair
 from kl_gpu.kinds import KINDS
 from support import check_gradients, check_value, pair
 from tests.ptx.backend import executed
-from tests.ptx.driver import ARCHITECTURES, Driver, missing
-
-if torch.cuda.is_available():
-    pytest.skip("a GPU runs the kernels itself", allow_module_level=True)
-if why := missing():
-    pytest.skip(why, allow_module_level=True)
+from tests.ptx.driver import Driver
+from tests.ptx.requirements import ARCHITECTURES
 
 VOCAB = 40001
 ROWS = 3
@@ -122,3 +116,21 @@ def test_token_statistics_and_log_probabilities(gpu: Driver, error: str) -> None
     want = -exact.exp()
     want[torch.arange(ROWS), labels] += 1
     torch.testing.assert_close(logits.grad.double(), want, rtol=2**-8, atol=2e-6)
+
+
+@pytest.mark.parametrize(("vocab", "stride", "start"), [(1030, 1040, 0), (1101, 1101, 1), (2056, 2057, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_bit_depends_on_how_rows_are_aligned(
+    gpu: Driver, dtype: torch.dtype, vocab: int, stride: int, start: int
+) -> None:
+    """Rows of wider buffers, and buffers that start anywhere: a thread owns the same columns."""
+
+    def moved(x: Tensor) -> Tensor:
+        buffer = torch.full((start + ROWS * stride,), float("nan"), dtype=dtype)
+        return buffer.as_strided((1, ROWS, vocab), (ROWS * stride, stride, 1), start).copy_(x)
+
+    student, teacher = pair(1, ROWS, vocab, dtype=dtype)
+    assert equal(both(moved(student), moved(teacher), "forward_kl"), both(student, teacher, "forward_kl"))
+    stats = (kl_gpu.token_stats(s[0], t[0], backend="triton") for s, t in
+             ((student, teacher), (moved(student), moved(teacher))))  # fmt: skip
+    assert equal(*([x for x in found if x is not None] for found in stats))

@@ -7,14 +7,8 @@ import math
 import numpy as np
 import pytest
 
-pytest.importorskip("triton")
-
-from tests.ptx.driver import missing
 from tests.ptx.operations import LANEWISE
 from tests.ptx.snippets import lanewise
-
-if why := missing():
-    pytest.skip(why, allow_module_level=True)
 
 N = 400
 FLOATS = {"f32": np.float32, "f64": np.float64}

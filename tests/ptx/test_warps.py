@@ -5,15 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-pytest.importorskip("triton")
-
-from tests.ptx.driver import missing
 from tests.ptx.parser import Unsupported
 from tests.ptx.program import ExecutionError, Settings
 from tests.ptx.snippets import element, run
-
-if why := missing():
-    pytest.skip(why, allow_module_level=True)
 
 SEEDS = range(20)
 
