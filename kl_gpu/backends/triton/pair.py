@@ -42,6 +42,7 @@ from .launch import (
     high_low,
     kernel,
     resident_programs,
+    room_for,
     splits_of,
     step_of,
     steps,
@@ -58,7 +59,7 @@ _FAST_PATH = _ARRIVED
 # The least KL of a row whose gradient to b, stored in 16 bits, is a difference of two exponentials.
 _DIRECT = tl.constexpr(1e-3)
 # A split's state, while it waits for the others: n, c, n_b, z, a1, a2; then the formula's three sums. There
-# is room for SPLITS of each, num_splits rounded up to a power of two.
+# is room for SPLITS of each, num_splits or more.
 STATE = 9
 _STATE = tl.constexpr(STATE)
 
@@ -376,7 +377,7 @@ def _launch(
 ) -> None:
     config = configuration(p, SHAPES if p.formula == "kl" else FORMULA_SHAPES)
     splits = splits_of(p.a.shape[2], step_of(p, config))
-    width = triton.next_power_of_2(splits.number)
+    width = room_for(splits.number)
     has_gradient = grad_a is not None or grad_b is not None
     stages = (0 if value is None else 1 if p.formula == "kl" else 2) + has_gradient
     shared = value is not None and splits.number > 1
