@@ -32,7 +32,7 @@ from .device_math import (
 from .fast_formulas import beta_allows_fast_path, logarithm, near_coefficients
 from .formula_pass import fast_formula_sums, formula_sums
 from .gradient_pass import Incoming, write_gradient
-from .kl_pass import merged, store_row, sweep
+from .kl_pass import FALLBACK, ONE_SIDED, PLAIN, merged, store_row, sweep
 from .launch import (
     ProgramShape,
     configuration,
@@ -50,13 +50,13 @@ from .launch import (
 _STATS = tl.constexpr(STATS)
 _ARRIVED = tl.constexpr(9)
 _COMPLETE = tl.constexpr(11)
-# Once the first sweep is complete: whether the row did without the fallback.
-_FAST_PATH = _ARRIVED
+# Once the first sweep is complete: the row's path, of those in kl_pass.py.
+_PATH = _ARRIVED
 # The least KL of a row whose gradient to b, stored in 16 bits, is a difference of two exponentials.
 _DIRECT = tl.constexpr(1e-3)
-# A split's state, while it waits for the others: n, c, n_b, z, a1, a2; then the formula's three sums. There
-# is room for SPLITS of each, num_splits rounded up to a power of two.
-STATE = 9
+# A split's state, while it waits for the others: n, c, n_b, z, a1, a2, its worst column; then the formula's
+# three sums. There is room for SPLITS of each, num_splits rounded up to a power of two.
+STATE = 10
 _STATE = tl.constexpr(STATE)
 
 
@@ -119,16 +119,15 @@ def _first_sweep(
     work, V, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    reference, sums = sweep(
+    reference, sums, worst = sweep(
         work.a, work.b, work.first, work.last, scales, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT
     )
     n, c, n_b, _ = reference
     z, a1, a2 = sums
     complete = True
     sums = Sums(z.to(tl.float64), a1.to(tl.float64), a2.to(tl.float64))
-    max_abs_c = tl.abs(c)
     if SPLITS > 1:
-        store_state(work.states + work.split, (n, c, n_b, z, a1, a2), SPLITS)
+        store_state(work.states + work.split, (n, c, n_b, z, a1, a2, worst.to(CT)), SPLITS)
         complete = _last_to_arrive(work.stats, 0, work.num_splits)
     if complete:
         if SPLITS > 1:
@@ -138,12 +137,13 @@ def _first_sweep(
             all_z = _load_states(work, 3, SPLITS, 0.0)
             all_a1 = _load_states(work, 4, SPLITS, 0.0)
             all_a2 = _load_states(work, 5, SPLITS, 0.0)
-            n, c, n_b, sums, max_abs_c = merged(all_n, all_c, all_n_b, Sums(all_z, all_a1, all_a2), CT)
-        good = store_row(
-            work.value, work.stats, work.a, work.b, V, n, c, n_b, sums, max_abs_c, scales,
+            n, c, n_b, sums = merged(all_n, all_c, all_n_b, Sums(all_z, all_a1, all_a2), CT)
+            worst = tl.max(_load_states(work, 6, SPLITS, 0.0)).to(tl.int32)
+        path = store_row(
+            work.value, work.stats, work.a, work.b, V, n, c, n_b, sums, worst, scales,
             SAME_SCALE, EXACT, CT, R, VEC, LAYOUT,
         )  # fmt: skip
-        tl.store(work.stats + _FAST_PATH, good.to(CT))
+        tl.store(work.stats + _PATH, path.to(CT))
         _complete(work.stats)
 
 
@@ -159,11 +159,15 @@ def _takes_fast_path(
             # Its error is up to 2e-6 of a. Where D is less, b − a may be at most 1e-4 of a in all columns
             # that matter, and would have fewer digits than it is stored with.
             small &= _statistic(stats, 6) >= _DIRECT
-        return (_statistic(stats, _FAST_PATH) != 0) & small
+        return (_statistic(stats, _PATH) != FALLBACK) & small
     elif LOG2 == "":
         return False
     else:
-        return (_statistic(stats, _FAST_PATH) != 0) & beta_allows_fast_path(beta, rest, FORMULA)
+        path = _statistic(stats, _PATH)
+        fast = path != FALLBACK
+        if FORMULA == "jeffreys":
+            fast = fast & (path != ONE_SIDED)  # it is infinite there
+        return fast & beta_allows_fast_path(beta, rest, FORMULA)
 
 
 @triton.jit
@@ -176,23 +180,29 @@ def _second_sweep(
     kl = _statistic(work.stats, 6)
     row = _load_row(work.stats, beta, rest, scales, 15, CT)
     if _takes_fast_path(work.stats, 1.0, beta, rest, FORMULA, False, LOG2):
-        value, mean_a, mean_b = fast_formula_sums(
-            work.a, work.b, work.first, work.last, row, near, SAME_SCALE, EXACT, FORMULA, LOG2, CT, R, VEC,
-            LAYOUT,
-        )  # fmt: skip
+        if _statistic(work.stats, _PATH) == PLAIN:
+            value, mean_a, mean_b = fast_formula_sums(
+                work.a, work.b, work.first, work.last, row, near, True, SAME_SCALE, EXACT, FORMULA, LOG2, CT,
+                R, VEC, LAYOUT,
+            )  # fmt: skip
+        else:
+            value, mean_a, mean_b = fast_formula_sums(
+                work.a, work.b, work.first, work.last, row, near, False, SAME_SCALE, False, FORMULA, LOG2, CT,
+                R, VEC, LAYOUT,
+            )  # fmt: skip
     else:
         value, mean_a, mean_b = formula_sums(
             work.a, work.b, work.first, work.last, row, SAME_SCALE, FORMULA, CT, R, VEC, LAYOUT
         )
     complete = True
     if SPLITS > 1:
-        store_state(work.states + 6 * SPLITS + work.split, (value, mean_a, mean_b), SPLITS)
+        store_state(work.states + 7 * SPLITS + work.split, (value, mean_a, mean_b), SPLITS)
         complete = _last_to_arrive(work.stats, 1, work.num_splits)
     if complete:
         if SPLITS > 1:
-            value = tl.sum(_load_states(work, 6, SPLITS, 0.0))
-            mean_a = tl.sum(_load_states(work, 7, SPLITS, 0.0))
-            mean_b = tl.sum(_load_states(work, 8, SPLITS, 0.0))
+            value = tl.sum(_load_states(work, 7, SPLITS, 0.0))
+            mean_a = tl.sum(_load_states(work, 8, SPLITS, 0.0))
+            mean_b = tl.sum(_load_states(work, 9, SPLITS, 0.0))
         value = tl.where(value < 0, 0.0, value)
         value = tl.where(kl == kl, value, kl)  # a row without a distribution
         tl.store(work.value, value)
@@ -231,14 +241,20 @@ def _gradient(
     to = Incoming(mean_a, mean_b, up_a, up_b)
     DIRECT: tl.constexpr = TO_B and SAME_SCALE and work.grad_b.dtype.element_ty.primitive_bitwidth == 16
     if _takes_fast_path(work.stats, upstream, beta, rest, FORMULA, DIRECT, LOG2):
-        write_gradient(
-            work.a, work.b, work.grad_a, work.grad_b, work.first, work.last, V, row, near_a, to,
-            SAME_SCALE, EXACT, FORMULA, True, DIRECT, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
-        )  # fmt: skip
+        if _statistic(work.stats, _PATH) == PLAIN:
+            write_gradient(
+                work.a, work.b, work.grad_a, work.grad_b, work.first, work.last, V, row, near_a, to,
+                SAME_SCALE, EXACT, FORMULA, True, True, DIRECT, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
+            )  # fmt: skip
+        else:
+            write_gradient(
+                work.a, work.b, work.grad_a, work.grad_b, work.first, work.last, V, row, near_a, to,
+                SAME_SCALE, EXACT, FORMULA, True, False, DIRECT, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
+            )  # fmt: skip
     else:
         write_gradient(
             work.a, work.b, work.grad_a, work.grad_b, work.first, work.last, V, row, near_a, to,
-            SAME_SCALE, EXACT, FORMULA, False, DIRECT, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
+            SAME_SCALE, EXACT, FORMULA, False, False, DIRECT, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
         )  # fmt: skip
 
 
