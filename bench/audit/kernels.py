@@ -63,6 +63,7 @@ class Entry:
             "HAS_INCOMING": False,
             "FORMULA": self.formula,
             "VALUE": self.sweeps_value,
+            "STAGE": pair.ALL_STAGES.value,
             "TO_A": self.side in ("a", "both"),
             "TO_B": self.side in ("b", "both"),
             "SPLITS": triton.next_power_of_2(self.programs(dtype, V, lanes)),

@@ -51,6 +51,8 @@ A_LACKS = tl.constexpr(2)
 B_LACKS = tl.constexpr(3)
 UNDECIDED = tl.constexpr(4)
 
+# a's mass in columns that b lacks, a vector of a sum per thread, and the offset that it is about.
+Alone = namedtuple("Alone", "mass n")
 # The path that a row's later sweeps take: the formulas of `formulas.py`; or the fast ones, with a row's −inf
 # taken for `lowest` and its differences as exact as they are (ALIKE where −inf stands on both sides or on
 # none), or without either.
@@ -173,23 +175,16 @@ def _rebase_to_step(
 
 @triton.jit
 def _tile_sums(
-    a, b, w, inside, reference, scales,
-    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, ROBUST: tl.constexpr,
-):  # fmt: skip
+    a, b, w, inside, reference, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr
+):
     """What a `[R, VEC]` tile of weights w adds to a1 and a2."""
     v = weights(b, scales.k_b, reference.n_b)
     x = log_ratio(a, b, reference.c, scales, SAME_SCALE, EXACT)
     if MASKED:  # w is 0 there
         v = tl.where(inside, v, 0.0)
         x = tl.where(inside, x, 0.0)
-    if ROBUST:
-        # A column that b lacks takes all of its weight from y, and adds no mass.
-        b_lacks = x < -1e29
-        x = tl.where(b_lacks, 0.0, x)
     wx = w * x
     terms = tl.where(is_near(x), wx * g_near(x), (v * reference.b_to_a - w) - wx)
-    if ROBUST:
-        terms = tl.where(b_lacks, -w, terms)
     return tl.sum(wx, axis=1), tl.sum(terms, axis=1)
 
 
@@ -212,13 +207,11 @@ def _add_step(
         w, later_w, mass = _step_weights(a, later_a, scales.k_a, reference.n, TWO)
     z, a1, a2 = sums
     z += mass
-    s1, s2 = _tile_sums(a, b, w, inside, reference, scales, SAME_SCALE, EXACT, MASKED, ROBUST)
+    s1, s2 = _tile_sums(a, b, w, inside, reference, scales, SAME_SCALE, EXACT, MASKED)
     a1 += s1
     a2 += s2
     if TWO:
-        s1, s2 = _tile_sums(
-            later_a, later_b, later_w, inside, reference, scales, SAME_SCALE, EXACT, MASKED, ROBUST
-        )
+        s1, s2 = _tile_sums(later_a, later_b, later_w, inside, reference, scales, SAME_SCALE, EXACT, MASKED)
         a1 += s1
         a2 += s2
     return reference, Sums(z, a1, a2), end
@@ -460,8 +453,18 @@ def _start_with_b(b, reference, sums, scales):
 
 
 @triton.jit
+def _add_alone(a, classes, alone, scales, lowest_a):
+    """a's mass in columns that b lacks, with that of a tile added."""
+    mass, n = alone
+    a = tl.where(classes == B_LACKS, a, lowest_a)
+    to_n = tl.maximum(exp2_offset(tl.max(a), scales.k_a), n)
+    mass = mass * tl.exp2(n - to_n) + tl.sum(weights(a, scales.k_a, to_n), axis=1)
+    return Alone(mass, to_n)
+
+
+@triton.jit
 def _robust_step(
-    a, b, inside, reference, sums, worst, lowest_a, lowest_b, scales,
+    a, b, inside, reference, sums, alone, worst, lowest_a, lowest_b, scales,
     SAME_SCALE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """`_add_step` of one tile, in which −inf may stand; `worst` becomes the largest `column_class` so far."""
@@ -469,7 +472,8 @@ def _robust_step(
     if MASKED:
         classes = tl.where(inside, classes, 0)
     worst = tl.maximum(worst, tl.max(classes, axis=1))
-    a = no_lower(a, lowest_a)
+    alone = _add_alone(a, classes, alone, scales, lowest_a)
+    a = no_lower(tl.where(classes == B_LACKS, lowest_a, a), lowest_a)
     b = no_lower(b, lowest_b)
     if reference.n == NO_REFERENCE:
         reference, sums = _start_with_b(b, reference, sums, scales)
@@ -489,7 +493,7 @@ def _robust_step(
         False,
         True,
     )
-    return reference, sums, worst
+    return reference, sums, alone, worst
 
 
 @triton.jit
@@ -497,10 +501,14 @@ def _robust_sweep(
     a_row, b_row, first, last, scales, SAME_SCALE: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """`sweep` where `_fast_sweep` met −inf, or differences that float32 does not hold."""
+    """`sweep` where `_fast_sweep` met −inf, or differences that float32 does not hold.
+
+    The sums leave out columns that b lacks: they would cancel about a c that fits the others.
+    """
     BLOCK: tl.constexpr = R * VEC
     offsets = tile_offsets(R, VEC, LAYOUT)
     reference, sums = _no_columns(NO_REFERENCE, R, CT)
+    alone = Alone(tl.zeros([R], CT), reference.n)
     worst = tl.zeros([R], tl.int32)
     everywhere = tl.full([R, VEC], 1, tl.int1)
     lowest_a = lowest(scales.a, CT)
@@ -509,23 +517,26 @@ def _robust_sweep(
     for start in range(first, full, BLOCK):
         a = unpacked(load_tile(a_row, start, R, VEC, LAYOUT), a_row, CT, R, VEC)
         b = unpacked(load_tile(b_row, start, R, VEC, LAYOUT), b_row, CT, R, VEC)
-        reference, sums, worst = _robust_step(
-            a, b, everywhere, reference, sums, worst, lowest_a, lowest_b, scales, SAME_SCALE, False
+        reference, sums, alone, worst = _robust_step(
+            a, b, everywhere, reference, sums, alone, worst, lowest_a, lowest_b, scales, SAME_SCALE, False
         )
     if full < last:
         inside = full + offsets < last
         a = load_ragged(a_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
         b = load_ragged(b_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
-        reference, sums, worst = _robust_step(
-            a, b, inside, reference, sums, worst, lowest_a, lowest_b, scales, SAME_SCALE, True
+        reference, sums, alone, worst = _robust_step(
+            a, b, inside, reference, sums, alone, worst, lowest_a, lowest_b, scales, SAME_SCALE, True
         )
     n, c, n_b, b_to_a = reference
     z, a1, a2 = _total(sums)
     worst = worst_class(tl.max(worst), n, lowest_a, lowest_b, scales)
-    if (n == NO_REFERENCE) & (a2 > 0):
-        n = n_b
-        a2 *= tl.exp2(n_b.to(tl.float64) - other_exp2_offset(n_b, n_b, c, scales, SAME_SCALE)).to(CT)
-    return Reference(n, c, n_b, b_to_a), Sums(z, a1, a2), worst
+    if n == NO_REFERENCE:
+        # No column in which both have mass: what one has alone is about its own offset.
+        n = tl.where(a2 > 0, n_b, alone.n)
+        as_a = tl.exp2(n.to(tl.float64) - other_exp2_offset(n, n, c, scales, SAME_SCALE)).to(CT)
+        a2 = tl.where(a2 > 0, a2 * as_a, a2)
+    mass = tl.sum(alone.mass) * tl.exp2(alone.n - n)
+    return Reference(n, c, n_b, b_to_a), Sums(z, a1, a2), mass, worst
 
 
 @triton.jit
@@ -533,21 +544,22 @@ def sweep(
     a_row, b_row, first, last, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """The state of columns [first, last): their `Reference` and `Sums`, and the largest `column_class`."""
+    """The state of columns [first, last): `Reference`, `Sums`, a's mass alone, largest `column_class`."""
     reference, sums, fits = _fast_sweep(
         a_row, b_row, first, last, scales, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT
     )
+    alone = tl.full([], 0.0, CT)
     worst = tl.full([], 0, tl.int32)
     if not fits:
-        reference, sums, worst = _robust_sweep(
+        reference, sums, alone, worst = _robust_sweep(
             a_row, b_row, first, last, scales, SAME_SCALE, CT, R, VEC, LAYOUT
         )
-    return reference, sums, worst
+    return reference, sums, alone, worst
 
 
 @triton.jit
-def merged(n, c, n_b, sums, CT: tl.constexpr):
-    """One state (n, c, n_b, sums) from a vector of them, the sums in float64.
+def merged(n, c, n_b, sums, alone, CT: tl.constexpr):
+    """One state (n, c, n_b, sums, alone) from a vector of them, the sums in float64.
 
     A split without mass of a (z = 0) has no reference to bring, but b's mass or a NaN of it must reach the
     sums.
@@ -561,25 +573,24 @@ def merged(n, c, n_b, sums, CT: tl.constexpr):
     z, a1, a2 = rebase(Sums(z.to(tl.float64), a1.to(tl.float64), a2.to(tl.float64)), h, weight)
     mass_b = z + a1 + a2
     top_n_b = tl.max(tl.where(mass_b == tl.max(mass_b), n_b, NO_REFERENCE))  # of the split with most of b
-    return top, shared, top_n_b, Sums(tl.sum(z), tl.sum(a1), tl.sum(a2))
+    alone = tl.sum(alone.to(tl.float64) * weight)
+    return top, shared, top_n_b, Sums(tl.sum(z), tl.sum(a1), tl.sum(a2)), alone
 
 
 @triton.jit
 def store_row(
-    value_out, stats, a_row, b_row, V, n, c, n_b, sums, worst, scales,
+    value_out, stats, a_row, b_row, V, n, c, n_b, sums, alone, worst, scales,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Store a row's value and statistics from its state; return its path.
 
-    `worst` is the largest `column_class` of the row.
+    `worst` is the largest `column_class` of the row, `alone` a's mass in columns that b lacks.
     """
     z_a, a1, a2 = sums
     value, log_z_ratio, good = finish(z_a, a1, a2)
     ratio = tl.exp(log_z_ratio)
-    # b's mass is what a's leaves of the weights that b lacks: not where those are nearly all.
-    good = tl.where(worst == B_LACKS, ratio >= 0.5, good) & (worst < UNDECIDED)
-    value = tl.where(worst == B_LACKS, float("inf"), value)
+    good = good & (worst < UNDECIDED)
     # Z_b, which all of b inherits, may be off by more than the value: by a 2^24th of a1 over e^log_z_ratio;
     # by 1.3e-6 where b's top lies so far above n_b, which is of the last rebase, that its exponent passes 32.
     n_b_as_a = other_exp2_offset(n, n_b, c, scales, SAME_SCALE)
@@ -591,6 +602,15 @@ def store_row(
     n_b = tl.where(log2_mass_b < n_b + 14.0, n_b, tl.floor(log2_mass_b) - 7.0).to(CT)
     n_b_as_a = other_exp2_offset(n, n_b, c, scales, SAME_SCALE)
     z_b = z_a * ratio * tl.exp2(n_b_as_a - n_b.to(tl.float64))
+    if worst == B_LACKS:
+        value = tl.where(value == value, float("inf"), value)
+        log_z_ratio -= tl.log(1.0 + alone / z_a)
+        z_a += alone
+        # They may hold a's top, far above the n of the others.
+        rise = tl.where(z_a < 16384.0, 0.0, tl.floor(tl.log2(z_a)) - 7.0)
+        n = (n + rise).to(CT)
+        z_a *= tl.exp2(-rise)
+        good = good & (z_a < float("inf"))
     good = good & is_held(n) & is_held(n_b)
     if not good:
         row = fallback_row(a_row, b_row, V, scales, SAME_SCALE, False, CT, R, VEC, LAYOUT)
