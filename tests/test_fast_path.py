@@ -1,4 +1,4 @@
-"""Ordinary rows do without Triton's fallback: a padded vocabulary, masked tokens, a student that is offset."""
+"""Ordinary rows do without Triton's fallback: padded vocabularies, masked tokens, an offset student."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_token_logprobs(case: str, dtype: torch.dtype) -> None:
 def test_a_support_that_one_side_lacks(
     kind: str, side: str, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A teacher known by a part of its tokens, a student that may not say some: one side has tiles of −inf."""
+    """A teacher known by some of its tokens, a student that may not say some: a side has tiles of −inf."""
     from kl_gpu.backends import triton
     from kl_gpu.backends.triton import launch
 

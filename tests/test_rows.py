@@ -166,24 +166,30 @@ def test_how_a_row_is_shared_depends_on_its_columns_alone() -> None:
     assert STATS > 11  # the counters' places
 
 
-def test_rows_at_odd_addresses_are_not_read_in_words() -> None:
-    # A 32-bit load from a multiple of two bytes ends a GPU's context.
+def test_accesses_are_as_wide_as_rows_are_aligned() -> None:
+    # An access at another address than a multiple of its width ends a GPU's context.
     from kl_gpu.backends.triton.launch import Layout, gradient_layout, layout
 
     whole = torch.zeros(1, 4, 2048, dtype=torch.bfloat16)
     padded = torch.zeros(1, 4, 2049, dtype=torch.bfloat16)
-    assert layout(whole, whole) == Layout.RUNS_IN_WORDS
+    assert layout(whole, whole) == Layout.ALIGNED_RUNS
     assert layout(whole, padded[..., :2048]) == Layout.RUNS
     assert layout(padded[..., 1:], whole) == Layout.RUNS
-    assert layout(padded[:, :1, :2048], whole[:, :1]) == Layout.RUNS_IN_WORDS
+    assert layout(whole[..., 4:-4], whole[..., 8:]) == Layout.RUNS
+    assert layout(padded[:, :1, :2048], whole[:, :1]) == Layout.ALIGNED_RUNS
     assert layout(padded[:, 1:2, :2048], whole[:, :1]) == Layout.RUNS
+    # 2040 columns are whole runs of 8, though no multiple of 16.
+    assert layout(torch.zeros(1, 4, 2040, dtype=torch.bfloat16), whole[..., :-8]) == Layout.ALIGNED_RUNS
 
     even = whole[..., :2046]
     assert layout(even, even) == Layout.PAIRS_IN_WORDS
     assert layout(even, whole[..., 1:-1]) == Layout.PAIRS
     assert layout(padded, padded) == Layout.PAIRS
     assert layout(even.float(), even) == layout(padded.float(), padded.float()) == Layout.SINGLES
-    assert layout(even.float()[..., :-2], even[..., :-2]) == Layout.RUNS_IN_WORDS
+    # Runs of four columns: 16 bytes of one side, 8 of the other.
+    assert layout(whole.float()[..., 4:], whole[..., 4:]) == Layout.ALIGNED_RUNS
+    assert layout(whole.float()[..., 4:], whole[..., 2:-2]) == Layout.RUNS
+    assert layout(whole.float()[..., 2:-2], whole[..., 4:]) == Layout.RUNS
 
     for given in (Layout.PAIRS, Layout.PAIRS_IN_WORDS):
         assert gradient_layout(given, padded, None, padded.clone()) == Layout.PAIRS_IN_WORDS
@@ -191,8 +197,11 @@ def test_rows_at_odd_addresses_are_not_read_in_words() -> None:
         assert gradient_layout(given, even, whole[..., 1:-1]) == Layout.SINGLES
         assert gradient_layout(given, padded[..., :-3], whole[..., :-2]) == Layout.SINGLES
         assert gradient_layout(given, padded[:, :1, :-3], whole[:, :1, :-2]) == Layout.PAIRS_IN_WORDS
-    for given in (Layout.SINGLES, Layout.RUNS, Layout.RUNS_IN_WORDS):
-        assert gradient_layout(given, even, whole[..., 1:-1]) == given
+    for given in (Layout.RUNS, Layout.ALIGNED_RUNS):
+        assert gradient_layout(given, whole, None, whole.clone()) == Layout.ALIGNED_RUNS
+        assert gradient_layout(given, whole, whole, padded[..., 1:]) == Layout.SINGLES
+        assert gradient_layout(given, whole[..., 4:-4], whole[..., 8:], None) == Layout.SINGLES
+    assert gradient_layout(Layout.SINGLES, padded, padded) == Layout.SINGLES
 
 
 @pytest.mark.usefixtures("wide_triton_programs")

@@ -10,14 +10,15 @@ import argparse
 import os
 from pathlib import Path
 
+from .classes import DTYPES, V_CLASSES
 from .occupancy import CORES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", nargs="+", default=[], help="only these kernels")
-    parser.add_argument("--dtype", nargs="+", default=[], choices=("bf16", "fp16", "fp32"))
+    parser.add_argument("--dtype", nargs="+", default=[], choices=tuple(DTYPES))
     parser.add_argument("--arch", nargs="+", default=[], choices=tuple(CORES))
-    parser.add_argument("--v-class", nargs="+", default=[], choices=("aligned", "odd"))
+    parser.add_argument("--v-class", nargs="+", default=[], choices=tuple(V_CLASSES))
     parser.add_argument("--out", type=Path, help="default of a whole audit: bench/results/audit.json")
     parser.add_argument("--docs", action="store_true", help="compile nothing; rewrite docs from the results")
 

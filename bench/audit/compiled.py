@@ -13,12 +13,14 @@ from triton import compile as triton_compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .kernels import V_CLASSES, Entry
+from kl_gpu.backends.triton.launch import FP_FUSION
+
+from .classes import V_CLASSES
+from .kernels import Entry
 from .machine_code import Path as Code
 from .machine_code import parse_gcn, parse_sass
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-_ANY_NUMBER = ("n_rows", "n_inner", "n_ids", "words", "num_splits", "lag")
 _LOGITS = ("a_ptr", "b_ptr", "x_ptr", "grad_a_ptr", "grad_b_ptr", "grad_ptr")
 
 
@@ -66,30 +68,23 @@ def signature(entry: Entry, dtype: str) -> dict[str, str]:
 
 def compile_entry(entry: Entry, dtype: str, arch: str, V_class: str) -> Compiled:
     amd = arch.startswith("gfx")
-    configuration = entry.configuration(dtype, V_CLASSES[V_class], warp_size(arch))
+    logits = V_CLASSES[V_class].logits(dtype)
+    configuration = entry.configuration(logits, warp_size(arch))
     warps, registers = configuration["num_warps"], configuration.get("maxnreg")
-    # Only NVIDIA's compiler knows the register limit.
-    options = {"num_warps": warps} | ({"maxnreg": registers} if registers and not amd else {})
+    options = {"num_warps": warps, "enable_fp_fusion": FP_FUSION}
+    if registers and not amd:  # only NVIDIA's compiler knows the limit
+        options["maxnreg"] = registers
     names = list(entry.function.arg_names)
     types = signature(entry, dtype)
-    # Allocators align tensors to 16 bytes at least; rows are as aligned as V and the strides make them.
-    divisible = [
-        name
-        for name, kind in types.items()
-        if kind[0] == "*"
-        or name == "split_columns"
-        or (V_class == "aligned" and kind[0] == "i" and name not in _ANY_NUMBER)
-    ]
     source = ASTSource(
         fn=entry.function,
         signature=types,
         constexprs={(names.index(n),): value for n, value in configuration.items() if n in names},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     built = triton_compile(source, target=target, options=options)
     read = _read_gcn(built.asm["amdgcn"]) if amd else _read_cubin(built.asm["cubin"])
-    columns = entry.columns(dtype, V_CLASSES[V_class], warp_size(arch))
+    columns = entry.columns(logits, warp_size(arch))
     return Compiled(*read, int(built.metadata.shared), warps, columns)
 
 

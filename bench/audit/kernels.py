@@ -18,10 +18,6 @@ from kl_gpu.backends.triton.token_stats import SHAPES as TOKEN_STATS_SHAPES
 from kl_gpu.backends.triton.token_stats import token_stats_splits_kernel
 from kl_gpu.kinds import KINDS
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# What the compiler may know of V and the row strides: that 16 divides them, or nothing.
-V_CLASSES = {"aligned": 128256, "odd": 50257}
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -53,9 +49,9 @@ class Entry:
         "queue_ptr": "*i32",
     }
 
-    def configuration(self, dtype: str, V: int, lanes: int) -> dict[str, Any]:
+    def configuration(self, logits: torch.Tensor, lanes: int) -> dict[str, Any]:
         """Every compile-time argument and option, as the launcher would choose them."""
-        problem, config = self._launch(dtype, V, lanes)
+        problem, config = self._launch(logits, lanes)
         return {
             **config,
             "OUT_LAYOUT": launch.gradient_layout(config["LAYOUT"], problem.a),
@@ -66,13 +62,13 @@ class Entry:
             "STAGE": pair.ALL_STAGES.value,
             "TO_A": self.side in ("a", "both"),
             "TO_B": self.side in ("b", "both"),
-            "SPLITS": triton.next_power_of_2(self.programs(dtype, V, lanes)),
+            "SPLITS": triton.next_power_of_2(self.programs(logits, lanes)),
             "LOG2": fast_formulas.logarithm(self.formula, torch.float32, lanes == 32),
         }
 
-    def columns(self, dtype: str, V: int, lanes: int) -> tuple[int, ...]:
+    def columns(self, logits: torch.Tensor, lanes: int) -> tuple[int, ...]:
         """Columns that one pass through each of the loops covers."""
-        problem, config = self._launch(dtype, V, lanes)
+        problem, config = self._launch(logits, lanes)
         tile = int(config["R"] * config["VEC"])
         step = self._step(problem, config)
         return tuple(step if self.sweeps_value and not at else tile for at in range(len(self.loops)))
@@ -80,9 +76,9 @@ class Entry:
     def loops_on(self, arch: str) -> tuple[int, ...]:
         return self.gcn_loops if arch.startswith("gfx") else self.loops
 
-    def programs(self, dtype: str, V: int, lanes: int) -> int:
+    def programs(self, logits: torch.Tensor, lanes: int) -> int:
         """Programs of a row; those of several stages count as one that does them all."""
-        return launch.splits_of(V, self._step(*self._launch(dtype, V, lanes))).number
+        return launch.splits_of(logits.shape[-1], self._step(*self._launch(logits, lanes))).number
 
     def _step(self, problem: RowPair, config: dict[str, Any]) -> int:
         return launch.step_of(problem, config)
@@ -91,10 +87,9 @@ class Entry:
     def _shapes(self) -> dict[int, launch.ProgramShape]:
         return pair.SHAPES if self.formula == "kl" else pair.FORMULA_SHAPES
 
-    def _launch(self, dtype: str, V: int, lanes: int) -> tuple[RowPair, dict[str, Any]]:
-        example = torch.empty(1, 2, V, dtype=DTYPES[dtype], device="meta")
+    def _launch(self, logits: torch.Tensor, lanes: int) -> tuple[RowPair, dict[str, Any]]:
         problem = RowPair(
-            example, example, None, self.formula, 0.0, 1.0, 1.0, compute_dtype(example.dtype, example.dtype)
+            logits, logits, None, self.formula, 0.0, 1.0, 1.0, compute_dtype(logits.dtype, logits.dtype)
         )
         return problem, launch.configuration(problem, self._shapes, lanes)
 
@@ -124,9 +119,9 @@ class StatsEntry(Entry):
 
     function: ClassVar[Any] = token_stats_splits_kernel
 
-    def configuration(self, dtype: str, V: int, lanes: int) -> dict[str, Any]:
-        _, config = self._launch(dtype, V, lanes)
-        splits = self.programs(dtype, V, lanes)
+    def configuration(self, logits: torch.Tensor, lanes: int) -> dict[str, Any]:
+        _, config = self._launch(logits, lanes)
+        splits = self.programs(logits, lanes)
         return {**config, "HAS_VALID": True, "SPLITS": triton.next_power_of_2(splits)}
 
     def _step(self, problem: RowPair, config: dict[str, Any]) -> int:
@@ -153,15 +148,14 @@ class ComplementEntry(Entry):
     def function(self) -> Any:
         return complement_kernel if self.sweeps_value else complement_gradient_kernel
 
-    def configuration(self, dtype: str, V: int, lanes: int) -> dict[str, Any]:
-        logits = torch.empty(1, 2, V, dtype=DTYPES[dtype], device="meta")
+    def configuration(self, logits: torch.Tensor, lanes: int) -> dict[str, Any]:
         config = program(logits, 64, lanes)
         if not self.sweeps_value:
             config["LAYOUT"] = launch.gradient_layout(config["LAYOUT"], logits)
         return {**config, "HAS_VALID": True, "ENTROPY": self.kind.endswith("entropy")}
 
-    def programs(self, dtype: str, V: int, lanes: int) -> int:
-        return 1 if self.sweeps_value else super().programs(dtype, V, lanes)
+    def programs(self, logits: torch.Tensor, lanes: int) -> int:
+        return 1 if self.sweeps_value else super().programs(logits, lanes)
 
     def _step(self, problem: RowPair, config: dict[str, Any]) -> int:
         return int(config["R"] * config["VEC"])
@@ -181,8 +175,8 @@ class ShardEntry(Entry):
     }
     function: ClassVar[Any] = shard.formula_sums_kernel
 
-    def configuration(self, dtype: str, V: int, lanes: int) -> dict[str, Any]:
-        _, config = self._launch(dtype, V, lanes)
+    def configuration(self, logits: torch.Tensor, lanes: int) -> dict[str, Any]:
+        _, config = self._launch(logits, lanes)
         return {**config, "HAS_VALID": True, "FORMULA": self.formula}
 
 

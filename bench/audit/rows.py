@@ -11,8 +11,9 @@ from pathlib import Path
 
 import triton
 
+from .classes import DTYPES, V_CLASSES
 from .compiled import ARCHITECTURES, compile_entry, warp_size
-from .kernels import DTYPES, V_CLASSES, Entry, entries
+from .kernels import Entry, entries
 from .machine_code import main_loops, mix
 from .occupancy import CORES, budget, resident_programs
 
@@ -63,7 +64,7 @@ def audit_one(entry: Entry, dtype: str, arch: str, V_class: str) -> Row:
 
     held = (compiled.registers, compiled.warps, compiled.shared_bytes)
     return Row(
-        *(entry.kernel, entry.kind, dtype, arch, V_class, V_CLASSES[V_class]),
+        *(entry.kernel, entry.kind, dtype, arch, V_class, V_CLASSES[V_class].V),
         *(compiled.registers, compiled.spill_bytes, compiled.shared_bytes),
         *(whole.load_bits, whole.store_bits),
         *(each("instructions"), each("ex2")),

@@ -42,10 +42,13 @@ from .launch import (
     LANES,
     ProgramShape,
     configuration,
+    enqueue,
     gradient_layout,
     high_low,
+    kernel,
     resident_programs,
     splits_of,
+    steps,
 )
 
 # Row statistics, in float64: n and 1/Z, so that π_j = 2^(k·logit − n)/Z, rest_entropy in nats, and rest_lse.
@@ -160,7 +163,7 @@ def _shifted_sweep(
     return top, tl.sum(z), tl.sum(t)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_inner", "n_ids", "words"])
+@kernel
 def complement_kernel(
     x_ptr,  # [A, B, V] fp16, bf16, fp32 or fp64
     ids_ptr,  # [A*B, n_ids] int64
@@ -234,7 +237,7 @@ def _shifted_gradient_tile(x, top, inv, grad_rest, grad_entropy, log_z, k, k_res
     return w * inv * grad_rest
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_inner", "n_ids", "num_splits"])
+@kernel
 def complement_gradient_kernel(
     x_ptr,  # [A, B, V] fp16, bf16, fp32 or fp64
     ids_ptr,  # [A*B, n_ids] int64
@@ -340,9 +343,10 @@ def complement(args: ComplementArgs, entropy: bool) -> tuple[Tensor, Tensor, Ten
     block = config["R"] * config["VEC"]
     words = triton.cdiv(x.shape[-1], block) * block // 32
     bits = torch.zeros((programs, words), dtype=torch.int32, device=x.device)
-    complement_kernel[(programs,)](
+    enqueue(
+        complement_kernel, programs, x.device,
         x, args.ids, args.valid, stats, bits, bits.view(torch.uint8),
-        args.n_rows, x.shape[1], x.stride(0), x.stride(1), x.shape[2], args.ids.shape[1], words,
+        args.n_rows, x.shape[1], *steps(x), x.shape[2], args.ids.shape[1], words,
         *high_low(args.scale), HAS_VALID=args.valid is not None, ENTROPY=entropy, **config,
     )  # fmt: skip
     return stats[:, 3].clone(), stats[:, 2].clone(), stats
@@ -361,10 +365,11 @@ def complement_gradient(
     config = program(x, args.ids.shape[1])
     config["LAYOUT"] = gradient_layout(config["LAYOUT"], x, grad)
     splits = splits_of(x.shape[-1], config["R"] * config["VEC"])
-    complement_gradient_kernel[(args.n_rows * splits.number,)](
+    enqueue(
+        complement_gradient_kernel, args.n_rows * splits.number, x.device,
         x, args.ids, args.valid, stats, grad_picked, grad_rest,
         grad_rest if grad_entropy is None else grad_entropy, grad,
-        args.n_rows, x.shape[1], x.stride(0), x.stride(1), grad.stride(0), grad.stride(1), x.shape[2],
+        args.n_rows, x.shape[1], *steps(x), *steps(grad), x.shape[2],
         args.ids.shape[1], splits.number, splits.columns, *high_low(args.scale),
         HAS_VALID=args.valid is not None, ENTROPY=grad_entropy is not None, **config,
     )  # fmt: skip

@@ -27,7 +27,7 @@ NO_REFERENCE = tl.constexpr(-1e30)
 
 SINGLES = tl.constexpr(int(Layout.SINGLES))
 RUNS = tl.constexpr(int(Layout.RUNS))
-RUNS_IN_WORDS = tl.constexpr(int(Layout.RUNS_IN_WORDS))
+ALIGNED_RUNS = tl.constexpr(int(Layout.ALIGNED_RUNS))
 PAIRS_IN_WORDS = tl.constexpr(int(Layout.PAIRS_IN_WORDS))
 PAIRS = tl.constexpr(int(Layout.PAIRS))
 
@@ -106,15 +106,96 @@ def _by_thread(pairs, R: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def load_tile(row, start, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+def _first(row, start, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+    """Where a tile starts; the compiler learns here that its runs are aligned.
+
+    It would drop the same hint on the addresses of the whole tile where it moves a broadcast.
+    """
+    if LAYOUT == ALIGNED_RUNS:
+        return tl.multiple_of(row + start, VEC * row.dtype.element_ty.primitive_bitwidth // 8)
+    return row + start
+
+
+@triton.jit
+def _addresses(row, start, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+    return tile_pointers(_first(row, start, VEC, LAYOUT), R, VEC, LAYOUT)
+
+
+@triton.jit
+def _inside(start, last, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
+    """Which columns of the tile at `start` lie before `last`: of a run all or none, where V is whole runs."""
+    inside = start + tile_offsets(R, VEC, LAYOUT) < last
+    if LAYOUT == ALIGNED_RUNS:
+        inside = tl.max_constancy(inside, [1, VEC])
+    return inside
+
+
+@triton.jit
+def _interleaved(x, y):
+    """The columns of x `[R, n]` and of y in turn."""
+    return tl.reshape(tl.join(x, y), [x.shape[0], 2 * x.shape[1]])
+
+
+@triton.jit
+def _beside_each_other(columns):
+    """A tile from its columns `[R]`, 1, 2, 4 or 8 of them; a thread owns those of a row whatever they are."""
+    if len(columns) == 1:
+        return columns[0][:, None]
+    elif len(columns) == 2:
+        return tl.join(columns[0], columns[1])
+    elif len(columns) == 4:
+        return _interleaved(tl.join(columns[0], columns[2]), tl.join(columns[1], columns[3]))
+    else:
+        even = _interleaved(tl.join(columns[0], columns[4]), tl.join(columns[2], columns[6]))
+        odd = _interleaved(tl.join(columns[1], columns[5]), tl.join(columns[3], columns[7]))
+        return _interleaved(even, odd)
+
+
+@triton.jit
+def _load_runs(row, start, R: tl.constexpr, VEC: tl.constexpr):
+    """A tile whose runs start anywhere, column by column: in one access, other threads would get them."""
+    runs = row + start + tl.arange(0, R) * VEC
+    columns = ()
+    for i in tl.static_range(VEC):
+        columns += (tl.load(runs + i),)
+    return _beside_each_other(columns)
+
+
+@triton.jit
+def _load_runs_as_words(row, start, R: tl.constexpr, VEC: tl.constexpr):
+    """`_load_runs` of 16-bit numbers, two a word `[R, VEC // 2]`."""
+    runs = row + start + tl.arange(0, R) * VEC
+    words = ()
+    for i in tl.static_range(VEC // 2):
+        low = tl.load(runs + 2 * i).to(tl.uint16, bitcast=True).to(tl.int32)
+        words += (tl.load(runs + 2 * i + 1).to(tl.uint16, bitcast=True).to(tl.int32) << 16 | low,)
+    return _beside_each_other(words)
+
+
+@triton.jit
+def load_tile(
+    row, start, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, IN_WORDS: tl.constexpr = True
+):
     """The whole tile at column `start`, as it lies in memory; `unpacked` makes logits of it.
 
     16-bit logits stay in words: a loop that carried them to its next pass one by one would pay an instruction
-    and a register for each.
+    and a register for each. Runs do not where IN_WORDS is False.
     """
     WORDS: tl.constexpr = R * VEC // 2
-    if row.dtype.element_ty.primitive_bitwidth != 16 or LAYOUT <= RUNS:
-        return (tl.load(tile_pointers(row + start, R, VEC, LAYOUT)),)
+    AS_WORDS: tl.constexpr = row.dtype.element_ty.primitive_bitwidth == 16 and IN_WORDS
+    if LAYOUT == RUNS:
+        if AS_WORDS:
+            return (_load_runs_as_words(row, start, R, VEC),)
+        else:
+            return (_load_runs(row, start, R, VEC),)
+    elif LAYOUT == ALIGNED_RUNS:
+        if AS_WORDS:
+            words = _first(row, start, VEC, LAYOUT).to(tl.pointer_type(tl.int32))
+            return (tl.load(tile_pointers(words, R, VEC // 2, LAYOUT)),)
+        else:
+            return (tl.load(_addresses(row, start, R, VEC, LAYOUT)),)
+    elif LAYOUT == SINGLES:
+        return (tl.load(_addresses(row, start, R, VEC, LAYOUT)),)
     elif LAYOUT == PAIRS:
         # An odd row's pair lies in two words. Even rows load theirs twice, from the L1: a mask would have
         # registers cleared first. The second word lies in the row, whose columns no tile ends with (VEC does
@@ -125,16 +206,13 @@ def load_tile(row, start, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constex
         return tl.load(words + tl.arange(0, WORDS)), tl.load(beyond + tl.arange(0, WORDS))
     else:
         words = (row + start).to(tl.pointer_type(tl.int32))
-        if LAYOUT == PAIRS_IN_WORDS:
-            return (tl.load(words + tl.arange(0, WORDS)),)
-        else:
-            return (tl.load(tile_pointers(words, R, VEC // 2, RUNS)),)
+        return (tl.load(words + tl.arange(0, WORDS)),)
 
 
 @triton.jit
 def tile_ahead(start, full, STEP: tl.constexpr):
     """Where the next pass starts; behind the last one its own start: a mask would clear registers first."""
-    return tl.multiple_of(tl.minimum(start + STEP, full - STEP), 16)
+    return tl.minimum(start + STEP, full - STEP)
 
 
 @triton.jit
@@ -170,9 +248,15 @@ def load_ragged(
         first = tl.load(row + first, mask=first < last, other=other)
         pairs = tl.join(_by_thread(first, R, VEC), _by_thread(second, R, VEC))
         return tl.reshape(pairs, [R, VEC]).to(CT)
+    elif LAYOUT == RUNS:
+        first = start + tl.arange(0, R) * VEC
+        columns = ()
+        for i in tl.static_range(VEC):
+            columns += (tl.load(row + first + i, mask=first + i < last, other=other),)
+        return _beside_each_other(columns).to(CT)
     else:
-        offsets = tile_offsets(R, VEC, LAYOUT)
-        return tl.load(row + start + offsets, mask=start + offsets < last, other=other).to(CT)
+        inside = _inside(start, last, R, VEC, LAYOUT)
+        return tl.load(_addresses(row, start, R, VEC, LAYOUT), mask=inside, other=other).to(CT)
 
 
 @triton.jit
@@ -191,7 +275,7 @@ def store_tile(row, start, values, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: t
         words = words + tl.arange(0, R * VEC // 2)[:, None] * 2 + tl.arange(0, 2)[None, :]
         tl.store(words, _pairs(values, R, VEC))
     else:
-        tl.store(tile_pointers(row + start, R, VEC, LAYOUT), values)
+        tl.store(_addresses(row, start, R, VEC, LAYOUT), values)
 
 
 @triton.jit
@@ -204,8 +288,8 @@ def store_ragged(row, start, last, values, R: tl.constexpr, VEC: tl.constexpr, L
         tl.store(row + column, first, mask=column < last)
         tl.store(row + column + 1, second, mask=column + 1 < last)
     else:
-        offsets = tile_offsets(R, VEC, LAYOUT)
-        tl.store(row + start + offsets, values, mask=start + offsets < last)
+        inside = _inside(start, last, R, VEC, LAYOUT)
+        tl.store(_addresses(row, start, R, VEC, LAYOUT), values, mask=inside)
 
 
 @triton.jit
@@ -236,9 +320,8 @@ def own_columns(grad, first, last, V, LAYOUT: tl.constexpr):
 @triton.jit
 def write_zeros(grad, first, last, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
     """Zero the columns [first, last) of a row that is not valid."""
-    offsets = tile_offsets(R, VEC, LAYOUT)
     for start in range(first, last, R * VEC):
-        tl.store(grad + start + offsets, 0.0, mask=start + offsets < last)
+        tl.store(_addresses(grad, start, R, VEC, LAYOUT), 0.0, mask=_inside(start, last, R, VEC, LAYOUT))
 
 
 @triton.jit

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
 from functools import cache
 from typing import Any, NamedTuple
@@ -17,6 +20,10 @@ from ..interface import RowPair
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 WARPS = 4
+# Whether the compiler may make one fma of a multiplication and an addition. Triton announces another default:
+# with that, loops take a quarter more instructions, and rows have other bits.
+FP_FUSION = True
+_NOTHING = nullcontext()
 LANES = 64 if torch.version.hip else 32  # threads of a warp
 # Columns that one program sweeps; a longer row is shared. At 16384 one row of 128256 keeps 8 programs busy,
 # and the 264 of them that sweep at once on 132 SMs have 17 MB of bfloat16 in flight, which an L2 holds until
@@ -51,35 +58,70 @@ def splits_of(columns: int, step: int) -> Splits:
     return Splits(triton.cdiv(columns, width), width)
 
 
-def starts_in_words(logits: Tensor) -> bool:
-    """Whether every row starts at a multiple of four bytes, as loads in 32-bit words must."""
-    steps = [stride for stride, size in zip(logits.stride(), logits.shape[:2], strict=False) if size > 1]
-    return logits.data_ptr() % 4 == 0 and all(step * logits.element_size() % 4 == 0 for step in steps)
+def kernel(function: Callable[..., None]) -> Any:
+    """`triton.jit` of a kernel that is compiled for its dtypes and constexprs alone, for no argument's value.
+
+    Left alone, Triton compiles one form more for addresses and strides that 16 divides, in which threads own
+    other columns: a view would not have the bits of its copy. `Layout` says what is known of addresses.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    names = [p.name for p in parameters if p.annotation != "tl.constexpr"]
+    pointers = [name for name in names if name.endswith("_ptr")]
+    return triton.jit(
+        do_not_specialize=[name for name in names if name not in pointers],
+        do_not_specialize_on_alignment=pointers,
+    )(function)
+
+
+def enqueue(kernel: Any, programs: int, device: torch.device, *arguments: Any, **options: Any) -> None:
+    """Launch a kernel on its tensors' device, with every option named whose default is Triton's to change."""
+    with _current(device):
+        kernel[(programs,)](*arguments, enable_fp_fusion=FP_FUSION, **options)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes `device` the current one for a launch: Triton takes its context and stream from there."""
+    if device.index is None:  # the CPU, in the interpreter
+        return _NOTHING
+    module = torch.get_device_module(device)
+    return _NOTHING if module.current_device() == device.index else module.device(device.index)
 
 
 class Layout(IntEnum):
-    """Which columns of a tile a thread owns, by V and the dtypes alone, and how 16-bit logits are loaded.
+    """Which columns of a tile a thread owns, by V and the dtypes alone, and how logits are loaded.
 
     Who owns a column must not depend on where a row starts, or its bits would.
     """
 
     SINGLES = 0  # neighbouring threads own neighbouring columns
-    RUNS = 1  # a thread owns neighbouring columns, one access of 16 bytes
-    RUNS_IN_WORDS = 2  # the same where rows start at multiples of four bytes: loads are words
+    RUNS = 1  # a thread owns neighbouring columns, 16 bytes of the wider side's; rows may start anywhere
+    ALIGNED_RUNS = 2  # the same where all runs are aligned: each is one access
     PAIRS_IN_WORDS = 3  # neighbouring threads own neighbouring pairs, each a 32-bit word
     PAIRS = 4  # the same where a pair may lie in two words
+
+
+def steps(logits: Tensor) -> tuple[int, int]:
+    """From one row to the next in each leading dimension; of a dimension of size 1 any stride may be told."""
+    (outer, inner, _), (n_outer, n_inner, _) = logits.stride(), logits.shape
+    return outer if n_outer > 1 else 0, inner if n_inner > 1 else 0
+
+
+def _aligned(logits: Tensor, columns: int) -> bool:
+    """Whether every row starts at a multiple of so many columns' bytes."""
+    itemsize = logits.element_size()
+    starts = (logits.data_ptr(), *(step * itemsize for step in steps(logits)))
+    return all(start % (columns * itemsize) == 0 for start in starts)
 
 
 def layout(a: Tensor, b: Tensor) -> Layout:
     """Where V is not a multiple of 16 bytes, runs would be accesses that take many cache lines each."""
     sizes = {a.element_size(), b.element_size()}
-    runs = a.shape[-1] * max(sizes) % 16 == 0
-    if not runs and sizes != {2}:
+    run = 16 // max(sizes)
+    if a.shape[-1] % run == 0:
+        return Layout.ALIGNED_RUNS if _aligned(a, run) and _aligned(b, run) else Layout.RUNS
+    if sizes != {2}:
         return Layout.SINGLES
-    in_words = starts_in_words(a) and starts_in_words(b)
-    if runs:
-        return Layout.RUNS_IN_WORDS if in_words else Layout.RUNS
-    return Layout.PAIRS_IN_WORDS if in_words else Layout.PAIRS
+    return Layout.PAIRS_IN_WORDS if _aligned(a, 2) and _aligned(b, 2) else Layout.PAIRS
 
 
 def gradient_layout(layout: int, *tensors: Tensor | None) -> int:
@@ -87,16 +129,19 @@ def gradient_layout(layout: int, *tensors: Tensor | None) -> int:
 
     Pairs are words of the gradient, and of the logits, where all rows start at the same half of a word.
     """
-    if layout not in (Layout.PAIRS, Layout.PAIRS_IN_WORDS):
+    given = [x for x in tensors if x is not None]
+    if layout in (Layout.RUNS, Layout.ALIGNED_RUNS):
+        run = 16 // max(x.element_size() for x in given)
+        return int(Layout.ALIGNED_RUNS if all(_aligned(x, run) for x in given) else Layout.SINGLES)
+    if layout == Layout.SINGLES:
         return layout
-    starts = {(x.element_size(), *_halves(x)) for x in tensors if x is not None}
+    starts = {(x.element_size(), *_halves(x)) for x in given}
     return int(Layout.PAIRS_IN_WORDS if len(starts) == 1 else Layout.SINGLES)
 
 
 def _halves(logits: Tensor) -> tuple[int, ...]:
     """At which half of a 32-bit word the first row starts, in 16 bits, and the next in each dimension."""
-    steps = zip(logits.stride(), logits.shape[:2], strict=False)
-    return tuple(at % 2 for at in (logits.data_ptr() // 2, *(step * (size > 1) for step, size in steps)))
+    return tuple(at % 2 for at in (logits.data_ptr() // 2, *steps(logits)))
 
 
 def configuration(p: RowPair, shapes: dict[int, ProgramShape], lanes: int = LANES) -> dict[str, Any]:
@@ -130,8 +175,8 @@ def step_of(p: RowPair, configuration: dict[str, Any]) -> int:
 
 def geometry(p: RowPair) -> tuple[Any, ...]:
     """Sizes, strides and temperatures of both sides, as the kernel takes them."""
-    strides = (p.a.stride(0), p.a.stride(1), p.b.stride(0), p.b.stride(1))
-    return p.a.shape[1], *strides, p.a.shape[2], *high_low(p.a_scale), *high_low(p.b_scale)
+    scales = (*high_low(p.a_scale), *high_low(p.b_scale))
+    return p.a.shape[1], *steps(p.a), *steps(p.b), p.a.shape[2], *scales
 
 
 @cache

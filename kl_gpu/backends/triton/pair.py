@@ -36,12 +36,15 @@ from .kl_pass import FALLBACK, ONE_SIDED, PLAIN, merged, store_row, sweep
 from .launch import (
     ProgramShape,
     configuration,
+    enqueue,
     geometry,
     gradient_layout,
     high_low,
+    kernel,
     resident_programs,
     splits_of,
     step_of,
+    steps,
 )
 
 # Row statistics: n_a, 1/Z_a, n_b, 1/Z_b (so that a_i = 2^(k_a·logit − n_a)/Z_a), then c and log_z_ratio with
@@ -335,7 +338,7 @@ def _item(
 
 
 # Loose parameters: tuples of them double what Triton 3.4 takes to bind the arguments of a launch (21 µs).
-@triton.jit(do_not_specialize=["n_rows", "n_inner", "num_splits", "lag"])
+@kernel
 def pair_kernel(
     a_ptr, b_ptr,  # [A, B, V] fp16, bf16, fp32 or fp64, each
     valid_ptr,  # [A*B] bool, or None
@@ -435,11 +438,12 @@ def _launch(
     # What has no tensor passes one that is never read or written through.
     out_a, out_b = p.a if grad_a is None else grad_a, p.b if grad_b is None else grad_b
     for stage in (ALL_STAGES.value,) if one_launch else range(stages):
-        pair_kernel[(programs,)](
+        enqueue(
+            pair_kernel, programs, p.a.device,
             p.a, p.b, p.valid, stats if value is None else value, stats, states, queue,
             stats if row_scale is None else row_scale, stats if incoming is None else incoming, out_a, out_b,
             p.n_rows, *geometry(p), *high_low(p.beta), *near_coefficients(p.formula, p.beta),
-            out_a.stride(0), out_a.stride(1), out_b.stride(0), out_b.stride(1), *splits, lag,
+            *steps(out_a), *steps(out_b), *splits, lag,
             HAS_VALID=p.valid is not None, HAS_INCOMING=incoming is not None, FORMULA=p.formula,
             VALUE=value is not None, STAGE=stage, TO_A=grad_a is not None, TO_B=grad_b is not None,
             SPLITS=width, OUT_LAYOUT=gradient_layout(config["LAYOUT"], p.a, p.b, grad_a, grad_b),

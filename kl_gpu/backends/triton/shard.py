@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..interface import STATS, RowPair
 from .device_math import Row, from_high_low, normalised, row_start, scales_of, stored_side
 from .formula_pass import formula_sums as sums_of_columns
-from .launch import configuration, geometry, high_low, splits_of, step_of
+from .launch import configuration, enqueue, geometry, high_low, kernel, splits_of, step_of
 from .pair import _STATS, FORMULA_SHAPES
 
 _LN2 = math.log(2)
@@ -20,7 +19,7 @@ _LN2 = math.log(2)
 _LOWEST = 60.0
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_inner", "num_splits"])
+@kernel
 def formula_sums_kernel(
     a_ptr, b_ptr,  # [A, B, V] fp16, bf16, fp32 or fp64, each
     valid_ptr,  # [A*B] bool, or None
@@ -63,7 +62,8 @@ def formula_sums(p: RowPair, stats: Tensor) -> Tensor:
     config = configuration(p, FORMULA_SHAPES)
     splits = splits_of(p.a.shape[2], step_of(p, config))
     out = torch.zeros((splits.number, 3, p.n_rows), dtype=torch.float64, device=p.a.device)
-    formula_sums_kernel[(p.n_rows * splits.number,)](
+    enqueue(
+        formula_sums_kernel, p.n_rows * splits.number, p.a.device,
         p.a, p.b, p.valid, stats.contiguous(), out, p.n_rows, *geometry(p), *high_low(p.beta),
         *splits, HAS_VALID=p.valid is not None, FORMULA=p.formula, **config,
     )  # fmt: skip

@@ -20,8 +20,6 @@ from ..interface import TOKEN_STATS, RowPair
 from .device_math import (
     LOG2E,
     NO_REFERENCE,
-    RUNS,
-    RUNS_IN_WORDS,
     Scales,
     Sums,
     exp2_offset,
@@ -54,7 +52,7 @@ from .kl_pass import (
     tile_fits,
     worst_class,
 )
-from .launch import ProgramShape, configuration, geometry, splits_of
+from .launch import ProgramShape, configuration, enqueue, geometry, kernel, splits_of
 
 # A split's state: n, c, n_b, the `BothSums`, then each side's largest logit and its first tile.
 STATE = 16
@@ -236,19 +234,18 @@ def _fast_sweep(
     state = _no_columns(first, scales, R, CT)
     full = last - (last - first) % BLOCK
     end = full
-    # Runs of one tile a pass are held one by one: in words, ptxas spills on sm_100.
-    HELD: tl.constexpr = RUNS if LAYOUT == RUNS_IN_WORDS else LAYOUT
     if first < full:
-        # A tile ahead: the barriers of a tile's maximum would otherwise wait for its loads as well.
-        next_a = load_tile(a_row, first, R, VEC, HELD)
-        next_b = load_tile(b_row, first, R, VEC, HELD)
+        # A tile ahead: the barriers of a tile's maximum would otherwise wait for its loads as well. Runs are
+        # held one by one: in words, ptxas spills on sm_100.
+        next_a = load_tile(a_row, first, R, VEC, LAYOUT, False)
+        next_b = load_tile(b_row, first, R, VEC, LAYOUT, False)
         start = first
         while start < end:
             a = unpacked(next_a, a_row, CT, R, VEC)
             b = unpacked(next_b, b_row, CT, R, VEC)
             ahead = tile_ahead(start, full, BLOCK)
-            next_a = load_tile(a_row, ahead, R, VEC, HELD)
-            next_b = load_tile(b_row, ahead, R, VEC, HELD)
+            next_a = load_tile(a_row, ahead, R, VEC, LAYOUT, False)
+            next_b = load_tile(b_row, ahead, R, VEC, LAYOUT, False)
             state, end = _accumulate(a, b, everywhere, start, end, state, scales, SAME_SCALE, EXACT, False)
             start += BLOCK
     if (full < last) & (end >= 0):
@@ -303,7 +300,7 @@ def _first_tile(top, at, BLOCK: tl.constexpr):
     return most, tl.min(tl.where(top == most, at, 2147483647)) // BLOCK
 
 
-@triton.jit(do_not_specialize=["n_inner", "num_splits"])
+@kernel
 def token_stats_splits_kernel(
     a_ptr, b_ptr,  # [A, B, V] fp16, bf16, fp32 or fp64, each
     valid_ptr,  # [A*B] bool, or None
@@ -411,7 +408,7 @@ def _first_split(states, which: tl.constexpr, num_splits, SPLITS: tl.constexpr):
     return top, tl.min(tl.where(most == top, tile, 2147483647.0)).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_inner", "num_splits"])
+@kernel
 def token_stats_merge_kernel(
     a_ptr, b_ptr,  # [A, B, V] fp16, bf16, fp32 or fp64, each
     valid_ptr,  # [A*B] bool, or None
@@ -523,12 +520,14 @@ def token_stats(p: RowPair, tokens: Tensor | None) -> Tensor:
     states = torch.empty((p.n_rows, STATE, width), dtype=p.dtype, device=p.a.device)
     tokens = None if tokens is None else tokens.contiguous()
     has_valid = p.valid is not None
-    token_stats_splits_kernel[(p.n_rows * splits.number,)](
+    enqueue(
+        token_stats_splits_kernel, p.n_rows * splits.number, p.a.device,
         p.a, p.b, p.valid, states, *geometry(p), splits.number, splits.columns,
         HAS_VALID=has_valid, SPLITS=width, **config,
     )  # fmt: skip
     config.pop("maxnreg", None)
-    token_stats_merge_kernel[(p.n_rows,)](
+    enqueue(
+        token_stats_merge_kernel, p.n_rows, p.a.device,
         p.a, p.b, p.valid, tokens, states, out, p.n_rows, *geometry(p), splits.number,
         HAS_VALID=has_valid, HAS_TOKENS=tokens is not None, SPLITS=width, **config,
     )  # fmt: skip
