@@ -199,7 +199,8 @@ def _add_step(
     And the column where `_fast_sweep` ends, −1 where a new reference tells that it does not fit the columns.
     """
     w, later_w, mass = _step_weights(a, later_a, scales.k_a, reference.n, TWO)
-    if tl.max(mass) >= _REBASE_ABOVE:
+    # One bit: a maximum of integers is one instruction of a warp.
+    if tl.max((mass >= _REBASE_ABOVE).to(tl.int32)) != 0:
         reference, sums, fits = _rebase_to_step(
             a, b, later_a, later_b, inside, reference, sums, scales, SAME_SCALE, EXACT, TWO, ROBUST
         )

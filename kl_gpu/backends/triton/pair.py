@@ -375,7 +375,8 @@ def pair_kernel(
     incoming = tl.full([], 1.0, CT)
     if STAGES > 1 and STAGE == ALL_STAGES:
         # Not the program's number: only a number that was taken says that its predecessors run.
-        begin = tl.atomic_add(queue_ptr, 1)
+        # Relaxed: what predecessors wrote is waited for where it is read.
+        begin = tl.atomic_add(queue_ptr, 1, sem="relaxed")
     if HAS_INCOMING:
         incoming = tl.load(incoming_ptr).to(CT)
         # For an incoming 1 the gradient is there already.
