@@ -75,6 +75,19 @@ def test_divergences(kind: str, case: str, dtype: torch.dtype) -> None:
         assert (to_teacher[row, ~keep] == 0).all()
 
 
+@pytest.mark.parametrize("temperatures", [(0.5, 0.5), (2.0, 1.9)])
+@pytest.mark.parametrize("kind", ["forward_kl", "jeffreys"])
+def test_masked_columns_over_temperatures(kind: str, temperatures: tuple[float, float]) -> None:
+    from kl_gpu.backends import triton
+
+    student, teacher = rows("masked here and there", torch.bfloat16)
+    p = RowPair.of(student[None], teacher[None], None, *KINDS[kind].at(None), *(1 / t for t in temperatures))
+    value, stats = triton.value(p)
+    assert (stats[:, PATH] == FALLBACK).sum() == 0
+    options = dict(zip(("temperature", "teacher_temperature"), temperatures, strict=True))
+    check_value(value, student, teacher, kind, "triton", f"masked T={temperatures}", **options)
+
+
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="counts calls in Triton's interpreter")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)

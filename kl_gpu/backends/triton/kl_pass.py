@@ -44,6 +44,8 @@ _LEAST_KL = tl.constexpr(4.5e-4)
 _B_RAISED = tl.constexpr(6.0)
 
 
+# A column past all others, with which a sweep ends early.
+MISFIT = tl.constexpr(1 << 30)
 # What a column is where a logit is −inf, or lower than `lowest`; a row is the largest of these. UNDECIDED is
 # one that b alone masks, and with a number: `fallback_row` finds what it adds.
 BOTH_LACK = tl.constexpr(1)
@@ -190,13 +192,13 @@ def _tile_sums(
 
 @triton.jit
 def _add_step(
-    a, b, later_a, later_b, inside, reference, sums, end, scales,
+    a, b, later_a, later_b, inside, start, reference, sums, scales,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, TWO: tl.constexpr,
     ROBUST: tl.constexpr,
 ):  # fmt: skip
     """The reference and the sums with a step of one or two tiles added.
 
-    And the column where `_fast_sweep` ends, −1 where a new reference tells that it does not fit the columns.
+    And the column that it starts at, MISFIT where a new reference tells that `_fast_sweep` does not fit here.
     """
     w, later_w, mass = _step_weights(a, later_a, scales.k_a, reference.n, TWO)
     # One bit: a maximum of integers is one instruction of a warp.
@@ -204,7 +206,7 @@ def _add_step(
         reference, sums, fits = _rebase_to_step(
             a, b, later_a, later_b, inside, reference, sums, scales, SAME_SCALE, EXACT, TWO, ROBUST
         )
-        end = tl.where(fits, end, -1)
+        start = tl.where(fits, start, MISFIT)
         w, later_w, mass = _step_weights(a, later_a, scales.k_a, reference.n, TWO)
     z, a1, a2 = sums
     z += mass
@@ -215,7 +217,7 @@ def _add_step(
         s1, s2 = _tile_sums(later_a, later_b, later_w, inside, reference, scales, SAME_SCALE, EXACT, MASKED)
         a1 += s1
         a2 += s2
-    return reference, Sums(z, a1, a2), end
+    return start, reference, Sums(z, a1, a2)
 
 
 @triton.jit
@@ -367,8 +369,8 @@ def _fast_sweep(
     TWO: tl.constexpr = a_bits + b_bits == 32
     STEP: tl.constexpr = 2 * BLOCK if TWO else BLOCK
     LATER: tl.constexpr = STEP - BLOCK
-    full = last - (last - first) % STEP
-    end = full
+    full = last // STEP * STEP  # splits begin with a step
+    start = first
     if first < full:
         # A step ahead: the barriers of a maximum would otherwise wait for its loads as well.
         next_a = load_tile(a_row, first, R, VEC, LAYOUT)
@@ -376,8 +378,7 @@ def _fast_sweep(
         if TWO:
             behind_a = load_tile(a_row + LATER, first, R, VEC, LAYOUT)
             behind_b = load_tile(b_row + LATER, first, R, VEC, LAYOUT)
-        start = first
-        while start < end:
+        while start < full:
             a = unpacked(next_a, a_row, CT, R, VEC)
             b = unpacked(next_b, b_row, CT, R, VEC)
             later_a = a
@@ -391,23 +392,21 @@ def _fast_sweep(
             if TWO:
                 behind_a = load_tile(a_row + LATER, ahead, R, VEC, LAYOUT)
                 behind_b = load_tile(b_row + LATER, ahead, R, VEC, LAYOUT)
-            reference, sums, end = _add_step(
-                a, b, later_a, later_b, everywhere, reference, sums, end, scales,
+            start, reference, sums = _add_step(
+                a, b, later_a, later_b, everywhere, start, reference, sums, scales,
                 SAME_SCALE, EXACT, False, TWO, False,
             )  # fmt: skip
             start += STEP
-    end = tl.where(end < 0, end, last)
-    start = full
-    while start < end:
+    while start < last:
         inside = start + offsets < last
         a = load_ragged(a_row, start, last, -float("inf"), CT, R, VEC, LAYOUT)
         b = load_ragged(b_row, start, last, -float("inf"), CT, R, VEC, LAYOUT)
-        reference, sums, end = _add_step(
-            a, b, a, b, inside, reference, sums, end, scales, SAME_SCALE, EXACT, True, False, False
+        start, reference, sums = _add_step(
+            a, b, a, b, inside, start, reference, sums, scales, SAME_SCALE, EXACT, True, False, False
         )
         start += BLOCK
     sums = _total(sums)
-    fits = (end >= 0) & ((sums.a1 + sums.a2) * 0.0 == 0.0)  # an x of −inf, or one that is none
+    fits = (start < MISFIT) & ((sums.a1 + sums.a2) * 0.0 == 0.0)  # an x of −inf, or one that is none
     if EXACT:
         if SAME_SCALE:
             fits = fits & rounding_is_small(sums, reference.c)
@@ -478,21 +477,9 @@ def _robust_step(
     b = no_lower(b, lowest_b)
     if reference.n == NO_REFERENCE:
         reference, sums = _start_with_b(b, reference, sums, scales)
-    reference, sums, _ = _add_step(
-        a,
-        b,
-        a,
-        b,
-        inside,
-        reference,
-        sums,
-        tl.full([], 0, tl.int32),
-        scales,
-        SAME_SCALE,
-        False,
-        MASKED,
-        False,
-        True,
+    nowhere = tl.full([], 0, tl.int32)
+    _, reference, sums = _add_step(
+        a, b, a, b, inside, nowhere, reference, sums, scales, SAME_SCALE, False, MASKED, False, True
     )
     return reference, sums, alone, worst
 

@@ -128,13 +128,33 @@ def _load_row(stats, beta, rest, scales, TOP: tl.constexpr, CT: tl.constexpr):
 
 
 @triton.jit
+def _work(launch, row, split, SPLITS: tl.constexpr):
+    first = split * launch.split_columns
+    return Work(
+        row_start(row, launch.n_inner, *launch.a),
+        row_start(row, launch.n_inner, *launch.b),
+        row_start(row, launch.n_inner, *launch.grad_a),
+        row_start(row, launch.n_inner, *launch.grad_b),
+        launch.value_ptr + row,
+        launch.stats_ptr + row.to(tl.int64) * _STATS,
+        launch.states_ptr + row.to(tl.int64) * (_STATE * SPLITS),
+        split, launch.num_splits, first, tl.minimum(first + launch.split_columns, launch.V),
+    )  # fmt: skip
+
+
+@triton.jit
 def _first_sweep(
-    work, V, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
+    launch, row, split, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
+    first = split * launch.split_columns
     reference, sums, alone, worst = sweep(
-        work.a, work.b, work.first, work.last, scales, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT
-    )
+        row_start(row, launch.n_inner, *launch.a), row_start(row, launch.n_inner, *launch.b),
+        first, tl.minimum(first + launch.split_columns, launch.V), scales,
+        SAME_SCALE, EXACT, CT, R, VEC, LAYOUT,
+    )  # fmt: skip
+    # Only now: the loop above has no registers to spare for pointers.
+    work = _work(launch, row, split, SPLITS)
     n, c, n_b, _ = reference
     z, a1, a2 = sums
     complete = True
@@ -155,7 +175,7 @@ def _first_sweep(
             worst = tl.max(_load_states(work, 7, SPLITS, 0.0)).to(tl.int32)
             n, c, n_b, sums, alone = merged(all_n, all_c, all_n_b, Sums(all_z, all_a1, all_a2), all_alone, CT)
         path = store_row(
-            work.value, work.stats, work.a, work.b, V, n, c, n_b, sums, alone, worst, scales,
+            work.value, work.stats, work.a, work.b, launch.V, n, c, n_b, sums, alone, worst, scales,
             SAME_SCALE, EXACT, CT, R, VEC, LAYOUT,
         )  # fmt: skip
         tl.store(work.stats + _PATH, path.to(CT))
@@ -282,7 +302,7 @@ def _item(
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One split of one row in one stage: a sweep, or behind the sweeps the gradient."""
-    num_splits, V, n_inner = launch.num_splits, launch.V, launch.n_inner
+    num_splits, V = launch.num_splits, launch.V
     split = item % num_splits
     if STAGE == ALL_STAGES:
         stage = item % (num_splits * STAGES) // num_splits
@@ -294,40 +314,31 @@ def _item(
         valid = True
         if HAS_VALID:
             valid = tl.load(launch.valid_ptr + row) != 0
-        first = split * launch.split_columns
-        work = Work(
-            row_start(row, n_inner, *launch.a),
-            row_start(row, n_inner, *launch.b),
-            row_start(row, n_inner, *launch.grad_a),
-            row_start(row, n_inner, *launch.grad_b),
-            launch.value_ptr + row,
-            launch.stats_ptr + row.to(tl.int64) * _STATS,
-            launch.states_ptr + row.to(tl.int64) * (_STATE * SPLITS),
-            split, num_splits, first, tl.minimum(first + launch.split_columns, V),
-        )  # fmt: skip
         scales = scales_of(*launch.scale_parts, CT)
         beta = from_high_low(*launch.beta_parts)
         rest = (1.0 - beta).to(CT)
         beta = beta.to(CT)
         if not valid:
+            work = _work(launch, row, split, SPLITS)
             if SWEEPS > 0:
                 if (stage == 0) & (split == 0):
                     tl.store(work.value, 0.0)
             if stage == STAGES - 1:
                 if TO_A:
-                    write_zeros(work.grad_a, first, work.last, R, VEC, OUT_LAYOUT)
+                    write_zeros(work.grad_a, work.first, work.last, R, VEC, OUT_LAYOUT)
                 if TO_B:
-                    write_zeros(work.grad_b, first, work.last, R, VEC, OUT_LAYOUT)
+                    write_zeros(work.grad_b, work.first, work.last, R, VEC, OUT_LAYOUT)
         elif stage < SWEEPS:
             if SWEEPS > 0:
                 if stage == 0:
-                    _first_sweep(work, V, scales, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT, SPLITS)
+                    _first_sweep(launch, row, split, scales, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT, SPLITS)
                 elif SWEEPS > 1:
                     _second_sweep(
-                        work, beta, rest, launch.near, scales, STAGE == ALL_STAGES,
+                        _work(launch, row, split, SPLITS), beta, rest, launch.near, scales, STAGE == ALL_STAGES,
                         SAME_SCALE, EXACT, FORMULA, LOG2, CT, R, VEC, LAYOUT, SPLITS,
                     )  # fmt: skip
         elif TO_A or TO_B:
+            work = _work(launch, row, split, SPLITS)
             if SWEEPS > 0 and STAGE == ALL_STAGES:
                 _wait(work.stats, SWEEPS)
             upstream = tl.load(launch.row_scale_ptr + row).to(CT) * incoming

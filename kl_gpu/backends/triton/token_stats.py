@@ -42,6 +42,7 @@ from .device_math import (
 )
 from .kl_pass import (
     BOTH_LACK,
+    MISFIT,
     Reference,
     column_class,
     fallback_row,
@@ -149,14 +150,15 @@ def _rebase_to_tile(
 
 @triton.jit
 def _accumulate(
-    a, b, inside, start, end, state, scales,
+    a, b, inside, start, state, scales,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add a `[R, VEC]` tile to the sums `[R]`, rebasing them first where it has a new maximum.
 
-    And the column where `_fast_sweep` ends: −1 where that maximum tells that it does not fit these columns.
+    And the column that it starts at, MISFIT where that maximum tells that `_fast_sweep` does not fit here.
     """
     reference, sums, limit_a, limit_b, largest = state
+    to_start = start
     top_a, at_a, top_b, at_b = largest
     here_a = tl.max(a, axis=1)
     at_a = tl.where(here_a > top_a, start, at_a)
@@ -169,7 +171,7 @@ def _accumulate(
         reference, sums, fits = _rebase_to_tile(
             a, b, inside, here_a, here_b, reference, sums, scales, SAME_SCALE, EXACT
         )
-        end = tl.where(fits, end, -1)
+        to_start = tl.where(fits, start, MISFIT)
         limit_a, limit_b = _limits(reference.n, reference.n_b, scales)
     e_a = exponent(a, scales.k_a, reference.n)
     e_b = exponent(b, scales.k_b, reference.n_b)
@@ -195,7 +197,7 @@ def _accumulate(
     ea += tl.sum(w * e_a, axis=1)
     eb += tl.sum(u * e_b, axis=1)
     sums = BothSums(z, a1, a2, zb, b2, ea, eb, lost_a, lost_b)
-    return State(reference, sums, limit_a, limit_b, Largest(top_a, at_a, top_b, at_b)), end
+    return to_start, State(reference, sums, limit_a, limit_b, Largest(top_a, at_a, top_b, at_b))
 
 
 @triton.jit
@@ -233,29 +235,28 @@ def _fast_sweep(
     everywhere = tl.full([R, VEC], 1, tl.int1)
     state = _no_columns(first, scales, R, CT)
     full = last - (last - first) % BLOCK
-    end = full
+    start = first
     if first < full:
         # A tile ahead: the barriers of a tile's maximum would otherwise wait for its loads as well. Runs are
         # held one by one: in words, ptxas spills on sm_100.
         next_a = load_tile(a_row, first, R, VEC, LAYOUT, False)
         next_b = load_tile(b_row, first, R, VEC, LAYOUT, False)
-        start = first
-        while start < end:
+        while start < full:
             a = unpacked(next_a, a_row, CT, R, VEC)
             b = unpacked(next_b, b_row, CT, R, VEC)
             ahead = tile_ahead(start, full, BLOCK)
             next_a = load_tile(a_row, ahead, R, VEC, LAYOUT, False)
             next_b = load_tile(b_row, ahead, R, VEC, LAYOUT, False)
-            state, end = _accumulate(a, b, everywhere, start, end, state, scales, SAME_SCALE, EXACT, False)
+            start, state = _accumulate(a, b, everywhere, start, state, scales, SAME_SCALE, EXACT, False)
             start += BLOCK
-    if (full < last) & (end >= 0):
+    if start < last:
         inside = full + offsets < last
         a = load_ragged(a_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
         b = load_ragged(b_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
-        state, end = _accumulate(a, b, inside, full, end, state, scales, SAME_SCALE, EXACT, True)
+        start, state = _accumulate(a, b, inside, start, state, scales, SAME_SCALE, EXACT, True)
     sums = _total(state.sums)
     gap = sums.a1 + sums.a2
-    fits = (end >= 0) & ((gap + sums.b2) * 0.0 == 0.0)
+    fits = (start < MISFIT) & ((gap + sums.b2) * 0.0 == 0.0)
     if EXACT:
         if SAME_SCALE:
             fits = fits & rounding_is_small(Sums(sums.z, sums.a1, sums.a2), state.reference.c)
@@ -284,8 +285,7 @@ def _robust_sweep(
         worst = tl.maximum(worst, tl.max(classes, axis=1))
         a = no_lower(a, lowest_a)
         b = no_lower(b, lowest_b)
-        end = tl.full([], 0, tl.int32)
-        state, _ = _accumulate(a, b, inside, start, end, state, scales, SAME_SCALE, False, True)
+        _, state = _accumulate(a, b, inside, start, state, scales, SAME_SCALE, False, True)
     reference, sums, _, _, largest = state
     worst = worst_class(tl.max(worst), reference.n, lowest_a, lowest_b, scales)
     z, a1, a2, zb, b2, ea, eb, lost_a, lost_b = _total(sums)
