@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-rlhf demo-distributed test lint bench gpu audit sanitize clean
+.PHONY: demo demo-rlhf demo-distributed test lint bench gpu wheels audit sanitize clean
 
 demo: $(READY)  ## distil a small language model through kl_gpu, on the text of Python's own library
 	$(BIN)/python examples/distill.py $(ARGS)
@@ -29,8 +29,16 @@ lint: $(READY)
 bench: $(READY)  ## ours against plain PyTorch and torch.compile on the device at hand
 	$(BIN)/python -m bench suite $(ARGS)
 
-gpu: $(READY)  ## a whole GPU session within 9 minutes: tests, sanitizer, timings against baselines, plots
+gpu: $(READY)  ## a whole GPU session within 9 minutes: timings against baselines, tests, sanitizer, plots
 	$(BIN)/python -m bench gpu $(ARGS)
+
+# Of pure Python, for the Python of the machine that they are carried to. Liger's dependencies are torch and triton.
+GPU_PYTHON ?= 3.12
+WHEELS := $(BIN)/python -m pip download --quiet --disable-pip-version-check --only-binary=:all: \
+	--python-version $(GPU_PYTHON) --dest wheels
+wheels: $(READY)  ## what `bench gpu` needs and a GPU machine without network may lack, as wheels in wheels/
+	$(WHEELS) --constraint constraints.txt pytest pytest-benchmark pytest-reportlog pytest-timeout pytest-xdist
+	$(WHEELS) --no-deps liger-kernel
 
 audit: $(READY)  ## the Triton kernels compiled for every GPU architecture, without a GPU, and counted
 	$(BIN)/python -m bench audit $(ARGS)

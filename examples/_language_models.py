@@ -1,90 +1,69 @@
-"""What the examples share: text, language models, the loop that trains one, and what is shown of it."""
+"""What the examples share of language models: text, small Llamas, training, sampling, what a loss costs."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
-import gc
 import itertools
-import json
 import math
 import statistics
 import sysconfig
-import tempfile
-import time
+import timeit
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import huggingface_hub
+import _report as report
 import torch
 import torch.nn.functional as F
 import transformers
-from _report import BadInput, HeldOut, Run
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor
+from torch.utils.data import BatchSampler, RandomSampler
+from transformers import get_cosine_with_min_lr_schedule_with_warmup_lr_rate as cosine_schedule
 
 from kl_gpu import kl_div
 
 IGNORED = -100  # the label of a position that counts in no loss, as in PyTorch, transformers and kl_gpu
 # Beside the standard library, its folder may hold what was installed since and tests that not everyone has.
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+LIBRARY = "Python's standard library"  # where no other text is given
 HELD_OUT_EVERY = 10
 TOKENISER_CHARACTERS = 8_000_000  # enough text for 32 000 merges, and a second of training
 START = "<|endoftext|>"  # between documents, so at the start of each
-REPEATS = 7  # of what is timed
-MEMORY_METHODS = {
-    "cpu": "peak of the running sum of torch.profiler's allocation events",
-    "cuda": "torch.cuda.max_memory_allocated, less what was allocated before",
-}
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of the student's logits or hidden states, and the teacher's
-Objective = Callable[[Any, "Windows"], Tensor]  # of the model that trains, or its logits, and a batch
-
-huggingface_hub.logging.set_verbosity_error()
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
+Objective = Callable[[Any, Tensor], Tensor]  # of the model that trains, or its logits, and a batch of rows
 
 
-class Text(NamedTuple):
-    """Documents, split by file so that no held-out line has a training line beside it."""
+def read(path: Path | None) -> tuple[list[str], list[str]]:
+    """Documents to train on and held-out ones, under `path` or of Python's own standard library.
 
-    source: str
-    training: list[str]
-    held_out: list[str]
-
-
-def read(path: Path | None) -> Text:
-    """The text under `path`, or the sources of Python's own standard library."""
+    They are split by file, so that no held-out line has a training line beside it.
+    """
     root = path or Path(sysconfig.get_path("stdlib"))
     suffixes, skipped = ((".py", ".md", ".txt"), set()) if path else ((".py",), NOT_THE_LIBRARY)
-    if not root.exists():
-        raise BadInput(f"--text: {root} does not exist")
-
-    def is_wanted(file: Path) -> bool:
-        kept = not any(name in skipped or name[0] == "." for name in file.relative_to(root).parts)
-        return kept and file.suffix in suffixes and file.is_file()
-
     documents = []
     # By their POSIX names, because the order of a folder's entries differs between file systems.
-    for file in [root] if root.is_file() else sorted(filter(is_wanted, root.rglob("*")), key=Path.as_posix):
+    for file in [root] if root.is_file() else sorted(root.rglob("*"), key=Path.as_posix):
+        names = file.relative_to(root).parts
+        if names and (file.suffix not in suffixes or any(n in skipped or n[0] == "." for n in names)):
+            continue
         with contextlib.suppress(UnicodeDecodeError, OSError):
             documents.append(file.read_text("utf-8"))
     documents = [document for document in documents if document.strip()]
-    source = str(path or "Python's standard library")
     if not documents:
-        raise BadInput(f"--text: no UTF-8 text in {root} (of a folder, *.py, *.md and *.txt are read)")
+        raise report.BadInput(f"--text: no UTF-8 text at {root} (of a folder, *.py, *.md and *.txt are read)")
     if len(documents) == 1:
         lines = documents[0].splitlines(keepends=True)
         cut = len(lines) - max(1, len(lines) // HELD_OUT_EVERY)
-        return Text(source, ["".join(lines[:cut])], ["".join(lines[cut:])])
+        documents = ["".join(lines[:cut]), "".join(lines[cut:])]
     every = min(HELD_OUT_EVERY, len(documents))
     held_out = documents[every - 1 :: every]
     del documents[every - 1 :: every]
-    return Text(source, documents, held_out)
+    return documents, held_out
 
 
 def trained_tokeniser(documents: Sequence[str], vocabulary: int = 32_000) -> Any:
@@ -97,149 +76,120 @@ def trained_tokeniser(documents: Sequence[str], vocabulary: int = 32_000) -> Any
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokeniser, bos_token=START, eos_token=START)
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Rows of consecutive tokens of one document, [count, sequence].
+def windows(tokeniser: Any, documents: Sequence[str], sequence: int, device: str = "cpu") -> Tensor:
+    """Each document behind a start token, cut into rows of `sequence` tokens.
 
-    A label is `IGNORED` where there is nothing to predict: at a document's start token and in the padding
-    behind its end.
+    The rows, [count, sequence], are labels and input alike: `IGNORED` is the padding behind a document's end.
     """
-
-    ids: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, rows: slice | Tensor) -> Windows:
-        return Windows(self.ids[rows], self.labels[rows])
-
-    @property
-    def predicted(self) -> int:
-        """The tokens a model is asked for: none for a row's first, which has nothing before it."""
-        return int((self.labels[:, 1:] != IGNORED).sum())
-
-    def spread(self, count: int) -> Windows:
-        """At most `count` windows, evenly spaced, so that all the documents have their say."""
-        return self[torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()]
-
-    def prompts(self, length: int) -> Tensor:
-        """The rows' first tokens, where none of those is padding."""
-        whole = (self.labels[:, 1:length] != IGNORED).all(1)
-        if whole.sum() < 2:  # of one, there is no standard error
-            raise BadInput(f"the text is too short for prompts of {length} tokens")
-        return self.ids[whole, :length]
-
-    def shuffled(self, size: int, steps: int, seed: int) -> Iterator[Windows]:
-        """`steps` batches, a new shuffle each time round; the same ones for the same seed."""
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.empty(0, dtype=torch.long)
-        for _ in range(steps):
-            while len(order) < size:
-                order = torch.cat([order, torch.randperm(len(self), generator=generator)])
-            yield self[order[:size]]
-            order = order[size:]
-
-
-def windows(tokeniser: Any, documents: Sequence[str], sequence: int, device: str = "cpu") -> Windows:
-    """Each document behind a start token (where the tokeniser has one), cut into rows of `sequence`."""
-    start = tokeniser.bos_token_id if tokeniser.bos_token_id is not None else tokeniser.eos_token_id
-    head = [] if start is None else [start]
-    ids, labels = [], []
+    rows = []
     for encoded in tokeniser(list(documents), add_special_tokens=False)["input_ids"]:
-        tokens = torch.tensor(head + encoded, dtype=torch.long)
-        targets = tokens.clone()
-        targets[: len(head)] = IGNORED
-        padding = (0, -len(tokens) % sequence)
-        ids.append(F.pad(tokens, padding, value=start or 0).view(-1, sequence))
-        labels.append(F.pad(targets, padding, value=IGNORED).view(-1, sequence))
-    rows = Windows(torch.cat(ids).to(device), torch.cat(labels).to(device))
+        tokens = torch.tensor([tokeniser.bos_token_id, *encoded])
+        rows.append(F.pad(tokens, (0, -len(tokens) % sequence), value=IGNORED).view(-1, sequence))
+    labels = torch.cat(rows).to(device)
     # The first position of a row is predicted by none, so a row needs a label behind it to be of use.
-    useful = (rows.labels[:, 1:] != IGNORED).any(1)
+    useful = (labels[:, 1:] != IGNORED).any(1)
     if not useful.any():
-        raise BadInput(f"the text is too short for windows of {sequence} tokens")
-    return rows[useful]
+        raise report.BadInput(f"the text is too short for windows of {sequence} tokens")
+    return labels[useful]
 
 
-class Size(NamedTuple):
-    """Of a small Llama."""
-
-    hidden: int
-    layers: int
+def predicted(rows: Tensor) -> int:
+    """The labels of `rows`; a row's first counts as none, because nothing stands before it to predict it."""
+    return int((rows[:, 1:] != IGNORED).sum())
 
 
-def small_llama(size: Size, vocabulary: int, positions: int, seed: int) -> Any:
-    """With random weights. Its head is not tied to its embeddings: at this size that learns faster."""
+def spread(rows: Tensor, count: int) -> Tensor:
+    """At most `count` of them, evenly spaced, so that all the documents have their say."""
+    return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()]
+
+
+def prompts(rows: Tensor, length: int) -> Tensor:
+    """The rows' first tokens, where none of those is padding."""
+    whole = (rows[:, 1:length] != IGNORED).all(1)
+    if whole.sum() < 2:  # of one, there is no standard error
+        raise report.BadInput(f"the text is too short for prompts of {length} tokens")
+    return rows[whole, :length]
+
+
+def batches(rows: Tensor, size: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """`steps` batches, a new shuffle each time round; the same ones for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    order = RandomSampler(range(len(rows)), num_samples=size * steps, generator=generator)
+    return (rows[chosen] for chosen in BatchSampler(order, size, drop_last=False))
+
+
+def small_llama(size: tuple[int, int], vocabulary: int, positions: int, seed: int) -> Any:
+    """With random weights, and a head of its own: at this size that learns faster than one that is tied."""
     torch.manual_seed(seed)
+    hidden, layers = size
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=size.hidden, intermediate_size=3 * size.hidden,
-        num_hidden_layers=size.layers, num_attention_heads=size.hidden // 32,
-        num_key_value_heads=size.hidden // 32, max_position_embeddings=positions, tie_word_embeddings=False,
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, max_position_embeddings=positions, tie_word_embeddings=False,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
 
 
-def pretrained(option: str, name: str, sequence: int) -> tuple[Any, Any]:
-    """The model and the tokeniser of a hub name or a folder, which `option` gave."""
-    found: list[Any] = []
-    for what, kind in (("a causal language model", "AutoModelForCausalLM"), ("a tokeniser", "AutoTokenizer")):
-        try:
-            found.append(getattr(transformers, kind).from_pretrained(name))
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise BadInput(f"{option}: cannot load {what} from {name!r}: {reason}") from error
-    model, tokeniser = found
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and positions < sequence:
-        raise BadInput(f"--sequence: {name} has {positions} positions, got {sequence}")
-    return model, tokeniser
+def forward(model: Any, rows: Tensor, **more: Any) -> Any:
+    """The model's output; the padding of `rows` stands behind the text, where no causal model looks."""
+    with torch.autocast(rows.device.type, torch.bfloat16, enabled=rows.is_cuda):
+        return model(input_ids=rows.clamp_min(0), use_cache=False, **more)
 
 
-def columns_of(model: Any) -> int:
-    """V of the model's logits, which padding may make larger than its tokeniser."""
-    return int(model.get_output_embeddings().weight.shape[0])
+def label_loss(model: Any, rows: Tensor) -> Tensor:
+    return forward(model, rows, labels=rows).loss
 
 
-def teacher_and_student(settings: Any, sizes: tuple[Size, Size], text: Text) -> tuple[Any, Any, Any]:
-    """The two models, small ones of these sizes where `settings` names none, and the tokeniser they share."""
-    sequence, seed = settings.sequence, settings.seed
-    if not settings.teacher:
-        tokeniser = trained_tokeniser(text.training)
-        models = [small_llama(size, len(tokeniser), sequence, seed + i) for i, size in enumerate(sizes)]
-        return *models, tokeniser
-    teacher, tokeniser = pretrained("--teacher", settings.teacher, sequence)
-    if not settings.student:
-        return teacher, small_llama(sizes[1], columns_of(teacher), sequence, seed), tokeniser
-    student, other = pretrained("--student", settings.student, sequence)
-    # A KL compares column with column, so a column must be the same token on both sides.
-    theirs, sample = other.get_vocab(), text.training[0][:20_000]
-    moved = [token for token, column in tokeniser.get_vocab().items() if theirs.get(token, column) != column]
-    if moved:
-        raise BadInput(f"the tokenisers of --teacher and --student differ: {moved[0]!r} has different ids")
-    if tokeniser(sample)["input_ids"] != other(sample)["input_ids"]:
-        raise BadInput("the tokenisers of --teacher and --student differ: they cut the same text differently")
-    # In float32 whatever the file holds: an optimiser's small steps vanish in 16 bits.
-    return teacher, student.float(), tokeniser
+@torch.no_grad()
+def measured(model: Any, held_out: Tensor, batch: int, kl: Objective | None = None) -> dict[str, float]:
+    """The perplexity; `kl` sums the KL(teacher‖model) over a batch, given the model's logits of it."""
+    surprise = divergence = 0.0
+    for rows in held_out.split(batch):
+        output = forward(model, rows, labels=rows)
+        surprise += output.loss.item() * predicted(rows)
+        divergence += kl(output.logits, rows).item() if kl else 0.0
+    tokens = predicted(held_out)
+    perplexity = math.exp(surprise / tokens)
+    return {"kl": divergence / tokens, "perplexity": perplexity} if kl else {"perplexity": perplexity}
 
 
-def autocast(batch: Windows) -> torch.autocast:
-    return torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=batch.ids.is_cuda)
+def train(
+    run: report.Run, model: Any, objective: Objective, training: Tensor, settings: Any,
+    measure: Callable[[], dict[str, float]],
+) -> None:  # fmt: skip
+    """Trains `model` for `run.steps` steps, with the batch, peak learning rate and seed of `settings`.
+
+    The rate rises over a tenth of the steps, then falls to a tenth of its peak.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.01)
+    rising = max(1, round(0.1 * run.steps))
+    schedule = cosine_schedule(optimizer, rising + 1, run.steps + 1, min_lr_rate=0.1)
+    shuffled = batches(training, settings.batch, run.steps, settings.seed)
+    for _, rows in zip(run.each_step(measure), shuffled, strict=True):
+        loss = objective(model, rows)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        run.curve.append(loss.item())
 
 
-def logits_of(model: Any, batch: Windows) -> Tensor:
-    # No attention mask: the padding stands behind the text, where a causal model does not look.
-    with autocast(batch):
-        return model(input_ids=batch.ids, use_cache=False).logits
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    # The labels are shifted and not the logits: a slice of those could not be flattened without a copy.
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction=reduction)
-
-
-def label_loss(model: Any, batch: Windows, vocab_size: int | None = None) -> Tensor:
-    return cross_entropy(logits_of(model, batch)[..., :vocab_size], batch.labels)
+def check(out: Path, backend: str | None, device: str = "cpu") -> None:
+    """Finds out before the work, not behind it, what would end it, and has a GPU give the same bits again."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise report.BadInput(f"--out: cannot write to {out}: {error.strerror}") from error
+    if device != "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # This would fill every new tensor, and so slow what is timed.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        probe = torch.zeros(1, 2, device=device)
+        kl_div(probe, probe, backend=backend)
+    except (AssertionError, ValueError, RuntimeError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise report.BadInput(f"--device {device}, --backend {backend or 'by choice'}: {reason}") from error
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -300,166 +250,35 @@ def share_that_parses(prompt: str, completion: str) -> float:
     return sum(map(line_parses, judged)) / len(judged) if judged else 0.0
 
 
-def plain_kl(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, vocab_size: int) -> Tensor:
-    """The distillation loss as it is usually written in PyTorch."""
-    log_q = F.log_softmax(student[:, :-1, :vocab_size] / temperature, -1, dtype=torch.float32)
-    log_p = F.log_softmax(teacher[:, :-1, :vocab_size] / temperature, -1, dtype=torch.float32)
-    rows = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    counts = labels[:, 1:] != IGNORED
-    return (rows * counts).sum() / counts.sum().clamp_min(1) * temperature**2
+def costs(losses: dict[str, Loss], student: Tensor, teacher: Tensor) -> dict[str, dict[str, float]]:
+    """What each loss comes to on the same logits, or hidden states, and takes forward and backward."""
 
-
-class Head(NamedTuple):
-    """What makes logits of hidden states: softcap · tanh(scale · (hidden · weightᵀ + bias) / softcap)."""
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    scale: float
-
-    @classmethod
-    def of(cls, model: Any) -> Head:
-        head, config = model.get_output_embeddings(), model.config
-        # As Gemma, Cohere and Granite name them.
-        softcap = getattr(config, "final_logit_softcapping", None)
-        scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
-        return cls(head.weight, getattr(head, "bias", None), softcap, scale)
-
-    def detach(self) -> Head:
-        bias = None if self.bias is None else self.bias.detach()
-        return self._replace(weight=self.weight.detach(), bias=bias)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        logits = self.scale * F.linear(hidden, self.weight, self.bias)
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-def behind_heads(loss: Loss, student_head: Head, teacher_head: Head) -> Loss:
-    """`loss`, which takes logits, of the hidden states that these heads make them of."""
-    return lambda student, teacher: loss(student_head.logits(student), teacher_head.logits(teacher))
-
-
-@torch.no_grad()
-def measured(model: Any, held_out: Windows, batch: int, columns: int, kl: Objective | None = None) -> HeldOut:
-    """`kl` sums the KL(teacher‖model) over a batch, given the model's logits of it."""
-    model.eval()
-    surprise = divergence = 0.0
-    for start in range(0, len(held_out), batch):
-        rows = held_out[start : start + batch]
-        logits = logits_of(model, rows)
-        surprise += cross_entropy(logits[..., :columns], rows.labels, "sum").item()
-        divergence += kl(logits, rows).item() if kl else 0.0
-    tokens = held_out.predicted
-    return HeldOut(divergence / tokens if kl else None, math.exp(surprise / tokens))
-
-
-def train(
-    run: Run, model: Any, objective: Objective, training: Windows, settings: Any,
-    measure: Callable[[Any], HeldOut], notify: Callable[[], None],
-) -> None:  # fmt: skip
-    """Trains `model` for `run.steps` steps, with the batch, peak learning rate and seed of `settings`."""
-
-    def share_of_rate(step: int) -> float:
-        """A linear start over a tenth of the steps, then a cosine down to a tenth."""
-        warm_up = max(1.0, 0.1 * run.steps)
-        if step < warm_up:
-            return (step + 1) / (warm_up + 1)
-        done = (step - warm_up) / max(1.0, run.steps - warm_up)
-        return 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2
-
-    # What a model draws while it trains (dropout, where it has some) is the same in every run.
-    torch.manual_seed(settings.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_rate)
-    batches = training.shuffled(settings.batch, run.steps, settings.seed)
-    for _, batch in zip(run.each_step(partial(measure, model), notify), batches, strict=True):
-        model.train()
-        loss = objective(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        run.curve.append(loss.item())
-        run.tokens += batch.ids.numel()
-
-
-def device_type(name: str) -> str:
-    """Of a device that can be used: "cpu" or "cuda"."""
-    try:
-        if (kind := torch.device(name).type) in MEMORY_METHODS:
-            torch.zeros((), device=name)
-            return kind
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device: cannot use {name!r}: {str(error).splitlines()[0]}") from error
-    raise BadInput(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
-
-
-def check(out: Path, backend: str | None, device: str = "cpu") -> None:
-    """Finds out before the work, not behind it, what would end it, and has a GPU give the same bits again."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out: cannot write to {out}: {error.strerror}") from error
-    if device != "cpu":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # This would fill every new tensor, and so slow what is timed.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    probe = torch.zeros(1, 2, device=device)
-    try:
-        kl_div(probe, probe, backend=backend)
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise BadInput(f"--backend: {error}") from error
-
-
-def setup_of(text: Text, training: Windows, tokeniser: Any, settings: Any, **more: Any) -> dict[str, Any]:
-    return {
-        "text": text.source, "training_tokens": training.ids.numel(), "tokens_in_vocabulary": len(tokeniser),
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "backend": settings.backend or "kl_gpu's choice", **more,
-    }  # fmt: skip
-
-
-def compared(takes: str, losses: dict[str, Loss], student: Tensor, teacher: Tensor) -> dict[str, Any]:
-    """What each loss costs on the same logits, or hidden states: see `say_costs`."""
-
-    def work(name: str) -> float:
+    def work(loss: Loss) -> float:
         leaf = student.detach().requires_grad_()
-        value = losses[name](leaf, teacher)
+        value = loss(leaf, teacher)
         value.backward()
         return value.item()  # waits for the device
 
-    values = {name: work(name) for name in losses}  # also warms up
-    seconds: dict[str, list[float]] = {name: [] for name in losses}
-    for name in [*losses] * REPEATS:  # interleaved, so that a busy moment of the machine falls on all alike
-        start = time.perf_counter()
-        work(name)
-        seconds[name].append(time.perf_counter() - start)
-    costs: dict[str, dict[str, float]] = {}
-    for name, value in values.items():
-        peak = peak_bytes(partial(work, name), student.device)
-        costs[name] = {"value": value, "seconds": statistics.median(seconds[name]), "peak_bytes": peak}
-    return {
-        "takes": takes, "shape": student.shape, "student_bytes": student.nbytes, "repeats": REPEATS,
-        "dtypes": [str(side.dtype).removeprefix("torch.") for side in (student, teacher)],
-        "memory_method": MEMORY_METHODS[student.device.type], "costs": costs,
-    }  # fmt: skip
+    runs = {name: partial(work, loss) for name, loss in losses.items()}
+    found = {name: {"value": run()} for name, run in runs.items()}  # which also warms up
+    # In turn, so that what else the machine does slows all of them alike.
+    seconds = [{name: timeit.timeit(run, number=1) for name, run in runs.items()} for _ in range(7)]
+    for name, run in runs.items():
+        found[name]["seconds"] = statistics.median(each[name] for each in seconds)
+        found[name]["peak_bytes"] = peak_bytes(run, student.device)
+    return found
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    gc.collect()
+    """The most that `work` has allocated at once."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True) as profile:
         work()
-    # From the exported trace, because the profiler's own tables hide a peak within an operator.
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    sizes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
-    return max(itertools.accumulate(size for _, size in sizes))  # a release is a negative size
+    # The raw events, because the profiler's own tables hide a peak within an operator.
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes))  # a release is a negative size

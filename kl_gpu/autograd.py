@@ -9,25 +9,9 @@ from torch import Tensor
 
 from . import transforms
 from .arguments.params import DivergenceCall
-from .inference_tensors import ordinary
+from .inference_tensors import keep, kept
 from .ops import pair as ops
-
-
-class _FirstDerivative(torch.autograd.Function):
-    """Passes a gradient on, tied to what it was computed from, so that differentiating it raises.
-
-    Without it `create_graph=True` would return a constant, and its share of a second derivative would
-    silently be missing.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        raise RuntimeError("kl_gpu has no second derivatives: its gradients are not differentiable")
-
+from .transforms import forbid_double_backward
 
 Grads = tuple[Tensor | None, Tensor | None]
 
@@ -36,59 +20,6 @@ def _buffers(student: Tensor, teacher: Tensor, call: DivergenceCall, needs: tupl
     """Where the gradients go, with what does not count already 0."""
     to_student = (student.detach() if call.inplace else torch.empty_like(student)) if needs[0] else None
     return to_student, torch.empty_like(teacher) if needs[1] else None
-
-
-def _gradients(
-    student: Tensor,
-    teacher: Tensor,
-    valid: Tensor | None,
-    stats: Tensor,
-    row_scale: Tensor,
-    call: DivergenceCall,
-    needs: tuple[bool, bool],
-) -> Grads:
-    """row_scale · ∂value/∂logits of whole tensors, from the saved row statistics."""
-    with torch.no_grad():
-        grads = _buffers(student, teacher, call, needs)
-        narrow = [None if grad is None else call.window.of(grad) for grad in grads]
-        sides = call.window.of(student), call.window.of(teacher)
-        ops.gradient(*sides, valid, stats, row_scale.to(stats.dtype), None, *call.params, *narrow)
-        for grad in grads:
-            if grad is not None:
-                call.window.zero_rest(grad)
-        if needs[0] and call.inplace:
-            # A second backward would read gradients as logits: the version counter makes it raise.
-            torch.autograd.graph.increment_version(student)
-    return grads
-
-
-def forbid_double_backward(grads: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients, such that differentiating them raises."""
-    if not torch.is_grad_enabled():
-        return grads
-    return tuple(None if grad is None else _FirstDerivative.apply(grad, *sources) for grad in grads)
-
-
-def keep(ctx: Any, *tensors: Tensor | None) -> None:
-    """Save tensors for backward. `kept` gives them back.
-
-    A traced graph does not know which of its inputs were made under inference_mode, and fails where one of
-    them is saved. There all that is not differentiated is kept beside the saved tensors, without a check of
-    its version.
-    """
-    if not torch.compiler.is_compiling():
-        ctx.beside = None
-        ctx.save_for_backward(*map(ordinary, tensors))
-        return
-    ctx.beside = [None if x is None or x.requires_grad else x for x in tensors]
-    ctx.save_for_backward(*(x if x is not None and x.requires_grad else None for x in tensors))
-
-
-def kept(ctx: Any) -> tuple[Any, ...]:
-    saved: tuple[Any, ...] = ctx.saved_tensors
-    if ctx.beside is None:
-        return saved
-    return tuple(x if y is None else y for x, y in zip(saved, ctx.beside, strict=True))
 
 
 # Since PyTorch 2.8.
@@ -118,18 +49,29 @@ def _row_values(
     call: DivergenceCall, student: Tensor, teacher: Tensor, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Values `[N]`, and the statistics that their gradient needs."""
-    found: tuple[Tensor, Tensor] = ops.value(
-        call.window.of(student), call.window.of(teacher), valid, *call.params
-    )
+    found: tuple[Tensor, Tensor] = ops.value(*call.window.of_each(student, teacher), valid, *call.params)
     return found
 
 
 def _row_gradients(call: DivergenceCall, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
+    """row_scale · ∂value/∂logits of whole tensors, from the saved row statistics."""
     student, teacher, valid = tensors
-    return *_gradients(student, teacher, valid, kept[0], incoming[0], call, needs[:2]), None
+    (row_scale,), (stats,) = incoming, kept
+    with torch.no_grad():
+        grads = _buffers(student, teacher, call, needs[:2])
+        sides, narrow = call.window.of_each(student, teacher), call.window.of_each(*grads)
+        ops.gradient(*sides, valid, stats, row_scale.to(stats.dtype), None, *call.params, *narrow)
+        call.window.zero_rest(*grads)
+        if needs[0] and call.inplace:
+            # A second backward would read gradients as logits: the version counter makes it raise.
+            torch.autograd.graph.increment_version(student)
+    return *grads, None
 
 
-_STEP = transforms.Step(_row_values, _row_gradients)
+# Per-row divergence `[N]` of logits `[N, V]`. It takes the whole tensors and narrows them inside, so that the
+# gradient of a shifted or padded tensor is written once, where autograd's own slicing would fill a second
+# tensor with zeros and copy.
+ROW_DIVERGENCE = transforms.Step(_row_values, _row_gradients)
 
 
 def per_row(student: Tensor, teacher: Tensor, valid: Tensor | None, call: DivergenceCall) -> Tensor:
@@ -139,36 +81,14 @@ def per_row(student: Tensor, teacher: Tensor, valid: Tensor | None, call: Diverg
     Forward mode and torch.func need no requires_grad to differentiate. Called past a Function, the operator
     would answer them with a derivative of 0.
     """
-    if transforms.are_active():
-        return transforms.run(_STEP, call, student, teacher, valid)[0]
-    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-        value: Tensor = RowDivergence.apply(student, teacher, valid, call)
-        return value
-    return ops.divergence(call.window.of(student), call.window.of(teacher), valid, *call.params)
-
-
-class RowDivergence(torch.autograd.Function):
-    """Per-row divergence `[N]` of logits `[N, V]`.
-
-    Takes the whole tensors and narrows them inside, so that the gradient of a shifted or padded tensor is
-    written once, where autograd's own slicing would fill a second tensor with zeros and copy.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, valid: Tensor | None, call: DivergenceCall
-    ) -> Tensor:
-        value, stats = _row_values(call, student, teacher, valid)
-        keep(ctx, student, teacher, valid, stats)
-        ctx.call = call
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, valid, stats = kept(ctx)
-        needs = ctx.needs_input_grad[:2]
-        grads = _gradients(student, teacher, valid, stats, row_gradient, ctx.call, needs)
-        return (*forbid_double_backward(grads, row_gradient, student, teacher), None, None)
+    value: Tensor
+    if transforms.are_active() or (
+        torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)
+    ):
+        (value,) = transforms.apply(ROW_DIVERGENCE, call, student, teacher, valid)
+    else:
+        value = ops.divergence(*call.window.of_each(student, teacher), valid, *call.params)
+    return value
 
 
 class WeightedSum(torch.autograd.Function):
@@ -194,12 +114,9 @@ class WeightedSum(torch.autograd.Function):
             value, stats = _row_values(call, student, teacher, valid)
         else:
             grads = _buffers(student, teacher, call, ctx.needs_input_grad[:2])
-            narrow = [None if grad is None else call.window.of(grad) for grad in grads]
-            sides = call.window.of(student), call.window.of(teacher)
+            sides, narrow = call.window.of_each(student, teacher), call.window.of_each(*grads)
             value, stats = ops.value_and_gradient(*sides, valid, row_scale, *call.params, *narrow)
-            for grad in grads:
-                if grad is not None:
-                    call.window.zero_rest(grad)
+            call.window.zero_rest(*grads)
         # The logits too: modifying them before backward must raise, as it does everywhere else.
         keep(ctx, student, teacher, valid, row_scale, stats)
         ctx.call, ctx.grads = call, grads
@@ -212,11 +129,10 @@ class WeightedSum(torch.autograd.Function):
         # Given away once: a second backward must not write over what the first one returned.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            needs = ctx.needs_input_grad[:2]
-            grads = _gradients(student, teacher, valid, stats, incoming * row_scale, call, needs)
+            needs, tensors = ctx.needs_input_grad, (student, teacher, valid)
+            *grads, _ = _row_gradients(call, needs, (incoming * row_scale,), tensors, (stats,))
         else:
             with torch.no_grad():
-                narrow = [None if grad is None else call.window.of(grad) for grad in grads]
-                sides = call.window.of(student), call.window.of(teacher)
+                sides, narrow = call.window.of_each(student, teacher), call.window.of_each(*grads)
                 ops.gradient(*sides, valid, stats, row_scale, incoming, *call.params, *narrow)
         return (*forbid_double_backward(grads, incoming, student, teacher), None, None, None)

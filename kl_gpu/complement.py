@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, transforms
+from . import transforms
 from .arguments.params import ComplementParams
-from .autograd import forbid_double_backward
 from .backends.interface import COMPLEMENT_STATS
 from .ops import complement as ops
 
@@ -30,9 +29,8 @@ def _of_the_teacher(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     step = transforms.Step(lambda constants, *tensors: (function(*tensors, *constants),), _constant, values=0)
 
     def run(*tensors: Tensor | None, constants: tuple[Any, ...] = ()) -> Tensor:
-        if transforms.are_active():
-            return transforms.run(step, constants, *tensors)[0]
-        return function(*tensors, *constants)
+        found: Tensor = transforms.apply(step, constants, *tensors)[0]
+        return found
 
     return run
 
@@ -45,7 +43,7 @@ unpadded = _of_the_teacher(ops.without_padding)
 def _split(
     params: ComplementParams, logits: Tensor, ids: Tensor, valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `Split` gives, and the row statistics."""
+    """What `split` gives, and the row statistics."""
     x = params.window.of(logits)
     picked = ops.picked_logits(x, ids, valid, params.validate, params.argument) * params.scale
     if params.sweeps:
@@ -54,9 +52,8 @@ def _split(
     return picked, rest_lse, rest_entropy, picked.new_zeros((*x.shape[:-1], COMPLEMENT_STATS))
 
 
-def _to_logits(
-    params: ComplementParams, logits: Tensor, ids: Tensor, valid: Tensor | None, stats: Tensor, incoming: Any
-) -> Tensor:
+def _to_logits(params: ComplementParams, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
+    (logits, ids, valid), (stats,) = tensors, kept
     grad_picked, grad_rest, grad_entropy = incoming
     with torch.no_grad():
         grad = logits.detach() if params.inplace else torch.empty_like(logits)
@@ -68,53 +65,24 @@ def _to_logits(
         if params.inplace:
             # A second backward would read gradients as logits: the version counter makes it raise.
             torch.autograd.graph.increment_version(logits)
-    return grad
+    return grad, None, None
 
 
-def _pull(params: ComplementParams, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
-    logits, ids, valid = tensors
-    return _to_logits(params, logits, ids, valid, kept[0], incoming), None, None
+_STEP = transforms.Step(_split, _to_logits, values=3)
 
 
-_STEP = transforms.Step(_split, _pull, values=3)
-
-
-class Split(torch.autograd.Function):
+def split(
+    logits: Tensor, ids: Tensor, valid: Tensor | None, params: ComplementParams
+) -> tuple[Tensor, Tensor, Tensor]:
     """From logits `[*, V]` and ids `[*, K]` to the picked scaled logits, and the complement's log-sum-exp and
     entropy.
 
     In float64. −inf for an absent id, and for the log-sum-exp where no other column has mass. Without
     `sweeps` it and the entropy are 0.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, ids: Tensor, valid: Tensor | None, params: ComplementParams
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        picked, rest_lse, rest_entropy, stats = _split(params, logits, ids, valid)
-        autograd.keep(ctx, logits, ids, valid, stats)
-        ctx.params = params
-        return picked, rest_lse, rest_entropy
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_picked: Tensor, grad_rest: Tensor, grad_entropy: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        logits, ids, valid, stats = autograd.kept(ctx)
-        grad = _to_logits(ctx.params, logits, ids, valid, stats, (grad_picked, grad_rest, grad_entropy))
-        (tied,) = forbid_double_backward((grad,), grad_picked, grad_rest, logits)
-        return tied, None, None, None
-
-
-def split(
-    logits: Tensor, ids: Tensor, valid: Tensor | None, params: ComplementParams
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`Split`, also under torch.func."""
-    if transforms.are_active():
-        return transforms.run(_STEP, params, logits, ids, valid)[:3]  # type: ignore[return-value]
-    found: tuple[Tensor, Tensor, Tensor] = Split.apply(logits, ids, valid, params)
+    found: tuple[Tensor, Tensor, Tensor] = transforms.apply(_STEP, params, logits, ids, valid)
     return found
 
 
-# What gives `Split`'s three, from logits, ids, the rows that count and the parameters.
+# What computes `split`, from logits, ids, the rows that count and the parameters.
 SplitRows = Callable[[Tensor, Tensor, "Tensor | None", ComplementParams], "tuple[Tensor, Tensor, Tensor]"]

@@ -1,9 +1,13 @@
-"""Tensors made under `torch.inference_mode`, which autograd refuses to save for backward."""
+"""What is saved for backward, also of tensors made under `torch.inference_mode`, which autograd refuses."""
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
+
+OptionalTensor = TypeVar("OptionalTensor", Tensor, "Tensor | None")
 
 _library = torch.library.Library("kl_gpu", "FRAGMENT")
 # A copy that the compiler can neither leave out nor make again in backward from what was copied.
@@ -28,14 +32,35 @@ def ordinary(tensor: Tensor | None) -> Tensor | None:
     return alias
 
 
-def ordinary_rows(tensor: Tensor) -> Tensor:
+def ordinary_rows(tensor: OptionalTensor) -> OptionalTensor:
     """`ordinary` for what has a number or K per row, and is saved by other operators than ours.
 
     torch.compile cannot ask how a tensor was made. There it is copied by an operator of ours, which the
     compiler neither removes nor repeats in backward from the original: so the copy is saved, not the
     inference tensor.
     """
-    if torch.compiler.is_compiling():
-        copied: Tensor = tensor if tensor.requires_grad else copy(tensor)
-        return copied
-    return tensor if tensor.requires_grad else ordinary(tensor)  # type: ignore[return-value]
+    if tensor is None or tensor.requires_grad:
+        return tensor
+    return copy(tensor) if torch.compiler.is_compiling() else ordinary(tensor)  # type: ignore[return-value]
+
+
+def keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save tensors for backward. `kept` gives them back.
+
+    A traced graph does not know which of its inputs were made under inference_mode, and fails where one of
+    them is saved. There all that is not differentiated is kept beside the saved tensors, without a check of
+    its version.
+    """
+    if not torch.compiler.is_compiling():
+        ctx.beside = None
+        ctx.save_for_backward(*map(ordinary, tensors))
+        return
+    ctx.beside = [None if x is None or x.requires_grad else x for x in tensors]
+    ctx.save_for_backward(*(x if x is not None and x.requires_grad else None for x in tensors))
+
+
+def kept(ctx: Any) -> tuple[Any, ...]:
+    saved: tuple[Any, ...] = ctx.saved_tensors
+    if ctx.beside is None:
+        return saved
+    return tuple(x if y is None else y for x, y in zip(saved, ctx.beside, strict=True))

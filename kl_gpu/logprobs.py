@@ -29,50 +29,20 @@ def _values(
     return tuple(found) if valid is None else tuple(torch.where(valid, x, 0.0) for x in found)
 
 
-def _to_split(derivatives: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    logprob_s, logprob_rest, entropy_s, entropy_rest, entropy_rest_entropy = derivatives
+def _pull(columns: int, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
+    grad_logprob, grad_entropy = incoming
+    logprob_s, logprob_rest, entropy_s, entropy_rest, entropy_rest_entropy = kept
     return (
         grad_logprob * logprob_s + grad_entropy * entropy_s,
         grad_logprob * logprob_rest + grad_entropy * entropy_rest,
         grad_entropy * entropy_rest_entropy,
+        None,
+        None,
     )
 
 
-def _pull(columns: int, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
-    return *_to_split(kept, *incoming), None, None
-
-
-_STEP = transforms.Step(_values, _pull, values=2)
-
-
-class _Token(torch.autograd.Function):
-    """From a row's split (`complement.Split`) to log q of its token and the entropy, `[*]` each."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        s: Tensor,
-        rest_lse: Tensor,
-        rest_entropy: Tensor,
-        ids: Tensor,
-        valid: Tensor | None,
-        columns: int,
-    ) -> tuple[Tensor, Tensor]:
-        logprob, entropy, *derivatives = _values(columns, s, rest_lse, rest_entropy, ids, valid)
-        ctx.save_for_backward(*derivatives)
-        return logprob, entropy
-
-    @staticmethod
-    def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_to_split(ctx.saved_tensors, grad_logprob, grad_entropy), None, None, None
-
-
-def _token(*tensors: Tensor | None, columns: int) -> tuple[Tensor, Tensor]:
-    """`_Token`, also under torch.func."""
-    if transforms.are_active():
-        return transforms.run(_STEP, columns, *tensors)[:2]  # type: ignore[return-value]
-    found: tuple[Tensor, Tensor] = _Token.apply(*tensors, columns)
-    return found
+# From a row's split (`complement.split`) to log q of its token and the entropy, `[*]` each.
+_STEP = transforms.Step(_values, _pull, values=2, saves_inputs=False)
 
 
 def token_logprobs(
@@ -144,8 +114,8 @@ def run_token_logprobs(
     scale, window = 1.0 / float(options.temperature), LogitsWindow(vocab_size, shift)
     params = ComplementParams(scale, True, entropy, validate, "token_ids", chosen, window, inplace)
     picked, rest_lse, rest_entropy = split(last_contiguous(logits), ids[..., None], valid, params)
-    logprob, rest_entropy = _token(
-        picked[..., 0], rest_lse, rest_entropy, ids, valid, columns=columns or vocab_size
+    logprob, rest_entropy = transforms.apply(
+        _STEP, columns or vocab_size, picked[..., 0], rest_lse, rest_entropy, ids, valid
     )
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return (logprob.to(dtype), rest_entropy.to(dtype)) if entropy else logprob.to(dtype)

@@ -29,9 +29,7 @@ class DivergenceLoss(nn.Module):
     def __init__(self, kind: str = "forward_kl", **options: Any) -> None:
         super().__init__()
         validation.name("kind", kind, KINDS)
-        unknown = sorted(set(options) - set(_OPTIONS))
-        if unknown:
-            raise TypeError(f"DivergenceLoss takes {', '.join(_OPTIONS)}; got {', '.join(unknown)}")
+        validation.known("DivergenceLoss", options, _OPTIONS)
         self.kind = kind
         self.options = options
 

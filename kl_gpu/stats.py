@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from . import transforms
 from .arguments import validation
+from .arguments.options import Options
 from .arguments.reduction import LogitsWindow, compute_dtype, last_contiguous, valid_rows
 from .backends import registry
 from .ops import pair as ops
@@ -171,24 +174,37 @@ def token_stats(
     validation.of_one_rank("token_stats", student_logits, teacher_logits)
     validation.booleans(shift=shift)
     scales = validation.scales(temperature, teacher_temperature)
-    vocab_size = validation.logits(student_logits, teacher_logits, vocab_size, shift)
+    columns = validation.logits(student_logits, teacher_logits, vocab_size, shift)
     validation.rows(student_logits, mask, labels, ignore_index, None)
-    chosen = registry.resolve(backend, student_logits.device)
+    call = (*scales, registry.resolve(backend, student_logits.device))
+    options = Options(mask=mask, labels=labels, ignore_index=ignore_index, shift=shift)
+    return run_token_stats(
+        student_logits, teacher_logits, options, columns, partial(transforms.apply, _STEP, call)
+    )
 
-    window = LogitsWindow(vocab_size, shift)
-    student, teacher = (window.of(last_contiguous(x.detach())) for x in (student_logits, teacher_logits))
-    valid, _ = valid_rows(mask, labels, ignore_index, None, shift)
-    if shift and labels is not None:
-        labels = labels[:, 1:]
+
+# What computes the seven fields `[N]` from logits `[N, V]`, the rows that count and their labels.
+FieldsOf = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], "tuple[Tensor, ...]"]
+
+
+def run_token_stats(
+    student: Tensor, teacher: Tensor, options: Options, columns: int, fields_of: FieldsOf, total: int = 0
+) -> TokenStats:
+    """`token_stats` of arguments that are checked, whatever computes the fields.
+
+    Args:
+        columns: how many columns of the logits count.
+        total: how many the whole vocabulary has, where these are a shard's.
+    """
+    labels, shift = options.labels, options.shift
+    window = LogitsWindow(columns, shift)
+    student, teacher = (window.of(last_contiguous(x.detach())) for x in (student, teacher))
+    valid, _ = valid_rows(options.mask, labels, options.ignore_index, None, shift)
     if labels is not None and valid is not None:
-        validation.labels_are_columns(labels, valid, vocab_size)
+        labels = labels[:, 1:] if shift else labels
+        validation.labels_are_columns(labels, valid, total or columns)
         labels = labels.long()
-
-    tensors = student, teacher, valid, labels
-    if transforms.are_active():
-        fields = transforms.run(_STEP, (*scales, chosen), *tensors)
-    else:
-        fields = ops.token_stats(*tensors, *scales, chosen).unbind(0)
+    fields = fields_of(student, teacher, valid, labels)
     # float64 with a narrower side: computed in float64, returned in float32.
     if student.dtype != teacher.dtype and compute_dtype(student.dtype, teacher.dtype) == torch.float64:
         fields = tuple(x.float() for x in fields)

@@ -1,8 +1,8 @@
-"""What torch.func and forward-mode AD ask of an autograd.Function: `setup_context`, a vmap rule, a refusal.
+"""Differentiable steps as autograd.Functions: a plain form, and what torch.func and forward-mode AD ask for.
 
-A Function with `setup_context` takes longer to call, and torch.compile refuses one with a `jvp`. So each
-Function of this package has its plain form for `backward()`, and a `Step` of the same two computations for
-everything else.
+These want `setup_context`, a vmap rule and a refusal. A Function with `setup_context` takes longer to call,
+and torch.compile refuses one with a `jvp`. So a `Step` has a plain Function for `backward()`, and two others
+for everything else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from .inference_tensors import ordinary
+from .inference_tensors import keep, kept, ordinary
 
 # Function.apply itself asks this. Should PyTorch no longer answer it, every call takes the Function.
 _are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
@@ -47,18 +47,71 @@ class Step:
         values: how many outputs are differentiable.
         rowwise: whether all tensors have the same leading shape, so that a mapped dimension is one more of
             it. Otherwise the samples run one after another.
+        saves_inputs: whether `pull` reads the tensors. Otherwise the plain Function does not hold on to them.
     """
 
     run: Callable[..., tuple[Tensor, ...]]
     pull: Callable[..., tuple[Tensor | None, ...]]
     values: int = 1
     rowwise: bool = True
+    saves_inputs: bool = True
+
+
+def apply(step: Step, call: Any, *tensors: Tensor | None) -> Any:
+    """The step's differentiable outputs, or all where none of them is, also under torch.func."""
+    if are_active():
+        return run(step, call, *tensors)[: step.values or None]
+    return Plain.apply(step, call, *tensors) if step.values else step.run(call, *tensors)
 
 
 def run(step: Step, call: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """The step's outputs, differentiable once in reverse, under any nesting of vmap."""
+    """All outputs of the step, differentiable once in reverse, under any nesting of vmap."""
     outputs: tuple[Tensor, ...] = _Forward.apply(step, call, *tensors)
     return outputs
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """Passes a gradient on, tied to what it was computed from, so that differentiating it raises.
+
+    Without it `create_graph=True` would return a constant, and its share of a second derivative would
+    silently be missing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError("kl_gpu has no second derivatives: its gradients are not differentiable")
+
+
+def forbid_double_backward(
+    grads: tuple[Tensor | None, ...], *sources: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients, such that differentiating them raises."""
+    if not torch.is_grad_enabled():
+        return grads
+    return tuple(None if grad is None else _FirstDerivative.apply(grad, *sources) for grad in grads)
+
+
+class Plain(torch.autograd.Function):
+    """A step's differentiable outputs, for `backward()`; torch.func has no rule for it."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, call: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        outputs = step.run(call, *tensors)
+        ctx.step, ctx.call = step, call
+        keep(ctx, *(tensors if step.saves_inputs else ()), *outputs[step.values :])
+        return outputs[: step.values]
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        needs, saved = ctx.needs_input_grad[2:], kept(ctx)
+        inputs = len(needs) if ctx.step.saves_inputs else 0
+        tensors, others = saved[:inputs], saved[inputs:]
+        grads = ctx.step.pull(ctx.call, needs, incoming, tensors, others)
+        return None, None, *forbid_double_backward(grads, *incoming, *tensors)
 
 
 def _in_front(info: Any, dims: tuple[Any, ...], tensors: tuple[Any, ...]) -> list[Any]:

@@ -28,12 +28,12 @@ from bench.__main__ import main as bench
 from bench.gpu import correctness, limited, sanitizer
 from bench.gpu.limited import Finished, run
 from bench.gpu.phases import Budget, Ending, Outcome, Phase, run_phases
-from bench.gpu.session import Session
+from bench.gpu.session import RUN, Session
 from bench.harness import baselines
 from bench.harness.report import COPY, Finding, Report
 from bench.harness.report_log import PytestReport, events
 from bench.suite import plan, stage
-from bench.suite.plan import VOCABS, Point, gpu_plan, tiny_plan
+from bench.suite.plan import PLANS, VOCABS, Point, tiny_plan
 from kl_gpu import KINDS, reference
 
 CPU = torch.device("cpu")
@@ -183,7 +183,8 @@ except KeyboardInterrupt:
 
 
 def test_the_plan_covers_what_was_asked_for_the_important_first() -> None:
-    points = gpu_plan()
+    timed = [name.removeprefix("time ") for name in RUN if name.startswith("time ")]
+    points = [point for name in timed for point in PLANS[name]()]
     assert (points[0].kind, points[0].dtype, points[0].vocab) == ("forward_kl", "bf16", 128256)
     ours = {(p.kind, p.dtype, p.rows, p.vocab) for p in points if "kl_gpu" in p.systems}
     for kind in ("forward_kl", "reverse_kl"):
@@ -192,14 +193,20 @@ def test_the_plan_covers_what_was_asked_for_the_important_first() -> None:
         assert {(kind, dtype, 8192, 128256) for dtype in ("bf16", "fp32")} <= ours
         assert {(kind, "bf16", 8192, V) for V in (32000, 50257, 262144)} <= ours
     assert {("forward_kl", "bf16", N, 128256) for N in (1, 16, 132, 1024)} <= ours
-    assert all("kl_gpu" in p.systems for p in points)  # every baseline's time is beside ours of the same run
-    assert {name for p in points for name in p.systems} == {
-        "kl_gpu",
-        "torch",
-        "torch.compile",
-        "liger",
-    }
-    assert len(points) == len(set(points))
+    assert all(
+        "kl_gpu" in p.systems for p in points
+    )  # every baseline's time is beside ours of the same passes
+    assert {name for p in points for name in p.systems} == {"kl_gpu", "torch", "torch.compile", "liger"}
+    assert len({str(point) for point in points}) == len(points)  # they are told apart by their names
+
+
+def test_a_session_times_the_kls_first_and_what_compiles_longest_last() -> None:
+    phases = list(RUN)
+    assert phases[:3] == ["compile", "time kl", "test the queue"]
+    assert [name for name in phases if name.startswith("time ")][-1] == "time compile"
+    before = [point for name in ("kl", "kinds", "baselines") for point in PLANS[name]()]
+    assert not any("torch.compile" in point.systems for point in before)
+    assert {point.kind for point in PLANS["kl"]()} == {"forward_kl", "reverse_kl"}
 
 
 def test_memory_decides_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +214,7 @@ def test_memory_decides_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: kept.__setitem__(0, 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (78 * 2**30 - kept[0], 80 * 2**30))
     gpu = torch.device("cuda", 0)
-    everybody, ours = gpu_plan()[0], Point("js", "fp32", 8192, 262144, ("kl_gpu",))
+    everybody, ours = PLANS["baselines"]()[0], Point("js", "fp32", 8192, 262144, ("kl_gpu",))
     assert stage.rows_of(everybody, gpu) == 8192
     assert stage.rows_of(ours, gpu) == 8192
     beside_plain = stage.rows_of(Point("js", "fp32", 8192, 262144, ("kl_gpu", "torch")), gpu)
@@ -269,12 +276,18 @@ def test_a_system_that_failed_in_one_pass_has_no_row() -> None:
 
 def test_the_tests_chosen_for_a_gpu() -> None:
     folder = Path(__file__).parent
-    names = [path.stem.removeprefix("test_") for path in correctness.files_for_a_gpu(folder)]
-    assert names[0] == "cuda"
-    assert names[-1] == "properties"
-    assert {"accuracy", "edges", "autograd", "options", "views", "ops", "determinism", "parity"} < set(names)
-    assert not {"bench", "contributing", "examples", "machine_code", "native", "reference"} & set(names)
-    assert Path(__file__).stem.removeprefix("test_") not in names  # a session must not start a session
+    queue, others = (
+        [path.stem.removeprefix("test_") for path in files(folder)]
+        for files in (correctness.of_the_queue, correctness.others)
+    )
+    assert all(path.exists() for path in correctness.of_the_queue(folder))
+    assert {"queue", "rows"} < set(queue)
+    assert not set(queue) & set(others)
+    assert others[-1] == "properties"
+    assert {"accuracy", "edges", "autograd", "options", "views", "ops", "determinism", "parity"} < set(others)
+    assert not {"bench", "contributing", "examples", "machine_code", "native", "reference"} & set(others)
+    assert not [name for name in others if "distributed" in name]
+    assert Path(__file__).stem.removeprefix("test_") not in others  # a session must not start a session
 
 
 @pytest.fixture
@@ -368,10 +381,6 @@ def test_what_the_sanitizer_says(tmp_path: Path, says: str, status: int, ending:
     assert got.why.removeprefix("========= ") == ending.why
 
 
-def test_the_calls_for_the_sanitizer() -> None:
-    assert sanitizer.calls(CPU, (33,)) == 2 * len(KINDS)
-
-
 class _Loss:
     """Another library's loss by its documented interface: log-probabilities in; β of the JSD."""
 
@@ -419,7 +428,7 @@ def timing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tup
     """The session's timings, by processes that leave in the journal what they are told, and end."""
 
     def timings_of(*lives: list[dict[str, Any]]) -> tuple[Ending, Session, int]:
-        session = Session(tmp_path, CPU, device_report(), "tiny")
+        session = Session(tmp_path, CPU, device_report(), {"time tiny": 100})
         skipped = []
 
         def pretended(command: list[str], limit: float, *_: object) -> Finished:
@@ -430,7 +439,7 @@ def timing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tup
             return Finished(1, {"over": True} in life, "")
 
         monkeypatch.setattr("bench.gpu.session.run_limited", pretended)
-        return session.time(100), session, len(skipped)
+        return session.time("tiny", 100), session, len(skipped)
 
     return timings_of
 
@@ -546,8 +555,8 @@ def test_a_session_without_a_gpu_says_what_it_skips(session: tuple[str, Path]) -
         "left_out",
     ]
     outcomes = {phase["name"]: phase["outcome"] for phase in checks["phases"]}
-    skipped = dict.fromkeys(("tests", "linear", "memcheck", "racecheck", "tests of eager"), "skipped")
-    assert outcomes == skipped | {"timings": "done", "plots": "done"}
+    needs_a_gpu = ("compile", "test the queue", "test", "memcheck", "racecheck", "linear")
+    assert outcomes == dict.fromkeys(needs_a_gpu, "skipped") | {"time tiny": "done", "plots": "done"}
     for phase in checks["phases"]:
         assert f"{phase['name']}: {phase['outcome']} after" in shown
         assert ("no GPU" in phase["why"]) == (phase["outcome"] == "skipped")

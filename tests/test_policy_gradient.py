@@ -7,6 +7,7 @@ optimum is known to be.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import itertools
@@ -81,10 +82,9 @@ def game(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The example's own, of completions of two tokens after the prompt "a"."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import rlhf_kl
-    from rlhf_kl import Settings
 
     monkeypatch.setattr(rlhf_kl, "share_that_parses", in_order)
-    settings = Settings(
+    settings = argparse.Namespace(
         text=None, pretraining=1, steps=300, prompts=64, samples=4, prompt=1, tokens=2, rate=0.03,
         coefficient=COEFFICIENT, held_out=400, seed=0, backend=None, out=Path(),
     )  # fmt: skip
@@ -107,7 +107,8 @@ def at_each_token(a: Table, b: Table, chances: Tensor) -> Tensor:
 
 def test_gradient_of_the_loss_over_all_pairs_of_completions(game: Any) -> None:
     """Advantages over the prompt's other completion, signs and coefficient included; nothing is sampled."""
-    game = dataclasses.replace(game, settings=dataclasses.replace(game.settings, samples=2))
+    settings = argparse.Namespace(**vars(game.settings) | {"samples": 2})
+    game = dataclasses.replace(game, settings=settings)
     policy = Table(1)
     chances = policy.logprobs().detach().exp()
     completions = torch.cat([torch.zeros(len(TOKENS), 1, dtype=torch.long), TOKENS], 1)
@@ -161,8 +162,8 @@ def test_learns_the_optimum_of_its_form(game: Any, form: str) -> None:
     best, best_at_each = optimum(game.reference), optimum_at_each_token(game.reference)
     start = game.reference.logprobs().exp()
     policy = copy.deepcopy(game.reference).requires_grad_()
-    run = Run("", game.settings.steps)
-    improve(policy, form, game, run, lambda: None)
+    run = Run(form, "", game.settings.steps, "")
+    improve(policy, game, run)
     with torch.no_grad():
         end, kl = policy.logprobs().exp(), divergence(policy, game.reference).item()
 
@@ -175,7 +176,7 @@ def test_learns_the_optimum_of_its_form(game: Any, form: str) -> None:
     assert min(distance(start, best), distance(start, best_at_each), distance(best, best_at_each)) > 0.25
 
     before, after = run.held_out[0], run.held_out[game.settings.steps]
-    assert before.kl == before.kl_error == 0.0
-    assert abs(after.kl - kl) < 6 * after.kl_error < 0.25 * kl
+    assert before["kl"] == before["kl_error"] == 0.0
+    assert abs(after["kl"] - kl) < 6 * after["kl_error"] < 0.25 * kl
     for measured, chances in ((before, start), (after, end)):
-        assert abs(measured.reward - (chances @ REWARDS).item()) < 6 * measured.reward_error < 0.25
+        assert abs(measured["reward"] - (chances @ REWARDS).item()) < 6 * measured["reward_error"] < 0.25

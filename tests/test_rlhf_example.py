@@ -31,11 +31,8 @@ Main = Callable[[list[str]], int]
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Main]:
     monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
-    import _report
     import rlhf_kl
 
-    for name in _report.ENVIRONMENT:
-        monkeypatch.setenv(name, "")  # the example sets them, and pytest puts them back
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # work this small waits for its threads more than it gains by them
     yield rlhf_kl.main
@@ -101,8 +98,8 @@ def test_gradient_of_each_form_over_all_completions(main: Main) -> None:
         return torch.cat([g.flatten() for g in torch.autograd.grad(value, policy, retain_graph=True)])
 
     def trained(form: str) -> Tensor:
-        kl = penalty(form, logits, ref_logits, tokens)
-        surrogate = kl.later * token_logprobs(logits, tokens) + kl.loss
+        later, kl = penalty(form, logits, ref_logits, tokens)
+        surrogate = later * token_logprobs(logits, tokens) + kl
         return gradient((chances.detach() * surrogate.sum(1)).sum() + 0 * logits.sum())
 
     def at_each_token(a: Tensor, b: Tensor) -> Tensor:
@@ -121,7 +118,7 @@ def test_gradient_of_each_form_over_all_completions(main: Main) -> None:
         assert (one - other).norm() > 0.1 * whole.norm()
 
     # In the reward alone, what the exact KL trains at the first of the two tokens is not its own gradient.
-    detached = penalty("exact", logits, ref_logits, tokens).loss.detach()
+    detached = penalty("exact", logits, ref_logits, tokens)[1].detach()
     at_once = (chances.detach()[:, None] * detached * token_logprobs(logits, tokens)).sum()
     assert gradient(at_once).norm() < 1e-6 * whole.norm()
 
@@ -139,17 +136,18 @@ def test_compares_the_forms_and_repeats(
     found = results(tmp_path / "a")
 
     runs = found["figures"]
+    pretraining = runs.pop("reference")
     assert list(runs) == ["none", "exact", "k1", "k2", "k3"]
     start = runs["none"]["held_out"]["0"]
     for run in runs.values():
         assert run["held_out"]["0"] == start
         assert [*run["held_out"]] == ["0", "1", "2", "3", "4"]
-        assert len(run["reward"]) == 4
-        assert all(0 <= reward <= 1 for reward in run["reward"])
+        assert len(run["curve"]) == 4
+        assert all(0 <= reward <= 1 for reward in run["curve"])
         assert min(run["held_out"]["4"]["kl"], run["held_out"]["4"]["kl_error"]) > 0
     assert start["kl"] == start["kl_error"] == 0.0
     assert len({run["held_out"]["4"]["kl"] for run in runs.values()}) == 5
-    perplexity = [measured["perplexity"] for measured in found["reference"]["held_out"].values()]
+    perplexity = [measured["perplexity"] for measured in pretraining["held_out"].values()]
     assert perplexity[-1] < perplexity[0]
 
     plot = tmp_path / "a" / "rlhf_kl.png"
@@ -158,21 +156,20 @@ def test_compares_the_forms_and_repeats(
 
     assert main([*TINY, "--out", str(tmp_path / "b")]) == 0
     again = results(tmp_path / "b")
-    assert again["figures"] == runs
-    assert again["reference"] == found["reference"]
+    assert again["figures"] == {"reference": pretraining, **runs}
     assert sorted(file.name for file in (tmp_path / "b").iterdir()) == ["rlhf_kl.json", "rlhf_kl.png"]
 
 
 def test_refuses_what_cannot_work(main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "word.txt").write_text("word")
     for arguments, reason in [
-        (["--text", str(tmp_path / "none")], "does not exist"),
+        (["--text", str(tmp_path / "none")], "no UTF-8 text"),
         (["--text", str(tmp_path / "word.txt")], "too short"),
         (["--out", str(tmp_path / "word.txt")], "--out: cannot write"),
         (["--backend", "abacus"], "--backend"),
         (["--samples", "1"], "at least 2"),
         (["--tokens", "few"], "--tokens: invalid"),
-        (["--coefficient", "-1"], "above 0"),
+        (["--coefficient", "-1"], "at least 1e-09"),
         (["--colour", "red"], "unrecognized arguments"),
     ]:
         with pytest.raises(SystemExit) as stop:

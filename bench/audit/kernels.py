@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import triton
 
 from kl_gpu.arguments.reduction import compute_dtype
 from kl_gpu.backends.interface import RowPair
@@ -62,7 +61,7 @@ class Entry:
             "STAGE": pair.ALL_STAGES.value,
             "TO_A": self.side in ("a", "both"),
             "TO_B": self.side in ("b", "both"),
-            "SPLITS": triton.next_power_of_2(self.programs(logits, lanes)),
+            "SPLITS": launch.room_for(self.programs(logits, lanes)),
             "LOG2": fast_formulas.logarithm(self.formula, torch.float32, lanes == 32),
         }
 
@@ -122,7 +121,7 @@ class StatsEntry(Entry):
     def configuration(self, logits: torch.Tensor, lanes: int) -> dict[str, Any]:
         _, config = self._launch(logits, lanes)
         splits = self.programs(logits, lanes)
-        return {**config, "HAS_VALID": True, "SPLITS": triton.next_power_of_2(splits)}
+        return {**config, "HAS_VALID": True, "SPLITS": launch.room_for(splits)}
 
     def _step(self, problem: RowPair, config: dict[str, Any]) -> int:
         return int(config["R"] * config["VEC"])

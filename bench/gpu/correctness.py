@@ -16,15 +16,24 @@ from .phases import CUT_SHORT, DONE, FAILED, Ending
 ROOT = Path(__file__).parents[2]
 _HANGS = 90  # seconds: a test that takes longer hangs
 
-# What only a GPU can show comes first, and what compiles hundreds of kernels last.
-_FIRST = ("cuda", "accuracy", "edges", "determinism", "autograd", "views", "options")
+# What only a GPU can show: programs that wait for one another, compiled.
+_QUEUE = ("cuda", "queue", "rows")
+_FIRST = ("accuracy", "edges", "determinism", "autograd", "views", "options")
+# What compiles hundreds of kernels.
 _LAST = ("ops", "parity", "properties")
 # A file that looks at the device at hand.
 _BEARS_ON_A_GPU = re.compile(r"\bDEVICE\b|cuda\.is_available")
 
 
-def files_for_a_gpu(folder: Path) -> list[Path]:
-    """The tests that bear on a GPU, in the order in which they should run. New files are in by themselves."""
+def of_the_queue(folder: Path) -> list[Path]:
+    return [folder / f"test_{name}.py" for name in _QUEUE]
+
+
+def others(folder: Path) -> list[Path]:
+    """The other tests that bear on a GPU, in the order in which they should run.
+
+    New files are in by themselves, but for those of several processes, for which a session has no time.
+    """
 
     def rank(path: Path) -> tuple[int, int, str]:
         name = path.stem.removeprefix("test_")
@@ -32,8 +41,9 @@ def files_for_a_gpu(folder: Path) -> list[Path]:
             return 0, _FIRST.index(name), name
         return (2, _LAST.index(name), name) if name in _LAST else (1, 0, name)
 
-    files = (file for file in folder.glob("test_*.py") if _BEARS_ON_A_GPU.search(file.read_text()))
-    return sorted(files, key=rank)
+    left_out = {*of_the_queue(folder), *folder.glob("test_distributed*.py")}
+    files = {file for file in folder.glob("test_*.py") if _BEARS_ON_A_GPU.search(file.read_text())}
+    return sorted(files - left_out, key=rank)
 
 
 def environment() -> dict[str, str]:
@@ -46,7 +56,7 @@ def environment() -> dict[str, str]:
 def command(files: Sequence[Path], chosen: str, log: Path) -> list[str]:
     """pytest over `files`, of their tests those that the expression `chosen` names."""
     parallel = []
-    workers = min(8, (os.cpu_count() or 1) // 2)
+    workers = min(12, (os.cpu_count() or 1) * 3 // 4)  # each compiles, and holds a context on the GPU
     if workers > 1 and importlib.util.find_spec("xdist"):
         # A test that hangs takes its process along; pytest-xdist starts another.
         parallel = ["--numprocesses", str(workers), "--dist", "loadgroup"]

@@ -1,9 +1,12 @@
-"""One session on a GPU: correctness, timings, sanitizer, plots; over in --minutes, whatever happens.
+"""One session on a GPU: timings, correctness, sanitizer, plots; over in --minutes, whatever happens.
 
 Writes into --out: the timings' JSON, linear_div's, a third with what was checked, run and skipped, the plots,
 the journal (pytest-reportlog's, of the timings), and session.log with every command's output. What was
 measured is on disk at once. Without a GPU it says what it skips and times a little on the CPU. Status 1 where
 a check failed or an output was wrong.
+
+On a machine that is lent for minutes: --dry-run before, elsewhere, says whether all of it fits; --smoke there
+takes a minute and a half at most, and finds what would spoil the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
+import os
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +29,9 @@ from ..harness.options import usual_device
 from ..harness.report import Finding, Report, new_report
 from ..harness.report_log import PytestReport, events
 from ..suite.plan import PLANS
-from .correctness import ROOT, environment, files_for_a_gpu, run_tests
+from . import wheels
+from .calls import calls_of
+from .correctness import ROOT, environment, of_the_queue, others, run_tests
 from .limited import Finished
 from .limited import run as run_limited
 from .phases import CUT_SHORT, DONE, FAILED, SKIPPED, Budget, Ending, Outcome, Phase, run_phases
@@ -35,6 +42,15 @@ _RESERVE = 10.0  # seconds for what frames the phases
 _HANGS = 75  # seconds: a timing that takes longer hangs, a program waiting for another that never runs, say
 _SHOWN = 10  # lines of a kind on the terminal; all are in the JSON
 _NO_GPU = "no GPU; `make test` runs the kernels through Triton's interpreter"
+_MINUTES, SMOKE_MINUTES = 9.0, 1.5
+_REPEATS = 21
+# The phases and their seconds, the most important first. What one leaves the later ones have. --dry-run says
+# whether they suffice.
+RUN = {
+    "compile": 60, "time kl": 60, "test the queue": 90, "time kinds": 60, "memcheck": 35, "racecheck": 35,
+    "test": 60, "time baselines": 40, "linear": 25, "time compile": 55, "plots": 10,
+}  # fmt: skip
+SMOKE = {"smoke": 55, "time smoke": 25}
 
 
 @dataclass
@@ -44,7 +60,7 @@ class Session:
     folder: Path
     device: torch.device
     report: Report
-    plan: str
+    seconds: dict[str, int]
     repeats: int = 3
     outcomes: list[Outcome] = field(default_factory=list)
     tests: dict[str, PytestReport] = field(default_factory=dict)
@@ -57,21 +73,40 @@ class Session:
         return self.folder / "session.log"
 
     def phases(self) -> list[Phase]:
-        """The most important first. Shares are seconds of 540, more or less."""
-        no_gpu = "" if self.device.type == "cuda" else _NO_GPU
-        program = tool()
-        no_tool = no_gpu or ("" if program else f"not found: {NAME}")
-        return [
-            Phase("tests", 170, 20, partial(self.test, "tests", "not eager"), no_gpu),
-            Phase("timings", 270, 10, self.time),
-            Phase("linear", 30, 20, self.linear, no_gpu),
-            *(Phase(check, 35, 15, partial(self.sanitize, program or "", check), no_tool) for check in TOOLS),
-            Phase("plots", 15, 5, self.plot),
-            Phase("tests of eager", 15, 10, partial(self.test, "tests of eager", "eager"), no_gpu),
-        ]
+        return [self._phase(name, share) for name, share in self.seconds.items()]
 
-    def test(self, name: str, chosen: str, limit: float) -> Ending:
-        self.tests[name], ending = run_tests(files_for_a_gpu(ROOT / "tests"), chosen, limit, self.log)
+    def _phase(self, name: str, share: float) -> Phase:
+        no_gpu = "" if self.device.type == "cuda" else _NO_GPU
+        if name.startswith("time "):
+            return Phase(name, share, 10, partial(self.time, name.removeprefix("time ")))
+        if name == "plots":
+            return Phase(name, share, 5, self.plot)
+        if name == "linear":
+            return Phase(name, share, 20, self.linear, no_gpu)
+        if name in TOOLS:
+            no_tool = no_gpu or ("" if tool() else f"not found: {NAME}")
+            return Phase(name, share, 15, partial(self.sanitize, tool() or "", name), no_tool)
+        if name.startswith("test"):
+            return Phase(name, share, 20, partial(self.test, name), no_gpu)
+        return Phase(name, share, 20, partial(self.call, calls_of(name)), no_gpu)
+
+    @property
+    def plans(self) -> list[str]:
+        return [name.removeprefix("time ") for name in self.seconds if name.startswith("time ")]
+
+    def call(self, name: str, limit: float) -> Ending:
+        """Calls of our kernels, in as many processes as there are cores: they are compiled, and checked."""
+        processes = ["--processes", str(os.cpu_count() or 1), "--device", str(self.device)]
+        command = [sys.executable, "-m", "bench.gpu.calls", name, *processes]
+        finished = run_limited(command, limit, self.log, ROOT, environment())
+        last = finished.output.strip().rpartition("\n")[2]
+        if finished.timed_out:
+            return Ending(CUT_SHORT, "kernels are left to compile where they are first used")
+        return Ending(DONE if finished.code == 0 else FAILED, last)
+
+    def test(self, name: str, limit: float) -> Ending:
+        files = (of_the_queue if name == "test the queue" else others)(ROOT / "tests")
+        self.tests[name], ending = run_tests(files, "not eager", limit, self.log)
         return ending
 
     def sanitize(self, program: str, check: str, limit: float) -> Ending:
@@ -79,32 +114,42 @@ class Session:
         self.sanitizer[check] = f"{ending.outcome}: {ending.why}"
         return ending
 
-    def time(self, limit: float) -> Ending:
+    def time(self, plan: str, limit: float) -> Ending:
         """Times the points in one process after the other: where one breaks, the next goes on behind it."""
         budget = Budget(limit)
-        skip = self.folder / "begun.txt"
-        while not self.suite.ended and budget.left() > 10:
-            before, crashed = len(self.suite.begun), set(self.suite.stopped)
-            skip.write_text("\n".join(self.suite.begun))
-            log = self.folder / f"journal-{before}.jsonl"
-            arguments = ["--plan", self.plan, "--device", str(self.device), "--repeats", str(self.repeats)]
+        skip, log = self.folder / "begun.txt", self.folder / f"{plan}.jsonl"
+        suite = PytestReport()
+        while not suite.ended and budget.left() > 10:
+            before, crashed = len(suite.begun), set(suite.stopped)
+            skip.write_text("\n".join(suite.begun))
+            arguments = ["--plan", plan, "--device", str(self.device), "--repeats", str(self.repeats)]
             arguments += ["--skip", str(skip), "--report-log", str(log), "--limit", str(_HANGS)]
             finished = self._run("suite", *arguments, limit=budget.left())
-            self.suite.add(events(log))
+            suite.add(events(log))
+            self._keep(log)
             if finished.timed_out:
-                for test in {*self.suite.stopped} - crashed:
-                    del self.suite.begun[test]  # its time was over: that is no failure
-            if finished.timed_out or len(self.suite.begun) == before:
+                for test in {*suite.stopped} - crashed:
+                    del suite.begun[test]  # its time was over: that is no failure
+            if finished.timed_out or len(suite.begun) == before:
                 break  # where it ended without having begun anything, again would be the same
         skip.unlink(missing_ok=True)
-        self.report.add(Finding(**value) for value in self.suite.properties("finding"))
+        self.suite.tests |= suite.tests
+        self.suite.begun |= suite.begun
+        self.report.add(Finding(**value) for value in suite.properties("finding"))
         if self.report.rows:
             self.timings = self.report.save(self.folder, complete=True)
-        states = self.points()
+        states = self.points(plan)
         counts = ", ".join(f"{len(points)} {state}" for state, points in states.items() if points)
-        if states["failed"] or self.suite.failures:
-            return Ending(FAILED, f"points: {counts}; failures: {len(self.suite.failures)}")
+        if states["failed"] or suite.failures:
+            return Ending(FAILED, f"points: {counts}; failures: {len(suite.failures)}")
         return Ending(CUT_SHORT if states["not reached"] else DONE, f"points: {counts}")
+
+    def _keep(self, log: Path) -> None:
+        """All journals in one file: what comes back from a lent machine may be few files."""
+        if log.exists():
+            with (self.folder / "journal.jsonl").open("a") as journal:
+                journal.write(log.read_text())
+            log.unlink()
 
     def linear(self, limit: float) -> Ending:
         """Times linear_div and its baselines; the last line printed says how it stands to its targets."""
@@ -125,11 +170,11 @@ class Session:
         """Runs another command of the benchmarks in a process of its own."""
         return run_limited([sys.executable, "-m", "bench", *arguments], limit, self.log, ROOT, environment())
 
-    def points(self) -> dict[str, list[str]]:
-        """The plan's points by what became of them. One that began and did not end took its process along."""
+    def points(self, *plans: str) -> dict[str, list[str]]:
+        """The plans' points by what became of them. One that began and did not end took its process along."""
         states: dict[str, list[str]] = {"measured": [], "failed": [], "not reached": []}
         failed = [*self.suite.failures, *self.suite.stopped]
-        for point in PLANS[self.plan]():
+        for point in (point for plan in plans or self.plans for point in PLANS[plan]()):
             mine = f"[{point}-"
             state = "measured" if any(mine in test for test in self.suite.begun) else "not reached"
             states["failed" if any(mine in test for test in failed) else state].append(str(point))
@@ -188,8 +233,19 @@ def _minutes(text: str) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("out/gpu"), metavar="DIR", help="default: out/gpu")
-    add("--minutes", type=_minutes, default=9.0, help="the session's length at most; default: 9")
+    add(
+        "--minutes",
+        type=_minutes,
+        help=f"its length at most; default: {_MINUTES:.0f}, of --smoke {SMOKE_MINUTES}",
+    )
     add("--device", type=_device, help="cpu or cuda; default: a GPU if there is one")
+    add("--wheels", type=Path, default=wheels.FOLDER, metavar="DIR", help="packages that may be missing")
+    kind = parser.add_mutually_exclusive_group()
+    add = kind.add_argument
+    add("--smoke", action="store_true", help="every kernel on a few rows, and one timing")
+    add(
+        "--dry-run", action="store_true", help="compile here for an H200, and say whether the plan fits there"
+    )
     add("--tiny", action="store_true", help="a few points of no interest, to try the command itself")
 
 
@@ -199,19 +255,45 @@ def end_after(seconds: float) -> None:
     faulthandler.dump_traceback_later(seconds, exit=True, file=2 if where is None else where)
 
 
+def _seconds(options: argparse.Namespace, on_gpu: bool) -> dict[str, int]:
+    phases = SMOKE if options.smoke else RUN
+    if on_gpu and not options.tiny:
+        return phases
+    timed = "time cpu" if phases is RUN and not options.tiny else "time tiny"
+    return {timed: 300} | {name: share for name, share in phases.items() if not name.startswith("time ")}
+
+
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    budget = Budget(60 * options.minutes - _RESERVE)
+    minutes = options.minutes or (SMOKE_MINUTES if options.smoke else _MINUTES)
+    if options.dry_run:
+        from . import timetable
+
+        smoke = timetable.Command("--smoke", 60 * SMOKE_MINUTES, _RESERVE, SMOKE)
+        return timetable.show((smoke, timetable.Command("run", 60 * minutes, _RESERVE, RUN)), _REPEATS)
+    with tempfile.TemporaryDirectory() as unpacked:
+        wheels.use(options.wheels, Path(unpacked))
+        if missing := wheels.missing():
+            names = ", ".join(missing)
+            parser.error(
+                f"not installed, and not among the wheels in {options.wheels}: {names} (make wheels)"
+            )
+        return _run(options, parser, 60 * minutes - _RESERVE)
+
+
+def _run(options: argparse.Namespace, parser: argparse.ArgumentParser, seconds: float) -> int:
+    budget = Budget(seconds)
     device = options.device or usual_device()
     on_gpu = device.type == "cuda"
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "session.log").write_bytes(b"")
+        (options.out / "journal.jsonl").unlink(missing_ok=True)
     except OSError as error:
         parser.error(f"argument --out: {error}")
     end_after(max(1.0, budget.left() + _RESERVE))  # over in time also where this very process hangs
-    plan = "tiny" if options.tiny else "gpu" if on_gpu else "cpu"
-    repeats = 21 if on_gpu and not options.tiny else 3
-    session = Session(options.out.resolve(), device, new_report(device), plan, repeats)
+    repeats = _REPEATS if on_gpu and not options.tiny else 3
+    phases = _seconds(options, on_gpu)
+    session = Session(options.out.resolve(), device, new_report(device), phases, repeats)
 
     print(f"{session.report.device}; torch {session.report.torch}, triton {session.report.triton}")
     if not on_gpu and machine.is_busy():

@@ -44,14 +44,20 @@ def _share(work: str, wanted: float) -> Read:
     return read
 
 
-def _of_baseline(baseline: str, kind: str, key: str, word: str, meets: Callable[[float], bool]) -> Read:
-    """A baseline's figure ÷ ours, of value and gradient at V = 128256 in bf16, of one run and one N."""
+def _of_baseline(
+    baseline: str,
+    kind: str,
+    cost: Callable[[dict[str, Any]], float],
+    word: str,
+    meets: Callable[[float], bool],
+) -> Read:
+    """A baseline's cost ÷ ours, of value and gradient at V = 128256 in bf16, of one run and one N."""
     task = {"kind": kind, "work": "value_grad", "dtype": "bf16", "V": 128256}
 
     def read(rows: Rows) -> Figure | None:
         for theirs in _full(rows, system=baseline, **task):
             for ours in _chosen(rows, system="kl_gpu", N=theirs["N"], **task):
-                ratio = theirs[key] / ours[key]
+                ratio = cost(theirs) / cost(ours)
                 return word.format(ratio, 1 / ratio), meets(ratio)
         return None
 
@@ -59,7 +65,16 @@ def _of_baseline(baseline: str, kind: str, key: str, word: str, meets: Callable[
 
 
 def _faster(baseline: str, kind: str, wanted: float) -> Read:
-    return _of_baseline(baseline, kind, "ms", "{:.1f} ×", lambda ratio: ratio >= wanted)
+    return _of_baseline(baseline, kind, _time, "{:.1f} ×", lambda ratio: ratio >= wanted)
+
+
+def _time(row: dict[str, Any]) -> float:
+    """In times of the copy beside it: not every baseline is timed in the same passes as ours was last."""
+    return 1 / row["share_of_copy"]
+
+
+def _memory(row: dict[str, Any]) -> float:
+    return row["peak_extra_bytes"]
 
 
 def _even(rows: Rows) -> Figure | None:
@@ -80,7 +95,7 @@ def _one_row(rows: Rows) -> Figure | None:
 
 
 _BOTH = "value + gradient, bf16"
-_LEANER = _of_baseline("torch", "forward_kl", "peak_extra_bytes", "{1:.2f} of it", lambda ratio: ratio >= 4)
+_LEANER = _of_baseline("torch", "forward_kl", _memory, "{1:.2f} of it", lambda ratio: ratio >= 4)
 TARGETS = (
     Target("value, bf16, V ≥ 32k", "≥ 95 % of copy speed at 2 U", _share("value", 0.95)),
     Target("value + gradient in one call, bf16, V ≥ 32k", "≥ 85 % at 3 U", _share("value_grad", 0.85)),

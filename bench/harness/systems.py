@@ -103,7 +103,7 @@ class Entry:
     mean: Divergence  # 0-d
 
 
-def _ours(name: str, backend: str | None) -> System:
+def ours(name: str, backend: str | None) -> System:
     def divergences(kind: str) -> tuple[Divergence, Divergence]:
         ours = partial(kl_gpu.divergence, kind=kind, backend=backend)
         return partial(ours, reduction="none"), partial(ours, reduction="mean")
@@ -136,8 +136,8 @@ def _compiled(kind: str) -> Divergence:
 def available(device: torch.device) -> dict[str, System]:
     """Every system that can run on `device`, by its name on the command line and in the JSON."""
     systems = [
-        _ours("kl_gpu", None),
-        *(_ours(f"kl_gpu[{backend}]", backend) for backend in kl_gpu.BACKENDS if _runs(backend, device)),
+        ours("kl_gpu", None),
+        *(ours(f"kl_gpu[{backend}]", backend) for backend in kl_gpu.BACKENDS if _runs(backend, device)),
         _baseline("torch", PLAIN.__getitem__),
         _baseline("torch.compile", _compiled),
         *([_library("liger", baselines.liger())] if not absent(device) else []),

@@ -1,13 +1,13 @@
 """Which points are timed, the most important first, and against whom at each.
 
-Ours runs at every point, and first. Baselines do not run everywhere: plain PyTorch takes twenty times as long
-as a fused kernel, and torch.compile compiles anew at every size. All run at V = 128256 in bf16, and the two
-that say what a user has without this library, plain PyTorch and torch.compile, over all V for forward KL.
+A session's time may run out, so its points come in parts: ours for the KLs at every V, ours for the other
+kinds, then baselines, each beside ours once more. Baselines do not run everywhere: plain PyTorch takes twenty
+times as long as a fused kernel, and torch.compile, which is last, compiles for many seconds at every size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..harness.cases import Case
@@ -20,9 +20,11 @@ USUAL = 128256
 
 OURS = ("kl_gpu",)
 PYTORCH = ("kl_gpu", "torch")
-COMPILED = ("kl_gpu", "torch", "torch.compile")
-EVERYBODY = ("kl_gpu", "torch", "torch.compile", "liger")
 LIBRARIES = ("kl_gpu", "liger")
+BOTH = ("kl_gpu", "torch", "liger")
+COMPILED = ("kl_gpu", "torch.compile")
+
+_PASSES = 3
 
 _KLS = ("forward_kl", "reverse_kl")
 _MIXED = tuple(kind for kind in PLAIN if kind not in _KLS)
@@ -36,44 +38,52 @@ class Point(Case):
     workloads: tuple[str, ...] = tuple(WORKLOADS)
 
     def __str__(self) -> str:
-        return f"{super().__str__()}{'' if self.systems == OURS else ' among others'}"
+        others = [name for name in self.systems if name != "kl_gpu"]
+        return super().__str__() + (f" beside {', '.join(others)}" if others else "")
 
 
-def gpu_plan() -> list[Point]:
-    """Ours everywhere, then baselines, each beside ours once more: a ratio is of the same passes."""
-    return [*dict.fromkeys(_ours()), *_others()]
+def passes_of(repeats: int) -> tuple[int, int]:
+    """How many passes go through everybody, and how many rounds each has in a pass."""
+    passes = min(_PASSES, repeats)
+    return passes, -(-repeats // passes)
 
 
-def _ours() -> Iterator[Point]:
-    # What the targets speak of.
-    for kind in _KLS:
-        for dtype in ("bf16", "fp32"):
-            for vocab in (USUAL, *VOCABS):
-                yield Point(kind, dtype, ROWS, vocab, OURS)
-    for kind in (*_KLS, "js"):
-        for rows in FEW_ROWS:
-            yield Point(kind, "bf16", rows, USUAL, OURS)
-    for dtype, vocabs in (("bf16", (USUAL, 32000, 50257, 262144)), ("fp32", (USUAL,))):
-        for vocab in vocabs:
-            for kind in _MIXED:
-                yield Point(kind, dtype, ROWS, vocab, OURS)
+def kl_plan() -> list[Point]:
+    """What the targets speak of: the KLs at every V, and at few rows."""
+    vocabs = (USUAL, *(vocab for vocab in VOCABS if vocab != USUAL))
+    cases = [("bf16", ROWS, vocab) for vocab in vocabs]
+    cases += [("bf16", rows, USUAL) for rows in FEW_ROWS]
+    cases += [("fp32", ROWS, vocab) for vocab in vocabs]
+    return [Point(kind, *case, OURS) for kind in _KLS for case in cases]
 
 
-def _others() -> Iterator[Point]:
-    yield Point("forward_kl", "bf16", ROWS, USUAL, EVERYBODY)
-    yield Point("js", "bf16", ROWS, USUAL, EVERYBODY)
-    yield Point("reverse_kl", "bf16", ROWS, USUAL, COMPILED)
-    for rows in FEW_ROWS:
-        yield Point("forward_kl", "bf16", rows, USUAL, PYTORCH)
-    for vocab in VOCABS:
-        if vocab != USUAL:
-            yield Point("forward_kl", "bf16", ROWS, vocab, COMPILED)
-    yield Point("forward_kl", "fp32", ROWS, USUAL, EVERYBODY)
-    for kind in _MIXED:
-        if kind != "js":
-            yield Point(kind, "bf16", ROWS, USUAL, PYTORCH)
-    for vocab in (32000, 262144):
-        yield Point("js", "bf16", ROWS, vocab, LIBRARIES)
+def kinds_plan() -> list[Point]:
+    """The other kinds."""
+    cases = [("bf16", ROWS, vocab) for vocab in (USUAL, 32000, 50257, 262144)] + [("fp32", ROWS, USUAL)]
+    points = [Point(kind, *case, OURS) for case in cases for kind in _MIXED]
+    return points + [Point("js", "bf16", rows, USUAL, OURS) for rows in FEW_ROWS]
+
+
+def baselines_plan() -> list[Point]:
+    """Plain PyTorch and Liger, beside ours: a ratio is of the same passes."""
+    points = [Point(kind, "bf16", ROWS, USUAL, BOTH) for kind in ("forward_kl", "js")]
+    points += [Point("forward_kl", "bf16", rows, USUAL, PYTORCH) for rows in FEW_ROWS]
+    points += [Point("forward_kl", "bf16", ROWS, vocab, PYTORCH) for vocab in VOCABS if vocab != USUAL]
+    points += [Point("forward_kl", "fp32", ROWS, USUAL, BOTH)]
+    points += [Point(kind, "bf16", ROWS, USUAL, PYTORCH) for kind in ("reverse_kl", *_MIXED) if kind != "js"]
+    return points + [Point("js", "bf16", ROWS, vocab, LIBRARIES) for vocab in (32000, 262144)]
+
+
+def compile_plan() -> list[Point]:
+    """torch.compile, which compiles anew for every point and workload."""
+    points = [Point(kind, "bf16", ROWS, USUAL, COMPILED) for kind in ("forward_kl", "js")]
+    points += [Point("forward_kl", "bf16", ROWS, vocab, COMPILED) for vocab in (32000, 50257, 262144)]
+    return [*points, Point("forward_kl", "fp32", ROWS, USUAL, COMPILED)]
+
+
+def smoke_plan() -> list[Point]:
+    """One timing."""
+    return [Point("forward_kl", "bf16", ROWS, USUAL, OURS)]
 
 
 def cpu_plan() -> list[Point]:
@@ -89,4 +99,12 @@ def tiny_plan() -> list[Point]:
     return [Point("forward_kl", "bf16", rows, vocab, ("kl_gpu", "torch", "liger")) for rows, vocab in sizes]
 
 
-PLANS: dict[str, Callable[[], list[Point]]] = {"gpu": gpu_plan, "cpu": cpu_plan, "tiny": tiny_plan}
+PLANS: dict[str, Callable[[], list[Point]]] = {
+    "kl": kl_plan,
+    "kinds": kinds_plan,
+    "baselines": baselines_plan,
+    "compile": compile_plan,
+    "smoke": smoke_plan,
+    "cpu": cpu_plan,
+    "tiny": tiny_plan,
+}

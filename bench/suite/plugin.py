@@ -14,10 +14,8 @@ from ..harness.clock import timer_of
 from ..harness.report import COPY, Finding
 from ..harness.systems import available
 from ..harness.traffic import PASSES as TENSORS
-from .plan import Point
+from .plan import Point, passes_of
 from .stage import Stage
-
-PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,7 @@ class Suite:
     ) -> None:
         self.points = points
         self.device = device
-        self.passes = min(PASSES, repeats)
-        self.rounds = -(-repeats // self.passes)
+        self.passes, self.rounds = passes_of(repeats)
         self._begun = frozenset(begun)
         self.findings: list[Finding] = []
 

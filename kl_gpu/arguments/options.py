@@ -46,13 +46,11 @@ class Options(NamedTuple):
         """Check what is given per row against the logits; returns what becomes of their divergences."""
         validation.rows(logits, self.mask, self.labels, self.ignore_index, self.weight)
         validation.normalizer(self.normalizer, self.reduction, logits.device)
-        mask, weight, normalizer = self.mask, self.weight, self.normalizer
-        if weight is not None:
-            weight = ordinary_rows(weight)
+        weight, normalizer = ordinary_rows(self.weight), self.normalizer
         if isinstance(normalizer, Tensor):
             normalizer = ordinary_rows(normalizer)
-        if mask is not None and self.shift:  # what a mask is cut from may be saved in its place
-            mask = ordinary_rows(mask)
+        # What a mask is cut from may be saved in its place.
+        mask = ordinary_rows(self.mask) if self.shift else self.mask
         valid, weight = valid_rows(mask, self.labels, self.ignore_index, weight, self.shift)
         validation.divides(normalizer, valid, logits.shape[:-1], self.shift)
         factor = float(self.temperature) ** 2 if self.t_squared else None

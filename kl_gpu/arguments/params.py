@@ -113,6 +113,3 @@ class LinearParams(NamedTuple):
     def from_arguments(cls, *arguments: Any) -> LinearParams:
         products = len(cls._fields) - 1
         return cls._make((*arguments[:products], DivergenceParams(*arguments[products:])))
-
-    def with_backend(self, backend: str) -> LinearParams:
-        return self._replace(divergence=self.divergence._replace(backend=backend))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +29,17 @@ class LogitsWindow(NamedTuple):
             logits = logits[..., :-1, :]
         return logits if logits.shape[-1] == self.vocab_size else logits[..., : self.vocab_size]
 
-    def zero_rest(self, grad: Tensor) -> None:
+    def of_each(self, *tensors: Tensor | None) -> list[Any]:
+        """That part of every tensor that there is."""
+        return [None if x is None else self.of(x) for x in tensors]
+
+    def zero_rest(self, *grads: Tensor | None) -> None:
         """Zero what `of` leaves out."""
-        if grad.shape[-1] != self.vocab_size:
-            grad[..., self.vocab_size :].zero_()
-        if self.shift:
-            grad[..., -1:, :].zero_()
+        for grad in grads:
+            if grad is not None and grad.shape[-1] != self.vocab_size:
+                grad[..., self.vocab_size :].zero_()
+            if grad is not None and self.shift:
+                grad[..., -1:, :].zero_()
 
 
 def valid_rows(
@@ -98,8 +103,8 @@ class Reduction(NamedTuple):
 
     def scale(self, lead: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """These constants, `[*lead]`."""
-        factor, denominator = self.factor, self._denominator(lead, dtype)
-        factor = 1.0 if factor is None else factor
+        factor = 1.0 if self.factor is None else self.factor
+        denominator = self._denominator(lead, dtype)
         if self.weight is None and not isinstance(denominator, Tensor):
             share = factor / denominator
             if is_dynamo_compiling():  # `full` would make a constant of a normalizer that changes

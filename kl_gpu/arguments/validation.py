@@ -19,6 +19,7 @@ LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64
 )  # fmt: skip
+_FLOATS = "float16, bfloat16, float32 or float64"
 _INTEGERS = "an integer tensor, of int8 to int64 or uint8 to uint64"
 # Below, the float32 kernels' exponents of logits that models have overflow; above, T² times a divergence that
 # shrinks with 1/T² loses its digits. Within, every backend keeps the promises.
@@ -30,6 +31,7 @@ SMALLEST_NORMALIZER = 1e-20
 
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
+_OURS, _LEAD = "the logits are", "the logits' leading shape"
 
 
 def readable(tensor: Tensor) -> bool:
@@ -82,9 +84,9 @@ def backend(value: object) -> None:
 
 
 def beta(value: Any, kind: str) -> None:
-    of = KINDS[kind]
     if value is None:
         return
+    of = KINDS[kind]
     if of.beta is None:
         raise ValueError(f"beta is not a parameter of kind {kind!r}, got {value!r}")
     if not _is_real(value):
@@ -147,10 +149,10 @@ def known(function: str, options: Collection[str], allowed: Collection[str]) -> 
         raise TypeError(f"{function} takes {', '.join(allowed)}; got {', '.join(unknown)}")
 
 
-def whole(argument: str, value: Any, low: int) -> None:
+def whole(argument: str, value: Any, low: int, otherwise: str = "") -> None:
     _integer(argument, value)
     if value < low:
-        raise ValueError(f"{argument} must be at least {low}, got {value}")
+        raise ValueError(f"{argument} must be at least {low}{otherwise}, got {value}")
 
 
 def count(argument: str, value: Any, most: int) -> None:
@@ -227,32 +229,28 @@ def logits(student: Any, teacher: Any, vocab_size: Any, shift: bool) -> int:
     """Check both sides against each other; returns the number of columns that count."""
     beside_each_other({"student_logits": student, "teacher_logits": teacher})
     shifted("logits [batch, time, V]", student, shift)
-    return vocabulary(
-        "student_logits", student.shape[-1], "teacher_logits", teacher.shape[-1], "columns", vocab_size
-    )
+    sizes = {"student_logits": student.shape[-1], "teacher_logits": teacher.shape[-1]}
+    return vocabulary(sizes, "columns", vocab_size)
 
 
-def vocabulary(
-    argument: str, columns: int, other_argument: str, other_columns: int, unit: str, vocab_size: Any
-) -> int:
-    """Check what both sides have against vocab_size; returns the number of columns that count."""
-    if vocab_size is None:
-        if columns != other_columns:
-            raise ValueError(
-                f"vocab_size must be given where the vocabularies differ: {argument} has {columns} "
-                f"{unit}, {other_argument} {other_columns}"
-            )
-        return columns
-    _integer("vocab_size", vocab_size)
-    largest = min(columns, other_columns)
-    if not 1 <= vocab_size <= largest:
-        raise ValueError(f"vocab_size must be within [1, {largest}], got {vocab_size}")
-    return int(vocab_size)
+def vocabulary(sizes: dict[str, int], unit: str, vocab_size: Any) -> int:
+    """Check what one or both sides have against vocab_size; returns the number of columns that count."""
+    if vocab_size is not None:
+        count("vocab_size", vocab_size, min(sizes.values()))
+        return int(vocab_size)
+    columns, *other = sizes.values()
+    if other and other[0] != columns:
+        argument, other_argument = sizes
+        raise ValueError(
+            f"vocab_size must be given where the vocabularies differ: {argument} has {columns} "
+            f"{unit}, {other_argument} {other[0]}"
+        )
+    return columns
 
 
 def one_side(argument: str, side: Any, columns: int = 0) -> None:
     """Check that these are logits, of so many columns at least."""
-    _tensor(argument, side, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
+    _tensor(argument, side, LOGIT_DTYPES, _FLOATS)
     if side.dim() < 1 or side.shape[-1] < columns:
         least = " with at least one column" if columns else ""
         raise ValueError(f"{argument} must be [N, V]{least}, got {tuple(side.shape)}")
@@ -262,37 +260,24 @@ def one_sided_logits(argument: str, value: Any, vocab_size: Any, shift: bool) ->
     """Check logits that stand alone; returns the number of columns that count."""
     one_side(argument, value, columns=1)
     shifted(f"{argument} [batch, time, V]", value, shift)
-    columns: int = value.shape[-1]
-    if vocab_size is None:
-        return columns
-    _integer("vocab_size", vocab_size)
-    if not 1 <= vocab_size <= columns:
-        raise ValueError(f"vocab_size must be within [1, {columns}], got {vocab_size}")
-    return int(vocab_size)
+    return vocabulary({argument: value.shape[-1]}, "columns", vocab_size)
 
 
 def _head(side: str, hidden: Any, weight: Any, bias: Any, least: int) -> None:
     """Check one model's hidden states against its LM head, of so many rows at least."""
     names = f"{side}_hidden", f"{side}_weight", f"{side}_bias"
-    for argument, value, shape in zip(
-        names, (hidden, weight, bias), ("[N, H]", "[V, H]", "[V]"), strict=True
-    ):
-        if argument == names[2] and value is None:
-            continue
-        _tensor(argument, value, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
+    expected = (names[0], hidden, "[N, H]"), (names[1], weight, "[V, H]"), (names[2], bias, "[V]")
+    for argument, value, shape in expected[: 2 if bias is None else 3]:
+        _tensor(argument, value, LOGIT_DTYPES, _FLOATS)
         few = value.dim() < 1 if argument == names[0] else value.dim() != shape.count(",") + 1
-        if (
-            few
-            or value.shape[-1] < (least if value is bias else 1)
-            or (value is weight and len(value) < least)
-        ):
+        narrow = few or value.shape[-1] < (least if value is bias else 1)
+        if narrow or (value is weight and len(value) < least):
             what = "neither V nor H 0" if least else "H not 0"
             raise ValueError(f"{argument} must be {shape}, {what}, got {tuple(value.shape)}")
-        if value.device != hidden.device:
-            raise ValueError(f"{argument} must be on {hidden.device}, as {names[0]} is, got {value.device}")
+        _same_device(argument, value, hidden.device, f"{names[0]} is")
         # What autocast casts may differ; it leaves float64 alone.
-        cast = autocasts(hidden.device)
-        if value.dtype != hidden.dtype and not (cast and torch.float64 not in (value.dtype, hidden.dtype)):
+        cast = autocasts(hidden.device) and torch.float64 not in (value.dtype, hidden.dtype)
+        if value.dtype != hidden.dtype and not cast:
             raise TypeError(f"{argument} must have {names[0]}'s dtype, {hidden.dtype}, got {value.dtype}")
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
@@ -314,11 +299,9 @@ def heads(
     _head("teacher", teacher_hidden, teacher_weight, teacher_bias, least)
     _same_rows({"student_hidden": student_hidden, "teacher_hidden": teacher_hidden})
     shifted("hidden states [batch, time, H]", student_hidden, shift)
-    for argument, value in (
-        ("teacher_hidden", teacher_hidden), ("teacher_weight", teacher_weight), ("teacher_bias", teacher_bias)
-    ):  # fmt: skip
-        if value is not None and value.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{argument} gets no gradient here, got one that requires it: detach it")
+    _constant("teacher_hidden", teacher_hidden)
+    _constant("teacher_weight", teacher_weight)
+    _constant("teacher_bias", teacher_bias)
 
 
 def softcap(argument: str, value: Any) -> float:
@@ -340,24 +323,33 @@ def logit_scale(argument: str, value: Any, temperature: float) -> float:
     return float(value)
 
 
-def chunk_rows(value: Any) -> None:
-    if value is None:
-        return
-    _integer("chunk_rows", value)
-    if value < 1:
-        raise ValueError(f"chunk_rows must be at least 1 or None, got {value}")
-
-
-def _beside(argument: str, value: Tensor, shape: tuple[int, ...], what: str, device: torch.device) -> None:
+def _beside(
+    argument: str,
+    value: Tensor,
+    shape: tuple[int, ...],
+    what: str,
+    device: torch.device,
+    whose: str = _OURS,
+) -> None:
+    """Check that a tensor has the shape of `what`, and lies where it does."""
     if tuple(value.shape) != shape:
         raise ValueError(f"{argument} must have {what} {shape}, got {tuple(value.shape)}")
+    _same_device(argument, value, device, whose)
+
+
+def _same_device(argument: str, value: Tensor, device: torch.device, whose: str = _OURS) -> None:
     if value.device != device:
-        raise ValueError(f"{argument} must be on {device}, as the logits are, got {value.device}")
+        raise ValueError(f"{argument} must be on {device}, as {whose}, got {value.device}")
+
+
+def _constant(argument: str, value: Tensor | None) -> None:
+    if value is not None and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{argument} gets no gradient here, got one that requires it: detach it")
 
 
 def token_ids(logits: Tensor, value: Any) -> None:
     _tensor("token_ids", value, LABEL_DTYPES, _INTEGERS)
-    _beside("token_ids", value, tuple(logits.shape[:-1]), "the logits' leading shape", logits.device)
+    _beside("token_ids", value, tuple(logits.shape[:-1]), _LEAD, logits.device)
 
 
 def topk(student: Tensor, logprobs: Any, ids: Any, tail_logprob: Any, tail: str) -> None:
@@ -369,18 +361,16 @@ def topk(student: Tensor, logprobs: Any, ids: Any, tail_logprob: Any, tail: str)
             f"teacher_ids must be [N, K] with the logits' leading shape {lead} and K at least 1, "
             f"got {tuple(ids.shape)}"
         )
-    if ids.device != student.device:
-        raise ValueError(f"teacher_ids must be on {student.device}, as the logits are, got {ids.device}")
-    _tensor("teacher_logprobs", logprobs, LOGIT_DTYPES, "float16, bfloat16, float32 or float64")
+    _same_device("teacher_ids", ids, student.device)
+    _tensor("teacher_logprobs", logprobs, LOGIT_DTYPES, _FLOATS)
     _beside("teacher_logprobs", logprobs, tuple(ids.shape), "the shape of teacher_ids", student.device)
     if tail_logprob is not None:
         if tail != "bucket":
             raise ValueError(f"teacher_tail_logprob belongs to tail='bucket', got tail={tail!r}")
         _tensor("teacher_tail_logprob", tail_logprob, LOGIT_DTYPES, "a floating tensor")
-        _beside("teacher_tail_logprob", tail_logprob, lead, "the logits' leading shape", student.device)
-    for argument, value in (("teacher_logprobs", logprobs), ("teacher_tail_logprob", tail_logprob)):
-        if value is not None and value.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{argument} gets no gradient here, got one that requires it: detach it")
+        _beside("teacher_tail_logprob", tail_logprob, lead, _LEAD, student.device)
+    _constant("teacher_logprobs", logprobs)
+    _constant("teacher_tail_logprob", tail_logprob)
 
 
 def rows(student: Tensor, mask: Any, labels: Any, ignore_index: Any, weight: Any) -> None:
@@ -390,21 +380,15 @@ def rows(student: Tensor, mask: Any, labels: Any, ignore_index: Any, weight: Any
         raise ValueError(f"ignore_index must be within int64, got {ignore_index}")
     if mask is None and labels is None and weight is None:
         return
+    lead = tuple(student.shape[:-1])
     for argument, value, dtypes, what in (
         ("mask", mask, (torch.bool,), "bool"),
         ("labels", labels, LABEL_DTYPES, _INTEGERS),
         ("weight", weight, LOGIT_DTYPES, "a floating tensor"),
     ):
-        if value is None:
-            continue
-        _tensor(argument, value, dtypes, what)
-        if value.shape != student.shape[:-1]:
-            raise ValueError(
-                f"{argument} must have the logits' leading shape {tuple(student.shape[:-1])}, "
-                f"got {tuple(value.shape)}"
-            )
-        if value.device != student.device:
-            raise ValueError(f"{argument} must be on {student.device}, as the logits are, got {value.device}")
+        if value is not None:
+            _tensor(argument, value, dtypes, what)
+            _beside(argument, value, lead, _LEAD, student.device)
 
 
 def labels_are_columns(labels: Tensor, counts: Tensor, columns: int) -> None:
@@ -430,7 +414,7 @@ def positive(argument: str, value: Any, expected: str = "a number") -> None:
 def log_probabilities(policy: Any, ref: Any, mask: Any) -> None:
     """Check the policy's and the reference's log-probabilities of the same tokens against each other."""
     for argument, value in (("policy_logprobs", policy), ("ref_logprobs", ref)):
-        _tensor(argument, value, LOGIT_DTYPES, "float16, bfloat16, float32 or float64", shared=True)
+        _tensor(argument, value, LOGIT_DTYPES, _FLOATS, shared=True)
     for what, ours, theirs in (
         ("the same shape", tuple(policy.shape), tuple(ref.shape)),
         ("one device", policy.device, ref.device),
@@ -439,12 +423,7 @@ def log_probabilities(policy: Any, ref: Any, mask: Any) -> None:
             raise ValueError(f"policy_logprobs and ref_logprobs must have {what}, got {ours} and {theirs}")
     if mask is not None:
         _tensor("mask", mask, (torch.bool,), "bool", shared=True)
-        if mask.shape != policy.shape:
-            raise ValueError(
-                f"mask must have the log-probabilities' shape {tuple(policy.shape)}, got {tuple(mask.shape)}"
-            )
-        if mask.device != policy.device:
-            raise ValueError(f"mask must be on {policy.device}, as they are, got {mask.device}")
+        _beside("mask", mask, tuple(policy.shape), "the log-probabilities' shape", policy.device, "they are")
 
 
 def normalizer(value: Any, reduction: str, device: torch.device, shared: bool = False) -> None:
@@ -496,9 +475,7 @@ def inplace(argument: str, logits: Tensor, other: str = "", also_needed: Tensor 
         raise ValueError(f"inplace=True needs {argument} with a contiguous last dimension")
     if any(step == 0 and size > 1 for size, step in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError(f"inplace=True needs {argument} with memory of its own, got an expanded view")
-    if also_needed is None:
-        return
-    if isinstance(logits, FakeTensor):
+    if also_needed is None or isinstance(logits, FakeTensor):
         return
     # Null where there is no memory to share: no rows, the meta device.
     memory = logits.untyped_storage().data_ptr()

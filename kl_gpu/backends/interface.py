@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -61,21 +61,12 @@ class RowPair(NamedTuple):
     dtype: torch.dtype
 
     @classmethod
-    def of(
-        cls,
-        student: Tensor,
-        teacher: Tensor,
-        valid: Tensor | None,
-        kind: str,
-        beta: float,
-        student_scale: float,
-        teacher_scale: float,
-    ) -> RowPair:
-        """From the caller's two sides; `kind` is a name in `KINDS`."""
+    def of(cls, student: Tensor, teacher: Tensor, valid: Tensor | None, *params: Any) -> RowPair:
+        """From the caller's two sides, and what `DivergenceParams` begins with."""
+        kind, beta, student_scale, teacher_scale, *_ = params
         of, dtype = KINDS[kind], compute_dtype(student.dtype, teacher.dtype)
-        if of.expectation_under == "teacher":
-            return cls(teacher, student, valid, of.formula, beta, teacher_scale, student_scale, dtype)
-        return cls(student, teacher, valid, of.formula, beta, student_scale, teacher_scale, dtype)
+        (a, a_scale), (b, b_scale) = of.as_ab((student, student_scale), (teacher, teacher_scale))
+        return cls(a, b, valid, of.formula, beta, a_scale, b_scale, dtype)
 
     @property
     def n_rows(self) -> int:

@@ -16,12 +16,7 @@ import torch
 from ..arguments import validation
 from .interface import Backend, has_float64
 
-_MODULES = {
-    "triton": "kl_gpu.backends.triton",
-    "native": "kl_gpu.backends.native",
-    "eager": "kl_gpu.backends.eager",
-}
-BACKENDS = tuple(_MODULES)
+BACKENDS = ("triton", "native", "eager")
 _TRITON_DEVICES = frozenset({"cuda", "xpu"})
 _CPU = torch.device("cpu")  # comparing with it is quicker than asking a device for its type
 _OLDEST_TRITON = (3, 4)  # older compilers refuse the kernels

@@ -12,28 +12,11 @@ ratios b/a themselves: a difference of two normalisers near 10 could not tell a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..formulas import column_terms
-
-
-class _Masses(NamedTuple):
-    """How a and b share their mass among the ranks.
-
-    Attributes:
-        log_a, ratio: `[N]`, of the whole row: log Σ e^a, and log Σ e^b less that.
-        a, b: `[ranks, N]`, the shares, each side's adding up to 1.
-        r: `[ranks, N]`, log b/a of a rank's shares; −inf and +inf where one has no mass, 0 where neither.
-    """
-
-    log_a: Tensor
-    ratio: Tensor
-    a: Tensor
-    b: Tensor
-    r: Tensor
 
 
 def log_sum(x: Tensor) -> Tensor:
@@ -59,19 +42,23 @@ def shard_states_from(
 
 def merge_shards(found: Tensor) -> tuple[Tensor, bool]:
     """As `Backend.merge_shards`, in float64 torch."""
-    of = _shared(found[:, 0], found[:, 1])
-    ways = (of.a, of.b, of.r), (of.b, of.a, -of.r)
+    (log_a, ratio), shares, r = _shared(found[:, 0], found[:, 1])
     # A row in which a side has no distribution is NaN, also where its terms are infinite.
-    nowhere = of.ratio.isnan() | of.log_a.isnan()
+    nowhere = ratio.isnan() | log_a.isnan()
     kls = [
         torch.where(nowhere, torch.nan, _chain(*way, inside))
-        for way, inside in zip(ways, found[:, 2:].unbind(1), strict=False)
+        for way, inside in zip(((*shares, r), (*shares[::-1], -r)), found[:, 2:].unbind(1), strict=False)
     ]
-    return torch.stack([of.log_a, of.ratio, *kls]), True
+    return torch.stack([log_a, ratio, *kls]), True
 
 
-def _shared(log_a: Tensor, second: Tensor) -> _Masses:
-    """From the first two numbers of every rank's state, `[ranks, N]` each."""
+def _shared(log_a: Tensor, second: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+    """How a and b share their mass, from the first two numbers of every rank's state, `[ranks, N]` each.
+
+    Returns the whole row's log Σ e^a, and log Σ e^b less that, `[N]`; the shares of a and of b, `[ranks, N]`,
+    each side's adding up to 1; and log b/a of a rank's shares, −inf and +inf where one has no mass, 0 where
+    neither.
+    """
     no_a = log_a.isneginf()
     log_b = torch.where(no_a, second, log_a + second)
     no_b = log_b.isneginf()
@@ -90,7 +77,7 @@ def _shared(log_a: Tensor, second: Tensor) -> _Masses:
     r = torch.where(both, second - ratio, 0.0)
     r = torch.where(no_a & ~no_b, torch.inf, torch.where(no_b & ~no_a, -torch.inf, r))
     b = torch.where(no_b, 0.0, torch.exp(log_b - (whole_a + ratio)))
-    return _Masses(whole_a, ratio, a, b, r)
+    return (whole_a, ratio), (a, b), r
 
 
 def _chain(a: Tensor, b: Tensor, r: Tensor, inside: Tensor) -> Tensor:

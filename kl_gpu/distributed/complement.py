@@ -1,4 +1,4 @@
-"""`kl_gpu.complement.Split` on logits whose columns are shared among ranks."""
+"""`kl_gpu.complement.split` on logits whose columns are shared among ranks."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ class _Merged(torch.autograd.Function):
 def split(
     logits: Tensor, ids: Tensor, valid: Tensor | None, params: ComplementParams, *, shard: Shard, group: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `complement.Split`, ids being those of the whole vocabulary."""
+    """As `complement.split`, ids being those of the whole vocabulary."""
     if params.validate:
         check_ids(ids, valid, shard.total, params.argument)
     local = params._replace(validate=False)
-    parts = complement.Split.apply(logits, shard.own(ids), valid, local)
+    parts = complement.split(logits, shard.own(ids), valid, local)
     merged: tuple[Tensor, Tensor, Tensor] = _Merged.apply(*parts, params.entropy, group)
     return merged

@@ -89,11 +89,12 @@ def agree(
     vocab_start: Any,
     columns: int | None = None,
     **options: Any,
-) -> None:
-    """Raise on every rank where the ranks' arguments differ.
+) -> Any:
+    """The process group meant, whose ranks agree: raise on every one of them where their arguments differ.
 
     Args:
         entry: the function that was called.
+        group: as given, see `collectives.resolve`.
         check: "first" (the first call of each function in a group), "always" or "never"; None asks the
             environment variable KL_GPU_DISTRIBUTED_CHECK, and is "first" without it.
         logits: the student's shard, and the teacher's where there is one.
@@ -104,11 +105,12 @@ def agree(
     Raises:
         ValueError: the ranks disagree; the message names the argument and the ranks.
     """
+    group = collectives.resolve(group)
     transforms.refuse(entry)
     mode = _mode(check)
     entries = _checked.setdefault(group, set())
     if mode == "never" or (mode == "first" and entry in entries):
-        return
+        return group
     tensors = [x for x in logits if is_plain(x)]
     of = {"entry": entry, "vocab_start": vocab_start is not None} | options
     for name, x in zip(("student_dtype", "teacher_dtype"), logits, strict=False):
@@ -129,16 +131,15 @@ def agree(
     found = collectives.gather(local, group, f"the arguments of {entry}").cpu().numpy()
     for column, name in enumerate(_FIELDS):
         if other := [rank for rank, x in enumerate(found[:, column]) if x != found[0, column]]:
+            value: Any = of.get(name)
+            shown = f"a tensor {tuple(value.shape)}" if is_plain(value) else repr(value)
             raise ValueError(
                 f"{_NAMES.get(name, name)} must be the same on every rank: rank "
                 f"{', '.join(map(str, other))} differs from rank 0, "
-                f"got {_shown(of.get(name))} on rank {dist.get_rank(group)}"
+                f"got {shown} on rank {dist.get_rank(group)}"
             )
     if start >= 0:
         _check_spans(found[:, -2], found[:, -1])
     # Only now: a rank that remembered a call which was refused would not ask next time, where others do.
     entries.add(entry)
-
-
-def _shown(value: Any) -> str:
-    return f"a tensor {tuple(value.shape)}" if is_plain(value) else repr(value)
+    return group

@@ -8,39 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..arguments import validation
 from ..arguments.options import Options
 from ..arguments.params import DivergenceCall, DivergenceParams
-from ..autograd import RowDivergence, keep
+from ..autograd import ROW_DIVERGENCE
 from ..backends import registry
 from ..dense import run_divergence
+from ..inference_tensors import keep
 from ..kinds import KINDS
 from ..ops import pair as ops
 from . import collectives, consistency, shards, states
 
 
-class _Shards(RowDivergence):
-    """Per-row divergence `[N]` of logits of which this rank has some columns; the gradient is local."""
+class _Shards(transforms.Plain):
+    """`ROW_DIVERGENCE` of logits of which this rank has some columns; the gradient is local."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, student: Tensor, teacher: Tensor, valid: Tensor | None, call: DivergenceCall, group: Any
-    ) -> Tensor:
-        sides = call.window.of(student), call.window.of(teacher)
-        value, stats, backend = whole_rows(*sides, valid, call.params, group, any(ctx.needs_input_grad[:2]))
-        keep(ctx, student, teacher, valid, stats)
+    def forward(ctx: Any, group: Any, call: DivergenceCall, *tensors: Any) -> tuple[Tensor]:
+        *sides, valid = tensors
+        student, teacher = call.window.of_each(*sides)
+        needs_stats = any(ctx.needs_input_grad[2:4])
+        value, stats, backend = whole_rows(student, teacher, valid, call.params, group, needs_stats)
+        ctx.step = ROW_DIVERGENCE
         ctx.call = call._replace(params=call.params._replace(backend=backend))
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return *RowDivergence.backward(ctx, row_gradient), None
+        keep(ctx, *tensors, stats)
+        return (value,)
 
 
 def _per_row(
     student: Tensor, teacher: Tensor, valid: Tensor | None, call: DivergenceCall, *, group: Any
 ) -> Tensor:
-    value: Tensor = _Shards.apply(student, teacher, valid, call, group)
+    value: Tensor = _Shards.apply(group, call, student, teacher, valid)[0]
     return value
 
 
@@ -58,12 +57,12 @@ def whole_rows(
     """
     of, backend = KINDS[params.kind], params.backend
     order, scales = of.as_ab, of.as_ab(params.student_scale, params.teacher_scale)
-    forward = params._replace(kind=states.kl_kind(params.kind), beta=0.0)
-    inside, local = ops.value(student, teacher, valid, *forward)
+    # The KL whose a and b are those of this kind, and the other.
+    a_to_b, b_to_a = (params._replace(kind=kl, beta=0.0) for kl in of.as_ab("reverse_kl", "forward_kl"))
+    inside, local = ops.value(student, teacher, valid, *a_to_b)
     kls = [inside] if of.formula in ("kl", "jeffreys") else []
     if of.formula == "jeffreys":
-        other = forward._replace(kind="reverse_kl" if forward.kind == "forward_kl" else "forward_kl")
-        kls.append(ops.divergence(student, teacher, valid, *other))
+        kls.append(ops.divergence(student, teacher, valid, *b_to_a))
     own, _ = states.packed(*order(student, teacher), valid, local, kls, scales, backend)
     found = collectives.gather(own, group, f"{params.kind}'s row states")
     (log_a, ratio, *kls), fit = states.merged(found, backend)
@@ -140,9 +139,8 @@ def vocab_parallel_div(
             logits were modified since the call.
     """
     validation.known("vocab_parallel_div", options, _OPTIONS)
-    group = collectives.resolve(group)
     sides = {"student_shard": student_shard, "teacher_shard": teacher_shard}
-    consistency.agree(
+    group = consistency.agree(
         "vocab_parallel_div", group, check, tuple(sides.values()), vocab_start, kind=kind,
         **{name: value for name, value in options.items() if name != "inplace"},
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ..arguments import validation
-from ..arguments.options import Options
+from ..arguments.options import REDUCTIONS, Options
 from ..arguments.reduction import Reduction, valid_rows
 from ..dense import run_divergence
 from .divergence import vocab_parallel_div
@@ -83,7 +84,7 @@ def divergence(student: Any, teacher: Any, kind: str, **options: Any) -> Tensor:
         options[argument] = _local_rows(argument, options[argument], student, rows_of)
     if options["shift"] and Shard(1) in rows_of:
         raise ValueError("shift=True needs whole sequences on every rank: labels are of the next position")
-    validation.name("reduction", options["reduction"], ("none", "sum", "mean", "batchmean"))
+    validation.name("reduction", options["reduction"], REDUCTIONS)
     validation.normalizer(options["normalizer"], options["reduction"], student.device, shared=True)
     reduction, normalizer = options.pop("reduction"), options.pop("normalizer")
 
@@ -95,27 +96,18 @@ def divergence(student: Any, teacher: Any, kind: str, **options: Any) -> Tensor:
         # Told, so that vocab_size costs no collective; DTensor cuts as torch.chunk does.
         width = -(-student.shape[-1] // student.device_mesh.size(across))
         start = min(student.device_mesh.get_local_rank(across) * width, student.shape[-1])
-        shards = {"student_shard": sides[0], "teacher_shard": sides[1]}
-        options |= {"kind": kind, "group": group, "vocab_start": start, "reduction": "none"}
-        local = vocab_parallel_div(**shards, **options)
+        local = vocab_parallel_div(*sides, kind, group=group, vocab_start=start, reduction="none", **options)
+    shape = student.shape[:-1]
+    lead = torch.Size((shape[0], shape[1] - 1)) if options["shift"] else shape
     # Not `run_check`: it would compare the ranks' values with a collective of its own.
-    lead = _lead(student.shape[:-1], options["shift"])
-    value = DTensor.from_local(
-        local, student.device_mesh, rows_of, run_check=False, shape=lead, stride=_strides(lead)
-    )
+    as_rows = partial(
+        DTensor.from_local, device_mesh=student.device_mesh, placements=rows_of, run_check=False, shape=lead,
+        stride=torch.empty(lead, device="meta").stride(),
+    )  # fmt: skip
+    value = as_rows(local)
     if reduction == "none":
         return value
     valid, _ = valid_rows(options["mask"], options["labels"], options["ignore_index"], None, options["shift"])
     if valid is not None:
-        valid = DTensor.from_local(
-            valid, student.device_mesh, rows_of, run_check=False, shape=lead, stride=_strides(lead)
-        )
+        valid = as_rows(valid)
     return Reduction(valid, None, None, reduction, normalizer).reduced(value)
-
-
-def _lead(shape: torch.Size, shift: bool) -> torch.Size:
-    return torch.Size((shape[0], shape[1] - 1)) if shift else shape
-
-
-def _strides(shape: torch.Size) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()

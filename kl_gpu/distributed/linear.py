@@ -17,32 +17,24 @@ from . import collectives, consistency, shards
 from .divergence import whole_rows
 
 
-class _Replicated(torch.autograd.Function):
-    """Hidden states that every rank has, each of which gives them a part of their gradient."""
+class _OfAllRanks(torch.autograd.Function):
+    """All hidden states, of which every rank gives them a part of their gradient.
+
+    Each rank has its share of the dimension `dim`; where that is None, all of them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _sum_over_ranks(gradient, ctx.group), None
-
-
-class _Gathered(torch.autograd.Function):
-    """All hidden states from each rank's share of the sequence."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, dim: int, group: Any) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, dim: int | None, group: Any) -> Tensor:
         ctx.dim, ctx.group = dim, group
-        return _gather_rows(hidden, dim, group)
+        return hidden.view_as(hidden) if dim is None else _gather_rows(hidden, dim, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        rank, ranks = dist.get_rank(ctx.group), dist.get_world_size(ctx.group)
         # Gloo has no reduce_scatter of tensors, and what NCCL would save is small beside the products.
-        return _sum_over_ranks(gradient, ctx.group).chunk(ranks, ctx.dim)[rank], None, None
+        total = _sum_over_ranks(gradient, ctx.group)
+        if ctx.dim is not None:
+            total = total.chunk(dist.get_world_size(ctx.group), ctx.dim)[dist.get_rank(ctx.group)]
+        return total, None, None
 
 
 def _gather_rows(hidden: Tensor, dim: int, group: Any) -> Tensor:
@@ -64,7 +56,7 @@ def _sweep_rows(
     params: LinearParams, student: Tensor, teacher: Tensor, keep: Tensor | None,
     row_scale: Tensor | None, *, group: Any,
 ) -> Tensor:  # fmt: skip
-    """`linear_sweep.SweepRows` of rows of which this rank has some columns."""
+    """`linear.heads.SweepRows` of rows of which this rank has some columns."""
     s, t = shards.two_at_least(student), shards.two_at_least(teacher)
     value, stats, backend = whole_rows(s, t, keep, params.divergence, group, row_scale is not None)
     if row_scale is not None:
@@ -76,7 +68,7 @@ def _sweep_rows(
 
 
 def _linear(*arguments: Any, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`linear_ops.over_chunks` in chunks that all ranks agree on, whatever their shards and their memory."""
+    """`linear.op.over_chunks` in chunks that all ranks agree on, whatever their shards and their memory."""
     heads, params = arguments[:9], LinearParams.from_arguments(*arguments[9:])
     hidden = heads[0]
     some = params._replace(vocab_size=max(1, params.vocab_size))
@@ -139,12 +131,11 @@ def vocab_parallel_linear_div(
             tensor was modified since the call.
     """
     validation.known("vocab_parallel_linear_div", options, _OPTIONS)
-    group = collectives.resolve(group)
     weights = {"student_weight": student_weight_shard, "teacher_weight": teacher_weight_shard}
     biases = options.get("student_bias"), options.get("teacher_bias")
     hidden = student_hidden, teacher_hidden
     tensors = [x for x in (*hidden, *weights.values(), *biases) if isinstance(x, Tensor)]
-    consistency.agree(
+    group = consistency.agree(
         "vocab_parallel_linear_div", group, check, hidden, vocab_start,
         columns=len(student_weight_shard) if consistency.is_plain(student_weight_shard) else 0, kind=kind,
         hidden_sizes=[x.shape[-1:] for x in hidden if consistency.is_plain(x)], sequence_dim=sequence_dim,
@@ -158,12 +149,10 @@ def vocab_parallel_linear_div(
     shard = shards.locate(
         {name: x.t() for name, x in weights.items()}, vocab_start, options.pop("vocab_size", None), group
     )
-    if sequence_dim is None:
-        student_hidden = _Replicated.apply(student_hidden, group)
-    else:
+    if sequence_dim is not None:
         validation.dimension("sequence_dim", sequence_dim, student_hidden.dim() - 1)
-        student_hidden = _Gathered.apply(student_hidden, sequence_dim, group)
         teacher_hidden = _gather_rows(teacher_hidden, sequence_dim, group)
+    student_hidden = _OfAllRanks.apply(student_hidden, sequence_dim, group)
     return api.run_linear(
         student_hidden, student_weight_shard, teacher_hidden, teacher_weight_shard, kind,
         partial(_linear, group=group), shard.columns, **(_OPTIONS | options),

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..backends import registry
 from ..backends.shard_merge import log_sum
-from ..kinds import KINDS
 from ..ops import complement
 
 
@@ -25,13 +24,8 @@ def packed(
     """
     state, finite = registry.load(backend).shard_states(stats, inside, *scales)
     log_b = state[0] + state[1]
-    return (state, log_b) if finite else _looked_at_again(state, log_b, a, b, rows, scales, backend)
-
-
-def _looked_at_again(
-    state: Tensor, log_b: Tensor, a: Tensor, b: Tensor, rows: Tensor | None, scales: tuple[float, float],
-    backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if finite:
+        return state, log_b
     odd = ~torch.isfinite(log_b)
     if rows is not None:
         odd = odd & rows
@@ -58,8 +52,3 @@ def entropy(log_masses: Tensor, inside: Tensor) -> Tensor:
     log_share = log_masses - log_sum(log_masses)
     share = torch.exp(log_share)
     return torch.where(share == 0, 0.0, share * (inside - log_share)).sum(0)
-
-
-def kl_kind(kind: str) -> str:
-    """The KL whose a and b are those of this kind."""
-    return "forward_kl" if KINDS[kind].expectation_under == "teacher" else "reverse_kl"

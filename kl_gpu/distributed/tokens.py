@@ -10,11 +10,12 @@ from torch import Tensor
 
 from .. import logprobs
 from ..arguments import validation
-from ..arguments.reduction import LogitsWindow, compute_dtype, last_contiguous, valid_rows
+from ..arguments.options import Options
+from ..arguments.reduction import compute_dtype
 from ..backends import registry
 from ..backends.shard_merge import log_sum
 from ..ops import pair as ops
-from ..stats import TokenStats
+from ..stats import TokenStats, run_token_stats
 from . import collectives, complement, consistency, shards, states
 
 
@@ -48,9 +49,10 @@ def vocab_parallel_token_logprobs(
         RuntimeError: a collective failed; from backward, when a second derivative is asked for.
     """
     validation.known("vocab_parallel_token_logprobs", options, _LOGPROB_OPTIONS)
-    group = collectives.resolve(group)
-    entry = "vocab_parallel_token_logprobs"
-    consistency.agree(entry, group, check, (logits_shard,), vocab_start, token_ids=token_ids, **options)
+    group = consistency.agree(
+        "vocab_parallel_token_logprobs", group, check, (logits_shard,), vocab_start, token_ids=token_ids,
+        **options,
+    )  # fmt: skip
     validation.one_side("logits_shard", logits_shard)
     shard = shards.locate(
         {"logits_shard": logits_shard}, vocab_start, options.pop("vocab_size", None), group, whole=True
@@ -81,10 +83,10 @@ def _leader(tops: Tensor, columns: Tensor) -> Tensor:
 
 
 def _merged(
-    student: Tensor, teacher: Tensor, valid: Tensor | None, labels: Tensor | None, shard: shards.Shard,
+    student: Tensor, teacher: Tensor, valid: Tensor | None, labels: Tensor | None, *, shard: shards.Shard,
     scales: tuple[float, float], backend: str, group: Any,
-) -> Tensor:  # fmt: skip
-    """The seven fields of `problem.TOKEN_STATS` of whole rows, `[7, N]` in float64."""
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The seven fields of whole rows, in the order of `backends.interface.TOKEN_STATS`."""
     own = None if labels is None else shard.own(labels)
     inside = ops.token_stats(student, teacher, valid, own, *scales, backend)
     local = ops.value(student, teacher, valid, "forward_kl", 0.0, *scales, backend)[1]
@@ -110,7 +112,10 @@ def _merged(
     ]
     if labels is None:
         fields[4] = fields[5] = torch.full_like(whole_q, torch.nan)
-    return torch.stack(fields)
+    if valid is not None:
+        fields = [torch.where(valid, x, 0.0) for x in fields]
+    dtype = compute_dtype(student.dtype, teacher.dtype)
+    return tuple(x.to(dtype) for x in fields)
 
 
 def vocab_parallel_token_stats(
@@ -152,9 +157,8 @@ def vocab_parallel_token_stats(
             the argument.
         RuntimeError: a collective failed.
     """
-    group = collectives.resolve(group)
     sides = {"student_shard": student_shard, "teacher_shard": teacher_shard}
-    consistency.agree(
+    group = consistency.agree(
         "vocab_parallel_token_stats", group, check, tuple(sides.values()), vocab_start, labels=labels,
         temperature=temperature, teacher_temperature=teacher_temperature, mask=mask,
         ignore_index=ignore_index, shift=shift, vocab_size=vocab_size, backend=backend,
@@ -166,23 +170,10 @@ def vocab_parallel_token_stats(
     validation.rows(student_shard, mask, labels, ignore_index, None)
     chosen = registry.resolve(backend, student_shard.device)
     shard = shards.locate(sides, vocab_start, vocab_size, group, whole=True)
-
-    student, teacher = (last_contiguous(shard.of(x.detach())) for x in sides.values())
-    valid, _ = valid_rows(mask, labels, ignore_index, None, shift)
-    window = LogitsWindow(student.shape[-1], shift)
-    student, teacher = window.of(student), window.of(teacher)
-    if labels is not None and valid is not None:
-        labels = (labels[:, 1:] if shift else labels).long()
-        validation.labels_are_columns(labels, valid, shard.total)
-    with torch.no_grad():
-        found = _merged(student, teacher, valid, labels, shard, scales, chosen, group)
-    if valid is not None:
-        found = torch.where(valid, found, 0.0)
-    wide = student.dtype == teacher.dtype and compute_dtype(student.dtype, teacher.dtype) == torch.float64
-    found = found if wide else found.float()
-    fields = found.unbind(0)
-    counted = torch.ones_like(fields[0]) if valid is None else valid.to(found.dtype)
-    return TokenStats._make((*fields, counted))
+    student, teacher = map(shard.of, sides.values())
+    options = Options(mask=mask, labels=labels, ignore_index=ignore_index, shift=shift)
+    fields_of = partial(_merged, shard=shard, scales=scales, backend=chosen, group=group)
+    return run_token_stats(student, teacher, options, student.shape[-1], fields_of, shard.total)
 
 
 _LOGPROB_OPTIONS = validation.options_of(logprobs.token_logprobs)

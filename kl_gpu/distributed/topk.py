@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..arguments import validation
 from ..topk import api
-from . import collectives, complement, consistency, shards
+from . import complement, consistency, shards
 
 
 def vocab_parallel_topk_div(
@@ -46,8 +46,7 @@ def vocab_parallel_topk_div(
         RuntimeError: a collective failed; from backward, when a second derivative is asked for.
     """
     validation.known("vocab_parallel_topk_div", options, _OPTIONS)
-    group = collectives.resolve(group)
-    consistency.agree(
+    group = consistency.agree(
         "vocab_parallel_topk_div", group, check, (student_shard,), vocab_start, kind=kind,
         teacher_logprobs=teacher_logprobs, teacher_ids=teacher_ids,
         **{name: value for name, value in options.items() if name != "validate"},

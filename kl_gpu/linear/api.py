@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,37 +13,18 @@ from ..arguments import validation
 from ..arguments.options import Options
 from ..arguments.params import DivergenceParams, LinearParams
 from ..arguments.reduction import compute_dtype
-from ..autograd import are_saved_tensors_managed, forbid_double_backward, keep, kept
+from ..autograd import are_saved_tensors_managed
 from ..backends import registry
+from ..inference_tensors import keep, kept
 from ..kinds import KINDS
+from ..transforms import forbid_double_backward
 from . import op
 
 _NO_GRADIENTS = [False, False, False]
 
 
-class _Heads(NamedTuple):
-    """The tensors of both sides as the operator takes them: hidden states `[N, H]`, weight `[V, H]`, bias."""
-
-    student_hidden: Tensor
-    student_weight: Tensor
-    student_bias: Tensor | None
-    teacher_hidden: Tensor
-    teacher_weight: Tensor
-    teacher_bias: Tensor | None
-
-    @property
-    def needs(self) -> list[bool]:
-        return [x is not None and x.requires_grad for x in self[:3]]
-
-
 def _asked_for(grads: Sequence[Tensor], needs: list[bool]) -> list[Tensor | None]:
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-
-
-def _tied(grads: list[Tensor | None], incoming: Tensor, heads: _Heads) -> tuple[Tensor | None, ...]:
-    """What backward returns for the six tensors of both heads."""
-    sources = (x for x in heads[:3] if x is not None)
-    return (*forbid_double_backward(tuple(grads), incoming, *sources), None, None, None)
 
 
 # The operator `linear.op.linear`, or what takes its place.
@@ -67,25 +48,9 @@ def _pull(how: tuple[LinearParams, Linear], needs: Any, incoming: Any, tensors: 
     return *_gradients(how, tensors, incoming[0], list(needs[:3])), *(None,) * 4
 
 
-# Weights have no rows: the samples of a vmap run one after another.
+# Per-row divergence `[N]`. Backward computes the logits again, chunk by chunk. Weights have no rows: the
+# samples of a vmap run one after another.
 _STEP = transforms.Step(_values, _pull, rowwise=False)
-
-
-class _Rows(torch.autograd.Function):
-    """Per-row divergence `[N]`. Backward computes the logits again, chunk by chunk."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, params, needs, linear = arguments
-        keep(ctx, *tensors)
-        ctx.how, ctx.needs = (params, linear), needs
-        return _values(ctx.how, *tensors)[0]
-
-    @staticmethod
-    def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = kept(ctx)
-        grads = _gradients(ctx.how, tensors, row_gradient, ctx.needs)
-        return (*_tied(grads, row_gradient, _Heads(*tensors[:6])), *(None,) * 4)
 
 
 class _Sum(torch.autograd.Function):
@@ -96,8 +61,9 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, params, needs, linear = arguments
-        how, row_scale, grads = (params, linear), tensors[-1], None
+        *tensors, how, needs = arguments
+        params, linear = how
+        row_scale, grads = tensors[-1], None
         if are_saved_tensors_managed():
             (value,) = _values(how, *tensors[:-1])
         else:
@@ -118,7 +84,7 @@ class _Sum(torch.autograd.Function):
                 grads = _gradients(ctx.how, tensors, incoming * row_scale, ctx.needs)
             elif not validation.readable(incoming) or incoming.item() != 1:
                 grads = [None if grad is None else grad.mul_(incoming) for grad in grads]
-        return (*_tied(grads, incoming, _Heads(*tensors[:6])), *(None,) * 5)
+        return (*forbid_double_backward(tuple(grads), incoming, *tensors), *(None,) * 7)
 
 
 class _CompiledSum(torch.autograd.Function):
@@ -126,7 +92,7 @@ class _CompiledSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, params, needs, linear = arguments
+        *tensors, (params, linear), needs = arguments
         value, *grads = linear(*tensors, needs, *params.as_arguments())
         ctx.save_for_backward(*grads)
         ctx.needs = needs
@@ -138,7 +104,7 @@ class _CompiledSum(torch.autograd.Function):
             (grad * incoming).to(grad.dtype) if need else None
             for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
         ]
-        return (*grads, *(None,) * 8)
+        return (*grads, *(None,) * 7)
 
 
 def linear_div(
@@ -241,23 +207,23 @@ def run_linear(
         validation.logit_scale("logit_scale", logit_scale, temperature),
         validation.logit_scale("teacher_logit_scale", teacher_logit_scale, teacher_temperature),
     )
-    validation.chunk_rows(chunk_rows)
+    if chunk_rows is not None:
+        validation.whole("chunk_rows", chunk_rows, 1, " or None")
     validation.heads(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
         options.shift, least=1 if columns is None else 0,
     )  # fmt: skip
-    device, sizes = student_hidden.device, (len(student_weight), len(teacher_weight))
+    device = student_hidden.device
     if columns is None:
-        columns = validation.vocabulary(
-            "student_weight", sizes[0], "teacher_weight", sizes[1], "rows", options.vocab_size
-        )
+        sizes = {"student_weight": len(student_weight), "teacher_weight": len(teacher_weight)}
+        columns = validation.vocabulary(sizes, "rows", options.vocab_size)
     reduction = options.reduction_of(student_hidden)
     chosen = registry.resolve(options.backend, device)
 
     states = [x[:, :-1] if options.shift else x for x in (student_hidden, teacher_hidden)]
     lead = states[0].shape[:-1]
     student, teacher = (x.reshape(-1, x.shape[-1]) for x in states)
-    heads = _Heads(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias)
+    heads = student, student_weight, student_bias, teacher, teacher_weight, teacher_bias
     dtypes = _logits_dtype(student), _logits_dtype(teacher)
     divergence = DivergenceParams(
         *KINDS[kind].at(options.beta),
@@ -276,25 +242,22 @@ def run_linear(
         chunk_rows=chunk_rows or 0,
         divergence=divergence,
     )
-    needs = heads.needs
+    needs = [x is not None and x.requires_grad for x in heads[:3]]
     # float64 with a narrower side: computed in float64, returned in float32.
     mixed = dtypes[0] != dtypes[1]
 
     # In float16 a gradient divided by N vanishes unless a loss scale comes first, and that comes in backward.
     in_range = torch.float16 not in (dtypes[0], student.dtype, student_weight.dtype)
-    transformed = transforms.are_active()
-    if reduction.has_scale and in_range and torch.is_grad_enabled() and any(needs) and not transformed:
+    differentiated = torch.is_grad_enabled() and any(needs) and not transforms.are_active()
+    if reduction.has_scale and in_range and differentiated:
         row_scale = reduction.scale(lead, compute_dtype(*dtypes), device)
         valid = _flat(reduction.computed)
         function = _CompiledSum if torch.compiler.is_compiling() else _Sum
-        total = function.apply(*heads, valid, row_scale.reshape(-1), params, needs, linear)
+        total = function.apply(*heads, valid, row_scale.reshape(-1), (params, linear), needs)
         return total.float() if mixed else total
 
     def of(some: Tensor | None) -> Tensor:
-        if transformed:
-            (found,) = transforms.run(_STEP, (params, linear), *heads, _flat(some))
-        else:
-            found = _Rows.apply(*heads, _flat(some), params, needs, linear)
+        found: Tensor = transforms.apply(_STEP, (params, linear), *heads, _flat(some))[0]
         return found.view(lead)
 
     value = reduction.completed(of(reduction.computed), of)

@@ -56,10 +56,6 @@ def chunks_of(valid: Tensor | None, n: int, params: LinearParams, device: torch.
         yield Chunk(part, None if index is None else index[part], None if valid is None else valid[part])
 
 
-def _bytes_a_row(params: LinearParams) -> int:
-    return params.vocab_size * (params.student_dtype.itemsize + params.teacher_dtype.itemsize)
-
-
 def _free_bytes(device: torch.device) -> float:
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return math.inf
@@ -74,7 +70,7 @@ def chosen_rows(n: int, params: LinearParams, device: torch.device) -> int:
     """
     if params.chunk_rows:
         return params.chunk_rows
-    a_row = _bytes_a_row(params)
+    a_row = params.vocab_size * (params.student_dtype.itemsize + params.teacher_dtype.itemsize)
     least = _FEWEST.get(device.type, _FEWEST_ON_A_GPU)
     rows = min(_MOST, max(least, _LOGITS.get(device.type, _LOGITS_ON_A_GPU) // a_row))
     free = _free_bytes(device)

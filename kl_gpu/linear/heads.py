@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +23,8 @@ _CAPPED_ON_A_GPU = 1 << 23
 class Head:
     """One side: its products in their dtype, and the memory of a chunk's logits."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, columns: int, rows: int
-    ) -> None:
+    def __init__(self, side: Any, dtype: torch.dtype, columns: int, rows: int) -> None:
+        hidden, weight, bias = side
         self.hidden, self.dtype = hidden, dtype
         self.weight = weight[:columns].to(dtype)
         self.bias = None if bias is None else bias[:columns].to(dtype)
@@ -48,13 +48,16 @@ class Head:
 
 
 class _Cap:
-    """cap·tanh(inner·z/cap) of some rows, in the dtype that rows are computed in."""
+    """cap·tanh(inner·z/cap) of some rows, in the dtype that rows are computed in; a cap of 0 is none."""
 
     def __init__(self, inner: float, cap: float, like: Tensor, dtype: torch.dtype, rows: int) -> None:
         self.inner, self.cap = inner, cap
+        rows = rows if cap else 0
         self.tanh, self.out = (like.new_empty((rows, like.shape[1]), dtype=dtype) for _ in range(2))
 
     def of(self, logits: Tensor) -> Tensor:
+        if not self.cap:
+            return logits
         n = len(logits)
         tanh = self.tanh[:n].copy_(logits).mul_(self.inner / self.cap).tanh_()
         return torch.mul(tanh, self.cap, out=self.out[:n])
@@ -64,18 +67,9 @@ class _Cap:
         return gradient.mul_(self.tanh[: len(gradient)].square_().neg_().add_(1)).mul_(self.inner)
 
 
-class SweepRows(Protocol):
-    """Divergences `[n]` of logits `[n, V]`, of which `keep` says which rows count; with factors `[n]` of the
-    rows their gradient, too, in place of the student's logits."""
-
-    def __call__(
-        self,
-        params: LinearParams,
-        student: Tensor,
-        teacher: Tensor,
-        keep: Tensor | None,
-        row_scale: Tensor | None,
-    ) -> Tensor: ...
+# Divergences `[n]` of logits `[n, V]`, of which a bool `[n]` says which rows count; with factors `[n]` of the
+# rows their gradient, too, in place of the student's logits.
+SweepRows = Callable[[LinearParams, Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 
 
 def sweep_rows(
@@ -111,38 +105,27 @@ class Sweep:
         elements = _CAPPED.get(student.device.type, _CAPPED_ON_A_GPU)
         self.at_once = max(1, elements // max(widest, student.shape[1], 1))
         at_once = min(len(student), self.at_once)
-        self.caps = [
-            _Cap(inner, cap, side, dtype, at_once) if cap else None
-            for inner, cap, side in (
-                (params.student_inner, params.student_cap, student),
-                (params.teacher_inner, params.teacher_cap, teacher),
-            )
-        ]
+        self.cap = _Cap(params.student_inner, params.student_cap, student, dtype, at_once)
+        self.teacher_cap = _Cap(params.teacher_inner, params.teacher_cap, teacher, dtype, at_once)
 
     def __call__(
         self, student: Tensor, teacher: Tensor, keep: Tensor | None, row_scale: Tensor | None
     ) -> Tensor:
-        if self.caps == [None, None]:
+        if not (self.params.student_cap or self.params.teacher_cap):
             return self.rows(self.params, student, teacher, keep, row_scale)
         # A few rows at a time: what the caps make of them stays in a cache.
-        parts = [slice(i, i + self.at_once) for i in range(0, len(student), self.at_once)]
-        return torch.cat(
-            [
-                self._capped(
-                    student[p], teacher[p], None if keep is None else keep[p],
-                    None if row_scale is None else row_scale[p],
-                )
-                for p in parts
-            ]
-        )  # fmt: skip
+        found = []
+        for start in range(0, len(student), self.at_once):
+            part = slice(start, start + self.at_once)
+            per_row = (None if x is None else x[part] for x in (keep, row_scale))
+            found.append(self._capped(student[part], teacher[part], *per_row))
+        return torch.cat(found)
 
     def _capped(
         self, student: Tensor, teacher: Tensor, keep: Tensor | None, row_scale: Tensor | None
     ) -> Tensor:
-        cap, teacher_cap = self.caps
-        s = student if cap is None else cap.of(student)
-        t = teacher if teacher_cap is None else teacher_cap.of(teacher)
+        s, t = self.cap.of(student), self.teacher_cap.of(teacher)
         value = self.rows(self.params, s, t, keep, row_scale)
-        if cap is not None and row_scale is not None:
-            student.copy_(cap.pull_back(s))
+        if self.params.student_cap and row_scale is not None:
+            student.copy_(self.cap.pull_back(s))
         return value

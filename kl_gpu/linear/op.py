@@ -15,63 +15,40 @@ from torch import Tensor
 from ..arguments.params import LinearParams
 from ..arguments.reduction import compute_dtype
 from ..arguments.validation import autocasts
-from ..ops import symbols
-from ..ops.register import Implementations, register
+from ..ops.register import operator
 from .accumulate import BiasGradient, WeightGradient
 from .chunks import chunks_of
 from .heads import Head, Sweep, SweepRows, sweep_rows
 
-_library = torch.library.Library("kl_gpu", "FRAGMENT")
-_library.define(
-    "linear(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor teacher_hidden, "
-    "Tensor teacher_weight, Tensor? teacher_bias, Tensor? rows, Tensor? row_scale, bool[] needs, "
-    "ScalarType student_dtype, ScalarType teacher_dtype, float student_inner, float teacher_inner, "
-    "float student_cap, float teacher_cap, SymInt vocab_size, SymInt chunk_rows, str kind, float beta, "
-    "float student_scale, float teacher_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """The dtypes are settled: autocast must not choose others for the products in here."""
-    if autocasts(device):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def over_chunks(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    valid: Tensor | None,
-    row_scale: Tensor | None,
-    needs: list[bool],
-    *arguments: Any,
-    sweep_rows: SweepRows = sweep_rows,
-    widest: int = 0,
+    *arguments: Any, sweep_rows: SweepRows = sweep_rows, widest: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator `linear`, whatever sweeps the rows; `widest` as in `Sweep`."""
-    params = LinearParams.from_arguments(*arguments)
-    device, n = student_hidden.device, len(student_hidden)
+    """The operator `linear`, whose schema names the arguments, whatever sweeps the rows.
+
+    `widest` as in `Sweep`.
+    """
+    student_side, teacher_side, (valid, row_scale, needs) = arguments[:3], arguments[3:6], arguments[6:9]
+    params = LinearParams.from_arguments(*arguments[9:])
+    hidden, weight, bias = student_side
+    device, n, columns = hidden.device, len(hidden), params.vocab_size
     with torch.no_grad(), _without_autocast(device):
-        value, to_hidden, *_ = _outputs(
-            student_hidden, student_weight, None, [needs[0], False, False], params
-        )
+        value, to_hidden, *_ = _outputs(*student_side, needs=[needs[0], False, False], params=params)
         chunks = list(chunks_of(valid, n, params, device))
         if not chunks or chunks[0].places is not None:
             value.zero_()
             to_hidden.zero_()
         longest = max((c.rows.stop - c.rows.start for c in chunks), default=0)
-        columns = params.vocab_size
-        student = Head(student_hidden, student_weight, student_bias, params.student_dtype, columns, longest)
-        teacher = Head(teacher_hidden, teacher_weight, teacher_bias, params.teacher_dtype, columns, longest)
+        student = Head(student_side, params.student_dtype, columns, longest)
+        teacher = Head(teacher_side, params.teacher_dtype, columns, longest)
         sweep = Sweep(params, student.buffer, teacher.buffer, sweep_rows, widest)
-        to_weight = WeightGradient(student_weight, student.dtype, columns, len(chunks)) if needs[1] else None
-        to_bias = None if student_bias is None or not needs[2] else BiasGradient(
-            student_bias, student.dtype, columns
-        )  # fmt: skip
+        to_weight = WeightGradient(weight, student.dtype, columns, len(chunks)) if needs[1] else None
+        to_bias = BiasGradient(bias, student.dtype, columns) if needs[2] and bias is not None else None
         for chunk in chunks:
             states = student.states(chunk)
             s, t = student.logits(states), teacher.logits(teacher.states(chunk))
@@ -85,38 +62,32 @@ def over_chunks(
                 to_weight.add(s, states)
             if to_bias is not None:
                 to_bias.add(s)
-        nothing = student_hidden.new_empty(0)
-        return (
-            value,
-            to_hidden,
-            nothing if to_weight is None else to_weight.result(),
-            nothing.clone() if to_bias is None else to_bias.result(),
-        )
+        others = (hidden.new_empty(0) if x is None else x.result() for x in (to_weight, to_bias))
+        return value, to_hidden, *others  # type: ignore[return-value]
 
 
 def _outputs(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    needs: list[bool],
-    params: LinearParams,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, needs: list[bool], params: LinearParams
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows' values, and the gradients that are asked for; the others have no elements."""
     dtype = compute_dtype(params.student_dtype, params.teacher_dtype)
-    value = student_hidden.new_empty(len(student_hidden), dtype=dtype)
-    grads = [
-        student_hidden.new_empty(0) if x is None or not need else x.new_empty(x.shape)
-        for x, need in zip((student_hidden, student_weight, student_bias), needs, strict=True)
-    ]
-    return value, *grads  # type: ignore[return-value]
+    grads = (
+        x.new_empty(x.shape) if need and x is not None else hidden.new_empty(0)
+        for x, need in zip((hidden, weight, bias), needs, strict=True)
+    )
+    return hidden.new_empty(len(hidden), dtype=dtype), *grads  # type: ignore[return-value]
 
 
 def _linear_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden, weight, bias = arguments[:3]
-    return _outputs(hidden, weight, bias, arguments[8], LinearParams.from_arguments(*arguments[9:]))
+    params = LinearParams.from_arguments(*arguments[9:])
+    return _outputs(*arguments[:3], needs=arguments[8], params=params)
 
 
-_IMPLEMENTATIONS: Implementations = {"linear": (over_chunks, _linear_fake)}
-register(_library, _IMPLEMENTATIONS)
-
-linear = symbols.operator("linear")
+linear = operator(
+    "linear(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor teacher_hidden, "
+    "Tensor teacher_weight, Tensor? teacher_bias, Tensor? rows, Tensor? row_scale, bool[] needs, "
+    "ScalarType student_dtype, ScalarType teacher_dtype, float student_inner, float teacher_inner, "
+    "float student_cap, float teacher_cap, SymInt vocab_size, SymInt chunk_rows, str kind, float beta, "
+    "float student_scale, float teacher_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _linear_fake,
+)(over_chunks)

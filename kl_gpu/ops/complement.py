@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..backends import registry
 from ..backends.interface import COMPLEMENT_STATS, ComplementArgs, wide_dtype
-from . import symbols
-from .register import Implementations, no_output, register
-from .views import flat_rows, views
+from .register import like_first, no_output, operator
+from .views import blocks, flat_rows, whole
 
 _MOST = 1.05  # a row's probability: 16-bit rounding may add 2 %
 
-_library = torch.library.Library("kl_gpu", "FRAGMENT")
 _ROWS = "Tensor logits, Tensor ids, Tensor? rows"
-_library.define(f"given_columns({_ROWS}, bool validate, str argument) -> Tensor")
-_library.define("check_mass(Tensor log_p, Tensor? rows) -> Tensor")
-_library.define("check_tail(Tensor rest_log_p, Tensor log_p, Tensor? rows) -> Tensor")
-_library.define("without_padding(Tensor ids, Tensor log_p, SymInt columns) -> Tensor")
-_library.define(f"remainder({_ROWS}, float scale, bool entropy, str backend) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    f"remainder_gradient({_ROWS}, Tensor stats, Tensor to_given, Tensor to_rest, Tensor? to_entropy, "
-    "float scale, str backend, Tensor(a!) grad) -> ()"
-)
 
 
 def present(ids: Tensor, columns: int) -> Tensor:
@@ -53,7 +39,12 @@ def check_ids(ids: Tensor, rows: Tensor | None, columns: int, argument: str) -> 
         )
 
 
-def _picked_logits(logits: Tensor, ids: Tensor, rows: Tensor | None, validate: bool, argument: str) -> Tensor:
+def _picked_logits_output(logits: Tensor, ids: Tensor, *_: object) -> Tensor:
+    return logits.new_empty(ids.shape, dtype=wide_dtype(logits.device))
+
+
+@operator(f"given_columns({_ROWS}, bool validate, str argument) -> Tensor", _picked_logits_output)
+def picked_logits(logits: Tensor, ids: Tensor, rows: Tensor | None, validate: bool, argument: str) -> Tensor:
     if validate:
         check_ids(ids, rows, logits.shape[-1], argument)
     # An id outside never reaches memory: column 0 is read in its place.
@@ -62,11 +53,8 @@ def _picked_logits(logits: Tensor, ids: Tensor, rows: Tensor | None, validate: b
     return torch.where(here, picked, -torch.inf)
 
 
-def _picked_logits_fake(logits: Tensor, ids: Tensor, *_: object) -> Tensor:
-    return logits.new_empty(ids.shape, dtype=wide_dtype(logits.device))
-
-
-def _without_padding(ids: Tensor, log_p: Tensor, columns: int) -> Tensor:
+@operator("without_padding(Tensor ids, Tensor log_p, SymInt columns) -> Tensor", like_first)
+def without_padding(ids: Tensor, log_p: Tensor, columns: int) -> Tensor:
     """The ids, −1 where an entry has log-probability −inf and its id stands elsewhere in its row.
 
     Many programs pad a row with (0, −inf). Taken as given, such ids would count as often as they stand there.
@@ -83,10 +71,6 @@ def _without_padding(ids: Tensor, log_p: Tensor, columns: int) -> Tensor:
     return torch.where(empty & twice, -1, ids)
 
 
-def _without_padding_fake(ids: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(ids)
-
-
 def _refuse(wrong: Tensor, mass: Tensor, rows: Tensor | None, message: str) -> None:
     """Refuse rows that are wrong, with the probability that the first of them holds. Waits for the device."""
     if rows is not None:
@@ -95,7 +79,8 @@ def _refuse(wrong: Tensor, mass: Tensor, rows: Tensor | None, message: str) -> N
         raise ValueError(f"{message} {float(mass[wrong][0]):.6g}")
 
 
-def _check_mass(log_p: Tensor, rows: Tensor | None) -> Tensor:
+@operator("check_mass(Tensor log_p, Tensor? rows) -> Tensor", like_first)
+def check_mass(log_p: Tensor, rows: Tensor | None) -> Tensor:
     """log_p itself, once its rows are known to be log-probabilities. Waits for the device.
 
     A result, so that torch.compile does not drop the question.
@@ -109,11 +94,8 @@ def _check_mass(log_p: Tensor, rows: Tensor | None) -> Tensor:
     return log_p.clone()
 
 
-def _check_mass_fake(log_p: Tensor, rows: Tensor | None) -> Tensor:
-    return torch.empty_like(log_p)
-
-
-def _check_tail(rest_log_p: Tensor, log_p: Tensor, rows: Tensor | None) -> Tensor:
+@operator("check_tail(Tensor rest_log_p, Tensor log_p, Tensor? rows) -> Tensor", like_first)
+def check_tail(rest_log_p: Tensor, log_p: Tensor, rows: Tensor | None) -> Tensor:
     """rest_log_p itself, once it is known to be what log_p may leave. Waits for the device.
 
     A NaN in log_p is not its fault: such a row is NaN, as `topk_logprobs` gives it.
@@ -127,67 +109,43 @@ def _check_tail(rest_log_p: Tensor, log_p: Tensor, rows: Tensor | None) -> Tenso
     return rest_log_p.clone()
 
 
-def _check_tail_fake(rest_log_p: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(rest_log_p)
-
-
-def _blocks(
-    logits: Tensor, ids: Tensor, valid: Tensor | None, scale: float, grad: Tensor | None = None
-) -> Iterator[tuple[slice, ComplementArgs, Any]]:
-    """Each block of rows of two strides: its flat row numbers, what a backend is asked, its gradient."""
-    tensors = [logits, ids.contiguous(), None if valid is None else valid.contiguous(), grad]
-    start = 0
-    for x, some_ids, keep, to in views(logits.shape[:-1], tensors):
-        args = ComplementArgs(x, some_ids.view(-1, ids.shape[-1]), keep, scale)
-        part = slice(start, start + args.n_rows)
-        start = part.stop
-        yield part, args, to
-
-
 def _complement_outputs(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     lead, dtype = logits.shape[:-1], wide_dtype(logits.device)
     shapes = lead, lead, (*lead, COMPLEMENT_STATS)
     return tuple(logits.new_empty(shape, dtype=dtype) for shape in shapes)  # type: ignore[return-value]
 
 
-def _complement(
+@operator(
+    f"remainder({_ROWS}, float scale, bool entropy, str backend) -> (Tensor, Tensor, Tensor)",
+    _complement_outputs,
+    of_rows=True,
+)
+def complement(
     logits: Tensor, ids: Tensor, rows: Tensor | None, scale: float, entropy: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    if logits.numel() == 0:
-        return _complement_outputs(logits)
+) -> tuple[Tensor, ...]:
+    """The complement's log-sum-exp and entropy `[N]`, and row statistics `[N, COMPLEMENT_STATS]`."""
     run, lead = registry.load(backend).complement, logits.shape[:-1]
-    found = [run(args, entropy) for _, args, _ in _blocks(logits, ids, rows, scale)]
-    rest_lse, rest_entropy, stats = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
-    return rest_lse.view(lead), rest_entropy.view(lead), stats.view(*lead, COMPLEMENT_STATS)
+    rows = None if rows is None else rows.contiguous()
+    found = [
+        run(ComplementArgs(x, some_ids, keep, scale), entropy)
+        for (x, keep), (some_ids,) in blocks(lead, [logits, rows], [flat_rows(ids, lead)])
+    ]
+    return tuple(whole(parts, lead) for parts in zip(*found, strict=True))
 
 
-def _complement_gradient(
+@operator(
+    f"remainder_gradient({_ROWS}, Tensor stats, Tensor to_given, Tensor to_rest, Tensor? to_entropy, "
+    "float scale, str backend, Tensor(a!) grad) -> ()",
+    no_output,
+    of_rows=True,
+)
+def complement_gradient(
     logits: Tensor, ids: Tensor, rows: Tensor | None, stats: Tensor, grad_picked: Tensor, grad_rest: Tensor,
     grad_entropy: Tensor | None, scale: float, backend: str, grad: Tensor,
 ) -> None:  # fmt: skip
-    if logits.numel() == 0:
-        return
+    """As `Backend.complement_gradient` has it."""
     run, lead = registry.load(backend).complement_gradient, logits.shape[:-1]
-    flat_stats, flat_picked, flat_rest = (flat_rows(x, lead) for x in (stats, grad_picked, grad_rest))
-    flat_entropy = None if grad_entropy is None else flat_rows(grad_entropy, lead)
-    for part, args, to in _blocks(logits, ids, rows, scale, grad):
-        some_entropy = None if flat_entropy is None else flat_entropy[part]
-        run(args, flat_stats[part], flat_picked[part], flat_rest[part], some_entropy, to)
-
-
-_IMPLEMENTATIONS: Implementations = {
-    "given_columns": (_picked_logits, _picked_logits_fake),
-    "remainder": (_complement, _complement_outputs),
-    "remainder_gradient": (_complement_gradient, no_output),
-    "check_mass": (_check_mass, _check_mass_fake),
-    "check_tail": (_check_tail, _check_tail_fake),
-    "without_padding": (_without_padding, _without_padding_fake),
-}
-register(_library, _IMPLEMENTATIONS)
-
-picked_logits = torch.ops.kl_gpu.given_columns.default
-check_mass = torch.ops.kl_gpu.check_mass.default
-check_tail = torch.ops.kl_gpu.check_tail.default
-without_padding = torch.ops.kl_gpu.without_padding.default
-complement = symbols.operator("remainder")
-complement_gradient = symbols.operator("remainder_gradient")
+    rows = None if rows is None else rows.contiguous()
+    flat = [flat_rows(x, lead) for x in (ids, stats, grad_picked, grad_rest, grad_entropy)]
+    for (x, keep, to), (some_ids, own, to_picked, to_rest, turn) in blocks(lead, [logits, rows, grad], flat):
+        run(ComplementArgs(x, some_ids, keep, scale), own, to_picked, to_rest, turn, to)

@@ -9,19 +9,37 @@ import torch
 
 from . import symbols
 
-# By operator: what runs, and what tells torch.compile its outputs' shapes.
-Implementations = dict[str, tuple[Callable[..., Any], Callable[..., Any]]]
+Function = Callable[..., Any]
+_library = torch.library.Library("kl_gpu", "FRAGMENT")
 
 
-def register(library: torch.library.Library, implementations: Implementations) -> None:
-    """Give the operators that `library` defined in kl_gpu their implementation on every device.
+def operator(schema: str, fake: Function, *, of_rows: bool = False) -> Callable[[Function], Function]:
+    """Make a function the implementation of the operator of this schema in kl_gpu; it becomes what calls it.
 
     One Python function serves every device: the backend argument, resolved by the caller, picks the kernels.
+
+    Args:
+        fake: what tells torch.compile the outputs' shapes.
+        of_rows: whether there is nothing to compute where the first tensor has no elements: the fake's
+            outputs are the result then, and no backend is asked.
     """
-    for name, (run, fake) in implementations.items():
-        library.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"kl_gpu::{name}", fake, lib=library)
-        symbols.define_overload(library, name, run, fake)
+
+    def register(function: Function) -> Function:
+        def run_rows(*arguments: Any) -> Any:
+            return function(*arguments) if arguments[0].numel() else fake(*arguments)
+
+        name, run = schema.partition("(")[0], run_rows if of_rows else function
+        _library.define(schema)
+        _library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"kl_gpu::{name}", fake, lib=_library)
+        return symbols.define_overload(_library, name, run, fake)
+
+    return register
+
+
+def like_first(first: torch.Tensor, *_: object) -> torch.Tensor:
+    """The fake of an operator whose output is as its first tensor."""
+    return torch.empty_like(first)
 
 
 def no_output(*_: object) -> None:

@@ -47,15 +47,18 @@ def clamp(x: Tensor, low: float | None, high: float | None) -> Tensor:
 
 def define_overload(
     library: torch.library.Library, name: str, run: Callable[..., Any], fake: Callable[..., Any]
-) -> None:
+) -> Callable[..., Any]:
     """Define `numbers`, where the operator takes floats: them as a float64 tensor `[n]` on the CPU, in their
-    order, and then the other arguments."""
-    schema = str(getattr(torch.ops.kl_gpu, name).default._schema)
-    inputs, outputs = schema.partition("(")[2].split(") -> ")
+    order, and then the other arguments.
+
+    Returns what calls the operator, by this overload where one of the floats is a symbol.
+    """
+    default = getattr(torch.ops.kl_gpu, name).default
+    inputs, outputs = str(default._schema).partition("(")[2].split(") -> ")
     arguments = inputs.split(", ")
     places = [i for i, argument in enumerate(arguments) if argument.startswith("float ")]
     if not places:
-        return
+        return default
     others = (argument for i, argument in enumerate(arguments) if i not in places)
     overload = f"{name}.numbers"
     library.define(f"{overload}({', '.join(('Tensor numbers', *others))}) -> {outputs}", tags=_TAGS)
@@ -74,17 +77,12 @@ def define_overload(
 
     library.impl(overload, run_overload, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kl_gpu::{overload}", fake_overload, lib=library)
+    by_numbers = getattr(torch.ops.kl_gpu, name).numbers
 
-
-def operator(name: str) -> Callable[..., Any]:
-    """What calls the operator of this name: by its overload `numbers` where one of the floats is a symbol."""
-    packet = getattr(torch.ops.kl_gpu, name)
-    default, numbers = packet.default, packet.numbers
-
-    def call(*arguments: Any) -> Any:
+    def operator(*arguments: Any) -> Any:
         if is_dynamo_compiling() and any(map(is_symbol, arguments)):
             floats = [tensor_of(x) for x in arguments if type(x) is float]
-            return numbers(torch.stack(floats), *(x for x in arguments if type(x) is not float))
+            return by_numbers(torch.stack(floats), *(x for x in arguments if type(x) is not float))
         return default(*arguments)
 
-    return call
+    return operator

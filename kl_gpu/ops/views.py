@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,11 +27,28 @@ def views(lead: torch.Size, tensors: list[Tensor | None]) -> Iterator[list[Any]]
         yield from views(lead[1:], [None if t is None else t[i] for t in tensors])
 
 
-def flat_rows(per_row: Tensor, lead: torch.Size) -> Tensor:
+def blocks(
+    lead: torch.Size, strided: list[Tensor | None], flat: Sequence[Tensor | None] = ()
+) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Each block of rows that two strides reach: its views, as `views` has it, and its part of the `flat`."""
+    start = 0
+    for block in views(lead, strided):
+        part = slice(start, start + math.prod(block[0].shape[:2]))
+        start = part.stop
+        yield block, [x if x is None or part.stop - part.start == x.shape[0] else x[part] for x in flat]
+
+
+def flat_rows(per_row: Tensor | None, lead: torch.Size) -> Tensor | None:
     """`[*lead, ...]` as `[rows, ...]`, for kernels that step through it without strides."""
+    if per_row is None:
+        return None
     per_row = per_row.contiguous()
     return per_row if len(lead) == 1 else per_row.view(-1, *per_row.shape[len(lead) :])
 
 
-def cut(flat: Tensor, part: slice) -> Tensor:
-    return flat if part.stop - part.start == len(flat) else flat[part]
+def whole(parts: Sequence[Tensor], lead: torch.Size, dim: int = 0) -> Tensor:
+    """What the blocks have per row, along `dim`, as one tensor with the leading shape in its place."""
+    joined = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+    if len(lead) == 1:  # as it is: on a small problem a view takes as long as the kernel
+        return joined
+    return joined.view((*joined.shape[:dim], *lead, *joined.shape[dim + 1 :]))

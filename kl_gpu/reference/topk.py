@@ -7,11 +7,13 @@ one of log-probability −inf whose id stands elsewhere in its row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..kinds import KINDS
-from .pair import Array, _kl_terms, _log_mixture, _wide, log_softmax
+from .pair import Array, _entropy, _kl_terms, _log_mixture, _wide, log_softmax
 
 Ids = NDArray[np.integer]
 
@@ -29,9 +31,7 @@ def token_logprobs(logits: ArrayLike, token_ids: ArrayLike, temperature: float =
 
 def entropy(logits: ArrayLike, temperature: float = 1.0) -> Array:
     """−Σ q log q, `[...]`."""
-    log_q = log_softmax(logits, temperature)
-    with np.errstate(invalid="ignore"):
-        return np.where(np.isneginf(log_q), 0.0, -np.exp(log_q) * log_q).sum(-1)
+    return _entropy(log_softmax(logits, temperature))
 
 
 def token_gradients(logits: ArrayLike, token_ids: ArrayLike, temperature: float = 1.0) -> tuple[Array, Array]:
@@ -128,9 +128,14 @@ def topk_div(
     # Padding: an entry without probability whose id another entry has too.
     twice = (ids[..., :, None] == ids[..., None, :]).sum(-1) > 1
     present &= ~(twice & np.isneginf(_wide(teacher_logprobs)))
-    taken = np.zeros((*student.shape[:-1], columns + 1), bool)  # the last is for what is absent
-    np.put_along_axis(taken, np.where(present, ids, columns), True, -1)
-    taken = taken[..., :-1]
+
+    def in_columns(values: NDArray[Any]) -> NDArray[Any]:
+        """`[..., K]` in the ids' columns of `[..., V]`, 0 elsewhere."""
+        dense = np.zeros((*student.shape[:-1], columns + 1), values.dtype)  # the last is for what is absent
+        np.put_along_axis(dense, np.where(present, ids, columns), values, -1)
+        return dense[..., :-1]
+
+    taken = in_columns(np.ones_like(present))
     at = np.where(present, ids, 0)
     log_p = np.where(present, _wide(teacher_logprobs), -np.inf)
     full = log_softmax(student, 1.0 if tail == "renormalize" else temperature)
@@ -163,15 +168,8 @@ def topk_div(
     total = flow.sum(-1, keepdims=True)
 
     # ∂log q_j/∂logits = e_j − q; log of the remaining mass reaches each of its columns by its share.
-    dense = np.zeros((*student.shape[:-1], columns + 1))
-    np.put_along_axis(dense, np.where(present, ids, columns), flow[..., : ids.shape[-1]], -1)
-    dense = dense[..., :-1]
-    if tail == "renormalize":
-        own = np.zeros((*student.shape[:-1], columns + 1))
-        np.put_along_axis(own, np.where(present, ids, columns), np.exp(log_q), -1)
-        q = own[..., :-1]
-    else:
-        q = np.exp(full)
+    dense = in_columns(flow[..., : ids.shape[-1]])
+    q = in_columns(np.exp(log_q)) if tail == "renormalize" else np.exp(full)
     if flow.shape[-1] > ids.shape[-1]:
         share = np.exp(np.where(taken | np.isneginf(full), -np.inf, full - log_rest))
         dense = dense + flow[..., -1:] * share

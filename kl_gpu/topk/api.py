@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,58 +23,26 @@ from . import formulas
 TAILS = tuple(formulas.TAIL_KINDS)
 
 
-class _Call(NamedTuple):
-    params: TopkParams
-    dtype: torch.dtype
-
-
 def _values(
-    call: _Call, picked: Tensor, rest_lse: Tensor, log_p: Tensor, rest_log_p: Tensor | None,
+    params: TopkParams, picked: Tensor, rest_lse: Tensor, log_p: Tensor, rest_log_p: Tensor | None,
     has_rest: Tensor, valid: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The divergence, and its derivatives to `picked` and `rest_lse`."""
-    value, grad_picked, grad_rest = formulas.topk(picked, rest_lse, log_p, rest_log_p, has_rest, *call.params)
+    value, grad_picked, grad_rest = formulas.topk(picked, rest_lse, log_p, rest_log_p, has_rest, *params)
     if valid is not None:
         value, grad_rest = torch.where(valid, value, 0.0), torch.where(valid, grad_rest, 0.0)
         grad_picked = torch.where(valid[..., None], grad_picked, 0.0)
-    return value.to(call.dtype), grad_picked, grad_rest
+    return value, grad_picked, grad_rest
 
 
-def _to_split(row_gradient: Tensor, grad_picked: Tensor, grad_rest: Tensor) -> tuple[Tensor, Tensor]:
-    scale = row_gradient.to(grad_rest.dtype)
-    return scale[..., None] * grad_picked, scale * grad_rest
+def _pull(params: TopkParams, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
+    grad_picked, grad_rest = kept
+    scale = incoming[0].to(grad_rest.dtype)
+    return scale[..., None] * grad_picked, scale * grad_rest, None, None, None, None
 
 
-def _pull(call: _Call, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
-    return *_to_split(*incoming, *kept), None, None, None, None
-
-
-_STEP = transforms.Step(_values, _pull)
-
-
-class _Divergence(torch.autograd.Function):
-    """From a row's split (`complement.Split`) to the divergence `[*]`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, picked: Tensor, rest_lse: Tensor, log_p: Tensor, rest_log_p: Tensor | None,
-        has_rest: Tensor, valid: Tensor | None, call: _Call,
-    ) -> Tensor:  # fmt: skip
-        value, *derivatives = _values(call, picked, rest_lse, log_p, rest_log_p, has_rest, valid)
-        ctx.save_for_backward(*derivatives)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return *_to_split(row_gradient, *ctx.saved_tensors), None, None, None, None, None
-
-
-def _divergence(*tensors: Tensor | None, call: _Call) -> Tensor:
-    """`_Divergence`, also under torch.func."""
-    if transforms.are_active():
-        return transforms.run(_STEP, call, *tensors)[0]
-    value: Tensor = _Divergence.apply(*tensors, call)
-    return value
+# From a row's split (`complement.split`) to the divergence `[*]`.
+_STEP = transforms.Step(_values, _pull, saves_inputs=False)
 
 
 def topk_div(
@@ -227,10 +195,12 @@ def run_topk(
     both_wide = student_logits.dtype == teacher_logprobs.dtype == torch.float64
     dtype = torch.float64 if both_wide else torch.float32
     resolution = formulas.RESOLUTION[teacher_logprobs.dtype]
-    call = _Call(TopkParams(*KINDS[kind].at(options.beta), tail, scale, resolution), dtype)
+    of_tail = TopkParams(*KINDS[kind].at(options.beta), tail, scale, resolution)
 
     def of(picked: Tensor, rest_lse: Tensor, some: Tensor | None) -> Tensor:
-        return _divergence(picked, rest_lse, log_p, rest_log_p, has_rest, some, call=call)
+        tensors = picked, rest_lse, log_p, rest_log_p, has_rest, some
+        found: Tensor = transforms.apply(_STEP, of_tail, *tensors)[0]
+        return found.to(dtype)
 
     per_row = reduction.completed(
         of(picked, rest_lse, valid), lambda others: of(*split(logits, ids, others, params)[:2], others)
@@ -242,7 +212,5 @@ def run_topk(
         if tail == "renormalize":
             picked, rest_lse, _ = split(logits, ids, valid, params._replace(scale=1.0, sweeps=True))
         masses = formulas.mass_of(log_p), formulas.student_mass(picked, rest_lse)
-        teacher_mass, student_mass = (
-            (x if valid is None else torch.where(valid, x, 0.0)).to(dtype) for x in masses
-        )
-    return value, teacher_mass, student_mass
+        teacher_mass, student_mass = (x if valid is None else torch.where(valid, x, 0.0) for x in masses)
+    return value, teacher_mass.to(dtype), student_mass.to(dtype)

@@ -2,9 +2,10 @@
 
 For `topk_div` each tail's formula and its derivatives.
 
-Everything is `[*, K]` or `[*]`, in float64, on any device. q is the student, p the teacher;
-log q_j = s_j − lse with lse = log(Σ e^s + e^u) over the ids. A divergence D of the log-probabilities has the
-flows f_j = ∂D/∂log q_j, and with F = Σ f, ∂D/∂s_j = f_j − q_j F and ∂D/∂u = f_rest − q_rest F.
+Each is an operator, one node under torch.compile: Inductor would take tens of seconds over its lines, and
+find other last bits. Everything is `[*, K]` or `[*]`, in float64, on any device. q is the student, p the
+teacher; log q_j = s_j − lse with lse = log(Σ e^s + e^u) over the ids. A divergence D of the log-probabilities
+has the flows f_j = ∂D/∂log q_j, and with F = Σ f, ∂D/∂s_j = f_j − q_j F and ∂D/∂u = f_rest − q_rest F.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from torch import Tensor
 
 from ..formulas import column_terms
 from ..kinds import KINDS
-from ..ops import symbols
-from ..ops.register import register
+from ..ops.register import operator
 
 TAIL_KINDS = {
     "bucket": ("forward_kl", "reverse_kl", "jeffreys", "js"),
@@ -65,7 +65,12 @@ def mass_of(log_p: Tensor) -> Tensor:
     return tree_sum(torch.exp(log_p))[..., 0]
 
 
-def _token(s: Tensor, rest_lse: Tensor, rest_entropy: Tensor) -> tuple[Tensor, ...]:
+def _token_outputs(s: Tensor, *_: object) -> list[Tensor]:
+    return [torch.empty_like(s) for _ in range(7)]
+
+
+@operator("token(Tensor s, Tensor rest, Tensor spread) -> Tensor[]", _token_outputs)
+def token(s: Tensor, rest_lse: Tensor, rest_entropy: Tensor) -> list[Tensor]:
     """log q of one column, the row's entropy, and the derivatives of each: to s, to u, and to `rest_entropy`.
 
     `rest_entropy` is the entropy of the other columns among themselves. With Q the probability of those,
@@ -82,10 +87,15 @@ def _token(s: Tensor, rest_lse: Tensor, rest_entropy: Tensor) -> tuple[Tensor, .
     others = torch.where(rest_q == 0, 0.0, rest_entropy - log_rest)
     # H = q·own + Q·others, so ∂H/∂s = q Q (own − others) = −∂H/∂u.
     turn = q * rest_q * (own - others)
-    return log_q, q * own + rest_q * others, rest_q, -rest_q, turn, -turn, rest_q.clone()
+    return [log_q, q * own + rest_q * others, rest_q, -rest_q, turn, -turn, rest_q.clone()]
 
 
-def _best(picked: Tensor, rest_lse: Tensor) -> tuple[Tensor, Tensor]:
+def _best_outputs(picked: Tensor, rest_lse: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(picked), torch.empty_like(rest_lse)
+
+
+@operator("best(Tensor given, Tensor rest) -> (Tensor, Tensor)", _best_outputs)
+def best(picked: Tensor, rest_lse: Tensor) -> tuple[Tensor, Tensor]:
     """log p of the picked columns, which hold the row's largest logit, and of all others together.
 
     Every line is a sum of terms ≤ 0: nothing cancels, however near 0 the result is.
@@ -135,7 +145,16 @@ def _divergence(kind: str, beta: float, log_q: Tensor, log_p: Tensor) -> tuple[T
     return terms, of.as_ab(flows[0], flows[1])[0]
 
 
-def _topk(
+def _topk_outputs(picked: Tensor, rest_lse: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(rest_lse), torch.empty_like(picked), torch.empty_like(rest_lse)
+
+
+@operator(
+    "topk(Tensor given, Tensor rest, Tensor log_p, Tensor? rest_log_p, Tensor has_rest, str kind, "
+    "float beta, str tail, float scale, float resolution) -> (Tensor, Tensor, Tensor)",
+    _topk_outputs,
+)
+def topk(
     picked: Tensor, rest_lse: Tensor, log_p: Tensor, rest_log_p: Tensor | None, has_rest: Tensor,
     kind: str, beta: float, tail: str, scale: float, resolution: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -189,39 +208,3 @@ def _topk(
         value = value.clamp_min(0.0)  # terms of 1e-31 may be negative
     grad_picked, grad_rest = (torch.where(broken, torch.nan, x) for x in (grad_picked, grad_rest))
     return value[..., 0].clone(), grad_picked, grad_rest[..., 0].clone()
-
-
-# One node each under torch.compile: Inductor would take tens of seconds over them, and find other last bits.
-_library = torch.library.Library("kl_gpu", "FRAGMENT")
-_library.define("token(Tensor s, Tensor rest, Tensor spread) -> Tensor[]")
-_library.define("best(Tensor given, Tensor rest) -> (Tensor, Tensor)")
-_library.define(
-    "topk(Tensor given, Tensor rest, Tensor log_p, Tensor? rest_log_p, Tensor has_rest, str kind, "
-    "float beta, str tail, float scale, float resolution) -> (Tensor, Tensor, Tensor)"
-)
-
-
-def _token_fake(s: Tensor, *_: object) -> list[Tensor]:
-    return [torch.empty_like(s) for _ in range(7)]
-
-
-def _best_fake(picked: Tensor, rest_lse: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(picked), torch.empty_like(rest_lse)
-
-
-def _topk_fake(picked: Tensor, rest_lse: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(rest_lse), torch.empty_like(picked), torch.empty_like(rest_lse)
-
-
-def _token_list(*arguments: Tensor) -> list[Tensor]:
-    return list(_token(*arguments))
-
-
-register(
-    _library,
-    {"token": (_token_list, _token_fake), "best": (_best, _best_fake), "topk": (_topk, _topk_fake)},
-)
-
-token = torch.ops.kl_gpu.token.default
-best = torch.ops.kl_gpu.best.default
-topk = symbols.operator("topk")

@@ -77,10 +77,8 @@ def topk_logprobs(
     valid = options.reduction_of(logits).computed
     chosen = registry.resolve(backend, logits.device)
 
-    x, scale = (
-        LogitsWindow(columns, shift=False).of(last_contiguous(logits.detach())),
-        1.0 / float(temperature),
-    )
+    x = LogitsWindow(columns, shift=False).of(last_contiguous(logits.detach()))
+    scale = 1.0 / float(temperature)
     ids = x.topk(k, -1).indices
     picked = ops.picked_logits(x, ids, valid, False, "ids") * scale
     rest_lse, *_ = ops.complement(x, ids, valid, scale, False, chosen)

@@ -13,22 +13,17 @@ from .pair import CHUNK, blocks_of, columns_of, row_sum, worker_for
 # Row statistics: log-sum-exp and entropy of the complement; the others stay 0.
 
 
-class _Chunks:
+def _chunks(rows: Tensor, ids: Tensor, scale: float, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Scaled logits of a run of rows in float64, −inf at the picked columns, chunk by chunk of columns."""
-
-    def __init__(self, rows: Tensor, ids: Tensor, scale: float, buffer: Tensor) -> None:
-        self.rows, self.ids, self.scale, self.buffer = rows, ids, scale, buffer
-
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        width = self.buffer.shape[-1] - 1
-        for columns in columns_of(self.rows.shape[-1], width):
-            chunk = self.buffer[: self.rows.shape[0]]
-            here = chunk[:, : columns.stop - columns.start]
-            here.copy_(self.rows[:, columns]).mul_(self.scale)
-            inside = (self.ids >= columns.start) & (self.ids < columns.stop)
-            # The buffer's last column takes what is not in this chunk.
-            chunk.scatter_(-1, torch.where(inside, self.ids - columns.start, width), -torch.inf)
-            yield columns, here
+    width = buffer.shape[-1] - 1
+    for columns in columns_of(rows.shape[-1], width):
+        chunk = buffer[: rows.shape[0]]
+        here = chunk[:, : columns.stop - columns.start]
+        here.copy_(rows[:, columns]).mul_(scale)
+        inside = (ids >= columns.start) & (ids < columns.stop)
+        # The buffer's last column takes what is not in this chunk.
+        chunk.scatter_(-1, torch.where(inside, ids - columns.start, width), -torch.inf)
+        yield columns, here
 
 
 def _buffer(args: ComplementArgs, worker: torch.device) -> Tensor:
@@ -37,26 +32,19 @@ def _buffer(args: ComplementArgs, worker: torch.device) -> Tensor:
     return torch.empty((rows, min(columns, CHUNK) + 1), dtype=torch.float64, device=worker)
 
 
-def _row_blocks(args: ComplementArgs) -> Iterator[tuple[int, slice, slice]]:
-    """Outer index and inner rows, and the same as flat row numbers."""
-    inner = args.logits.shape[1]
-    for i, j in blocks_of(args.logits, CHUNK):
-        yield i, j, slice(i * inner + j.start, i * inner + j.stop)
-
-
 def complement(args: ComplementArgs, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `Backend.complement` has it."""
     device, worker = args.logits.device, worker_for(args.logits.device)
     found = torch.zeros((args.n_rows, COMPLEMENT_STATS), dtype=torch.float64, device=worker)
     buffer = _buffer(args, worker)
-    for i, j, flat in _row_blocks(args):
-        chunks = _Chunks(args.logits[i, j], args.ids[flat].to(worker), args.scale, buffer)
-        top = torch.cat([x.amax(-1, keepdim=True) for _, x in chunks], -1).amax(-1, keepdim=True)
+    for i, j, flat in blocks_of(args.logits, CHUNK):
+        block = args.logits[i, j], args.ids[flat].to(worker), args.scale, buffer
+        top = torch.cat([x.amax(-1, keepdim=True) for _, x in _chunks(*block)], -1).amax(-1, keepdim=True)
         nothing = torch.isneginf(top)
         # NaN where a logit is NaN or +inf; amax hands a NaN on.
         m = torch.where(torch.isfinite(top), top, torch.where(nothing, 0.0, torch.nan))
         z, t = torch.zeros_like(m), torch.zeros_like(m)
-        for _, x in chunks:
+        for _, x in _chunks(*block):
             y = x.sub_(m)
             w = torch.exp(y)
             z += row_sum(w)
@@ -81,7 +69,7 @@ def complement_gradient(
     """As `Backend.complement_gradient` has it."""
     worker = worker_for(args.logits.device)
     buffer = _buffer(args, worker)
-    for i, j, flat in _row_blocks(args):
+    for i, j, flat in blocks_of(args.logits, CHUNK):
         rest_lse, rest_entropy = (x.to(worker, torch.float64) for x in stats[flat, :2].split(1, -1))
         flow = grad_rest[flat, None].to(worker, torch.float64)
         turn = torch.zeros_like(flow) if grad_entropy is None else grad_entropy[flat, None].to(flow)
@@ -89,7 +77,7 @@ def complement_gradient(
         still = ((flow == 0) & (turn == 0)) | torch.isneginf(rest_lse)
         ids = args.ids[flat].to(worker)
         picked = grad_picked[flat].to(worker, torch.float64) * args.scale
-        for columns, x in _Chunks(args.logits[i, j], ids, args.scale, buffer):
+        for columns, x in _chunks(args.logits[i, j], ids, args.scale, buffer):
             y = x.sub_(torch.where(still, 0.0, rest_lse))
             share = torch.exp(y)
             log_share = 0.0 if grad_entropy is None else y.clamp_min_(-1e4) + rest_entropy

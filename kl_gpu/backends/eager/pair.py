@@ -29,13 +29,15 @@ def _chunk(p: RowPair) -> int:
     return CHUNK if p.formula == "kl" else _FORMULA_CHUNK
 
 
-def blocks_of(logits: Tensor, chunk: int) -> Iterator[tuple[int, slice]]:
-    """Row blocks of `[A, B, V]`: an outer index and a run of inner rows, about a chunk each."""
+def blocks_of(logits: Tensor, chunk: int) -> Iterator[tuple[int, slice, slice]]:
+    """Row blocks of `[A, B, V]`, about a chunk each: an outer index and a run of inner rows, and the same as
+    flat row numbers."""
     outer, inner, columns = logits.shape
     step = max(1, chunk // columns)
     for i in range(outer):
         for j in range(0, inner, step):
-            yield i, slice(j, min(j + step, inner))
+            stop = min(j + step, inner)
+            yield i, slice(j, stop), slice(i * inner + j, i * inner + stop)
 
 
 def columns_of(n: int, chunk: int) -> Iterator[slice]:
@@ -100,6 +102,17 @@ class _Side:
     def log_normalizer(self) -> Tensor:
         """ln Σ exp(scaled logit), `[R, 1]`."""
         return (self.top + self.total.log2()) / _LOG2E
+
+
+def _sides(p: RowPair) -> Iterator[tuple[slice, _Side, _Side]]:
+    """Both sides of each block of rows, over one memory, and its flat row numbers."""
+    blocks, columns = list(blocks_of(p.a, _chunk(p))), min(p.a.shape[-1], _chunk(p))
+    at_once = max((rows.stop - rows.start for *_, rows in blocks), default=0)
+    shape, worker = (2, 2, at_once, columns), worker_for(p.a.device)
+    buffers, largest = torch.empty(shape, dtype=torch.float64, device=worker), _largest(p)
+    for i, j, rows in blocks:
+        a = _Side(p.a[i, j], p.a_scale, buffers[0], largest)
+        yield rows, a, _Side(p.b[i, j], p.b_scale, buffers[1], largest)
 
 
 def _log_ratio(a: Tensor, b: Tensor, shift: Tensor, a_scale: float, b_scale: float) -> Tensor:
@@ -173,27 +186,31 @@ def _split(x: Tensor, n: int, dtype: torch.dtype) -> list[Tensor]:
 _STATS = (3, 3, 2, 2, 2)
 
 
+def _stored(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """The row statistics that hold these five, `[*, 5]`."""
+    parts = [part for k, n in enumerate(_STATS) for part in _split(numbers[..., k], n, dtype)]
+    return torch.stack(parts, -1)
+
+
+def _numbers(stats: Tensor) -> tuple[Tensor, ...]:
+    """The five in float64, `[*, 1]` each."""
+    return tuple(part.sum(-1, keepdim=True) for part in stats.double().split(_STATS, -1))
+
+
 def value(p: RowPair) -> tuple[Tensor, Tensor]:
     """Per-row divergence `[A*B]` and row statistics `[A*B, STATS]`."""
-    shape = p.a.shape
     worker = worker_for(p.a.device)
-    found = torch.zeros((*shape[:2], len(_STATS)), dtype=torch.float64, device=worker)
-    rows_at_once = max((block.stop - block.start for _, block in blocks_of(p.a, _chunk(p))), default=0)
-    buffers = torch.empty((2, 2, rows_at_once, min(shape[2], _chunk(p))), dtype=torch.float64, device=worker)
-    for i, j in blocks_of(p.a, _chunk(p)):
-        a = _Side(p.a[i, j], p.a_scale, buffers[0], _largest(p))
-        b = _Side(p.b[i, j], p.b_scale, buffers[1], _largest(p))
+    found = torch.zeros((p.n_rows, len(_STATS)), dtype=torch.float64, device=worker)
+    for rows, a, b in _sides(p):
         parts = (_kl(a, b),) if p.formula == "kl" else _formula_totals(p, a, b)
-        found[i, j, : 2 + len(parts)] = torch.cat((a.log_normalizer(), b.log_normalizer(), *parts), -1)
-    found[..., 2].clamp_min_(0)
-    if shape[2] == 1:
-        found[..., 2:].mul_(0)  # as in `gradient`, and NaN where there is no distribution
-    found = found.view(-1, len(_STATS))
-    stats = [part for k, n in enumerate(_STATS) for part in _split(found[:, k : k + 1], n, p.dtype)]
-    result = stats[6][:, 0]
+        found[rows, : 2 + len(parts)] = torch.cat((a.log_normalizer(), b.log_normalizer(), *parts), -1)
+    found[:, 2].clamp_min_(0)
+    if p.a.shape[-1] == 1:
+        found[:, 2:].mul_(0)  # as in `gradient`, and NaN where there is no distribution
+    result = found[:, 2].to(p.dtype, copy=True)
     if p.valid is not None:
         result = torch.where(p.valid.reshape(-1).to(worker), result, 0)
-    return result.to(p.a.device), torch.cat(stats, -1).to(p.a.device)
+    return result.to(p.a.device), _stored(found, p.dtype).to(p.a.device)
 
 
 def divergence(p: RowPair) -> Tensor:
@@ -212,7 +229,7 @@ def value_and_gradient(
 
 def normalisers(stats: Tensor, a_scale: float, b_scale: float) -> tuple[Tensor, Tensor]:
     """Of rows whose statistics these are, in float64 nats: log Σ e^a, and log Σ e^b less that."""
-    log_a, log_b = (part.double().sum(-1) for part in stats.split(_STATS, -1)[:2])
+    log_a, log_b, *_ = (number[..., 0] for number in _numbers(stats))
     return log_a, log_b - log_a
 
 
@@ -227,19 +244,15 @@ def statistics(
         sums: float64 `[N, 3]`, the whole row's value, mean_a and mean_b.
     """
     numbers = torch.cat((torch.stack((log_a, log_a + ratio), -1), sums), -1)
-    parts = [part for k, n in enumerate(_STATS) for part in _split(numbers[..., k], n, local.dtype)]
-    return torch.stack(parts, -1)
+    return _stored(numbers, local.dtype)
 
 
 def formula_sums(p: RowPair, stats: Tensor) -> Tensor:
     """The formula's terms and its two flows, summed over the columns: float64 `[A*B, 3]`."""
-    worker, inner = worker_for(p.a.device), p.a.shape[1]
+    worker = worker_for(p.a.device)
     found = torch.zeros((p.n_rows, 3), dtype=torch.float64, device=worker)
-    for i, j in blocks_of(p.a, _FORMULA_CHUNK):
-        flat = slice(i * inner + j.start, i * inner + j.stop)
-        log_a, log_b = (
-            x.sum(-1, keepdim=True) for x in stats[flat].to(worker).double().split(_STATS, -1)[:2]
-        )
+    for i, j, flat in blocks_of(p.a, _FORMULA_CHUNK):
+        log_a, log_b = _numbers(stats[flat].to(worker))[:2]
         for c in columns_of(p.a.shape[-1], _FORMULA_CHUNK):
             a, b = (
                 _widen(torch.empty_like(x, dtype=torch.float64, device=worker), x, _largest(p))
@@ -299,12 +312,9 @@ def gradient(
     if incoming is not None:
         row_scale = row_scale * incoming
     worker = worker_for(p.a.device)
-    inner = p.a.shape[1]
     buffers: dict[torch.Size, Tensor] = {}
-    for i, j in blocks_of(p.a, _chunk(p)):
-        flat = slice(i * inner + j.start, i * inner + j.stop)
-        parts = stats[flat].to(worker, torch.float64).split(_STATS, -1)
-        sums = tuple(part.sum(-1, keepdim=True) for part in parts)
+    for i, j, flat in blocks_of(p.a, _chunk(p)):
+        sums = _numbers(stats[flat].to(worker))
         scale = row_scale[flat, None].to(worker, torch.float64)
         keep = None if p.valid is None else p.valid[i, j, None].to(worker)
         for c in columns_of(p.a.shape[-1], _chunk(p)):
@@ -349,17 +359,13 @@ def _log_probability(side: _Side, tokens: Tensor) -> Tensor:
 
 def token_stats(p: RowPair, tokens: Tensor | None) -> Tensor:
     """As `Backend.token_stats` has it."""
-    shape = p.a.shape
     worker = worker_for(p.a.device)
-    found = torch.empty((*shape[:2], TOKEN_STATS), dtype=torch.float64, device=worker)
-    rows_at_once = max((block.stop - block.start for _, block in blocks_of(p.a, _chunk(p))), default=0)
-    buffers = torch.empty((2, 2, rows_at_once, min(shape[2], _chunk(p))), dtype=torch.float64, device=worker)
-    for i, j in blocks_of(p.a, _chunk(p)):
-        a = _Side(p.a[i, j], p.a_scale, buffers[0], _largest(p))
-        b = _Side(p.b[i, j], p.b_scale, buffers[1], _largest(p))
+    found = torch.empty((p.n_rows, TOKEN_STATS), dtype=torch.float64, device=worker)
+    flat_tokens = None if tokens is None else tokens.reshape(-1, 1)
+    for rows, a, b in _sides(p):
         of_tokens = [torch.full_like(a.total, torch.nan)] * 2
-        if tokens is not None:
-            of_tokens = [_log_probability(side, tokens[i, j, None]) for side in (b, a)]
+        if flat_tokens is not None:
+            of_tokens = [_log_probability(side, flat_tokens[rows]) for side in (b, a)]
         agree = (a.rows.argmax(-1, keepdim=True) == b.rows.argmax(-1, keepdim=True)).to(a.total)
         parts = [_entropy(b), _entropy(a), *of_tokens, torch.where((a.top + b.top).isnan(), torch.nan, agree)]
         kls = []
@@ -367,10 +373,9 @@ def token_stats(p: RowPair, tokens: Tensor | None) -> Tensor:
             for side in (a, b):
                 side.load(next(side.columns()))  # `_kl` finds a row's only block in the buffers
             kls.append(_kl(weights, other).clamp_min_(0))
-        found[i, j] = torch.cat((*kls, *parts), -1)
-    if shape[2] == 1:
-        found[..., :2].mul_(0)
-    found = found.view(-1, TOKEN_STATS)
+        found[rows] = torch.cat((*kls, *parts), -1)
+    if p.a.shape[-1] == 1:
+        found[:, :2].mul_(0)
     if p.valid is not None:
         found = torch.where(p.valid.reshape(-1, 1).to(worker), found, 0)
     return found.T.to(p.a.device, p.dtype).contiguous()

@@ -29,6 +29,7 @@ LANES = 64 if torch.version.hip else 32  # threads of a warp
 # and the 264 of them that sweep at once on 132 SMs have 17 MB of bfloat16 in flight, which an L2 holds until
 # the gradient reads them again.
 SPLIT_COLUMNS = 16384
+_ROOM = 16
 
 
 def high_low(x: float) -> tuple[float, float]:
@@ -56,6 +57,14 @@ def splits_of(columns: int, step: int) -> Splits:
     count = triton.cdiv(columns, SPLIT_COLUMNS)
     width = triton.cdiv(triton.cdiv(columns, count), step) * step
     return Splits(triton.cdiv(columns, width), width)
+
+
+def room_for(splits: int) -> int:
+    """How many splits of a row the compiled kernel has room for: one number serves up to 262144 columns.
+
+    The next power of two would have every vocabulary compile kernels of its own.
+    """
+    return 1 if splits == 1 else max(triton.next_power_of_2(splits), _ROOM)
 
 
 def kernel(function: Callable[..., None]) -> Any:

@@ -42,6 +42,7 @@ from .launch import (
     high_low,
     kernel,
     resident_programs,
+    room_for,
     splits_of,
     step_of,
     steps,
@@ -61,8 +62,7 @@ ALL_STAGES = tl.constexpr(-1)
 # The least KL of a row whose gradient to b, stored in 16 bits, is a difference of two exponentials.
 _DIRECT = tl.constexpr(1e-3)
 # A split's state, while it waits for the others: what `sweep` gives, n, c, n_b, z, a1, a2, a's mass alone and
-# the worst column; then the formula's three sums. There is room for SPLITS of each, num_splits rounded up to
-# a power of two.
+# the worst column; then the formula's three sums. There is room for SPLITS of each, num_splits or more.
 STATE = 11
 _STATE = tl.constexpr(STATE)
 
@@ -334,8 +334,8 @@ def _item(
                     _first_sweep(launch, row, split, scales, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT, SPLITS)
                 elif SWEEPS > 1:
                     _second_sweep(
-                        _work(launch, row, split, SPLITS), beta, rest, launch.near, scales, STAGE == ALL_STAGES,
-                        SAME_SCALE, EXACT, FORMULA, LOG2, CT, R, VEC, LAYOUT, SPLITS,
+                        _work(launch, row, split, SPLITS), beta, rest, launch.near, scales,
+                        STAGE == ALL_STAGES, SAME_SCALE, EXACT, FORMULA, LOG2, CT, R, VEC, LAYOUT, SPLITS,
                     )  # fmt: skip
         elif TO_A or TO_B:
             work = _work(launch, row, split, SPLITS)
@@ -432,7 +432,7 @@ def _launch(
 ) -> None:
     config = configuration(p, SHAPES if p.formula == "kl" else FORMULA_SHAPES)
     splits = splits_of(p.a.shape[2], step_of(p, config))
-    width = triton.next_power_of_2(splits.number)
+    width = room_for(splits.number)
     has_gradient = grad_a is not None or grad_b is not None
     stages = (0 if value is None else 1 if p.formula == "kl" else 2) + has_gradient
     one_launch = stages == 1 or _may_spin(p.a.device)

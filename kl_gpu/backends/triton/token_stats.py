@@ -53,7 +53,7 @@ from .kl_pass import (
     tile_fits,
     worst_class,
 )
-from .launch import ProgramShape, configuration, enqueue, geometry, kernel, splits_of
+from .launch import ProgramShape, configuration, enqueue, geometry, kernel, room_for, splits_of
 
 # A split's state: n, c, n_b, the `BothSums`, then each side's largest logit and its first tile.
 STATE = 16
@@ -516,7 +516,7 @@ def token_stats(p: RowPair, tokens: Tensor | None) -> Tensor:
     out = torch.empty((TOKEN_STATS, p.n_rows), dtype=p.dtype, device=p.a.device)
     config = configuration(p, SHAPES)
     splits = splits_of(p.a.shape[2], config["R"] * config["VEC"])
-    width = triton.next_power_of_2(splits.number)
+    width = room_for(splits.number)
     states = torch.empty((p.n_rows, STATE, width), dtype=p.dtype, device=p.a.device)
     tokens = None if tokens is None else tokens.contiguous()
     has_valid = p.valid is not None
