@@ -86,21 +86,10 @@ def _tile_reference(a, b, w, inside, scales, SAME_SCALE: tl.constexpr):
 
 
 @triton.jit
-def tile_fits(a, b, inside, reference, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr):
-    """Whether a tile looks as if the fast sweep could do the columns around it.
-
-    It cannot do −inf. Nor, where EXACT, a KL that is small beside c²; of the tile's own, about half the mean
-    square of x, a quarter of what `rounding_is_small` asks for is enough.
-    """
+def has_no_neg_inf(a, b, inside, scales, SAME_SCALE: tl.constexpr):
+    """Whether no difference of a tile is infinite, or none."""
     d = difference(a, b, scales, SAME_SCALE)
-    fits = tl.min(((tl.abs(d) < float("inf")) | ~inside).to(tl.int32)) != 0
-    if EXACT:
-        if SAME_SCALE:
-            w = tl.where(inside, weights(a, scales.k_a, reference.n), 0.0)
-            x = d * scales.shared - reference.c
-            square = tl.sum(tl.where(w > 0, w * x * x, 0.0)) / tl.sum(w)
-            fits = fits & (square >= reference.c * reference.c * _LEAST_KL)
-    return fits
+    return tl.min(((tl.abs(d) < float("inf")) | ~inside).to(tl.int32)) != 0
 
 
 @triton.jit
@@ -133,7 +122,7 @@ def _step_weights(a, later_a, k, n, TWO: tl.constexpr):
 @triton.jit
 def _rebase_to_step(
     a, b, later_a, later_b, inside, reference, sums, scales,
-    SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, TWO: tl.constexpr, ROBUST: tl.constexpr,
+    SAME_SCALE: tl.constexpr, TWO: tl.constexpr, ROBUST: tl.constexpr,
 ):  # fmt: skip
     """The reference that suits a step of one or two tiles, and the sums rebased to it.
 
@@ -172,7 +161,7 @@ def _rebase_to_step(
     n_b_as_a = other_exp2_offset(n, n_b, c, scales, SAME_SCALE)
     b_to_a = tl.exp2(n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
     reference = Reference(n, c, n_b, b_to_a)
-    return reference, sums, tile_fits(a, b, inside, reference, scales, SAME_SCALE, EXACT)
+    return reference, sums, has_no_neg_inf(a, b, inside, scales, SAME_SCALE)
 
 
 @triton.jit
@@ -204,7 +193,7 @@ def _add_step(
     # One bit: a maximum of integers is one instruction of a warp.
     if tl.max((mass >= _REBASE_ABOVE).to(tl.int32)) != 0:
         reference, sums, fits = _rebase_to_step(
-            a, b, later_a, later_b, inside, reference, sums, scales, SAME_SCALE, EXACT, TWO, ROBUST
+            a, b, later_a, later_b, inside, reference, sums, scales, SAME_SCALE, TWO, ROBUST
         )
         start = tl.where(fits, start, MISFIT)
         w, later_w, mass = _step_weights(a, later_a, scales.k_a, reference.n, TWO)

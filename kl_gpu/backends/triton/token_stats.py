@@ -42,7 +42,6 @@ from .device_math import (
 )
 from .kl_pass import (
     BOTH_LACK,
-    MISFIT,
     Reference,
     column_class,
     fallback_row,
@@ -50,7 +49,6 @@ from .kl_pass import (
     is_held,
     other_exp2_offset,
     rounding_is_small,
-    tile_fits,
     worst_class,
 )
 from .launch import ProgramShape, configuration, enqueue, geometry, kernel, room_for, splits_of
@@ -119,12 +117,8 @@ def _limits(n, n_b, scales):
 
 
 @triton.jit
-def _rebase_to_tile(
-    a, b, inside, top_a, top_b, reference, sums, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr
-):
+def _rebase_to_tile(a, b, top_a, top_b, reference, sums, scales, SAME_SCALE: tl.constexpr):
     """The references that suit a tile with a new maximum of a or of b, and the sums rebased to them.
-
-    And whether the tile looks as if it could do without `_robust_sweep`.
 
     c goes to where log(Z_b/Z_a) lies with the tile counted: about it nothing cancels in the end. About that
     of this tile alone, b's mass in others would be seen from afar.
@@ -144,8 +138,7 @@ def _rebase_to_tile(
     sums = _rebase_both(sums, ea, eb, h, s)
     n_b_as_a = other_exp2_offset(to_n, to_n_b, to_c, scales, SAME_SCALE)
     b_to_a = tl.exp2(to_n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
-    reference = Reference(to_n, to_c, to_n_b, b_to_a)
-    return reference, sums, tile_fits(a, b, inside, reference, scales, SAME_SCALE, EXACT)
+    return Reference(to_n, to_c, to_n_b, b_to_a), sums
 
 
 @triton.jit
@@ -153,12 +146,8 @@ def _accumulate(
     a, b, inside, start, state, scales,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add a `[R, VEC]` tile to the sums `[R]`, rebasing them first where it has a new maximum.
-
-    And the column that it starts at, MISFIT where that maximum tells that `_fast_sweep` does not fit here.
-    """
+    """Add a `[R, VEC]` tile to the sums `[R]`, rebasing them first where it has a new maximum."""
     reference, sums, limit_a, limit_b, largest = state
-    to_start = start
     top_a, at_a, top_b, at_b = largest
     here_a = tl.max(a, axis=1)
     at_a = tl.where(here_a > top_a, start, at_a)
@@ -168,10 +157,7 @@ def _accumulate(
     top_b = tl.maximum(here_b, top_b)
     # One bit for both sides: a maximum of integers is one instruction of a warp.
     if tl.max(((here_a >= limit_a) | (here_b >= limit_b)).to(tl.int32)) != 0:
-        reference, sums, fits = _rebase_to_tile(
-            a, b, inside, here_a, here_b, reference, sums, scales, SAME_SCALE, EXACT
-        )
-        to_start = tl.where(fits, start, MISFIT)
+        reference, sums = _rebase_to_tile(a, b, here_a, here_b, reference, sums, scales, SAME_SCALE)
         limit_a, limit_b = _limits(reference.n, reference.n_b, scales)
     e_a = exponent(a, scales.k_a, reference.n)
     e_b = exponent(b, scales.k_b, reference.n_b)
@@ -197,7 +183,7 @@ def _accumulate(
     ea += tl.sum(w * e_a, axis=1)
     eb += tl.sum(u * e_b, axis=1)
     sums = BothSums(z, a1, a2, zb, b2, ea, eb, lost_a, lost_b)
-    return to_start, State(reference, sums, limit_a, limit_b, Largest(top_a, at_a, top_b, at_b))
+    return State(reference, sums, limit_a, limit_b, Largest(top_a, at_a, top_b, at_b))
 
 
 @triton.jit
@@ -235,28 +221,26 @@ def _fast_sweep(
     everywhere = tl.full([R, VEC], 1, tl.int1)
     state = _no_columns(first, scales, R, CT)
     full = last - (last - first) % BLOCK
-    start = first
     if first < full:
         # A tile ahead: the barriers of a tile's maximum would otherwise wait for its loads as well. Runs are
         # held one by one: in words, ptxas spills on sm_100.
         next_a = load_tile(a_row, first, R, VEC, LAYOUT, False)
         next_b = load_tile(b_row, first, R, VEC, LAYOUT, False)
-        while start < full:
+        for start in range(first, full, BLOCK):
             a = unpacked(next_a, a_row, CT, R, VEC)
             b = unpacked(next_b, b_row, CT, R, VEC)
             ahead = tile_ahead(start, full, BLOCK)
             next_a = load_tile(a_row, ahead, R, VEC, LAYOUT, False)
             next_b = load_tile(b_row, ahead, R, VEC, LAYOUT, False)
-            start, state = _accumulate(a, b, everywhere, start, state, scales, SAME_SCALE, EXACT, False)
-            start += BLOCK
-    if start < last:
+            state = _accumulate(a, b, everywhere, start, state, scales, SAME_SCALE, EXACT, False)
+    if full < last:
         inside = full + offsets < last
         a = load_ragged(a_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
         b = load_ragged(b_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
-        start, state = _accumulate(a, b, inside, start, state, scales, SAME_SCALE, EXACT, True)
+        state = _accumulate(a, b, inside, full, state, scales, SAME_SCALE, EXACT, True)
     sums = _total(state.sums)
     gap = sums.a1 + sums.a2
-    fits = (start < MISFIT) & ((gap + sums.b2) * 0.0 == 0.0)
+    fits = (gap + sums.b2) * 0.0 == 0.0
     if EXACT:
         if SAME_SCALE:
             fits = fits & rounding_is_small(Sums(sums.z, sums.a1, sums.a2), state.reference.c)
@@ -285,7 +269,7 @@ def _robust_sweep(
         worst = tl.maximum(worst, tl.max(classes, axis=1))
         a = no_lower(a, lowest_a)
         b = no_lower(b, lowest_b)
-        _, state = _accumulate(a, b, inside, start, state, scales, SAME_SCALE, False, True)
+        state = _accumulate(a, b, inside, start, state, scales, SAME_SCALE, False, True)
     reference, sums, _, _, largest = state
     worst = worst_class(tl.max(worst), reference.n, lowest_a, lowest_b, scales)
     z, a1, a2, zb, b2, ea, eb, lost_a, lost_b = _total(sums)
