@@ -130,7 +130,7 @@ if __name__ == "__main__":
     plans = {"smoke": 60, "time tiny": 20, "plots": 5}
     for seconds in ({}, {"smoke": 1}, {"plots": 100}):
         command = timetable.Command("a command", 95, 10, plans | seconds)
-        print("status", timetable.show([command], 21))
+        print("status", timetable.show([command]))
     print("seconds", *kept.values())
 """
 

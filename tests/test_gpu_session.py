@@ -532,6 +532,25 @@ def test_what_the_session_makes_of_linear_div(
     assert (ending.outcome, ending.why) == (outcome, why)
 
 
+@pytest.mark.parametrize(
+    ("command", "outcome", "why"),
+    [
+        ("print('3 calls, 0 of them wrong, 9 s')", "done", "3 calls, 0 of them wrong, 9 s"),
+        ("print('wrong: js: NaN\\n3 calls, 1 wrong'); raise SystemExit(1)", "failed", "3 calls, 1 wrong"),
+    ],
+)
+def test_what_the_session_makes_of_calls(
+    timing: Any, monkeypatch: pytest.MonkeyPatch, command: str, outcome: str, why: str
+) -> None:
+    _, session, _ = timing([])
+    monkeypatch.setattr(
+        "bench.gpu.session.run_limited", lambda _, *rest: run([sys.executable, "-c", command], *rest)
+    )
+    ending = session.call("smoke", 60.0)
+    assert (ending.outcome, ending.why) == (outcome, why)
+    assert session.checks()["wrong"] == (["js: NaN"] if outcome == "failed" else [])
+
+
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What one whole session on the CPU printed, and its folder."""

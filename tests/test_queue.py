@@ -76,6 +76,12 @@ def streams(number: int) -> list[AbstractContextManager[object]]:
     return [torch.cuda.stream(stream) for stream in made]
 
 
+def test_one_other_bit_counts() -> None:
+    x = torch.zeros(5, dtype=DTYPE, device=DEVICE)
+    assert int(differing((x, x), (x, x.clone()))) == 0
+    assert int(differing((x, x), (x, -x))) == 5  # −0.0 == 0.0
+
+
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_more_splits_than_can_be_resident() -> None:
     processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count

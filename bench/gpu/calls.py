@@ -30,6 +30,7 @@ from ..harness.systems import WORKLOADS, Output, ours
 from ..suite.plan import PLANS
 
 _K = 64  # tokens of a teacher of whom the best are known
+WRONG = "wrong: "  # what begins a line that says so
 SHARED = 40001  # columns of a row that three programs share, in no whole number of accesses
 _FEW, _SOME = 3, 16  # rows
 
@@ -229,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start, found = time.monotonic(), 0
     for line in wrong(calls, options.device, options.processes):
         found += 1
-        print(line, flush=True)
+        print(f"{WRONG}{line}", flush=True)
     print(f"{len(calls)} calls, {found} of them wrong, {time.monotonic() - start:.0f} s")
     return int(found > 0)
 

@@ -28,9 +28,9 @@ from ..harness import machine
 from ..harness.options import usual_device
 from ..harness.report import Finding, Report, new_report
 from ..harness.report_log import PytestReport, events
-from ..suite.plan import PLANS
+from ..suite.plan import PLANS, REPEATS
 from . import wheels
-from .calls import calls_of
+from .calls import WRONG, calls_of
 from .correctness import ROOT, environment, of_the_queue, others, run_tests
 from .limited import Finished
 from .limited import run as run_limited
@@ -43,12 +43,11 @@ _HANGS = 75  # seconds: a timing that takes longer hangs, a program waiting for 
 _SHOWN = 10  # lines of a kind on the terminal; all are in the JSON
 _NO_GPU = "no GPU; `make test` runs the kernels through Triton's interpreter"
 _MINUTES, SMOKE_MINUTES = 9.0, 1.5
-_REPEATS = 21
 # The phases and their seconds, the most important first. What one leaves the later ones have. --dry-run says
 # whether they suffice.
 RUN = {
-    "compile": 60, "time kl": 60, "test the queue": 90, "time kinds": 60, "memcheck": 35, "racecheck": 35,
-    "test": 60, "time baselines": 40, "linear": 25, "time compile": 55, "plots": 10,
+    "compile": 65, "time kl": 75, "test the queue": 85, "time kinds": 60, "memcheck": 30, "racecheck": 30,
+    "test": 40, "time baselines": 55, "linear": 20, "time compile": 60, "plots": 10,
 }  # fmt: skip
 SMOKE = {"smoke": 55, "time smoke": 25}
 
@@ -61,8 +60,8 @@ class Session:
     device: torch.device
     report: Report
     seconds: dict[str, int]
-    repeats: int = 3
     outcomes: list[Outcome] = field(default_factory=list)
+    wrong_calls: list[str] = field(default_factory=list)
     tests: dict[str, PytestReport] = field(default_factory=dict)
     sanitizer: dict[str, str] = field(default_factory=dict)
     suite: PytestReport = field(default_factory=PytestReport)
@@ -99,10 +98,11 @@ class Session:
         processes = ["--processes", str(os.cpu_count() or 1), "--device", str(self.device)]
         command = [sys.executable, "-m", "bench.gpu.calls", name, *processes]
         finished = run_limited(command, limit, self.log, ROOT, environment())
-        last = finished.output.strip().rpartition("\n")[2]
+        lines = finished.output.strip().splitlines() or [""]
+        self.wrong_calls += [line.removeprefix(WRONG) for line in lines if line.startswith(WRONG)]
         if finished.timed_out:
             return Ending(CUT_SHORT, "kernels are left to compile where they are first used")
-        return Ending(DONE if finished.code == 0 else FAILED, last)
+        return Ending(DONE if finished.code == 0 else FAILED, lines[-1])
 
     def test(self, name: str, limit: float) -> Ending:
         files = (of_the_queue if name == "test the queue" else others)(ROOT / "tests")
@@ -122,7 +122,7 @@ class Session:
         while not suite.ended and budget.left() > 10:
             before, crashed = len(suite.begun), set(suite.stopped)
             skip.write_text("\n".join(suite.begun))
-            arguments = ["--plan", plan, "--device", str(self.device), "--repeats", str(self.repeats)]
+            arguments = ["--plan", plan, "--device", str(self.device), "--repeats", str(REPEATS[plan])]
             arguments += ["--skip", str(skip), "--report-log", str(log), "--limit", str(_HANGS)]
             finished = self._run("suite", *arguments, limit=budget.left())
             suite.add(events(log))
@@ -200,7 +200,11 @@ class Session:
             },
             "sanitizer": self.sanitizer,
             "points": self.points(),
-            "wrong": [*self.suite.failures, *(f"{test}: did not end" for test in self.suite.stopped)],
+            "wrong": [
+                *self.wrong_calls,
+                *self.suite.failures,
+                *(f"{test}: did not end" for test in self.suite.stopped),
+            ],
             "left_out": self.left_out(),
         }
 
@@ -269,7 +273,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         from . import timetable
 
         smoke = timetable.Command("--smoke", 60 * SMOKE_MINUTES, _RESERVE, SMOKE)
-        return timetable.show((smoke, timetable.Command("run", 60 * minutes, _RESERVE, RUN)), _REPEATS)
+        return timetable.show((smoke, timetable.Command("run", 60 * minutes, _RESERVE, RUN)))
     with tempfile.TemporaryDirectory() as unpacked:
         wheels.use(options.wheels, Path(unpacked))
         if missing := wheels.missing():
@@ -291,9 +295,8 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser, seconds: 
     except OSError as error:
         parser.error(f"argument --out: {error}")
     end_after(max(1.0, budget.left() + _RESERVE))  # over in time also where this very process hangs
-    repeats = _REPEATS if on_gpu and not options.tiny else 3
     phases = _seconds(options, on_gpu)
-    session = Session(options.out.resolve(), device, new_report(device), phases, repeats)
+    session = Session(options.out.resolve(), device, new_report(device), phases)
 
     print(f"{session.report.device}; torch {session.report.torch}, triton {session.report.triton}")
     if not on_gpu and machine.is_busy():

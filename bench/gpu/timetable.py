@@ -20,7 +20,7 @@ from ..harness.cases import DISTINCT
 from ..harness.report import COPY
 from ..harness.traffic import COPY_PASSES
 from ..harness.traffic import PASSES as TENSORS
-from ..suite.plan import PLANS, Point, passes_of
+from ..suite.plan import PLANS, REPEATS, Point, passes_of
 from .calls import CALLS, calls_of
 from .variants import Variant, variants
 
@@ -32,12 +32,13 @@ _ARRIVAL = 120.0  # seconds until it is there, and the files are
 
 _BANDWIDTH = 3.5e12  # bytes a second, read and written; a copy on an H200 moves 4.3e12
 # How much longer than its least traffic takes, at most, a system is at work.
-_FACTOR = {COPY: 1.2, "kl_gpu": 2.5, "torch": 30.0, "torch.compile": 10.0, "liger": 30.0}
-_PROCESS = 15.0  # seconds until a process has imported PyTorch, with others doing so, and opened the device
-_TEST = 0.03  # of pytest, around a timing
-_RUN = 3e-3  # around a run: the device asleep for a millisecond, the check of its output
-_REFERENCE = 5e-7  # of NumPy in float64, for each logit of the distinct rows
-_TORCH_COMPILE = 4.0  # of a workload, in which the compiler's own processes share the cores
+_FACTOR = {COPY: 1.2, "kl_gpu": 2.5, "torch": 20.0, "torch.compile": 8.0, "liger": 20.0}
+_PROCESS = 10.0  # seconds until a process has imported PyTorch and opened the device
+_PROCESSES = 20.0  # the same of several at once
+_TEST = 0.02  # of pytest, around a timing
+_RUN = 2.5e-3  # around a run: the device asleep for a millisecond, the check of its output
+_REFERENCE = 4e-7  # of NumPy in float64, for each logit of the distinct rows
+_TORCH_COMPILE = 6.0  # of a workload
 _UNEVEN = 1.3  # how much longer the last of several processes takes than they do on average
 
 
@@ -85,7 +86,7 @@ def _compiled(name: str, seconds: Mapping[Variant, float]) -> tuple[str, float]:
     calls = list(CALLS[name]())
     mine = {variant: seconds[variant] for call in calls for variant in variants(call)}
     reference = sum(_REFERENCE * DISTINCT * call.vocab for call in calls)
-    needed = _PROCESS + max(max(mine.values()), _UNEVEN * (sum(mine.values()) + reference) / _CORES)
+    needed = _PROCESSES + max(max(mine.values()), _UNEVEN * (sum(mine.values()) + reference) / _CORES)
     return f"{len(mine)} kernels of {sum(mine.values()):.0f} s in {_CORES} processes", needed
 
 
@@ -102,12 +103,12 @@ def seconds_of(point: Point, repeats: int) -> float:
     return total
 
 
-def _lines(phases: Mapping[str, float], seconds: Mapping[Variant, float], repeats: int) -> Iterator[Line]:
+def _lines(phases: Mapping[str, float], seconds: Mapping[Variant, float]) -> Iterator[Line]:
     for phase, given in phases.items():
         name = phase.removeprefix("time ")
         if name != phase:
             points = PLANS[name]()
-            needed = _PROCESS + sum(seconds_of(point, repeats) for point in points)
+            needed = _PROCESS + sum(seconds_of(point, REPEATS[name]) for point in points)
             yield Line(phase, given, f"{len(points)} points", needed)
         elif calls_of(phase) in CALLS:
             yield Line(phase, given, *_compiled(calls_of(phase), seconds))
@@ -125,7 +126,7 @@ class Command:
     phases: Mapping[str, float]
 
 
-def show(commands: Sequence[Command], repeats: int) -> int:
+def show(commands: Sequence[Command]) -> int:
     """Prints the timetable of the commands, one after the other. Status 1 where something does not fit."""
     names = dict.fromkeys(calls_of(phase) for command in commands for phase in command.phases)
     calls = [call for name in names if name in CALLS for call in CALLS[name]()]
@@ -134,7 +135,7 @@ def show(commands: Sequence[Command], repeats: int) -> int:
     for command in commands:
         print(f"{command.name}, {command.limit:.0f} s:")
         at = 0.0
-        for line in _lines(command.phases, seconds, repeats):
+        for line in _lines(command.phases, seconds):
             needed = "" if line.seconds is None else f"{line.seconds:.0f} s"
             late = "" if line.fits else "  DOES NOT FIT"
             print(
