@@ -220,7 +220,7 @@ def _fast_sweep(
     offsets = tile_offsets(R, VEC, LAYOUT)
     everywhere = tl.full([R, VEC], 1, tl.int1)
     state = _no_columns(first, scales, R, CT)
-    full = last - (last - first) % BLOCK
+    full = last // BLOCK * BLOCK  # splits begin with a tile
     if first < full:
         # A tile ahead: the barriers of a tile's maximum would otherwise wait for its loads as well. Runs are
         # held one by one: in words, ptxas spills on sm_100.
@@ -256,20 +256,19 @@ def _robust_sweep(
 ):  # fmt: skip
     """`_fast_sweep` of columns that may be −inf on both sides; where one side alone is, the sums are NaN."""
     BLOCK: tl.constexpr = R * VEC
-    offsets = tile_offsets(R, VEC, LAYOUT)
+    everywhere = tl.full([R, VEC], 1, tl.int1)
     state = _no_columns(first, scales, R, CT)
     worst = tl.zeros([R], tl.int32)
     lowest_a = lowest(scales.a, CT)
     lowest_b = lowest(scales.b, CT)
     for start in range(first, last, BLOCK):
-        inside = start + offsets < last
+        # What lies behind the last column comes as one that neither side has.
         a = load_ragged(a_row, start, last, -float("inf"), CT, R, VEC, LAYOUT)
         b = load_ragged(b_row, start, last, -float("inf"), CT, R, VEC, LAYOUT)
-        classes = tl.where(inside, column_class(a, b, lowest_a, lowest_b), 0)
-        worst = tl.maximum(worst, tl.max(classes, axis=1))
+        worst = tl.maximum(worst, tl.max(column_class(a, b, lowest_a, lowest_b), axis=1))
         a = no_lower(a, lowest_a)
         b = no_lower(b, lowest_b)
-        state = _accumulate(a, b, inside, start, state, scales, SAME_SCALE, False, True)
+        state = _accumulate(a, b, everywhere, start, state, scales, SAME_SCALE, False, False)
     reference, sums, _, _, largest = state
     worst = worst_class(tl.max(worst), reference.n, lowest_a, lowest_b, scales)
     z, a1, a2, zb, b2, ea, eb, lost_a, lost_b = _total(sums)
