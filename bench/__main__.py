@@ -15,6 +15,7 @@ COMMANDS = {
     "linear": ("linear", "linear_div beside its products and baselines, on the device at hand"),
     "plots": ("gpu.plots", "the pictures of a stored run"),
     "audit": ("audit.command", "the Triton kernels compiled for every architecture, without a GPU"),
+    "host": ("host", "what a call of the Triton backend costs on the host, without a GPU"),
     "accuracy": ("accuracy", "README's accuracy figures: errors on rows like a trained model's"),
 }
 

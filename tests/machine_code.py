@@ -10,8 +10,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 
+from bench.audit.compiled import compile_entry
 from bench.audit.kernels import ComplementEntry, Entry, entries
-from bench.audit.rows import audit_one
+from bench.audit.rows import counted
 
 # Where kernels are compiled in their heaviest form and one dtype only.
 HEAVIEST = (
@@ -19,6 +20,13 @@ HEAVIEST = (
     ("bf16", "sm_100", "aligned"),
     ("bf16", "gfx942", "aligned"),
     ("bf16", "sm_90", "odd"),
+)
+# Of KL and of the statistics, every class that differs from the others, and what is next to it.
+CLASSES = (
+    ("bf16", "sm_90", "unaligned"),
+    ("bf16", "sm_90", "odd, words"),
+    ("fp32", "sm_90", "unaligned"),
+    ("fp32", "sm_90", "odd"),
 )
 
 
@@ -38,8 +46,11 @@ def cases() -> Iterator[tuple[Entry, str, str, str]]:
                 yield entry, dtype, "sm_90", "aligned"
         if is_heaviest(entry):
             yield from ((entry, *case) for case in HEAVIEST)
+            if kl:
+                yield from ((entry, *case) for case in CLASSES)
 
 
 if __name__ == "__main__":
     for case in cases():
-        print(json.dumps(asdict(audit_one(*case))), flush=True)
+        compiled = compile_entry(*case)
+        print(json.dumps({**asdict(counted(*case, compiled)), "reductions": compiled.reductions}), flush=True)

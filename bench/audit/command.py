@@ -34,6 +34,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         return 0
     choice = (options.kernel, options.dtype, options.arch, options.v_class)
     rows = list(audit(*choice))
+    if not rows:
+        parser.error(f"no kernel is called {' or '.join(options.kernel)}")
     for line in docs.lines(rows):
         print(f"{line[0]:12} {line[1]:22}" + " ".join(f"{cell:>9}" for cell in line[2:]))
     whole = not any(choice) and not options.out

@@ -28,7 +28,8 @@ _LOGITS = ("a_ptr", "b_ptr", "x_ptr", "grad_a_ptr", "grad_b_ptr", "grad_ptr")
 class Compiled:
     """Machine code of one kernel; registers and spilled bytes of a thread, shared bytes of a program.
 
-    `columns` are those that one pass through each of its main loops covers.
+    `columns` are those that one pass through each of its main loops covers. `reductions` are the types of
+    what it reduces: shapes, and which thread owns which element.
     """
 
     code: Code
@@ -37,6 +38,7 @@ class Compiled:
     shared_bytes: int
     warps: int
     columns: tuple[int, ...]
+    reductions: tuple[str, ...]
 
 
 def warp_size(arch: str) -> int:
@@ -85,7 +87,14 @@ def compile_entry(entry: Entry, dtype: str, arch: str, V_class: str) -> Compiled
     built = triton_compile(source, target=target, options=options)
     read = _read_gcn(built.asm["amdgcn"]) if amd else _read_cubin(built.asm["cubin"])
     columns = entry.columns(logits, warp_size(arch))
-    return Compiled(*read, int(built.metadata.shared), warps, columns)
+    return Compiled(*read, int(built.metadata.shared), warps, columns, reductions(built.asm["ttgir"]))
+
+
+def reductions(ttgir: str) -> tuple[str, ...]:
+    """The operands' types of every `tt.reduce`, in the order of the code, with their layouts written out."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    types = re.findall(r'"tt\.reduce"\(.*?^\s*\}\) : \((.*?)\) ->', ttgir, re.DOTALL | re.MULTILINE)
+    return tuple(re.sub(r"#\w+\b(?!\.)", lambda name: layouts[name[0]], one) for one in types)
 
 
 def _read_gcn(assembly: str) -> tuple[Code, int, int]:

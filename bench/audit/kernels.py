@@ -43,17 +43,14 @@ class Entry:
     gcn_loops: tuple[int, ...] = (0,)
 
     function: ClassVar[Any] = pair.pair_kernel
-    types: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("n_rows", "num_splits", "split_columns", "lag"), "i32"),
-        "queue_ptr": "*i32",
-    }
+    types: ClassVar[dict[str, str]] = dict.fromkeys(("n_rows", "num_splits", "split_columns", "lag"), "i32")
 
     def configuration(self, logits: torch.Tensor, lanes: int) -> dict[str, Any]:
         """Every compile-time argument and option, as the launcher would choose them."""
         problem, config = self._launch(logits, lanes)
         return {
             **config,
-            "OUT_LAYOUT": launch.gradient_layout(config["LAYOUT"], problem.a),
+            "OUT_LAYOUT": launch.gradient_layout(config["LAYOUT"], problem.a) if self.side else 0,
             "HAS_VALID": True,
             "HAS_INCOMING": False,
             "FORMULA": self.formula,

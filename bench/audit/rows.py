@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import triton
 
 from .classes import DTYPES, V_CLASSES
-from .compiled import ARCHITECTURES, compile_entry, warp_size
+from .compiled import ARCHITECTURES, Compiled, compile_entry, warp_size
 from .kernels import Entry, entries
 from .machine_code import main_loops, mix
 from .occupancy import CORES, budget, resident_programs
@@ -52,7 +54,10 @@ class Row:
 
 def audit_one(entry: Entry, dtype: str, arch: str, V_class: str) -> Row:
     """Compiles one entry and counts."""
-    compiled = compile_entry(entry, dtype, arch, V_class)
+    return counted(entry, dtype, arch, V_class, compile_entry(entry, dtype, arch, V_class))
+
+
+def counted(entry: Entry, dtype: str, arch: str, V_class: str, compiled: Compiled) -> Row:
     loops = main_loops(compiled.code, entry.loops_on(arch))
     found = [mix(loop) for loop in loops]
     whole = mix([here for loop in loops for here in loop])
@@ -78,10 +83,12 @@ Names = Sequence[str]
 
 
 def audit(kernels: Names = (), dtypes: Names = (), archs: Names = (), V_classes: Names = ()) -> Iterator[Row]:
-    """Every variant by these names; all of them where none is given."""
+    """Every variant by these names; all of them where none is given. As many at a time as there are cores."""
     chosen = [entry for entry in entries() if not kernels or entry.kernel in kernels]
-    for case in product(chosen, dtypes or DTYPES, archs or ARCHITECTURES, V_classes or V_CLASSES):
-        yield audit_one(*case)
+    cases = product(chosen, dtypes or DTYPES, archs or ARCHITECTURES, V_classes or V_CLASSES)
+    # Not forked: a fork of a process that has compiled may hang on LLVM's locks.
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        yield from pool.map(audit_one, *zip(*cases, strict=True))
 
 
 def load(path: Path = RESULTS) -> tuple[dict[str, str], list[Row]]:

@@ -9,5 +9,5 @@ from .shard import formula_sums, normalisers, statistics
 from .token_stats import token_stats
 
 fuses = True
-viewless = False
+viewless = True
 shard_states = partial(shard_states_from, normalisers)

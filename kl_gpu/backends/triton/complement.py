@@ -41,11 +41,13 @@ from .device_math import (
 from .launch import (
     LANES,
     ProgramShape,
+    cdiv,
     configuration,
     enqueue,
     gradient_layout,
     high_low,
     kernel,
+    power_of_2,
     resident_programs,
     splits_of,
     steps,
@@ -330,7 +332,7 @@ def program(logits: Tensor, n_ids: int, lanes: int = LANES) -> dict[str, Any]:
     """What both kernels are compiled for: dtype and V, never the number of rows, and ids by powers of two."""
     config = configuration(RowPair.of(logits, logits, None, "forward_kl", 0.0, 1.0, 1.0), SHAPES, lanes)
     # Fewer than a warp of ids is more programs to compile for nothing.
-    ids = min(max(triton.next_power_of_2(n_ids), 32), 1024)
+    ids = min(max(power_of_2(n_ids), 32), 1024)
     return {name: config[name] for name in _FROM_CONFIGURATION if name in config} | {"IDS": ids}
 
 
@@ -341,7 +343,7 @@ def complement(args: ComplementArgs, entropy: bool) -> tuple[Tensor, Tensor, Ten
     stats = torch.zeros((args.n_rows, COMPLEMENT_STATS), dtype=torch.float64, device=x.device)
     programs = min(args.n_rows, resident_programs(x.device))
     block = config["R"] * config["VEC"]
-    words = triton.cdiv(x.shape[-1], block) * block // 32
+    words = cdiv(x.shape[-1], block) * block // 32
     bits = torch.zeros((programs, words), dtype=torch.int32, device=x.device)
     enqueue(
         complement_kernel, programs, x.device,

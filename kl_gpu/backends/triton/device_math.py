@@ -131,45 +131,59 @@ def _inside(start, last, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexp
 
 
 @triton.jit
-def _interleaved(x, y):
-    """The columns of x `[R, n]` and of y in turn."""
+def _in_turn(x, y):
+    """The columns of x `[R, n]` and of y, by turns."""
     return tl.reshape(tl.join(x, y), [x.shape[0], 2 * x.shape[1]])
 
 
 @triton.jit
-def _beside_each_other(columns):
-    """A tile from its columns `[R]`, 1, 2, 4 or 8 of them; a thread owns those of a row whatever they are."""
-    if len(columns) == 1:
-        return columns[0][:, None]
-    elif len(columns) == 2:
-        return tl.join(columns[0], columns[1])
-    elif len(columns) == 4:
-        return _interleaved(tl.join(columns[0], columns[2]), tl.join(columns[1], columns[3]))
+def _load_word(row, column):
+    """The 16-bit numbers of this column and the next, in one word."""
+    low = tl.load(row + column).to(tl.uint16, bitcast=True).to(tl.int32)
+    return tl.load(row + column + 1).to(tl.uint16, bitcast=True).to(tl.int32) << 16 | low
+
+
+@triton.jit
+def _load_words(row, first, COUNT: tl.constexpr):
+    """1, 2 or 4 words `[R, COUNT]` from the column `first` on. A thread owns all of a row."""
+    if COUNT == 1:
+        return _load_word(row, first)[:, None]
+    elif COUNT == 2:
+        return tl.join(_load_word(row, first), _load_word(row, first + 2))
     else:
-        even = _interleaved(tl.join(columns[0], columns[4]), tl.join(columns[2], columns[6]))
-        odd = _interleaved(tl.join(columns[1], columns[5]), tl.join(columns[3], columns[7]))
-        return _interleaved(even, odd)
+        even = tl.join(_load_word(row, first), _load_word(row, first + 4))
+        return _in_turn(even, tl.join(_load_word(row, first + 2), _load_word(row, first + 6)))
 
 
 @triton.jit
-def _load_runs(row, start, R: tl.constexpr, VEC: tl.constexpr):
+def _load_column(row, column, last, other, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(row + column, mask=column < last, other=other)
+    else:
+        return tl.load(row + column)
+
+
+@triton.jit
+def _load_columns(row, first, step, last, other, COUNT: tl.constexpr, MASKED: tl.constexpr):
+    """2 or 4 columns `[R, COUNT]`, `step` apart from `first` on. A thread owns all of a row."""
+    x = _load_column(row, first, last, other, MASKED)
+    if COUNT == 2:
+        return tl.join(x, _load_column(row, first + step, last, other, MASKED))
+    else:
+        even = tl.join(x, _load_column(row, first + 2 * step, last, other, MASKED))
+        y = _load_column(row, first + step, last, other, MASKED)
+        return _in_turn(even, tl.join(y, _load_column(row, first + 3 * step, last, other, MASKED)))
+
+
+@triton.jit
+def _load_runs(row, start, last, other, R: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr):
     """A tile whose runs start anywhere, column by column: in one access, other threads would get them."""
-    runs = row + start + tl.arange(0, R) * VEC
-    columns = ()
-    for i in tl.static_range(VEC):
-        columns += (tl.load(runs + i),)
-    return _beside_each_other(columns)
-
-
-@triton.jit
-def _load_runs_as_words(row, start, R: tl.constexpr, VEC: tl.constexpr):
-    """`_load_runs` of 16-bit numbers, two a word `[R, VEC // 2]`."""
-    runs = row + start + tl.arange(0, R) * VEC
-    words = ()
-    for i in tl.static_range(VEC // 2):
-        low = tl.load(runs + 2 * i).to(tl.uint16, bitcast=True).to(tl.int32)
-        words += (tl.load(runs + 2 * i + 1).to(tl.uint16, bitcast=True).to(tl.int32) << 16 | low,)
-    return _beside_each_other(words)
+    first = start + tl.arange(0, R) * VEC
+    if VEC == 8:
+        even = _load_columns(row, first, 2, last, other, 4, MASKED)
+        return _in_turn(even, _load_columns(row, first + 1, 2, last, other, 4, MASKED))
+    else:
+        return _load_columns(row, first, 1, last, other, VEC, MASKED)
 
 
 @triton.jit
@@ -185,9 +199,9 @@ def load_tile(
     AS_WORDS: tl.constexpr = row.dtype.element_ty.primitive_bitwidth == 16 and IN_WORDS
     if LAYOUT == RUNS:
         if AS_WORDS:
-            return (_load_runs_as_words(row, start, R, VEC),)
+            return (_load_words(row + start, tl.arange(0, R) * VEC, VEC // 2),)
         else:
-            return (_load_runs(row, start, R, VEC),)
+            return (_load_runs(row, start, 0, 0.0, R, VEC, False),)
     elif LAYOUT == ALIGNED_RUNS:
         if AS_WORDS:
             words = _first(row, start, VEC, LAYOUT).to(tl.pointer_type(tl.int32))
@@ -249,11 +263,7 @@ def load_ragged(
         pairs = tl.join(_by_thread(first, R, VEC), _by_thread(second, R, VEC))
         return tl.reshape(pairs, [R, VEC]).to(CT)
     elif LAYOUT == RUNS:
-        first = start + tl.arange(0, R) * VEC
-        columns = ()
-        for i in tl.static_range(VEC):
-            columns += (tl.load(row + first + i, mask=first + i < last, other=other),)
-        return _beside_each_other(columns).to(CT)
+        return _load_runs(row, start, last, other, R, VEC, True).to(CT)
     else:
         inside = _inside(start, last, R, VEC, LAYOUT)
         return tl.load(_addresses(row, start, R, VEC, LAYOUT), mask=inside, other=other).to(CT)

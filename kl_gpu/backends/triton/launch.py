@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +22,6 @@ WARPS = 4
 # Whether the compiler may make one fma of a multiplication and an addition. Triton announces another default:
 # with that, loops take a quarter more instructions, and rows have other bits.
 FP_FUSION = True
-_NOTHING = nullcontext()
 LANES = 64 if torch.version.hip else 32  # threads of a warp
 # Columns that one program sweeps; a longer row is shared. At 16384 one row of 128256 keeps 8 programs busy,
 # and the 264 of them that sweep at once on 132 SMs have 17 MB of bfloat16 in flight, which an L2 holds until
@@ -32,6 +30,7 @@ SPLIT_COLUMNS = 16384
 _ROOM = 16
 
 
+@lru_cache(maxsize=1024)
 def high_low(x: float) -> tuple[float, float]:
     """x as a sum of two float32: Triton passes Python floats as float32."""
     high = float(np.float32(x))
@@ -45,6 +44,16 @@ class ProgramShape(NamedTuple):
     registers: int | None = None
 
 
+# Plain integers: `triton.cdiv` and its like take a microsecond a call, as much as all else here together.
+def cdiv(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The next one, from n on."""
+    return 1 << (n - 1).bit_length()
+
+
 class Splits(NamedTuple):
     """How a row is shared: by V alone, so that no bit of it depends on how many rows there are."""
 
@@ -54,9 +63,8 @@ class Splits(NamedTuple):
 
 def splits_of(columns: int, step: int) -> Splits:
     """Splits of nearly equal width, whole steps each but for the row's last."""
-    count = triton.cdiv(columns, SPLIT_COLUMNS)
-    width = triton.cdiv(triton.cdiv(columns, count), step) * step
-    return Splits(triton.cdiv(columns, width), width)
+    width = cdiv(cdiv(columns, cdiv(columns, SPLIT_COLUMNS)), step) * step
+    return Splits(cdiv(columns, width), width)
 
 
 def room_for(splits: int) -> int:
@@ -64,7 +72,7 @@ def room_for(splits: int) -> int:
 
     The next power of two would have every vocabulary compile kernels of its own.
     """
-    return 1 if splits == 1 else max(triton.next_power_of_2(splits), _ROOM)
+    return 1 if splits == 1 else max(power_of_2(splits), _ROOM)
 
 
 def kernel(function: Callable[..., None]) -> Any:
@@ -84,16 +92,14 @@ def kernel(function: Callable[..., None]) -> Any:
 
 def enqueue(kernel: Any, programs: int, device: torch.device, *arguments: Any, **options: Any) -> None:
     """Launch a kernel on its tensors' device, with every option named whose default is Triton's to change."""
-    with _current(device):
-        kernel[(programs,)](*arguments, enable_fp_fusion=FP_FUSION, **options)
-
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes `device` the current one for a launch: Triton takes its context and stream from there."""
-    if device.index is None:  # the CPU, in the interpreter
-        return _NOTHING
-    module = torch.get_device_module(device)
-    return _NOTHING if module.current_device() == device.index else module.device(device.index)
+    launch = kernel[(programs,)]
+    # Triton takes context and stream from the current device. The CPU has no index, in the interpreter.
+    module = None if device.index is None else torch.get_device_module(device)
+    if module is None or module.current_device() == device.index:
+        launch(*arguments, enable_fp_fusion=FP_FUSION, **options)
+    else:
+        with module.device(device.index):
+            launch(*arguments, enable_fp_fusion=FP_FUSION, **options)
 
 
 class Layout(IntEnum):
@@ -111,15 +117,17 @@ class Layout(IntEnum):
 
 def steps(logits: Tensor) -> tuple[int, int]:
     """From one row to the next in each leading dimension; of a dimension of size 1 any stride may be told."""
-    (outer, inner, _), (n_outer, n_inner, _) = logits.stride(), logits.shape
-    return outer if n_outer > 1 else 0, inner if n_inner > 1 else 0
+    strides, sizes = logits.stride(), logits.shape
+    inner = strides[-2] if sizes[-2] > 1 else 0
+    return strides[0] if len(sizes) == 3 and sizes[0] > 1 else 0, inner
 
 
 def _aligned(logits: Tensor, columns: int) -> bool:
     """Whether every row starts at a multiple of so many columns' bytes."""
     itemsize = logits.element_size()
-    starts = (logits.data_ptr(), *(step * itemsize for step in steps(logits)))
-    return all(start % (columns * itemsize) == 0 for start in starts)
+    outer, inner = steps(logits)
+    # What divides all of them, for a power of two.
+    return (logits.data_ptr() | outer * itemsize | inner * itemsize) % (columns * itemsize) == 0
 
 
 def layout(a: Tensor, b: Tensor) -> Layout:
@@ -160,11 +168,8 @@ def configuration(p: RowPair, shapes: dict[int, ProgramShape], lanes: int = LANE
     shape = shapes[itemsize]
     vec = 16 // itemsize
     per_warp = lanes * shape.columns
-    block = min(max(triton.next_power_of_2(a.shape[-1]), per_warp), WARPS * per_warp)
-    # Only NVIDIA's compiler knows the option.
-    limit = shape.registers is not None and a.device.type != "xpu" and not torch.version.hip
-    return {
-        **({"maxnreg": shape.registers} if limit else {}),
+    block = min(max(power_of_2(a.shape[-1]), per_warp), WARPS * per_warp)
+    found = {
         "SAME_SCALE": p.a_scale == p.b_scale,
         "EXACT": a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16),
         "CT": _TRITON_DTYPE[p.dtype],
@@ -173,6 +178,10 @@ def configuration(p: RowPair, shapes: dict[int, ProgramShape], lanes: int = LANE
         "LAYOUT": int(layout(a, b)),
         "num_warps": block // per_warp,
     }
+    # Only NVIDIA's compiler knows the option.
+    if shape.registers is not None and a.device.type != "xpu" and not torch.version.hip:
+        found["maxnreg"] = shape.registers
+    return found
 
 
 def step_of(p: RowPair, configuration: dict[str, Any]) -> int:
@@ -185,7 +194,7 @@ def step_of(p: RowPair, configuration: dict[str, Any]) -> int:
 def geometry(p: RowPair) -> tuple[Any, ...]:
     """Sizes, strides and temperatures of both sides, as the kernel takes them."""
     scales = (*high_low(p.a_scale), *high_low(p.b_scale))
-    return p.a.shape[1], *steps(p.a), *steps(p.b), p.a.shape[2], *scales
+    return p.a.shape[-2], *steps(p.a), *steps(p.b), p.a.shape[-1], *scales
 
 
 @cache

@@ -35,6 +35,7 @@ from .gradient_pass import Incoming, write_gradient
 from .kl_pass import FALLBACK, ONE_SIDED, PLAIN, merged, store_row, sweep
 from .launch import (
     ProgramShape,
+    cdiv,
     configuration,
     enqueue,
     geometry,
@@ -354,9 +355,8 @@ def pair_kernel(
     a_ptr, b_ptr,  # [A, B, V] fp16, bf16, fp32 or fp64, each
     valid_ptr,  # [A*B] bool, or None
     value_ptr,  # [A*B] CT
-    stats_ptr,  # [A*B, STATS] CT, zeroed where VALUE
+    stats_ptr,  # [A*B, STATS] CT, zeroed where VALUE, with one row more for the queue where STAGES > 1
     states_ptr,  # [A*B, STATE, SPLITS] CT, where VALUE and SPLITS > 1
-    queue_ptr,  # [1] int32, zeroed, where STAGES > 1
     row_scale_ptr,  # [A*B] CT, where TO_A or TO_B
     incoming_ptr,  # [] CT, where HAS_INCOMING
     grad_a_ptr, grad_b_ptr,  # [A, B, V] in the dtype of its side, where TO_A and where TO_B
@@ -387,7 +387,8 @@ def pair_kernel(
     if STAGES > 1 and STAGE == ALL_STAGES:
         # Not the program's number: only a number that was taken says that its predecessors run.
         # Relaxed: what predecessors wrote is waited for where it is read.
-        begin = tl.atomic_add(queue_ptr, 1, sem="relaxed")
+        queue = stats_ptr + n_rows.to(tl.int64) * _STATS
+        begin = tl.atomic_add(queue.to(tl.pointer_type(tl.int32)), 1, sem="relaxed")
     if HAS_INCOMING:
         incoming = tl.load(incoming_ptr).to(CT)
         # For an incoming 1 the gradient is there already.
@@ -431,18 +432,17 @@ def _launch(
     incoming: Tensor | None = None,
 ) -> None:
     config = configuration(p, SHAPES if p.formula == "kl" else FORMULA_SHAPES)
-    splits = splits_of(p.a.shape[2], step_of(p, config))
+    splits = splits_of(p.a.shape[-1], step_of(p, config))
     width = room_for(splits.number)
     has_gradient = grad_a is not None or grad_b is not None
     stages = (0 if value is None else 1 if p.formula == "kl" else 2) + has_gradient
     one_launch = stages == 1 or _may_spin(p.a.device)
     shared = value is not None and splits.number > 1
     states = stats.new_empty((p.n_rows, STATE, width)) if shared else stats
-    queue = stats.new_zeros(1, dtype=torch.int32) if stages > 1 and one_launch else stats
     resident = resident_programs(p.a.device)
     lag, programs = 0, p.n_rows * splits.number
     if stages > 1 and one_launch:
-        lag = min(p.n_rows, triton.cdiv(5 * resident, 4 * splits.number * stages))
+        lag = min(p.n_rows, cdiv(5 * resident, 4 * splits.number * stages))
         programs = (p.n_rows + (stages - 1) * lag) * splits.number * stages
     if incoming is not None:
         # Most often there is nothing to do, which a few programs find out sooner than many.
@@ -452,20 +452,22 @@ def _launch(
     for stage in (ALL_STAGES.value,) if one_launch else range(stages):
         enqueue(
             pair_kernel, programs, p.a.device,
-            p.a, p.b, p.valid, stats if value is None else value, stats, states, queue,
+            p.a, p.b, p.valid, stats if value is None else value, stats, states,
             stats if row_scale is None else row_scale, stats if incoming is None else incoming, out_a, out_b,
             p.n_rows, *geometry(p), *high_low(p.beta), *near_coefficients(p.formula, p.beta),
             *steps(out_a), *steps(out_b), *splits, lag,
             HAS_VALID=p.valid is not None, HAS_INCOMING=incoming is not None, FORMULA=p.formula,
             VALUE=value is not None, STAGE=stage, TO_A=grad_a is not None, TO_B=grad_b is not None,
-            SPLITS=width, OUT_LAYOUT=gradient_layout(config["LAYOUT"], p.a, p.b, grad_a, grad_b),
+            SPLITS=width,
+            OUT_LAYOUT=gradient_layout(config["LAYOUT"], p.a, p.b, grad_a, grad_b) if has_gradient else 0,
             LOG2=logarithm(p.formula, p.dtype, p.a.device.type == "cuda" and not torch.version.hip), **config,
         )  # fmt: skip
 
 
 def _outputs(p: RowPair) -> tuple[Tensor, Tensor]:
+    """Values, and statistics with a row more for the queue, which would be another tensor to fill."""
     value = torch.empty(p.n_rows, dtype=p.dtype, device=p.a.device)
-    return value, torch.zeros((p.n_rows, STATS), dtype=p.dtype, device=p.a.device)
+    return value, torch.zeros((p.n_rows + 1, STATS), dtype=p.dtype, device=p.a.device)
 
 
 def value(p: RowPair) -> tuple[Tensor, Tensor]:
@@ -475,12 +477,14 @@ def value(p: RowPair) -> tuple[Tensor, Tensor]:
     """
     value, stats = _outputs(p)
     _launch(p, value, stats, None, None, None)
-    return value, stats
+    return value, stats[:-1]
 
 
 def divergence(p: RowPair) -> Tensor:
     """`value` without the statistics, which the kernel passes from stage to stage all the same."""
-    return value(p)[0]
+    value, stats = _outputs(p)
+    _launch(p, value, stats, None, None, None)
+    return value
 
 
 def gradient(
@@ -504,4 +508,4 @@ def value_and_gradient(
     """`value`, and row_scale · ∂divergence/∂logits into the buffers; 3 U of DRAM where the L2 holds a row."""
     value, stats = _outputs(p)
     _launch(p, value, stats, row_scale, grad_a, grad_b)
-    return value, stats
+    return value, stats[:-1]

@@ -60,7 +60,7 @@ def formula_sums_kernel(
 def formula_sums(p: RowPair, stats: Tensor) -> Tensor:
     """The formula's terms and its two flows, summed over the columns: float64 `[A*B, 3]`."""
     config = configuration(p, FORMULA_SHAPES)
-    splits = splits_of(p.a.shape[2], step_of(p, config))
+    splits = splits_of(p.a.shape[-1], step_of(p, config))
     out = torch.zeros((splits.number, 3, p.n_rows), dtype=torch.float64, device=p.a.device)
     enqueue(
         formula_sums_kernel, p.n_rows * splits.number, p.a.device,

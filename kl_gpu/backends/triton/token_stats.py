@@ -498,7 +498,7 @@ def token_stats(p: RowPair, tokens: Tensor | None) -> Tensor:
     """
     out = torch.empty((TOKEN_STATS, p.n_rows), dtype=p.dtype, device=p.a.device)
     config = configuration(p, SHAPES)
-    splits = splits_of(p.a.shape[2], config["R"] * config["VEC"])
+    splits = splits_of(p.a.shape[-1], config["R"] * config["VEC"])
     width = room_for(splits.number)
     states = torch.empty((p.n_rows, STATE, width), dtype=p.dtype, device=p.a.device)
     tokens = None if tokens is None else tokens.contiguous()
