@@ -133,6 +133,48 @@ def test_bits_do_not_depend_on_how_far_sweeps_lie_apart(
     assert same(both(p, row_scale), want)
 
 
+@on_interpreter
+@pytest.mark.usefixtures("wide_triton_programs")
+def test_stages_are_launches_of_their_own_where_programs_may_not_spin(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    kernels = importlib.import_module("kl_gpu.backends.triton.pair")
+    student, teacher = pair(1, 3, VOCAB, dtype=torch.bfloat16)
+    p = problem(student, teacher, kind, torch.tensor([[True, False, True]], device=DEVICE))
+    row_scale = torch.tensor([0.5, 1.0, -2.0], device=DEVICE)
+    want = both(p, row_scale)
+    launched = []
+
+    def counted(kernel: object, programs: int, *arguments: object, **options: object) -> None:
+        launched.append((programs, options["STAGE"]))
+        enqueue(kernel, programs, *arguments, **options)
+
+    def never(*_: object) -> None:
+        raise AssertionError("a program waits")
+
+    enqueue = kernels.enqueue
+    monkeypatch.setattr(kernels, "enqueue", counted)
+    monkeypatch.setattr(kernels, "_may_spin", lambda device: False)
+    monkeypatch.setattr(kernels, "_wait", never)
+    assert same(both(p, row_scale), want)
+    stages = 2 if KINDS[kind].formula == "kl" else 3
+    assert [stage for _, stage in launched] == list(range(stages))
+    assert {programs % 3 for programs, _ in launched} == {0}  # three rows, no queue that runs past them
+
+
+def test_amd_and_intel_do_not_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    kernels = importlib.import_module("kl_gpu.backends.triton.pair")
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert kernels._may_spin(torch.device("cuda"))
+    assert not kernels._may_spin(torch.device("xpu"))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not kernels._may_spin(torch.device("cuda"))
+
+
 @pytest.mark.usefixtures("wide_triton_programs")
 @pytest.mark.parametrize("incoming", [1.0, 0.25, -3.0, 0.0])
 def test_an_incoming_gradient_of_one_leaves_the_buffers_alone(
