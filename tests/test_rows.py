@@ -9,8 +9,10 @@ from torch import Tensor
 from kl_gpu.backends.interface import STATS, RowPair
 from kl_gpu.kinds import KINDS
 from support import DEVICE, check_gradients, check_value, pair
+from tests.ptx.fixtures import AS_USUAL
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("triton_execution")
 on_interpreter = pytest.mark.skipif(DEVICE.type != "cpu", reason="steers Triton's interpreter")
 
 # Three splits of a row, the last of them ragged.
@@ -92,8 +94,10 @@ def test_shared_rows_keep_the_promises(kind: str) -> None:
 @on_interpreter
 @pytest.mark.usefixtures("wide_triton_programs")
 def test_splits_are_merged_in_their_order_whoever_comes_last(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, triton_execution: str
 ) -> None:
+    if triton_execution != AS_USUAL:
+        pytest.skip("steers Triton's interpreter")
     from triton.runtime.interpreter import InterpreterBuilder
 
     from kl_gpu.backends import triton
