@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-rlhf demo-distributed test lint bench gpu wheels audit sanitize clean
+.PHONY: demo demo-rlhf demo-distributed test test-all lint bench gpu wheels audit sanitize clean
 
 demo: $(READY)  ## distil a small language model through kl_gpu, on the text of Python's own library
 	$(BIN)/python examples/distill.py $(ARGS)
@@ -16,15 +16,20 @@ demo-rlhf: $(READY)  ## a policy gradient on generated Python with the KL penalt
 demo-distributed: $(READY)  ## distillation with LM heads sharded over two processes, beside one process
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 examples/distill_tp.py $(ARGS)
 
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
+
 test: $(READY)  ## every promise, on every backend that runs here
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-all: $(READY)  ## the same, and all tests of every backend on the PTX of the Triton kernels too: hours
+	$(PYTEST) -m "" $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/clang-format --dry-run --Werror $(wildcard kernels/*.h kernels/*.cpp kernels/*/*.h kernels/*/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard kernels/*.h kernels/*.cpp kernels/*/*.h kernels/*/*.cpp tests/ptx/core/*)
 
 bench: $(READY)  ## ours against plain PyTorch and torch.compile on the device at hand
 	$(BIN)/python -m bench suite $(ARGS)

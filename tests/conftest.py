@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import pytest
 import kl_gpu
 from kl_gpu.backends import registry
 from support import DEVICE, WORST, record
+from tests.ptx import fixtures as ptx
 
 
 def _runs_here(backend: str) -> bool:
@@ -29,9 +30,18 @@ def _runs_here(backend: str) -> bool:
     return True
 
 
-@pytest.fixture(params=[backend for backend in kl_gpu.BACKENDS if _runs_here(backend)])
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
+@pytest.fixture(params=[*(backend for backend in kl_gpu.BACKENDS if _runs_here(backend)), *ptx.backends()])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend's name; of "triton-ptx" it is "triton", while its kernels' PTX is executed (tests/ptx)."""
+    with ptx.executed(request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=ptx.executions())
+def triton_execution(request: pytest.FixtureRequest) -> Iterator[str]:
+    """backend="triton" as usual, and as GPUs of each architecture run it."""
+    with ptx.executed(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=list(kl_gpu.KINDS))
@@ -42,7 +52,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def wide_triton_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16384 columns under the interpreter, which takes as long for a small one."""
-    if DEVICE.type == "cpu":
+    if DEVICE.type == "cpu" and not ptx.is_executed():
         from kl_gpu.backends.triton import launch
 
         monkeypatch.setattr(launch, "WARPS", 64)

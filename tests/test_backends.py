@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from kl_gpu.backends import registry
-from kl_gpu.backends.interface import Backend
+from kl_gpu.backends.eager.pair import worker_for
+from kl_gpu.backends.interface import Backend, wide_dtype
 from kl_gpu.kinds import KINDS
 
 MEMBERS = [name for name in vars(Backend) if not name.startswith("_")]
@@ -68,3 +70,25 @@ def test_every_formula_is_known_to_every_backend() -> None:
     assert names == set(formulas._FORMULAS)
     with pytest.raises(NotImplementedError, match="no formula 'forgotten'"):
         reference.column_terms([0.5], "forgotten", 0.5)
+
+
+@pytest.mark.parametrize("has_fp64", [True, False])
+def test_a_gpu_without_float64_is_not_given_to_triton(
+    has_fp64: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of Intel's compute in float32 alone: Triton's kernels would not compile there."""
+    pytest.importorskip("triton")
+    arc = torch.device("xpu", 0)
+    properties = SimpleNamespace(name="a GPU of Intel's", has_fp64=has_fp64)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: properties)
+    if has_fp64:
+        assert registry.resolve(None, arc) == registry.resolve("triton", arc) == "triton"
+        assert worker_for(arc) == arc
+        assert wide_dtype(arc) == torch.float64
+    else:
+        assert registry.resolve(None, arc) == registry.resolve("eager", arc) == "eager"
+        with pytest.raises(ValueError, match=r"backend='triton' computes in float64.* xpu:0 does not have"):
+            registry.resolve("triton", arc)
+        # As on Apple's GPUs.
+        assert worker_for(arc) == torch.device("cpu")
+        assert wide_dtype(arc) == torch.float32

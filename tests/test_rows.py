@@ -9,8 +9,10 @@ from torch import Tensor
 from kl_gpu.backends.interface import STATS, RowPair
 from kl_gpu.kinds import KINDS
 from support import DEVICE, check_gradients, check_value, pair
+from tests.ptx.fixtures import AS_USUAL
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("triton_execution")
 on_interpreter = pytest.mark.skipif(DEVICE.type != "cpu", reason="steers Triton's interpreter")
 
 # Three splits of a row, the last of them ragged.
@@ -92,8 +94,10 @@ def test_shared_rows_keep_the_promises(kind: str) -> None:
 @on_interpreter
 @pytest.mark.usefixtures("wide_triton_programs")
 def test_splits_are_merged_in_their_order_whoever_comes_last(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, triton_execution: str
 ) -> None:
+    if triton_execution != AS_USUAL:
+        pytest.skip("steers Triton's interpreter")
     from triton.runtime.interpreter import InterpreterBuilder
 
     from kl_gpu.backends import triton
@@ -127,6 +131,48 @@ def test_bits_do_not_depend_on_how_far_sweeps_lie_apart(
     want = both(p, row_scale)
     monkeypatch.setattr(kernels, "resident_programs", lambda device: resident)
     assert same(both(p, row_scale), want)
+
+
+@on_interpreter
+@pytest.mark.usefixtures("wide_triton_programs")
+def test_stages_are_launches_of_their_own_where_programs_may_not_spin(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    kernels = importlib.import_module("kl_gpu.backends.triton.pair")
+    student, teacher = pair(1, 3, VOCAB, dtype=torch.bfloat16)
+    p = problem(student, teacher, kind, torch.tensor([[True, False, True]], device=DEVICE))
+    row_scale = torch.tensor([0.5, 1.0, -2.0], device=DEVICE)
+    want = both(p, row_scale)
+    launched = []
+
+    def counted(kernel: object, programs: int, *arguments: object, **options: object) -> None:
+        launched.append((programs, options["STAGE"]))
+        enqueue(kernel, programs, *arguments, **options)
+
+    def never(*_: object) -> None:
+        raise AssertionError("a program waits")
+
+    enqueue = kernels.enqueue
+    monkeypatch.setattr(kernels, "enqueue", counted)
+    monkeypatch.setattr(kernels, "_may_spin", lambda device: False)
+    monkeypatch.setattr(kernels, "_wait", never)
+    assert same(both(p, row_scale), want)
+    stages = 2 if KINDS[kind].formula == "kl" else 3
+    assert [stage for _, stage in launched] == list(range(stages))
+    assert {programs % 3 for programs, _ in launched} == {0}  # three rows, no queue that runs past them
+
+
+def test_amd_and_intel_do_not_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    kernels = importlib.import_module("kl_gpu.backends.triton.pair")
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert kernels._may_spin(torch.device("cuda"))
+    assert not kernels._may_spin(torch.device("xpu"))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not kernels._may_spin(torch.device("cuda"))
 
 
 @pytest.mark.usefixtures("wide_triton_programs")

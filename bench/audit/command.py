@@ -20,6 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", default=[], choices=tuple(CORES))
     parser.add_argument("--v-class", nargs="+", default=[], choices=tuple(V_CLASSES))
     parser.add_argument("--out", type=Path, help="default of a whole audit: bench/results/audit.json")
+    parser.add_argument(
+        "--executed",
+        action="store_true",
+        help="beside the loops' path, what realistic rows execute (tests/ptx)",
+    )
     parser.add_argument("--docs", action="store_true", help="compile nothing; rewrite docs from the results")
 
 
@@ -31,6 +36,12 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     if options.docs:
         docs.write()
+        return 0
+    if options.executed:
+        from . import executed
+
+        for line in executed.lines(options.kernel, options.dtype, options.arch):
+            print(f"{line[0]:12} {line[1]:22}" + " ".join(f"{cell:>9}" for cell in line[2:]), flush=True)
         return 0
     choice = (options.kernel, options.dtype, options.arch, options.v_class)
     rows = list(audit(*choice))

@@ -111,10 +111,13 @@ def _read_gcn(assembly: str) -> tuple[Code, int, int]:
     return parse_gcn(assembly.splitlines()), figure("vgpr_count"), spilled
 
 
-def _printed(tool: str, *arguments: str) -> str:
-    """By one of the programs in Triton's wheel."""
-    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    done = subprocess.run([str(program), *arguments], capture_output=True, text=True, check=True)
+def tool(name: str) -> str:
+    """One of the programs in Triton's wheel."""
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _printed(name: str, *arguments: str) -> str:
+    done = subprocess.run([tool(name), *arguments], capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 
 

@@ -55,6 +55,7 @@ class Entry:
             "HAS_INCOMING": False,
             "FORMULA": self.formula,
             "VALUE": self.sweeps_value,
+            "STAGE": pair.ALL_STAGES.value,
             "TO_A": self.side in ("a", "both"),
             "TO_B": self.side in ("b", "both"),
             "SPLITS": launch.room_for(self.programs(logits, lanes)),
@@ -91,7 +92,7 @@ class Entry:
 
 def _entry(formula: str, sweeps_value: bool, side: str) -> Entry:
     sweeps = (1 if formula == "kl" else 2) if sweeps_value else 0
-    each = 2  # forms of each later stage: of the fast path, and of others
+    each = 3  # forms of each later stage: of plain rows, of others on the fast path, and of the fallback
     last = (-each,) if side else ()
     stages = sweeps + bool(side)
     return Entry(

@@ -172,18 +172,25 @@ template <class T>
 inline LoneB sweep_lone_b(const ColumnSpan<T>& in, float scale, Reference reference) {
     const VF minus_inf = splat<VF>(-__builtin_inff()), zero{};
     const WeightOfB weight(reference, splat<VF>(scale));
-    VF z{}, e{};
+    VF z{}, e{}, run_z{}, run_e{};
     const auto column = [&](VF a, VF b) KL_INLINE_LAMBDA {
         const VF log_u = weight.log2_of(b), u_ = exp2(log_u),
                  u = (a == minus_inf) & (b > minus_inf) ? u_ : zero;
-        z += u;
-        e = mad(u, log_u, e);
+        run_z += u;
+        run_e = mad(u, log_u, run_e);
     };
-    in.for_each_step([&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
-        const auto a = load_pair(at_a), b = load_pair(at_b);
-        column(a.x, b.x);
-        column(a.y, b.y);
-    });
+    in.for_each_step(
+        [&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
+            const auto a = load_pair(at_a), b = load_pair(at_b);
+            column(a.x, b.x);
+            column(a.y, b.y);
+        },
+        kEntropyRun,
+        [&]() KL_INLINE_LAMBDA {
+            z += run_z;
+            e += run_e;
+            run_z = run_e = zero;
+        });
     return {sum(z), sum(e)};
 }
 

@@ -61,9 +61,6 @@ KL_INLINE void accumulate_pair(const PairTerms& s, const PairTerms& t, PairVecto
     to.largest_g = max(s.f.g, max(t.f.g, to.largest_g));
 }
 
-// Half of kRun: an entropy weighs what a run's sums lose with exponents of up to 20.
-constexpr std::int64_t kEntropyRun = 8;
-
 // A NaN or an infinity anywhere makes a sum that is not finite.
 template <bool Exact, bool Masked, class T>
 inline PairSums sweep_pair(const ColumnSpan<T>& in, float scale, Reference reference) {

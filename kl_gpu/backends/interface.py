@@ -26,9 +26,16 @@ COMPLEMENT_STATS = 4
 TOKEN_STATS = 7
 
 
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64: Apple's do not, nor do some of Intel's."""
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type != "mps"
+
+
 def wide_dtype(device: torch.device) -> torch.dtype:
     """What is computed per picked column: float64 wherever the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float64 if has_float64(device) else torch.float32
 
 
 class RowPair(NamedTuple):

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 
 from ..arguments import validation
-from .interface import Backend
+from .interface import Backend, has_float64
 
 BACKENDS = ("triton", "native", "eager")
 _TRITON_DEVICES = frozenset({"cuda", "xpu"})
@@ -36,6 +36,11 @@ def _has_triton() -> bool:
     if "triton" not in _usable:
         _usable["triton"] = _is_installed("triton") and _is_new_enough(import_module("triton"))
     return _usable["triton"]
+
+
+def _has_kernels_for(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device: once a row they compute in float64."""
+    return device.type in _TRITON_DEVICES and has_float64(device)
 
 
 def _is_new_enough(triton: ModuleType) -> bool:
@@ -69,7 +74,7 @@ def resolve(backend: str | None, device: torch.device) -> str:
             return "native"
         if device.type == "cpu" and not torch.compiler.is_compiling():
             _say_that_native_is_missing()
-        return "triton" if device.type in _TRITON_DEVICES and _has_triton() else "eager"
+        return "triton" if _has_kernels_for(device) and _has_triton() else "eager"
     validation.backend(backend)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
@@ -92,6 +97,8 @@ def resolve(backend: str | None, device: torch.device) -> str:
                 f"backend='triton' runs on {', '.join(sorted(_TRITON_DEVICES))}, got tensors on {device}; "
                 "TRITON_INTERPRET=1 in the environment runs its kernels on the CPU, slowly"
             )
+        if not has_float64(device):
+            raise ValueError(f"backend='triton' computes in float64 once a row, which {device} does not have")
     return backend
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...formulas import Terms, column_terms, kl_terms
-from ..interface import TOKEN_STATS, RowPair
+from ..interface import TOKEN_STATS, RowPair, has_float64
 
 # 512 Ki float64 elements are 4 MiB: the few buffers a chunk needs stay in a last cache of 32 MiB, and each
 # operation is long enough to hide what starting it costs.
@@ -22,7 +22,6 @@ CHUNK = 1 << 19
 _FORMULA_CHUNK = CHUNK // 4
 # Below this the plain sum of terms w·x, good to some 1e-15 in float64, gives way to one that does not cancel.
 _CANCELS = 1e-6
-_NO_FLOAT64 = frozenset({"mps"})
 _LOG2E = 1 / math.log(2)
 
 
@@ -47,7 +46,7 @@ def columns_of(n: int, chunk: int) -> Iterator[slice]:
 
 
 def worker_for(device: torch.device) -> torch.device:
-    return torch.device("cpu") if device.type in _NO_FLOAT64 else device
+    return device if has_float64(device) else torch.device("cpu")
 
 
 def row_sum(x: Tensor) -> Tensor:

@@ -552,6 +552,18 @@ def difference(a, b, scales, SAME_SCALE: tl.constexpr):
 
 
 @triton.jit
+def lowest(scale, CT: tl.constexpr):
+    """What −inf is taken for: its weight is 0, its difference from any logit finite, at every temperature."""
+    return tl.maximum(-1e30 / scale, -3e38).to(CT)
+
+
+@triton.jit
+def no_lower(logit, lowest):
+    """The logit, or `lowest` where it is below that; a NaN stays."""
+    return tl.where(logit < lowest, lowest, logit)
+
+
+@triton.jit
 def log_ratio(a, b, c, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr):
     """x = (scaled b − scaled a) − c, with relative precision even where both are far larger.
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
 from ...formulas import column_terms
-from .device_math import LOG2E, expm1_near, fma, log_probability_ratio
+from .device_math import LOG2E, expm1_near, fma, log_ratio
 
 LN2 = tl.constexpr(math.log(2))
 # Where terms come from their polynomial: beyond it what cancels is at most four times the term, within it 8
@@ -81,11 +81,11 @@ def shares(beta, rest, FORMULA: tl.constexpr):
 def fast_log_ratio(a, b, row, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr):
     """log(b_i/a_i) of logits a and b, finite on the fast path."""
     if SAME_SCALE and EXACT:
-        # The rounding of c + log_z_ratio is the same in all columns: in D it is of fourth order where D is
-        # small beside c², and such rows take the fallback.
+        # The rounding of c + log_z_ratio is the same in all columns, and shows in D by its square: a row with
+        # a D that is small beside c² comes without EXACT.
         return fma(b - a, row.scales.shared, -(row.c + row.log_z_ratio))
     else:
-        return log_probability_ratio(a, b, row.c, row.log_z_ratio, row.scales, SAME_SCALE, EXACT)
+        return log_ratio(a, b, row.c, row.scales, SAME_SCALE, EXACT) - row.log_z_ratio
 
 
 @triton.jit

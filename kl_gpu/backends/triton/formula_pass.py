@@ -9,6 +9,8 @@ from .device_math import (
     load_ragged,
     load_tile,
     log_probability_ratio,
+    lowest,
+    no_lower,
     probability,
     tile_offsets,
     unpacked,
@@ -65,10 +67,13 @@ def formula_sums(
 
 @triton.jit
 def _add_fast_tile(
-    a, b, value, mean_b, row, ratio, near, inside,
+    a, b, value, mean_b, row, ratio, near, inside, ONLY_FINITE: tl.constexpr,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FORMULA: tl.constexpr, LOG2: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
+    if not ONLY_FINITE:
+        a = no_lower(a, lowest(row.scales.a, a.dtype))
+        b = no_lower(b, lowest(row.scales.b, a.dtype))
     r = fast_log_ratio(a, b, row, SAME_SCALE, EXACT)
     p_a = weights(a, row.a.k, row.a.n)
     p_b = weights(b, row.b.k, row.b.n) * ratio
@@ -81,11 +86,14 @@ def _add_fast_tile(
 
 @triton.jit
 def fast_formula_sums(
-    a_row, b_row, first, last, row, near,
+    a_row, b_row, first, last, row, near, ONLY_FINITE: tl.constexpr,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FORMULA: tl.constexpr, LOG2: tl.constexpr,
     CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """`formula_sums` on the fast path. All sums are linear in (a, b), so a's normaliser comes last."""
+    """`formula_sums` on the fast path. All sums are linear in (a, b), so a's normaliser comes last.
+
+    ONLY_FINITE says that no logit is −inf.
+    """
     BLOCK: tl.constexpr = R * VEC
     offsets = tile_offsets(R, VEC, LAYOUT)
     # Sums do without the correction for the rounding of k: on the whole they do not feel it.
@@ -99,14 +107,14 @@ def fast_formula_sums(
         a = unpacked(load_tile(a_row, start, R, VEC, LAYOUT), a_row, CT, R, VEC)
         b = unpacked(load_tile(b_row, start, R, VEC, LAYOUT), b_row, CT, R, VEC)
         value, mean_b = _add_fast_tile(
-            a, b, value, mean_b, row, ratio, near, True, SAME_SCALE, EXACT, FORMULA, LOG2, False
+            a, b, value, mean_b, row, ratio, near, True, ONLY_FINITE, SAME_SCALE, EXACT, FORMULA, LOG2, False
         )
     if full < last:
         inside = full + offsets < last
         a = load_ragged(a_row, full, last, 0.0, CT, R, VEC, LAYOUT)
         b = load_ragged(b_row, full, last, 0.0, CT, R, VEC, LAYOUT)
         value, mean_b = _add_fast_tile(
-            a, b, value, mean_b, row, ratio, near, inside, SAME_SCALE, EXACT, FORMULA, LOG2, True
+            a, b, value, mean_b, row, ratio, near, inside, ONLY_FINITE, SAME_SCALE, EXACT, FORMULA, LOG2, True
         )
     value = tl.sum(value) * scale
     mean_b = tl.sum(mean_b) * scale

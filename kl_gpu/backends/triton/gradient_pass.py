@@ -16,6 +16,8 @@ from .device_math import (
     load_tile,
     log_probability_ratio,
     log_ratio,
+    lowest,
+    no_lower,
     own_columns,
     probability,
     scale_at,
@@ -108,11 +110,15 @@ def _fast_kl_tile(
 @triton.jit
 def _gradient_tile(
     a, b, row, near_a, to, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FORMULA: tl.constexpr,
-    FAST: tl.constexpr, DIRECT: tl.constexpr, LOG2: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
+    FAST: tl.constexpr, ONLY_FINITE: tl.constexpr, DIRECT: tl.constexpr, LOG2: tl.constexpr,
+    TO_A: tl.constexpr, TO_B: tl.constexpr,
 ):  # fmt: skip
     if not FAST:
         a -= row.a.shift
         b -= row.b.shift
+    elif not ONLY_FINITE:
+        a = no_lower(a, lowest(row.scales.a, a.dtype))
+        b = no_lower(b, lowest(row.scales.b, a.dtype))
     if FORMULA == "kl" and FAST:
         return _fast_kl_tile(a, b, row, near_a, to, SAME_SCALE, EXACT, DIRECT, TO_A, TO_B)
     elif FORMULA == "kl":
@@ -121,7 +127,7 @@ def _gradient_tile(
         share_a, share_b = shares(row.beta, row.rest, FORMULA)
         mean_a = to.mean_a / share_a
         mean_b = to.mean_b / share_b
-        r = fast_log_ratio(a, b, row, SAME_SCALE, EXACT)
+        r = fast_log_ratio(a, b, row, SAME_SCALE, EXACT and ONLY_FINITE)
         if SAME_SCALE:
             # Means are finite here, and the same factor fits both sides.
             share_a *= to.up_b
@@ -142,8 +148,8 @@ def _gradient_tile(
 def write_gradient(
     a_row, b_row, grad_a, grad_b, first, last, V, row, near_a, to,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, FORMULA: tl.constexpr, FAST: tl.constexpr,
-    DIRECT: tl.constexpr, LOG2: tl.constexpr, CT: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
-    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+    ONLY_FINITE: tl.constexpr, DIRECT: tl.constexpr, LOG2: tl.constexpr, CT: tl.constexpr,
+    TO_A: tl.constexpr, TO_B: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Write columns [first, last) of the gradients asked for, or those that `own_columns` gives instead.
 
@@ -155,7 +161,7 @@ def write_gradient(
         a = load_one(a_row + start, CT)
         b = load_one(b_row + start, CT)
         to_a, to_b = _gradient_tile(
-            a, b, row, near_a, to, SAME_SCALE, EXACT, FORMULA, FAST, DIRECT, LOG2, TO_A, TO_B
+            a, b, row, near_a, to, SAME_SCALE, EXACT, FORMULA, FAST, ONLY_FINITE, DIRECT, LOG2, TO_A, TO_B
         )
         if TO_A:
             store_one(grad_a + start, to_a)
@@ -166,7 +172,7 @@ def write_gradient(
         a = unpacked(load_tile(a_row, start, R, VEC, LAYOUT), a_row, CT, R, VEC)
         b = unpacked(load_tile(b_row, start, R, VEC, LAYOUT), b_row, CT, R, VEC)
         to_a, to_b = _gradient_tile(
-            a, b, row, near_a, to, SAME_SCALE, EXACT, FORMULA, FAST, DIRECT, LOG2, TO_A, TO_B
+            a, b, row, near_a, to, SAME_SCALE, EXACT, FORMULA, FAST, ONLY_FINITE, DIRECT, LOG2, TO_A, TO_B
         )
         if TO_A:
             store_tile(grad_a, start, to_a, R, VEC, LAYOUT)
@@ -176,7 +182,7 @@ def write_gradient(
         a = load_ragged(a_row, full, end, 0.0, CT, R, VEC, LAYOUT)
         b = load_ragged(b_row, full, end, 0.0, CT, R, VEC, LAYOUT)
         to_a, to_b = _gradient_tile(
-            a, b, row, near_a, to, SAME_SCALE, EXACT, FORMULA, FAST, DIRECT, LOG2, TO_A, TO_B
+            a, b, row, near_a, to, SAME_SCALE, EXACT, FORMULA, FAST, ONLY_FINITE, DIRECT, LOG2, TO_A, TO_B
         )
         if TO_A:
             store_ragged(grad_a, full, end, to_a, R, VEC, LAYOUT)

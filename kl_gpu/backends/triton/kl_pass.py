@@ -21,6 +21,8 @@ from .device_math import (
     log1p_minus,
     log_probability_ratio,
     log_ratio,
+    lowest,
+    no_lower,
     out_of_range_shift,
     rebase,
     tile_ahead,
@@ -35,9 +37,31 @@ _REBASE_ABOVE = tl.constexpr(256.0)
 # A new reference leaves the largest of those sums below this power of 2, so that one twice as large rebases
 # nothing: rebasing costs about as much as its step. One eight times as large would cancel about the old c.
 _REBASED_LOG2 = tl.constexpr(7.0)
+# The least KL, beside c², at which fl(b − a) may be taken for b − a where both have 16 bits. 0.75 − 1e-6 has
+# 26: the difference may be off by 2^-25·|c|, which shows where c is far larger than the usual x.
+_LEAST_KL = tl.constexpr(4.5e-4)
 # How much higher than `exp2_offset` has it the sweep takes n_b: tops of b alone rebase nothing.
 _B_RAISED = tl.constexpr(6.0)
 
+
+# A column past all others, with which a sweep ends early.
+MISFIT = tl.constexpr(1 << 30)
+# What a column is where a logit is −inf, or lower than `lowest`; a row is the largest of these. UNDECIDED is
+# one that b alone masks, and with a number: `fallback_row` finds what it adds.
+BOTH_LACK = tl.constexpr(1)
+A_LACKS = tl.constexpr(2)
+B_LACKS = tl.constexpr(3)
+UNDECIDED = tl.constexpr(4)
+
+# a's mass in columns that b lacks, a vector of a sum per thread, and the offset that it is about.
+Alone = namedtuple("Alone", "mass n")
+# The path that a row's later sweeps take: the formulas of `formulas.py`; or the fast ones, with a row's −inf
+# taken for `lowest` and its differences as exact as they are (ALIKE where −inf stands on both sides or on
+# none), or without either.
+FALLBACK = tl.constexpr(0)
+PLAIN = tl.constexpr(1)
+MASKED_ALIKE = tl.constexpr(2)
+ONE_SIDED = tl.constexpr(3)
 
 # What sums are taken about: a's n, c, b's own n_b, and the factor b_to_a = 2^n_b over w·eˣ's unit.
 Reference = namedtuple("Reference", "n c n_b b_to_a")
@@ -59,6 +83,13 @@ def _tile_reference(a, b, w, inside, scales, SAME_SCALE: tl.constexpr):
     if SAME_SCALE:
         mean = mean * scales.shared
     return tl.where(total > 0, mean, 0.0)
+
+
+@triton.jit
+def has_no_neg_inf(a, b, inside, scales, SAME_SCALE: tl.constexpr):
+    """Whether no difference of a tile is infinite, or none."""
+    d = difference(a, b, scales, SAME_SCALE)
+    return tl.min(((tl.abs(d) < float("inf")) | ~inside).to(tl.int32)) != 0
 
 
 @triton.jit
@@ -90,9 +121,12 @@ def _step_weights(a, later_a, k, n, TWO: tl.constexpr):
 
 @triton.jit
 def _rebase_to_step(
-    a, b, later_a, later_b, inside, reference, sums, scales, SAME_SCALE: tl.constexpr, TWO: tl.constexpr
-):
+    a, b, later_a, later_b, inside, reference, sums, scales,
+    SAME_SCALE: tl.constexpr, TWO: tl.constexpr, ROBUST: tl.constexpr,
+):  # fmt: skip
     """The reference that suits a step of one or two tiles, and the sums rebased to it.
+
+    And whether `_fast_sweep` looks to be right for these columns.
 
     A reference fixed by the first tile would do for Gaussian logits. A trained teacher puts most of its mass
     on a token of some later tile, and sums about a distant c cancel: the row would have to be swept again.
@@ -114,14 +148,20 @@ def _rebase_to_step(
     # tells in the end: a NaN has the row swept again where it is more than `store_row` allows.
     lost = (tl.sum(6.0 * (sums.z + sums.a1 + sums.a2) - tl.abs(sums.a1)) < 0) & (h < 0)
     sums = Sums(tl.where(lost, float("nan"), sums.z), sums.a1, sums.a2)
-    sums = rebase(sums, h, tl.exp2(reference.n - n))
+    s = tl.exp2(reference.n - n)
+    if ROBUST:
+        # Of columns in which b alone had mass, that is about b's own offset.
+        alone = reference.n_b.to(tl.float64) - other_exp2_offset(n, reference.n_b, c, scales, SAME_SCALE)
+        s = tl.where(reference.n == NO_REFERENCE, tl.exp2(alone).to(n.dtype), s)
+    sums = rebase(sums, h, s)
     # b is measured from its own maximum, where exponents are small, and brought to a's by one factor: an
     # exponent of 64 or more would be rounded by 2.6e-6. That maximum is at 2^1 or 2^2: so tops of b alone,
     # which rebase nothing, may lie 30 powers of 2 above it before their exponents reach 32.
     n_b = exp2_offset(tl.max(b), scales.k_b) + _B_RAISED
     n_b_as_a = other_exp2_offset(n, n_b, c, scales, SAME_SCALE)
     b_to_a = tl.exp2(n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
-    return Reference(n, c, n_b, b_to_a), sums
+    reference = Reference(n, c, n_b, b_to_a)
+    return reference, sums, has_no_neg_inf(a, b, inside, scales, SAME_SCALE)
 
 
 @triton.jit
@@ -141,15 +181,21 @@ def _tile_sums(
 
 @triton.jit
 def _add_step(
-    a, b, later_a, later_b, inside, reference, sums, scales,
+    a, b, later_a, later_b, inside, start, reference, sums, scales,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, TWO: tl.constexpr,
+    ROBUST: tl.constexpr,
 ):  # fmt: skip
-    """The reference and the sums with a step of one or two tiles added."""
+    """The reference and the sums with a step of one or two tiles added.
+
+    And the column that it starts at, MISFIT where a new reference tells that `_fast_sweep` does not fit here.
+    """
     w, later_w, mass = _step_weights(a, later_a, scales.k_a, reference.n, TWO)
-    if tl.max(mass) >= _REBASE_ABOVE:
-        reference, sums = _rebase_to_step(
-            a, b, later_a, later_b, inside, reference, sums, scales, SAME_SCALE, TWO
+    # One bit: a maximum of integers is one instruction of a warp.
+    if tl.max((mass >= _REBASE_ABOVE).to(tl.int32)) != 0:
+        reference, sums, fits = _rebase_to_step(
+            a, b, later_a, later_b, inside, reference, sums, scales, SAME_SCALE, TWO, ROBUST
         )
+        start = tl.where(fits, start, MISFIT)
         w, later_w, mass = _step_weights(a, later_a, scales.k_a, reference.n, TWO)
     z, a1, a2 = sums
     z += mass
@@ -160,7 +206,7 @@ def _add_step(
         s1, s2 = _tile_sums(later_a, later_b, later_w, inside, reference, scales, SAME_SCALE, EXACT, MASKED)
         a1 += s1
         a2 += s2
-    return reference, Sums(z, a1, a2)
+    return start, reference, Sums(z, a1, a2)
 
 
 @triton.jit
@@ -279,18 +325,31 @@ def fallback_row(
 
 
 @triton.jit
-def sweep(
+def _no_columns(n_b, R: tl.constexpr, CT: tl.constexpr):
+    """The reference and the sums before the first column."""
+    n = tl.full([], NO_REFERENCE, CT)
+    c = tl.full([], 0.0, CT)
+    reference = Reference(n, c, tl.full([], n_b, CT), tl.full([], 1.0, CT))
+    return reference, Sums(tl.zeros([R], CT), tl.zeros([R], CT), tl.zeros([R], CT))
+
+
+@triton.jit
+def _total(sums):
+    return Sums(tl.sum(sums.z), tl.sum(sums.a1), tl.sum(sums.a2))
+
+
+@triton.jit
+def _fast_sweep(
     a_row, b_row, first, last, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """The state of columns [first, last): their `Reference` and `Sums`."""
+    """`sweep` of columns without −inf, whose b − a may be taken as it is rounded where EXACT.
+
+    And whether that is so. It ends early where a new reference tells that it is not.
+    """
     BLOCK: tl.constexpr = R * VEC
     offsets = tile_offsets(R, VEC, LAYOUT)
-    n = tl.full([], NO_REFERENCE, CT)
-    c = tl.full([], 0.0, CT)
-    n_b = tl.full([], 0.0, CT)
-    reference = Reference(n, c, n_b, tl.full([], 1.0, CT))
-    sums = Sums(tl.zeros([R], CT), tl.zeros([R], CT), tl.zeros([R], CT))
+    reference, sums = _no_columns(0.0, R, CT)
     everywhere = tl.full([R, VEC], 1, tl.int1)
     # Two tiles a step where threads hold them in words: half as often a maximum that all threads wait for.
     # Held one by one, two tiles and the next two take more registers than there are.
@@ -299,7 +358,8 @@ def sweep(
     TWO: tl.constexpr = a_bits + b_bits == 32
     STEP: tl.constexpr = 2 * BLOCK if TWO else BLOCK
     LATER: tl.constexpr = STEP - BLOCK
-    full = last - (last - first) % STEP
+    full = last // STEP * STEP  # splits begin with a step
+    start = first
     if first < full:
         # A step ahead: the barriers of a maximum would otherwise wait for its loads as well.
         next_a = load_tile(a_row, first, R, VEC, LAYOUT)
@@ -307,7 +367,7 @@ def sweep(
         if TWO:
             behind_a = load_tile(a_row + LATER, first, R, VEC, LAYOUT)
             behind_b = load_tile(b_row + LATER, first, R, VEC, LAYOUT)
-        for start in range(first, full, STEP):
+        while start < full:
             a = unpacked(next_a, a_row, CT, R, VEC)
             b = unpacked(next_b, b_row, CT, R, VEC)
             later_a = a
@@ -321,48 +381,193 @@ def sweep(
             if TWO:
                 behind_a = load_tile(a_row + LATER, ahead, R, VEC, LAYOUT)
                 behind_b = load_tile(b_row + LATER, ahead, R, VEC, LAYOUT)
-            reference, sums = _add_step(
-                a, b, later_a, later_b, everywhere, reference, sums, scales, SAME_SCALE, EXACT, False, TWO
-            )
-    for start in range(full, last, BLOCK):
+            start, reference, sums = _add_step(
+                a, b, later_a, later_b, everywhere, start, reference, sums, scales,
+                SAME_SCALE, EXACT, False, TWO, False,
+            )  # fmt: skip
+            start += STEP
+    while start < last:
         inside = start + offsets < last
         a = load_ragged(a_row, start, last, -float("inf"), CT, R, VEC, LAYOUT)
         b = load_ragged(b_row, start, last, -float("inf"), CT, R, VEC, LAYOUT)
-        reference, sums = _add_step(
-            a, b, a, b, inside, reference, sums, scales, SAME_SCALE, EXACT, True, False
+        start, reference, sums = _add_step(
+            a, b, a, b, inside, start, reference, sums, scales, SAME_SCALE, EXACT, True, False, False
         )
-    return reference, Sums(tl.sum(sums.z), tl.sum(sums.a1), tl.sum(sums.a2))
+        start += BLOCK
+    sums = _total(sums)
+    fits = (start < MISFIT) & ((sums.a1 + sums.a2) * 0.0 == 0.0)  # an x of −inf, or one that is none
+    if EXACT:
+        if SAME_SCALE:
+            fits = fits & rounding_is_small(sums, reference.c)
+    return reference, sums, fits
 
 
 @triton.jit
-def merged(n, c, n_b, sums, CT: tl.constexpr):
-    """One state (n, c, n_b, sums) from a vector of them, the sums in float64, and the largest |c| among them.
+def rounding_is_small(sums, c):
+    """Whether fl(b − a) may be taken for b − a in these columns, whose KL of their own is at least `least`.
 
-    A split without mass (z = 0) has no reference to bring, but a NaN of it must reach the sums.
+    What the columns' KLs sum to, by the mass of each split, a row's KL exceeds: so it holds for the row.
     """
     z, a1, a2 = sums
-    top = tl.max(n)
+    y = (a1 + a2) / z
+    least = a2 / z - 0.5 * y * y / (1.0 + tl.minimum(y, 0.0))  # log1p(y) ≥ y − y²/2, or over 1 + y below 0
+    return least >= c * c * (2.0 * _LEAST_KL)
+
+
+@triton.jit
+def column_class(a, b, lowest_a, lowest_b):
+    low_a = a < lowest_a
+    neither = tl.where(b > -float("inf"), tl.where(low_a, BOTH_LACK, UNDECIDED), B_LACKS)
+    neither = tl.where((a == -float("inf")), BOTH_LACK, neither)
+    return tl.where(b < lowest_b, neither, tl.where(low_a, A_LACKS, 0))
+
+
+@triton.jit
+def worst_class(worst, n, lowest_a, lowest_b, scales):
+    """The largest `column_class` of columns that were swept about n: UNDECIDED where `lowest` was no −inf.
+
+    That is a temperature at which it weighs something, or a split whose other logits are as low.
+    """
+    undecided = (lowest_a * scales.k_a > -1e29) | (lowest_b * scales.k_b > -1e29)
+    undecided = undecided | ((n < -1e29) & (n != NO_REFERENCE))
+    return tl.where(undecided & (worst > 0), UNDECIDED, worst)
+
+
+@triton.jit
+def _start_with_b(b, reference, sums, scales):
+    """The reference of columns in which only b has mass so far: a2 is b's mass about n_b itself."""
+    n_b = tl.maximum(exp2_offset(tl.max(b), scales.k_b) + _B_RAISED, reference.n_b)
+    a2 = sums.a2 * tl.exp2(reference.n_b - n_b)
+    return Reference(reference.n, reference.c, n_b, reference.b_to_a), Sums(sums.z, sums.a1, a2)
+
+
+@triton.jit
+def _add_alone(a, classes, alone, scales, lowest_a):
+    """a's mass in columns that b lacks, with that of a tile added."""
+    mass, n = alone
+    a = tl.where(classes == B_LACKS, a, lowest_a)
+    to_n = tl.maximum(exp2_offset(tl.max(a), scales.k_a), n)
+    mass = mass * tl.exp2(n - to_n) + tl.sum(weights(a, scales.k_a, to_n), axis=1)
+    return Alone(mass, to_n)
+
+
+@triton.jit
+def _robust_step(
+    a, b, inside, reference, sums, alone, worst, lowest_a, lowest_b, scales,
+    SAME_SCALE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """`_add_step` of one tile, in which −inf may stand; `worst` becomes the largest `column_class` so far."""
+    classes = column_class(a, b, lowest_a, lowest_b)
+    if MASKED:
+        classes = tl.where(inside, classes, 0)
+    worst = tl.maximum(worst, tl.max(classes, axis=1))
+    alone = _add_alone(a, classes, alone, scales, lowest_a)
+    a = no_lower(tl.where(classes == B_LACKS, lowest_a, a), lowest_a)
+    b = no_lower(b, lowest_b)
+    if reference.n == NO_REFERENCE:
+        reference, sums = _start_with_b(b, reference, sums, scales)
+    nowhere = tl.full([], 0, tl.int32)
+    _, reference, sums = _add_step(
+        a, b, a, b, inside, nowhere, reference, sums, scales, SAME_SCALE, False, MASKED, False, True
+    )
+    return reference, sums, alone, worst
+
+
+@triton.jit
+def _robust_sweep(
+    a_row, b_row, first, last, scales, SAME_SCALE: tl.constexpr, CT: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """`sweep` where `_fast_sweep` met −inf, or differences that float32 does not hold.
+
+    The sums leave out columns that b lacks: they would cancel about a c that fits the others.
+    """
+    BLOCK: tl.constexpr = R * VEC
+    offsets = tile_offsets(R, VEC, LAYOUT)
+    reference, sums = _no_columns(NO_REFERENCE, R, CT)
+    alone = Alone(tl.zeros([R], CT), reference.n)
+    worst = tl.zeros([R], tl.int32)
+    everywhere = tl.full([R, VEC], 1, tl.int1)
+    lowest_a = lowest(scales.a, CT)
+    lowest_b = lowest(scales.b, CT)
+    full = last - (last - first) % BLOCK
+    for start in range(first, full, BLOCK):
+        a = unpacked(load_tile(a_row, start, R, VEC, LAYOUT), a_row, CT, R, VEC)
+        b = unpacked(load_tile(b_row, start, R, VEC, LAYOUT), b_row, CT, R, VEC)
+        reference, sums, alone, worst = _robust_step(
+            a, b, everywhere, reference, sums, alone, worst, lowest_a, lowest_b, scales, SAME_SCALE, False
+        )
+    if full < last:
+        inside = full + offsets < last
+        a = load_ragged(a_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
+        b = load_ragged(b_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
+        reference, sums, alone, worst = _robust_step(
+            a, b, inside, reference, sums, alone, worst, lowest_a, lowest_b, scales, SAME_SCALE, True
+        )
+    n, c, n_b, b_to_a = reference
+    z, a1, a2 = _total(sums)
+    worst = worst_class(tl.max(worst), n, lowest_a, lowest_b, scales)
+    if n == NO_REFERENCE:
+        # No column in which both have mass: what one has alone is about its own offset.
+        n = tl.where(a2 > 0, n_b, alone.n)
+        as_a = tl.exp2(n.to(tl.float64) - other_exp2_offset(n, n, c, scales, SAME_SCALE)).to(CT)
+        a2 = tl.where(a2 > 0, a2 * as_a, a2)
+    mass = tl.sum(alone.mass) * tl.exp2(alone.n - n)
+    return Reference(n, c, n_b, b_to_a), Sums(z, a1, a2), mass, worst
+
+
+@triton.jit
+def sweep(
+    a_row, b_row, first, last, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """The state of columns [first, last): `Reference`, `Sums`, a's mass alone, largest `column_class`."""
+    reference, sums, fits = _fast_sweep(
+        a_row, b_row, first, last, scales, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT
+    )
+    alone = tl.full([], 0.0, CT)
+    worst = tl.full([], 0, tl.int32)
+    if not fits:
+        reference, sums, alone, worst = _robust_sweep(
+            a_row, b_row, first, last, scales, SAME_SCALE, CT, R, VEC, LAYOUT
+        )
+    return reference, sums, alone, worst
+
+
+@triton.jit
+def merged(n, c, n_b, sums, alone, CT: tl.constexpr):
+    """One state (n, c, n_b, sums, alone) from a vector of them, the sums in float64.
+
+    A split without mass of a (z = 0) has no reference to bring, but b's mass or a NaN of it must reach the
+    sums.
+    """
+    z, a1, a2 = sums
+    top = tl.max(tl.where(z > 0, n, NO_REFERENCE))
     weight = tl.exp2((n - top).to(tl.float64))
     mass = z.to(tl.float64) * weight
     shared = (tl.sum(mass * c.to(tl.float64)) / tl.sum(mass)).to(CT)
     h = shared.to(tl.float64) - c.to(tl.float64)
     z, a1, a2 = rebase(Sums(z.to(tl.float64), a1.to(tl.float64), a2.to(tl.float64)), h, weight)
-    max_abs_c = tl.max(tl.where(mass > 0, tl.abs(c), 0.0))
     mass_b = z + a1 + a2
     top_n_b = tl.max(tl.where(mass_b == tl.max(mass_b), n_b, NO_REFERENCE))  # of the split with most of b
-    return top, shared, top_n_b, Sums(tl.sum(z), tl.sum(a1), tl.sum(a2)), max_abs_c
+    alone = tl.sum(alone.to(tl.float64) * weight)
+    return top, shared, top_n_b, Sums(tl.sum(z), tl.sum(a1), tl.sum(a2)), alone
 
 
 @triton.jit
 def store_row(
-    value_out, stats, a_row, b_row, V, n, c, n_b, sums, max_abs_c, scales,
+    value_out, stats, a_row, b_row, V, n, c, n_b, sums, alone, worst, scales,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Store a row's value and statistics from its state; return whether it did without `fallback_row`."""
+    """Store a row's value and statistics from its state; return its path.
+
+    `worst` is the largest `column_class` of the row, `alone` a's mass in columns that b lacks.
+    """
     z_a, a1, a2 = sums
     value, log_z_ratio, good = finish(z_a, a1, a2)
     ratio = tl.exp(log_z_ratio)
+    good = good & (worst < UNDECIDED)
     # Z_b, which all of b inherits, may be off by more than the value: by a 2^24th of a1 over e^log_z_ratio;
     # by 1.3e-6 where b's top lies so far above n_b, which is of the last rebase, that its exponent passes 32.
     n_b_as_a = other_exp2_offset(n, n_b, c, scales, SAME_SCALE)
@@ -374,11 +579,15 @@ def store_row(
     n_b = tl.where(log2_mass_b < n_b + 14.0, n_b, tl.floor(log2_mass_b) - 7.0).to(CT)
     n_b_as_a = other_exp2_offset(n, n_b, c, scales, SAME_SCALE)
     z_b = z_a * ratio * tl.exp2(n_b_as_a - n_b.to(tl.float64))
-    if EXACT:
-        # 0.75 − 1e-6 needs 26 bits: fl(b − a) is off by up to 2^-25·|c|, which shows in D where c is far
-        # larger than the usual x.
-        shift = max_abs_c.to(tl.float64)
-        good = good & (value >= 4.5e-4 * shift * shift)
+    if worst == B_LACKS:
+        value = tl.where(value == value, float("inf"), value)
+        log_z_ratio -= tl.log(1.0 + alone / z_a)
+        z_a += alone
+        # They may hold a's top, far above the n of the others.
+        rise = tl.where(z_a < 16384.0, 0.0, tl.floor(tl.log2(z_a)) - 7.0)
+        n = (n + rise).to(CT)
+        z_a *= tl.exp2(-rise)
+        good = good & (z_a < float("inf"))
     good = good & is_held(n) & is_held(n_b)
     if not good:
         row = fallback_row(a_row, b_row, V, scales, SAME_SCALE, False, CT, R, VEC, LAYOUT)
@@ -403,4 +612,9 @@ def store_row(
     tl.store(stats + 4, c)
     tl.store(stats + 5, (shift - c.to(tl.float64)).to(CT))
     tl.store(stats + 6, value.to(CT))
-    return good
+    path = tl.where(worst > BOTH_LACK, ONE_SIDED, tl.where(worst > 0, MASKED_ALIKE, PLAIN))
+    if EXACT:
+        if SAME_SCALE:
+            # Once rounded, c + log_z_ratio is off in all columns alike, in D by the square of that.
+            path = tl.where((path == PLAIN) & (value < shift * shift * _LEAST_KL), MASKED_ALIKE, path)
+    return tl.where(good, path, FALLBACK)

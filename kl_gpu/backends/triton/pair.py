@@ -32,7 +32,7 @@ from .device_math import (
 from .fast_formulas import beta_allows_fast_path, logarithm, near_coefficients
 from .formula_pass import fast_formula_sums, formula_sums
 from .gradient_pass import Incoming, write_gradient
-from .kl_pass import merged, store_row, sweep
+from .kl_pass import FALLBACK, ONE_SIDED, PLAIN, merged, store_row, sweep
 from .launch import (
     ProgramShape,
     cdiv,
@@ -51,17 +51,20 @@ from .launch import (
 
 # Row statistics: n_a, 1/Z_a, n_b, 1/Z_b (so that a_i = 2^(k_a·logit − n_a)/Z_a), then c and log_z_ratio with
 # log(b_i/a_i) = x_i − log_z_ratio, the value, and what a·∂D/∂a and b·∂D/∂b sum to. They come zeroed: behind
-# them the splits that have arrived are counted, of the first sweep and of the second, and complete sweeps.
+# them the splits that have arrived are counted, of the first sweep and of the second, and complete sweeps, in
+# integers.
 _STATS = tl.constexpr(STATS)
 _ARRIVED = tl.constexpr(9)
 _COMPLETE = tl.constexpr(11)
-# Once the first sweep is complete: whether the row did without the fallback.
-_FAST_PATH = _ARRIVED
+# Once the first sweep is complete: the row's path, of those in kl_pass.py.
+_PATH = _ARRIVED
+# A launch that does all stages, taking its work from the queue.
+ALL_STAGES = tl.constexpr(-1)
 # The least KL of a row whose gradient to b, stored in 16 bits, is a difference of two exponentials.
 _DIRECT = tl.constexpr(1e-3)
-# A split's state, while it waits for the others: n, c, n_b, z, a1, a2; then the formula's three sums. There
-# is room for SPLITS of each, num_splits or more.
-STATE = 9
+# A split's state, while it waits for the others: what `sweep` gives, n, c, n_b, z, a1, a2, a's mass alone and
+# the worst column; then the formula's three sums. There is room for SPLITS of each, num_splits or more.
+STATE = 11
 _STATE = tl.constexpr(STATE)
 
 
@@ -78,21 +81,27 @@ Work = namedtuple("Work", "a b grad_a grad_b value stats states split num_splits
 
 
 @triton.jit
+def _counter(stats, which: tl.constexpr):
+    """A statistic as an integer: not every GPU adds floats atomically in one step."""
+    return (stats + which).to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
 def _last_to_arrive(stats, sweep: tl.constexpr, num_splits):
     """Whether every other split of the row has been published."""
     tl.debug_barrier()  # every thread's stores come before the one thread's release
-    return tl.atomic_add(stats + _ARRIVED + sweep, 1.0, sem="acq_rel") == num_splits - 1
+    return tl.atomic_add(_counter(stats, _ARRIVED + sweep), 1, sem="acq_rel") == num_splits - 1
 
 
 @triton.jit
 def _complete(stats):
     tl.debug_barrier()
-    tl.atomic_add(stats + _COMPLETE, 1.0, sem="release")
+    tl.atomic_add(_counter(stats, _COMPLETE), 1, sem="release")
 
 
 @triton.jit
 def _wait(stats, sweeps: tl.constexpr):
-    while tl.atomic_add(stats + _COMPLETE, 0.0, sem="acquire") < sweeps:
+    while tl.atomic_add(_counter(stats, _COMPLETE), 0, sem="acquire") < sweeps:
         pass
 
 
@@ -120,20 +129,40 @@ def _load_row(stats, beta, rest, scales, TOP: tl.constexpr, CT: tl.constexpr):
 
 
 @triton.jit
+def _work(launch, row, split, SPLITS: tl.constexpr):
+    first = split * launch.split_columns
+    return Work(
+        row_start(row, launch.n_inner, *launch.a),
+        row_start(row, launch.n_inner, *launch.b),
+        row_start(row, launch.n_inner, *launch.grad_a),
+        row_start(row, launch.n_inner, *launch.grad_b),
+        launch.value_ptr + row,
+        launch.stats_ptr + row.to(tl.int64) * _STATS,
+        launch.states_ptr + row.to(tl.int64) * (_STATE * SPLITS),
+        split, launch.num_splits, first, tl.minimum(first + launch.split_columns, launch.V),
+    )  # fmt: skip
+
+
+@triton.jit
 def _first_sweep(
-    work, V, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
+    launch, row, split, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    reference, sums = sweep(
-        work.a, work.b, work.first, work.last, scales, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT
-    )
+    first = split * launch.split_columns
+    reference, sums, alone, worst = sweep(
+        row_start(row, launch.n_inner, *launch.a), row_start(row, launch.n_inner, *launch.b),
+        first, tl.minimum(first + launch.split_columns, launch.V), scales,
+        SAME_SCALE, EXACT, CT, R, VEC, LAYOUT,
+    )  # fmt: skip
+    # Only now: the loop above has no registers to spare for pointers.
+    work = _work(launch, row, split, SPLITS)
     n, c, n_b, _ = reference
     z, a1, a2 = sums
     complete = True
+    alone = alone.to(tl.float64)
     sums = Sums(z.to(tl.float64), a1.to(tl.float64), a2.to(tl.float64))
-    max_abs_c = tl.abs(c)
     if SPLITS > 1:
-        store_state(work.states + work.split, (n, c, n_b, z, a1, a2), SPLITS)
+        store_state(work.states + work.split, (n, c, n_b, z, a1, a2, alone, worst.to(CT)), SPLITS)
         complete = _last_to_arrive(work.stats, 0, work.num_splits)
     if complete:
         if SPLITS > 1:
@@ -143,12 +172,14 @@ def _first_sweep(
             all_z = _load_states(work, 3, SPLITS, 0.0)
             all_a1 = _load_states(work, 4, SPLITS, 0.0)
             all_a2 = _load_states(work, 5, SPLITS, 0.0)
-            n, c, n_b, sums, max_abs_c = merged(all_n, all_c, all_n_b, Sums(all_z, all_a1, all_a2), CT)
-        good = store_row(
-            work.value, work.stats, work.a, work.b, V, n, c, n_b, sums, max_abs_c, scales,
+            all_alone = _load_states(work, 6, SPLITS, 0.0)
+            worst = tl.max(_load_states(work, 7, SPLITS, 0.0)).to(tl.int32)
+            n, c, n_b, sums, alone = merged(all_n, all_c, all_n_b, Sums(all_z, all_a1, all_a2), all_alone, CT)
+        path = store_row(
+            work.value, work.stats, work.a, work.b, launch.V, n, c, n_b, sums, alone, worst, scales,
             SAME_SCALE, EXACT, CT, R, VEC, LAYOUT,
         )  # fmt: skip
-        tl.store(work.stats + _FAST_PATH, good.to(CT))
+        tl.store(work.stats + _PATH, path.to(CT))
         _complete(work.stats)
 
 
@@ -164,40 +195,51 @@ def _takes_fast_path(
             # Its error is up to 2e-6 of a. Where D is less, b − a may be at most 1e-4 of a in all columns
             # that matter, and would have fewer digits than it is stored with.
             small &= _statistic(stats, 6) >= _DIRECT
-        return (_statistic(stats, _FAST_PATH) != 0) & small
+        return (_statistic(stats, _PATH) != FALLBACK) & small
     elif LOG2 == "":
         return False
     else:
-        return (_statistic(stats, _FAST_PATH) != 0) & beta_allows_fast_path(beta, rest, FORMULA)
+        path = _statistic(stats, _PATH)
+        fast = path != FALLBACK
+        if FORMULA == "jeffreys":
+            fast = fast & (path != ONE_SIDED)  # it is infinite there
+        return fast & beta_allows_fast_path(beta, rest, FORMULA)
 
 
 @triton.jit
 def _second_sweep(
-    work, beta, rest, near, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
+    work, beta, rest, near, scales, SPINS: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
     FORMULA: tl.constexpr, LOG2: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    _wait(work.stats, 1)
+    if SPINS:
+        _wait(work.stats, 1)
     kl = _statistic(work.stats, 6)
     row = _load_row(work.stats, beta, rest, scales, 15, CT)
     if _takes_fast_path(work.stats, 1.0, beta, rest, FORMULA, False, LOG2):
-        value, mean_a, mean_b = fast_formula_sums(
-            work.a, work.b, work.first, work.last, row, near, SAME_SCALE, EXACT, FORMULA, LOG2, CT, R, VEC,
-            LAYOUT,
-        )  # fmt: skip
+        if _statistic(work.stats, _PATH) == PLAIN:
+            value, mean_a, mean_b = fast_formula_sums(
+                work.a, work.b, work.first, work.last, row, near, True, SAME_SCALE, EXACT, FORMULA, LOG2, CT,
+                R, VEC, LAYOUT,
+            )  # fmt: skip
+        else:
+            value, mean_a, mean_b = fast_formula_sums(
+                work.a, work.b, work.first, work.last, row, near, False, SAME_SCALE, False, FORMULA, LOG2, CT,
+                R, VEC, LAYOUT,
+            )  # fmt: skip
     else:
         value, mean_a, mean_b = formula_sums(
             work.a, work.b, work.first, work.last, row, SAME_SCALE, FORMULA, CT, R, VEC, LAYOUT
         )
     complete = True
     if SPLITS > 1:
-        store_state(work.states + 6 * SPLITS + work.split, (value, mean_a, mean_b), SPLITS)
+        store_state(work.states + 8 * SPLITS + work.split, (value, mean_a, mean_b), SPLITS)
         complete = _last_to_arrive(work.stats, 1, work.num_splits)
     if complete:
         if SPLITS > 1:
-            value = tl.sum(_load_states(work, 6, SPLITS, 0.0))
-            mean_a = tl.sum(_load_states(work, 7, SPLITS, 0.0))
-            mean_b = tl.sum(_load_states(work, 8, SPLITS, 0.0))
+            value = tl.sum(_load_states(work, 8, SPLITS, 0.0))
+            mean_a = tl.sum(_load_states(work, 9, SPLITS, 0.0))
+            mean_b = tl.sum(_load_states(work, 10, SPLITS, 0.0))
         value = tl.where(value < 0, 0.0, value)
         value = tl.where(kl == kl, value, kl)  # a row without a distribution
         tl.store(work.value, value)
@@ -236,69 +278,69 @@ def _gradient(
     to = Incoming(mean_a, mean_b, up_a, up_b)
     DIRECT: tl.constexpr = TO_B and SAME_SCALE and work.grad_b.dtype.element_ty.primitive_bitwidth == 16
     if _takes_fast_path(work.stats, upstream, beta, rest, FORMULA, DIRECT, LOG2):
-        write_gradient(
-            work.a, work.b, work.grad_a, work.grad_b, work.first, work.last, V, row, near_a, to,
-            SAME_SCALE, EXACT, FORMULA, True, DIRECT, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
-        )  # fmt: skip
+        if _statistic(work.stats, _PATH) == PLAIN:
+            write_gradient(
+                work.a, work.b, work.grad_a, work.grad_b, work.first, work.last, V, row, near_a, to,
+                SAME_SCALE, EXACT, FORMULA, True, True, DIRECT, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
+            )  # fmt: skip
+        else:
+            write_gradient(
+                work.a, work.b, work.grad_a, work.grad_b, work.first, work.last, V, row, near_a, to,
+                SAME_SCALE, EXACT, FORMULA, True, False, DIRECT, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
+            )  # fmt: skip
     else:
         write_gradient(
             work.a, work.b, work.grad_a, work.grad_b, work.first, work.last, V, row, near_a, to,
-            SAME_SCALE, EXACT, FORMULA, False, DIRECT, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
+            SAME_SCALE, EXACT, FORMULA, False, False, DIRECT, LOG2, CT, TO_A, TO_B, R, VEC, LAYOUT,
         )  # fmt: skip
 
 
 @triton.jit
 def _item(
     item, incoming, launch, HAS_VALID: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
-    FORMULA: tl.constexpr, SWEEPS: tl.constexpr, STAGES: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
-    LOG2: tl.constexpr, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
-    OUT_LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
+    FORMULA: tl.constexpr, SWEEPS: tl.constexpr, STAGES: tl.constexpr, STAGE: tl.constexpr,
+    TO_A: tl.constexpr, TO_B: tl.constexpr, LOG2: tl.constexpr, CT: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One split of one row in one stage: a sweep, or behind the sweeps the gradient."""
-    num_splits, V, n_inner = launch.num_splits, launch.V, launch.n_inner
-    slot = item // (num_splits * STAGES)
-    stage = item % (num_splits * STAGES) // num_splits
-    row = slot - stage * launch.lag
+    num_splits, V = launch.num_splits, launch.V
     split = item % num_splits
+    if STAGE == ALL_STAGES:
+        stage = item % (num_splits * STAGES) // num_splits
+        row = item // (num_splits * STAGES) - stage * launch.lag
+    else:
+        stage = STAGE
+        row = item // num_splits
     if (row >= 0) & (row < launch.n_rows):
         valid = True
         if HAS_VALID:
             valid = tl.load(launch.valid_ptr + row) != 0
-        first = split * launch.split_columns
-        work = Work(
-            row_start(row, n_inner, *launch.a),
-            row_start(row, n_inner, *launch.b),
-            row_start(row, n_inner, *launch.grad_a),
-            row_start(row, n_inner, *launch.grad_b),
-            launch.value_ptr + row,
-            launch.stats_ptr + row.to(tl.int64) * _STATS,
-            launch.states_ptr + row.to(tl.int64) * (_STATE * SPLITS),
-            split, num_splits, first, tl.minimum(first + launch.split_columns, V),
-        )  # fmt: skip
         scales = scales_of(*launch.scale_parts, CT)
         beta = from_high_low(*launch.beta_parts)
         rest = (1.0 - beta).to(CT)
         beta = beta.to(CT)
         if not valid:
+            work = _work(launch, row, split, SPLITS)
             if SWEEPS > 0:
                 if (stage == 0) & (split == 0):
                     tl.store(work.value, 0.0)
             if stage == STAGES - 1:
                 if TO_A:
-                    write_zeros(work.grad_a, first, work.last, R, VEC, OUT_LAYOUT)
+                    write_zeros(work.grad_a, work.first, work.last, R, VEC, OUT_LAYOUT)
                 if TO_B:
-                    write_zeros(work.grad_b, first, work.last, R, VEC, OUT_LAYOUT)
+                    write_zeros(work.grad_b, work.first, work.last, R, VEC, OUT_LAYOUT)
         elif stage < SWEEPS:
             if SWEEPS > 0:
                 if stage == 0:
-                    _first_sweep(work, V, scales, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT, SPLITS)
+                    _first_sweep(launch, row, split, scales, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT, SPLITS)
                 elif SWEEPS > 1:
                     _second_sweep(
-                        work, beta, rest, launch.near, scales,
-                        SAME_SCALE, EXACT, FORMULA, LOG2, CT, R, VEC, LAYOUT, SPLITS,
+                        _work(launch, row, split, SPLITS), beta, rest, launch.near, scales,
+                        STAGE == ALL_STAGES, SAME_SCALE, EXACT, FORMULA, LOG2, CT, R, VEC, LAYOUT, SPLITS,
                     )  # fmt: skip
         elif TO_A or TO_B:
-            if SWEEPS > 0:
+            work = _work(launch, row, split, SPLITS)
+            if SWEEPS > 0 and STAGE == ALL_STAGES:
                 _wait(work.stats, SWEEPS)
             upstream = tl.load(launch.row_scale_ptr + row).to(CT) * incoming
             _gradient(
@@ -323,11 +365,14 @@ def pair_kernel(
     near_0, near_1, near_2, near_3, near_4, near_5, near_6, near_7,
     grad_a_outer, grad_a_inner, grad_b_outer, grad_b_inner, num_splits, split_columns, lag,
     HAS_VALID: tl.constexpr, HAS_INCOMING: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
-    FORMULA: tl.constexpr, VALUE: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr, LOG2: tl.constexpr,
-    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+    FORMULA: tl.constexpr, VALUE: tl.constexpr, STAGE: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
+    LOG2: tl.constexpr, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
     OUT_LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """VALUE: sweep for the value (formulas other than KL twice). TO_A, TO_B: write gradients."""
+    """VALUE: sweep for the value (formulas other than KL twice). TO_A, TO_B: write gradients.
+
+    STAGE is the one of these that this launch does, or ALL_STAGES.
+    """
     SWEEPS: tl.constexpr = (1 if FORMULA == "kl" else 2) if VALUE else 0
     STAGES: tl.constexpr = SWEEPS + (1 if TO_A or TO_B else 0)
     launch = Launch(
@@ -339,23 +384,24 @@ def pair_kernel(
     )  # fmt: skip
     begin = tl.program_id(0)
     incoming = tl.full([], 1.0, CT)
-    if STAGES > 1:
+    if STAGES > 1 and STAGE == ALL_STAGES:
         # Not the program's number: only a number that was taken says that its predecessors run.
+        # Relaxed: what predecessors wrote is waited for where it is read.
         queue = stats_ptr + n_rows.to(tl.int64) * _STATS
-        begin = tl.atomic_add(queue.to(tl.pointer_type(tl.int32)), 1)
+        begin = tl.atomic_add(queue.to(tl.pointer_type(tl.int32)), 1, sem="relaxed")
     if HAS_INCOMING:
         incoming = tl.load(incoming_ptr).to(CT)
         # For an incoming 1 the gradient is there already.
         end = tl.where(incoming == 1.0, 0, n_rows * num_splits)
         for item in range(begin, end, tl.num_programs(0)):
             _item(
-                item, incoming, launch, HAS_VALID, SAME_SCALE, EXACT, FORMULA, SWEEPS, STAGES, TO_A, TO_B,
-                LOG2, CT, R, VEC, LAYOUT, OUT_LAYOUT, SPLITS,
+                item, incoming, launch, HAS_VALID, SAME_SCALE, EXACT, FORMULA, SWEEPS, STAGES, STAGE,
+                TO_A, TO_B, LOG2, CT, R, VEC, LAYOUT, OUT_LAYOUT, SPLITS,
             )  # fmt: skip
     else:
         _item(
-            begin, incoming, launch, HAS_VALID, SAME_SCALE, EXACT, FORMULA, SWEEPS, STAGES, TO_A, TO_B,
-            LOG2, CT, R, VEC, LAYOUT, OUT_LAYOUT, SPLITS,
+            begin, incoming, launch, HAS_VALID, SAME_SCALE, EXACT, FORMULA, SWEEPS, STAGES, STAGE,
+            TO_A, TO_B, LOG2, CT, R, VEC, LAYOUT, OUT_LAYOUT, SPLITS,
         )  # fmt: skip
 
 
@@ -365,6 +411,15 @@ def pair_kernel(
 SHAPES = {2: ProgramShape(8, 128), 4: ProgramShape(8, 128), 8: ProgramShape(4)}
 # Bound by arithmetic, and in need of more registers than four programs leave them.
 FORMULA_SHAPES = {2: ProgramShape(8, 168), 4: ProgramShape(8, 168), 8: ProgramShape(4)}
+
+
+def _may_spin(device: torch.device) -> bool:
+    """Whether a program may wait for another in a loop.
+
+    On AMD's and Intel's GPUs Triton has compiled such a loop, of an atomic that reads one number, to one that
+    never ends: stages are launches of their own there.
+    """
+    return device.type != "xpu" and not torch.version.hip
 
 
 def _launch(
@@ -381,27 +436,32 @@ def _launch(
     width = room_for(splits.number)
     has_gradient = grad_a is not None or grad_b is not None
     stages = (0 if value is None else 1 if p.formula == "kl" else 2) + has_gradient
+    one_launch = stages == 1 or _may_spin(p.a.device)
     shared = value is not None and splits.number > 1
     states = stats.new_empty((p.n_rows, STATE, width)) if shared else stats
     resident = resident_programs(p.a.device)
-    lag = min(p.n_rows, cdiv(5 * resident, 4 * splits.number * stages)) if stages > 1 else 0
-    programs = (p.n_rows + (stages - 1) * lag) * splits.number * stages
+    lag, programs = 0, p.n_rows * splits.number
+    if stages > 1 and one_launch:
+        lag = min(p.n_rows, cdiv(5 * resident, 4 * splits.number * stages))
+        programs = (p.n_rows + (stages - 1) * lag) * splits.number * stages
     if incoming is not None:
         # Most often there is nothing to do, which a few programs find out sooner than many.
         programs = min(programs, 2 * resident)
     # What has no tensor passes one that is never read or written through.
     out_a, out_b = p.a if grad_a is None else grad_a, p.b if grad_b is None else grad_b
-    enqueue(
-        pair_kernel, programs, p.a.device,
-        p.a, p.b, p.valid, stats if value is None else value, stats, states,
-        stats if row_scale is None else row_scale, stats if incoming is None else incoming, out_a, out_b,
-        p.n_rows, *geometry(p), *high_low(p.beta), *near_coefficients(p.formula, p.beta),
-        *steps(out_a), *steps(out_b), *splits, lag,
-        HAS_VALID=p.valid is not None, HAS_INCOMING=incoming is not None, FORMULA=p.formula,
-        VALUE=value is not None, TO_A=grad_a is not None, TO_B=grad_b is not None, SPLITS=width,
-        OUT_LAYOUT=gradient_layout(config["LAYOUT"], p.a, p.b, grad_a, grad_b) if has_gradient else 0,
-        LOG2=logarithm(p.formula, p.dtype, p.a.device.type == "cuda" and not torch.version.hip), **config,
-    )  # fmt: skip
+    for stage in (ALL_STAGES.value,) if one_launch else range(stages):
+        enqueue(
+            pair_kernel, programs, p.a.device,
+            p.a, p.b, p.valid, stats if value is None else value, stats, states,
+            stats if row_scale is None else row_scale, stats if incoming is None else incoming, out_a, out_b,
+            p.n_rows, *geometry(p), *high_low(p.beta), *near_coefficients(p.formula, p.beta),
+            *steps(out_a), *steps(out_b), *splits, lag,
+            HAS_VALID=p.valid is not None, HAS_INCOMING=incoming is not None, FORMULA=p.formula,
+            VALUE=value is not None, STAGE=stage, TO_A=grad_a is not None, TO_B=grad_b is not None,
+            SPLITS=width,
+            OUT_LAYOUT=gradient_layout(config["LAYOUT"], p.a, p.b, grad_a, grad_b) if has_gradient else 0,
+            LOG2=logarithm(p.formula, p.dtype, p.a.device.type == "cuda" and not torch.version.hip), **config,
+        )  # fmt: skip
 
 
 def _outputs(p: RowPair) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from .device_math import (
     LOG2E,
     NO_REFERENCE,
     Scales,
+    Sums,
     exp2_offset,
     exponent,
     g,
@@ -29,6 +30,8 @@ from .device_math import (
     load_ragged,
     load_tile,
     log_ratio,
+    lowest,
+    no_lower,
     row_start,
     scales_of,
     store_state,
@@ -37,7 +40,17 @@ from .device_math import (
     unpacked,
     weights,
 )
-from .kl_pass import Reference, fallback_row, finish, is_held, other_exp2_offset
+from .kl_pass import (
+    BOTH_LACK,
+    Reference,
+    column_class,
+    fallback_row,
+    finish,
+    is_held,
+    other_exp2_offset,
+    rounding_is_small,
+    worst_class,
+)
 from .launch import ProgramShape, configuration, enqueue, geometry, kernel, room_for, splits_of
 
 # A split's state: n, c, n_b, the `BothSums`, then each side's largest logit and its first tile.
@@ -51,6 +64,8 @@ _LN2 = tl.constexpr(0.6931471805599453)
 BothSums = namedtuple("BothSums", "z a1 a2 zb b2 ea eb lost_a lost_b")
 # Each thread's largest logit of both sides, and the first column of the first tile that holds it.
 Largest = namedtuple("Largest", "top_a at_a top_b at_b")
+# What a sweep carries; from the limits on, logits rebase the references.
+State = namedtuple("State", "reference sums limit_a limit_b largest")
 
 
 @triton.jit
@@ -128,10 +143,11 @@ def _rebase_to_tile(a, b, top_a, top_b, reference, sums, scales, SAME_SCALE: tl.
 
 @triton.jit
 def _accumulate(
-    a, b, inside, start, reference, sums, limit_a, limit_b, largest, scales,
+    a, b, inside, start, state, scales,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add a `[R, VEC]` tile to the sums `[R]`, rebasing them first where it has a new maximum."""
+    reference, sums, limit_a, limit_b, largest = state
     top_a, at_a, top_b, at_b = largest
     here_a = tl.max(a, axis=1)
     at_a = tl.where(here_a > top_a, start, at_a)
@@ -167,7 +183,97 @@ def _accumulate(
     ea += tl.sum(w * e_a, axis=1)
     eb += tl.sum(u * e_b, axis=1)
     sums = BothSums(z, a1, a2, zb, b2, ea, eb, lost_a, lost_b)
-    return reference, sums, limit_a, limit_b, Largest(top_a, at_a, top_b, at_b)
+    return State(reference, sums, limit_a, limit_b, Largest(top_a, at_a, top_b, at_b))
+
+
+@triton.jit
+def _no_columns(first, scales, R: tl.constexpr, CT: tl.constexpr):
+    """The `State` before the first column."""
+    n = tl.full([], NO_REFERENCE, CT)
+    reference = Reference(n, tl.full([], 0.0, CT), n, tl.full([], 1.0, CT))
+    zeros = tl.zeros([R], CT)
+    sums = BothSums(zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros)
+    top = tl.full([R], -float("inf"), CT)
+    at = tl.full([R], 0, tl.int32) + first
+    limit_b = tl.full([], float("inf"), CT)  # the first tile with a's mass brings both
+    return State(reference, sums, (n + 8.0) / scales.k_a, limit_b, Largest(top, at, top, at))
+
+
+@triton.jit
+def _total(sums):
+    return BothSums(
+        tl.sum(sums.z), tl.sum(sums.a1), tl.sum(sums.a2), tl.sum(sums.zb), tl.sum(sums.b2), tl.sum(sums.ea),
+        tl.sum(sums.eb), tl.sum(sums.lost_a), tl.sum(sums.lost_b),
+    )  # fmt: skip
+
+
+@triton.jit
+def _fast_sweep(
+    a_row, b_row, first, last, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """The references, sums and largest logits of columns [first, last), and whether they are right.
+
+    They are not where a column is −inf, nor where EXACT takes differences for more exact than they are.
+    """
+    BLOCK: tl.constexpr = R * VEC
+    offsets = tile_offsets(R, VEC, LAYOUT)
+    everywhere = tl.full([R, VEC], 1, tl.int1)
+    state = _no_columns(first, scales, R, CT)
+    full = last // BLOCK * BLOCK  # splits begin with a tile
+    if first < full:
+        # A tile ahead: the barriers of a tile's maximum would otherwise wait for its loads as well. Runs are
+        # held one by one: in words, ptxas spills on sm_100.
+        next_a = load_tile(a_row, first, R, VEC, LAYOUT, False)
+        next_b = load_tile(b_row, first, R, VEC, LAYOUT, False)
+        for start in range(first, full, BLOCK):
+            a = unpacked(next_a, a_row, CT, R, VEC)
+            b = unpacked(next_b, b_row, CT, R, VEC)
+            ahead = tile_ahead(start, full, BLOCK)
+            next_a = load_tile(a_row, ahead, R, VEC, LAYOUT, False)
+            next_b = load_tile(b_row, ahead, R, VEC, LAYOUT, False)
+            state = _accumulate(a, b, everywhere, start, state, scales, SAME_SCALE, EXACT, False)
+    if full < last:
+        inside = full + offsets < last
+        a = load_ragged(a_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
+        b = load_ragged(b_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
+        state = _accumulate(a, b, inside, full, state, scales, SAME_SCALE, EXACT, True)
+    sums = _total(state.sums)
+    gap = sums.a1 + sums.a2
+    fits = (gap + sums.b2) * 0.0 == 0.0
+    if EXACT:
+        if SAME_SCALE:
+            fits = fits & rounding_is_small(Sums(sums.z, sums.a1, sums.a2), state.reference.c)
+            of_b = Sums(sums.zb, -(gap + sums.b2), sums.b2)
+            fits = fits & rounding_is_small(of_b, state.reference.c)
+    return state.reference, sums, state.largest, fits
+
+
+@triton.jit
+def _robust_sweep(
+    a_row, b_row, first, last, scales, SAME_SCALE: tl.constexpr, CT: tl.constexpr,
+    R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """`_fast_sweep` of columns that may be −inf on both sides; where one side alone is, the sums are NaN."""
+    BLOCK: tl.constexpr = R * VEC
+    everywhere = tl.full([R, VEC], 1, tl.int1)
+    state = _no_columns(first, scales, R, CT)
+    worst = tl.zeros([R], tl.int32)
+    lowest_a = lowest(scales.a, CT)
+    lowest_b = lowest(scales.b, CT)
+    for start in range(first, last, BLOCK):
+        # What lies behind the last column comes as one that neither side has.
+        a = load_ragged(a_row, start, last, -float("inf"), CT, R, VEC, LAYOUT)
+        b = load_ragged(b_row, start, last, -float("inf"), CT, R, VEC, LAYOUT)
+        worst = tl.maximum(worst, tl.max(column_class(a, b, lowest_a, lowest_b), axis=1))
+        a = no_lower(a, lowest_a)
+        b = no_lower(b, lowest_b)
+        state = _accumulate(a, b, everywhere, start, state, scales, SAME_SCALE, False, False)
+    reference, sums, _, _, largest = state
+    worst = worst_class(tl.max(worst), reference.n, lowest_a, lowest_b, scales)
+    z, a1, a2, zb, b2, ea, eb, lost_a, lost_b = _total(sums)
+    z = tl.where(worst > BOTH_LACK, float("nan"), z)
+    return reference, BothSums(z, a1, a2, zb, b2, ea, eb, lost_a, lost_b), largest
 
 
 @triton.jit
@@ -200,47 +306,19 @@ def token_stats_splits_kernel(
         a_row = row_start(row, n_inner, a_ptr, a_outer, a_inner)
         b_row = row_start(row, n_inner, b_ptr, b_outer, b_inner)
         scales = scales_of(a_scale_high, a_scale_low, b_scale_high, b_scale_low, CT)
-        offsets = tile_offsets(R, VEC, LAYOUT)
-        n = tl.full([], NO_REFERENCE, CT)
-        reference = Reference(n, tl.full([], 0.0, CT), n, tl.full([], 1.0, CT))
-        limit_a = (n + 8.0) / scales.k_a
-        limit_b = tl.full([], float("inf"), CT)  # the first tile with a's mass brings both
-        zeros = tl.zeros([R], CT)
-        sums = BothSums(zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros)
-        top = tl.full([R], -float("inf"), CT)
-        at = tl.full([R], 0, tl.int32) + first
-        largest = Largest(top, at, top, at)
-        everywhere = tl.full([R, VEC], 1, tl.int1)
-        full = last - (last - first) % BLOCK
-        if first < full:
-            # A tile ahead: the barriers of a tile's maximum would otherwise wait for its loads as well. Runs
-            # are held one by one: in words, ptxas spills on sm_100.
-            next_a = load_tile(a_row, first, R, VEC, LAYOUT, False)
-            next_b = load_tile(b_row, first, R, VEC, LAYOUT, False)
-            for start in range(first, full, BLOCK):
-                a = unpacked(next_a, a_row, CT, R, VEC)
-                b = unpacked(next_b, b_row, CT, R, VEC)
-                ahead = tile_ahead(start, full, BLOCK)
-                next_a = load_tile(a_row, ahead, R, VEC, LAYOUT, False)
-                next_b = load_tile(b_row, ahead, R, VEC, LAYOUT, False)
-                reference, sums, limit_a, limit_b, largest = _accumulate(
-                    a, b, everywhere, start, reference, sums, limit_a, limit_b, largest, scales,
-                    SAME_SCALE, EXACT, False,
-                )  # fmt: skip
-        if full < last:
-            inside = full + offsets < last
-            a = load_ragged(a_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
-            b = load_ragged(b_row, full, last, -float("inf"), CT, R, VEC, LAYOUT)
-            reference, sums, limit_a, limit_b, largest = _accumulate(
-                a, b, inside, full, reference, sums, limit_a, limit_b, largest, scales,
-                SAME_SCALE, EXACT, True,
-            )  # fmt: skip
+        reference, sums, largest, fits = _fast_sweep(
+            a_row, b_row, first, last, scales, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT
+        )
+        if not fits:
+            reference, sums, largest = _robust_sweep(
+                a_row, b_row, first, last, scales, SAME_SCALE, CT, R, VEC, LAYOUT
+            )
         most_a, tile_a = _first_tile(largest.top_a, largest.at_a, BLOCK)
         most_b, tile_b = _first_tile(largest.top_b, largest.at_b, BLOCK)
         mine = states_ptr + row.to(tl.int64) * (_STATE * SPLITS) + split
         store_state(mine, (reference.n, reference.c, reference.n_b), SPLITS)
         for i in tl.static_range(len(sums)):
-            tl.store(mine + (3 + i) * SPLITS, tl.sum(sums[i]))
+            tl.store(mine + (3 + i) * SPLITS, sums[i])
         store_state(mine + 12 * SPLITS, (most_a, tile_a.to(CT), most_b, tile_b.to(CT)), SPLITS)
 
 
@@ -252,7 +330,7 @@ def _load_states(states, which: tl.constexpr, num_splits, SPLITS: tl.constexpr, 
 
 @triton.jit
 def _merged(states, num_splits, SPLITS: tl.constexpr):
-    """A row's (n, c, n_b, sums) in float64 from those of its splits, and the largest |c| among them."""
+    """A row's (n, c, n_b, sums) in float64 from those of its splits."""
     n = _load_states(states, 0, num_splits, SPLITS, NO_REFERENCE)
     c = _load_states(states, 1, num_splits, SPLITS, 0.0)
     n_b = _load_states(states, 2, num_splits, SPLITS, 0.0)
@@ -269,7 +347,6 @@ def _merged(states, num_splits, SPLITS: tl.constexpr):
     has_mass = z > 0
     top = tl.max(n)
     top_n_b = tl.max(tl.where(has_mass, n_b, NO_REFERENCE))
-    max_abs_c = tl.max(tl.where(has_mass, tl.abs(c), 0.0))
     s = tl.exp2(n - top)
     c_top = tl.max(tl.where(has_mass, c, NO_REFERENCE))
     mass_b = tl.sum(tl.where(has_mass, zb * s * tl.exp(c - c_top), 0.0))
@@ -281,11 +358,8 @@ def _merged(states, num_splits, SPLITS: tl.constexpr):
     ea = (ea + fall * z) * s
     eb = (eb + (n_b - top_n_b) * zb) * (tl.exp(-h) * s)
     z, a1, a2, zb, b2, ea, eb, lost_a, lost_b = _rebase_both(sums, ea, eb, h, s)
-    sums = BothSums(
-        tl.sum(z), tl.sum(a1), tl.sum(a2), tl.sum(zb), tl.sum(b2), tl.sum(ea), tl.sum(eb), tl.sum(lost_a),
-        tl.sum(lost_b),
-    )  # fmt: skip
-    return top, shared, top_n_b, sums, max_abs_c
+    sums = _total(BothSums(z, a1, a2, zb, b2, ea, eb, lost_a, lost_b))
+    return top, shared, top_n_b, sums
 
 
 @triton.jit
@@ -347,7 +421,7 @@ def token_stats_merge_kernel(
         k_a = scales.k_a
         k_b = scales.k_b
 
-        n, c, n_b, sums, max_abs_c = _merged(states, num_splits, SPLITS)
+        n, c, n_b, sums = _merged(states, num_splits, SPLITS)
         z, a1, a2, zb, b2, ea, eb, lost_a, lost_b = sums
         gap = _gap(sums)
         forward, _, good = finish(z, a1, gap - a1)
@@ -361,9 +435,6 @@ def token_stats_merge_kernel(
         good = good & (a2 + lost_a <= 4.0 * z * forward) & (b2 + lost_b <= 4.0 * zb * reverse)
         good = good & is_held(n.to(CT)) & is_held(n_b.to(CT))
         good = good & good_b & (entropy_a + entropy_b < float("inf"))
-        if EXACT:
-            # As in kl_pass.py: fl(b − a) may be off by up to 2^-25·|c|.
-            good = good & (tl.minimum(forward, reverse) >= 4.5e-4 * max_abs_c * max_abs_c)
         if not good:
             swapped = Scales(k_b, k_a, scales.shared, scales.b, scales.a)
             f = fallback_row(a_row, b_row, V, scales, SAME_SCALE, False, CT, R, VEC, LAYOUT)

@@ -1,0 +1,138 @@
+"""The kernels as GPUs run them: under the worst errors of approximations, in any order, with late stores.
+
+Rows of three splits, the last of them ragged; value, statistics and both gradients from one queue of work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import kl_gpu
+from kl_gpu.backends.interface import RowPair
+from kl_gpu.kinds import KINDS
+from support import check_gradients, check_value, pair
+from tests.ptx.backend import executed
+from tests.ptx.driver import Driver
+from tests.ptx.requirements import ARCHITECTURES
+
+VOCAB = 40001
+ROWS = 3
+# Of settings: few blocks and many, turns of an instruction and of hundreds, stores that come late.
+SCHEDULES: dict[str, dict[str, object]] = {
+    "one at a time": {"resident": 1},
+    "many, often in turn": {"resident": 40, "quantum": 9, "seed": 1, "shuffle": True},
+    "late stores": {"resident": 12, "quantum": 30, "seed": 2, "weak": True},
+    "late stores, any order": {"resident": 25, "quantum": 100, "seed": 3, "weak": True, "shuffle": True},
+}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def gpu(request: pytest.FixtureRequest) -> Iterator[Driver]:
+    with executed(request.param) as driver:
+        yield driver
+
+
+def rows() -> tuple[Tensor, Tensor]:
+    """Teachers with a few tops on a broad floor, a student near and one far from its own."""
+    student, teacher = pair(1, ROWS, VOCAB, scale=2.0, spread=0.3, dtype=torch.bfloat16)
+    for row, place in enumerate((77, 20_500, 39_999)):
+        teacher[0, row, place : place + 2] += 14
+        student[0, row, place] += 13
+    student[0, 1] += torch.randn(VOCAB)
+    return student, teacher
+
+
+def both(student: Tensor, teacher: Tensor, kind: str) -> tuple[Tensor, ...]:
+    """Value, statistics, and gradients of student and teacher."""
+    from kl_gpu.backends import triton
+
+    p = RowPair.of(student, teacher, None, *KINDS[kind].at(None), 1.0, 1.0)
+    grads = torch.full_like(p.a, 7), torch.full_like(p.b, 7)
+    scale = torch.tensor([0.5, 1.0, -2.0])[: student.shape[1]]
+    value, stats = triton.value_and_gradient(p, scale, *grads)
+    return value, stats[:, :9], *KINDS[kind].as_ab(*grads)
+
+
+def equal(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(some, others, strict=True))
+
+
+@pytest.mark.parametrize("error", ["up", "down", "hashed"])
+def test_promises_hold_under_the_worst_errors_of_approximations(gpu: Driver, kind: str, error: str) -> None:
+    student, teacher = rows()
+    gpu.settings.error = error
+    value, _, *grads = both(student, teacher, kind)
+    check_value(value[None], student, teacher, kind, "triton", f"{gpu.arch}, approximations {error}")
+    check_gradients(
+        student, teacher, (grads[0], grads[1]), kind, "triton", f"{gpu.arch}, approximations {error}",
+        torch.tensor([[0.5, 1.0, -2.0]]).numpy(),
+    )  # fmt: skip
+
+
+def test_no_bit_depends_on_the_order_of_work(gpu: Driver, kind: str) -> None:
+    # And nothing is read that is not there yet, or that a store could still change.
+    student, teacher = rows()
+    want = both(student, teacher, kind)
+    for name, settings in SCHEDULES.items():
+        for key, value in settings.items():
+            setattr(gpu.settings, key, value)
+        gpu.settings.races = True
+        assert equal(both(student, teacher, kind), want), name
+
+
+def test_no_bit_of_a_row_depends_on_the_rows_beside_it(gpu: Driver, kind: str) -> None:
+    student, teacher = rows()
+    want = both(student, teacher, kind)
+    alone = both(student[:, :1], teacher[:, :1], kind)
+    assert equal(alone[:2], tuple(x[:1] for x in want[:2]))
+    assert equal(alone[2:], tuple(x[:, :1] for x in want[2:]))
+    assert want[0].unique().numel() == ROWS
+
+
+@pytest.mark.parametrize("error", ["up", "hashed"])
+def test_token_statistics_and_log_probabilities(gpu: Driver, error: str) -> None:
+    student, teacher = (x[0] for x in rows())
+    labels = torch.tensor([5, 20_500, 40_000])
+    gpu.settings.error, gpu.settings.races, gpu.settings.weak = error, True, True
+    stats = kl_gpu.token_stats(student, teacher, labels, backend="triton")
+    for kind in ("forward_kl", "reverse_kl"):
+        check_value(
+            getattr(stats, kind), student, teacher, kind, "triton", f"token_stats, {gpu.arch} {error}"
+        )
+    exact = torch.log_softmax(student.double(), -1)
+    entropy = -(exact.exp() * exact).sum(-1)
+    picked = exact.gather(-1, labels[:, None])[:, 0]
+    torch.testing.assert_close(stats.student_logprob.double(), picked, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(stats.student_entropy.double(), entropy, rtol=5e-6, atol=0)
+    logits = student.detach().requires_grad_()
+    logprob, found = kl_gpu.token_logprobs(logits, labels, entropy=True, backend="triton")
+    torch.testing.assert_close(logprob.double(), picked, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(found.double(), entropy, rtol=5e-6, atol=0)
+    logprob.sum().backward()
+    want = -exact.exp()
+    want[torch.arange(ROWS), labels] += 1
+    torch.testing.assert_close(logits.grad.double(), want, rtol=2**-8, atol=2e-6)
+
+
+@pytest.mark.parametrize(("vocab", "stride", "start"), [(1030, 1040, 0), (2056, 2057, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_bit_depends_on_how_rows_are_aligned(
+    gpu: Driver, dtype: torch.dtype, vocab: int, stride: int, start: int
+) -> None:
+    """Rows of wider buffers, and buffers that start anywhere: a thread owns the same columns."""
+
+    def moved(x: Tensor) -> Tensor:
+        buffer = torch.full((start + ROWS * stride,), float("nan"), dtype=dtype)
+        return buffer.as_strided((1, ROWS, vocab), (ROWS * stride, stride, 1), start).copy_(x)
+
+    student, teacher = pair(1, ROWS, vocab, dtype=dtype)
+    value, _, *grads = both(student, teacher, "forward_kl")
+    other_value, _, *other_grads = both(moved(student), moved(teacher), "forward_kl")
+    assert equal((value, *grads), (other_value, *other_grads))
+    labels = torch.tensor([5, vocab // 2, vocab - 1])
+    want = kl_gpu.token_stats(student[0], teacher[0], labels, backend="triton")
+    assert equal(kl_gpu.token_stats(moved(student)[0], moved(teacher)[0], labels, backend="triton"), want)
