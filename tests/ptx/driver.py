@@ -99,11 +99,16 @@ class Driver:
 
 
 def _extent(x: Tensor) -> Buffer:
-    """The bytes from a tensor's first element to its last, not the allocation around them."""
+    """The bytes from a tensor's first element to its last, not the allocation around them.
+
+    But from the 32-bit word that the first one lies in: allocations begin with a word, and kernels read 16-bit
+    logits in whole ones.
+    """
     if x.numel() == 0:
         return Buffer(x.data_ptr(), 0)
     last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-    return Buffer(x.data_ptr(), (last + 1) * x.element_size())
+    word = x.data_ptr() // 4 * 4
+    return Buffer(word, x.data_ptr() + (last + 1) * x.element_size() - word)
 
 
 def merged(buffers: Sequence[Buffer]) -> list[Buffer]:

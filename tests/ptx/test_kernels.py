@@ -118,7 +118,7 @@ def test_token_statistics_and_log_probabilities(gpu: Driver, error: str) -> None
     torch.testing.assert_close(logits.grad.double(), want, rtol=2**-8, atol=2e-6)
 
 
-@pytest.mark.parametrize(("vocab", "stride", "start"), [(1030, 1040, 0), (2056, 2057, 3)])
+@pytest.mark.parametrize(("vocab", "stride", "start"), [(1030, 1040, 0), (2056, 2057, 3), (1101, 1101, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_bit_depends_on_how_rows_are_aligned(
     gpu: Driver, dtype: torch.dtype, vocab: int, stride: int, start: int
