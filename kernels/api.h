@@ -83,6 +83,7 @@ enum class RowClass : int {
     infinite = 2,    // b excludes a token that a allows: the value is +inf
     nan = 3,         // NaN or +inf somewhere, or a side with no mass at all
     zero = 4,        // one column: nothing can diverge
+    masked = 5,      // -inf on both sides somewhere, in no column on one side alone
 };
 
 // Value and stats hold fp64 where `wide`, else fp32; [A*B] and [A*B, kStats], contiguous. Callers who want

@@ -13,6 +13,7 @@
 #include "runtime/dispatch.h"
 #include "runtime/memory.h"
 #include "testing/bandwidth.h"
+#include "testing/slow_rows.h"
 #include "shards/merge.h"
 #include "complement/complement.h"
 
@@ -131,6 +132,7 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release unlocked;
         kl::kernels().elementary(which, pointer<const float>(x), pointer<float>(y), n);
     });
+    m.def("slow_rows", [] { return kl::slow_rows.load(); });
     m.def("prefer_huge_pages",
           [](Address data, std::int64_t bytes) { kl::prefer_huge_pages(pointer(data), bytes); });
     // For bench/: what memory gives to code that only reads, or reads and writes.

@@ -3,13 +3,10 @@
 
 namespace kl::KL_ISA {
 
-template void formula_gradient_run(const float*, const float*, std::int64_t, double, const RowScalars&,
-                                   float*, float*, bool);
-template void formula_gradient_run(const Bf16*, const Bf16*, std::int64_t, double, const RowScalars&, Bf16*,
-                                   Bf16*, bool);
-template void formula_gradient_run(const F16*, const F16*, std::int64_t, double, const RowScalars&, F16*,
-                                   F16*, bool);
-template void formula_gradient_run(const double*, const double*, std::int64_t, double, const RowScalars&,
-                                   double*, double*, bool);
+#define X(T)                                                                                                \
+    template void formula_gradient_run(const T*, const T*, std::int64_t, double, const RowScalars&, T*, T*, \
+                                       bool);
+KL_FORMATS(X)
+#undef X
 
 }  // namespace kl::KL_ISA

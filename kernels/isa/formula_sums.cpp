@@ -3,9 +3,9 @@
 
 namespace kl::KL_ISA {
 
-template FormulaSums formula_sums_run(const float*, const float*, std::int64_t, double, const RowScalars&);
-template FormulaSums formula_sums_run(const Bf16*, const Bf16*, std::int64_t, double, const RowScalars&);
-template FormulaSums formula_sums_run(const F16*, const F16*, std::int64_t, double, const RowScalars&);
-template FormulaSums formula_sums_run(const double*, const double*, std::int64_t, double, const RowScalars&);
+#define X(T) \
+    template FormulaSums formula_sums_run(const T*, const T*, std::int64_t, double, const RowScalars&);
+KL_FORMATS(X)
+#undef X
 
 }  // namespace kl::KL_ISA

@@ -7,6 +7,7 @@
 
 #include "pair/layout.h"
 #include "runtime/memory.h"
+#include "testing/slow_rows.h"
 
 namespace kl {
 namespace {
@@ -50,6 +51,7 @@ constexpr double kApart = 0.5;
 
 RowResult finalise_row(const Layout& layout, const Row& row, const State& state) {
     RowResult result = finish(state);
+    if (!result.trusted || result.sums_b_too || (state.flags & kSawGeneral)) ++slow_rows;
     if (!result.trusted) return layout.k.fallback(row);
     if (result.sums_b_too) {
         const SideResult b = layout.k.side(row.b, row.dtype_b, row.columns, row.scale_b());

@@ -6,45 +6,30 @@
 
 #include "isa/entries-inl.h"
 #include "simd/elementary-inl.h"
-#include "simd/formats-inl.h"
-#include "pair/row.h"
+#include "pair/copies-inl.h"
 #include "pair/state.h"
 
 namespace kl::KL_ISA {
 
-// A finite logit stays finite, and so does the difference of two: below a temperature of 1 the lowest fp64
-// number would become -inf, a column that does not exist.
-KL_INLINE VD scaled(VD logit, double scale) {
-    const VD inf = splat<VD>(__builtin_inf()), most = splat<VD>(kLargestProduct);
-    const VD product = logit * splat<VD>(scale);
-    return abs(logit) < inf ? max(min(product, most), -most) : product;
-}
-
 // Calls take(a, b, padding) with vectors in fp64, in units of ln 2; the padding of the last is -inf.
 template <class Take>
-inline void for_each_wide(const Row& row, double scale_a, double scale_b, Take take) {
-    double a[kScratchColumns], b[kScratchColumns];
-    for (std::int64_t i = 0; i < row.columns; i += kScratchColumns) {
-        std::int64_t n = row.columns - i < kScratchColumns ? row.columns - i : kScratchColumns;
-        widen_run(row.a, row.dtype_a, i, n, a);
-        widen_run(row.b, row.dtype_b, i, n, b);
-        std::int64_t padding = 0;
-        for (; n % lanes<VD> != 0; ++n, ++padding) a[n] = b[n] = minus_infinity<double>();
-        for (std::int64_t j = 0; j < n; j += lanes<VD>)
-            take(scaled(load<VD>(a + j), scale_a), scaled(load<VD>(b + j), scale_b),
-                 j + lanes<VD> == n ? padding : 0);
-    }
+inline void for_each_wide(const Row& row, Take take) {
+    for_each_copy<double>(row, 0, row.columns,
+                          [&](double* a, double* b, std::int64_t, std::int64_t n, double) {
+                              std::int64_t padding = 0;
+                              for (; n % lanes<VD> != 0; ++n, ++padding)
+                                  a[n] = b[n] = minus_infinity<double>();
+                              for (std::int64_t j = 0; j < n; j += lanes<VD>)
+                                  take(load<VD>(a + j), load<VD>(b + j), j + lanes<VD> == n ? padding : 0);
+                          });
 }
 
 RowResult fallback(const Row& row) {
     const VD inf = splat<VD>(__builtin_inf()), zero{}, deepest = splat<VD>(-1020);
-    // The gradient multiplies by an fp32 factor; with the same factor here the two agree.
-    const double scale_a = row.scale_a(), scale_b = row.scale_b();
-
     VD top_a = -inf, top_b = -inf, reach = zero;
     VL bad{}, infinite{}, neg_inf{};
     std::int64_t padded = 0;
-    for_each_wide(row, scale_a, scale_b, [&](VD a, VD b, std::int64_t padding) {
+    for_each_wide(row, [&](VD a, VD b, std::int64_t padding) {
         bad |= ~((a < inf) & (b < inf));
         infinite |= ~(a == -inf) & (b == -inf);
         neg_inf -= (a == -inf) | (b == -inf);
@@ -58,7 +43,7 @@ RowResult fallback(const Row& row) {
 
     // From here on each side counts from its own maximum, so that nothing below mixes large numbers.
     VD z_a{}, z_b{}, sum_d{};
-    for_each_wide(row, scale_a, scale_b, [&](VD a, VD b, std::int64_t) {
+    for_each_wide(row, [&](VD a, VD b, std::int64_t) {
         const VD u = a - m_a, v = b - m_b;
         const VD w = exp2(max(u, deepest)), w_b = exp2(max(v, deepest));
         const VL no_a = a == -inf, no_b = b == -inf;
@@ -85,7 +70,7 @@ RowResult fallback(const Row& row) {
 
     // Nearly equal sides: the same quantity as a sum of non-negative terms.
     VD a1{}, a2{};
-    for_each_wide(row, scale_a, scale_b, [&](VD a, VD b, std::int64_t) {
+    for_each_wide(row, [&](VD a, VD b, std::int64_t) {
         const VL no_a = a == -inf, no_b = b == -inf;
         const VD u = a - m_a, v = b - m_b, far = splat<VD>(32), x = (no_a | no_b) ? zero : (v - u) - c;
         const VD w_ = exp2(max(u, deepest)), w_b_ = exp2(max(v - c, deepest));

@@ -29,7 +29,7 @@ struct FormulaRow {
           coefficient_a(constant<V>(s.coefficient_a)),
           coefficient_b(constant<V>(s.coefficient_b)) {}
 
-    // Gives a column and its terms. NegInf: either logit may be -inf.
+    // Gives a column and its terms. NegInf: one of its logits may be -inf; both always may.
     template <class F, bool NegInf>
     KL_INLINE Terms<V> terms(V a, V b, Column<V>& c) const {
         const V zero{}, inf = splat<V>(static_cast<S>(__builtin_inf()));
@@ -41,7 +41,9 @@ struct FormulaRow {
         // So that an r past the format's range meets a probability of 0 as a number.
         const V limit = splat<V>(static_cast<S>(sizeof(S) == 4 ? 0x1p60 : 0x1p500));
         const V d = b - a, r = fma(difference_error(b, a, d), row.k, product_less(d, row, row.shift, zero));
-        c.r2 = min(limit, max(-limit, r));
+        // Where both sides are -inf r is NaN, and max() makes a number of it, which meets two probabilities
+        // of 0.
+        c.r2 = min(limit, max(r, -limit));
         c.a = power(a, row, row.lse_a);
         c.b = power(b, row, row.lse_b);
         if constexpr (NegInf) {
@@ -82,7 +84,8 @@ constexpr bool asks_at_each_store<FormulaGradient<F, NegInf, V>> = true;
 // fp64 has no loop for finite rows alone: its rows are few, or slow for other reasons.
 template <class T>
 inline bool may_have_neg_inf(const RowScalars& s) {
-    return std::is_same_v<T, double> || s.row_class != RowClass::all_finite;
+    return std::is_same_v<T, double> ||
+           (s.row_class != RowClass::all_finite && s.row_class != RowClass::masked);
 }
 
 template <class T>

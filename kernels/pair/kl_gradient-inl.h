@@ -26,16 +26,19 @@ constexpr double kRaised = 31;
 enum class Form {
     fast,     // the rounding errors of b - a, of r and of k in fp32 stay below the bound
     precise,  // they would exceed it: each is computed and added
-    general,  // -inf, an r past every exponent, or a row scale so odd that its products might be too
+    general,  // -inf on one side, an r past every exponent, or a row scale so odd that its products might be
+              // too
 };
 
 inline Form form_for(double exact_scale, const RowScalars& row, bool is_fp32) {
-    if (row.row_class != RowClass::all_finite || !(row.top_r < 100) || !(std::fabs(row.lse_a) < 0x1p20) ||
-        is_odd(row.coefficient_a) || is_odd(row.coefficient_b))
+    const bool masked = row.row_class == RowClass::masked;
+    if ((row.row_class != RowClass::all_finite && !masked) || !(row.top_r < 100) ||
+        !(std::fabs(row.lse_a) < 0x1p20) || is_odd(row.coefficient_a) || is_odd(row.coefficient_b))
         return Form::general;
     // Logits in fp32 keep the loop waiting for memory, so the fast path would gain nothing there.
-    return !is_fp32 && is_good(exact_scale) && row.top_r < 16 && std::fabs(row.shift) < 8 ? Form::fast
-                                                                                          : Form::precise;
+    const bool fast =
+        !is_fp32 && !masked && is_good(exact_scale) && row.top_r < 16 && std::fabs(row.shift) < 8;
+    return fast ? Form::fast : Form::precise;
 }
 
 template <Form form, bool ToA, bool ToB, class V>
@@ -43,6 +46,7 @@ KL_INLINE Begun<V> begin_gradient(V a, V b, const RowConstants<V>& row) {
     // Logits are clamped so that nothing below overflows or loses its fraction: -1e9 is a usual mask. The
     // gradient of a multiplies by r itself, which only an inf would spoil. AVX-512 reduces any finite
     // exponent, so the fast path needs no clamp there.
+    [[maybe_unused]] const Mask<V> no_a = a < row.lowest_a;
     if constexpr (form != Form::fast || kWidth < 64) {
         a = max(a, row.lowest_a);
         b = max(b, ToA ? splat<V>(-0x1p100f) : row.lowest_b);
@@ -62,6 +66,8 @@ KL_INLINE Begun<V> begin_gradient(V a, V b, const RowConstants<V>& row) {
         const V rest = fma(difference_error(b, a, d), row.k, fma(d, row.k_lo, -row.shift.lo));
         const V near = fma(d, row.k, -row.shift.hi);
         out.r = near + rest;
+        // A column that is -inf on both sides: 2^-240 times an r of -2^100 would be a subnormal number.
+        if constexpr (ToA) out.r = no_a ? V{} : out.r;
         if constexpr (ToB) {
             out.ratio = reduce(clamp_exponent(ToA ? max(splat<V>(-kFarBelow), near) : near));
             out.ratio.r = fma(d, row.k, -(row.shift.hi + integer(out.ratio))) + rest;

@@ -100,6 +100,7 @@ State merge(const State& s, const State& t) {
     State out = s;
     if (s.is_empty() || t.is_empty()) {
         out = s.is_empty() ? t : s;
+        out.rounded = s.rounded + t.rounded;
         out.flags = s.flags | t.flags;
         out.top_d = std::max(s.top_d, t.top_d);
         return out;
@@ -120,14 +121,7 @@ State merge(const State& s, const State& t) {
         to = t.reference;
     }
     out = rebase(s, to);
-    const State other = rebase(t, to);
-    out.z += other.z;
-    out.a1 += other.a1;
-    out.a2 += other.a2;
-    out.fp32_sum_z += other.fp32_sum_z;
-    out.fp32_sum += other.fp32_sum;
-    out.flags |= other.flags;
-    out.top_d = std::max(out.top_d, other.top_d);
+    out.add(rebase(t, to));
     return out;
 }
 
@@ -163,6 +157,16 @@ struct SumErrors {
 
 }  // namespace
 
+// In these columns a is nearly 0, or b is and a lies -d from it: but for a d less than c - 1, whose x
+// outweighs what 2^-24 c may be off.
+double rounded_share(const State& s) {
+    const double c = static_cast<double>(s.reference.c);
+    if (s.rounded == 0) return 0;
+    if (!(std::fabs(c) < 32)) return 1;
+    const double weight_of_0 = std::exp2(-static_cast<double>(s.reference.m));
+    return std::min(1.0, 2 * s.rounded * weight_of_0 * (1 + std::exp2(-c)) / s.z);
+}
+
 RowResult finish(const State& s) {
     if ((s.flags & kSawNan) || !s.has_mass() || !(s.flags & kSawB)) {
         RowResult out = nan_result();
@@ -177,6 +181,7 @@ RowResult finish(const State& s) {
     out.divergence = divergence_from(mean_x, mean_g);
     out.mean_d = static_cast<double>(s.reference.c) + s.a1 / s.z;
     out.top_r = s.top_d - out.shift;
+    if (s.flags & kSawMasked) out.row_class = RowClass::masked;
     if (s.flags & (kSawNegInf | kSawOutOfRange)) out.row_class = RowClass::neg_inf;
     // Past 2^20 an fp32 holds too little of m and c to subtract them.
     out.trusted = !(s.flags & (kSawHugeA | kSawFarB)) && std::isfinite(s.z) && std::isfinite(s.a1) &&
@@ -195,9 +200,10 @@ RowResult finish(const State& s) {
     }
     if (!(y > -1) || !(errors.of_divergence <= kWorstError * out.divergence)) out.trusted = false;
     if ((s.flags & kSawFarTail) && y < 0.5) out.trusted = false;
-    // d carries an error of up to 2^-24 |c|; that is nothing as long as the typical x is not far below c.
+    // d is off by up to 2^-24 |c|: nothing as long as the typical x is not far below c.
     const double c = static_cast<double>(s.reference.c) * kLn2;
-    if ((s.flags & kSawRounding) && 2 * out.divergence * 1024 < c * c) out.trusted = false;
+    const double share = s.flags & kSawRounding ? 1 : rounded_share(s);
+    if (2 * out.divergence * 1024 < c * c * share) out.trusted = false;
     return out;
 }
 

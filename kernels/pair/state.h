@@ -18,16 +18,18 @@ constexpr double kLn2 = 0.69314718055994530942;
 
 enum Flag : unsigned {
     kSawNan = 1,          // NaN or +inf
-    kSawNegInf = 2,       // -inf on either side
+    kSawNegInf = 2,       // -inf on one side, or on either
     kSawInfinite = 4,     // -inf in b where a is finite
     kSawB = 8,            // some finite b
-    kSawRounding = 16,    // d was rounded to fp32 before c was taken off
+    kSawRounding = 16,    // d was rounded to fp32 before c was taken off, in any column
     kSawOutOfRange = 32,  // finite, but so large that fp32 products overflow
     kSawLargeX = 64,      // 2^x might outweigh a weight that underflows
     kSawTail = 128,       // 2^x with an x past 16, whose rounding shows in lse(b) if nothing outweighs it
     kSawFarTail = 256,    // past 32: it shows in the value too
     kSawFarB = 512,       // a b so low that it may count even where a's weight underflows
     kSawHugeA = 1024,     // an a so large that fp32 cannot subtract m from it
+    kSawMasked = 2048,    // -inf on both sides
+    kSawGeneral = 4096,   // what takes the loop for whatever there is
 };
 
 // Held in fp32 like the sweeps hold it: a state must know the very reference that its sums were taken from.
@@ -43,10 +45,24 @@ struct State {
     double top_d = -std::numeric_limits<double>::infinity();  // the largest d
     // What the errors of z and of a2 scale with: what was summed up in fp32, rebased as errors are.
     double fp32_sum_z = 0, fp32_sum = 0;
+    // Columns of 16-bit logits whose d may have been rounded: one of both is nearly 0 there.
+    double rounded = 0;
     unsigned flags = 0;
 
     bool has_mass() const { return z > 0; }
     bool is_empty() const { return z == 0 && a2 == 0; }
+
+    // Another span, measured from the same reference. Always inlined: units of every instruction set call it.
+    [[gnu::always_inline]] void add(const State& s) {
+        z += s.z;
+        a1 += s.a1;
+        a2 += s.a2;
+        fp32_sum_z += s.fp32_sum_z;
+        fp32_sum += s.fp32_sum;
+        rounded += s.rounded;
+        top_d = s.top_d > top_d ? s.top_d : top_d;
+        flags |= s.flags;
+    }
 };
 
 // A result whose fp32_sum is more than this many times itself is computed again by the fallback: a rounding
@@ -95,6 +111,9 @@ struct RowResult {
     double mean_d = 0;        // E_a[d]
     double top_r = std::numeric_limits<double>::infinity();  // no log2 q - log2 p is larger
 };
+
+// The share of a's mass that State::rounded may have at most.
+double rounded_share(const State&);
 
 RowResult finish(const State&);
 RowResult nan_result();

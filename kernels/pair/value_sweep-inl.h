@@ -5,6 +5,9 @@
 // teachers put most of their mass on a few tokens in some other tile, and measured from a c that is far
 // from E_a[d] almost all of a2 would cancel in the end. So a tile that moves the mean far
 // is swept again, from its own mean. That happens about ln(#tiles) times in a row.
+//
+// A tile takes the first loop that can do it: for finite columns; for columns of which some are -inf on both
+// sides or in a; for whatever there is.
 #pragma once
 
 #include <cmath>
@@ -29,6 +32,7 @@ constexpr float kOutOfRange = 0x1p100f;  // beyond it products with log2(e) / te
 
 struct Sums {
     double z, a1, a2, largest_g;
+    bool lone_b;  // b is not -inf in some column where a is
 };
 
 struct VectorSums {
@@ -70,13 +74,52 @@ KL_INLINE void accumulate(const Pair<PreparedColumn>& step, VectorSums& to) {
     to.largest_g = max(g_s, max(g_t, to.largest_g));
 }
 
-// The fast path. A NaN or an infinity anywhere makes a sum that is not finite, which is_usable() finds.
-template <bool Exact, class T>
+// Logits that weigh nothing, at a d near c.
+struct Weightless {
+    float a, b;
+
+    Weightless(Reference r, float scale) : a((r.m - 1000) / scale), b((r.m - 1000 + r.c) / scale) {}
+
+    template <class T>
+    void pad(ColumnSpan<T>& in) const {
+        if (in.rest == 0) return;
+        T with_a, with_b;
+        round_one(a, with_a);
+        round_one(b, with_b);
+        in.fill(with_a, with_b);
+    }
+};
+
+// Takes the columns in which a is -inf out of a sweep. What b has there is left to sweep_lone_b().
+struct ColumnMask {
+    VF low_a, low_b;
+    VF lone_b = splat<VF>(-__builtin_inff());  // the largest b among them
+
+    explicit ColumnMask(const Weightless& low) : low_a(splat<VF>(low.a)), low_b(splat<VF>(low.b)) {}
+    KL_INLINE void take_out(VF& a, VF& b) {
+        // A NaN or +inf stays where it is, and shows in the sums.
+        const VF inf = splat<VF>(__builtin_inff());
+        const VI no_a = (a == -inf) & (b < inf);
+        lone_b = no_a ? max(b, lone_b) : lone_b;
+        a = no_a ? low_a : a;
+        b = no_a ? low_b : b;
+    }
+    bool found_b() const { return largest(lone_b) > -__builtin_inff(); }
+};
+
+// The fast path. A NaN or an infinity anywhere makes a sum that is not finite, which is_usable() finds; but
+// not what Masked takes out.
+template <bool Exact, bool Masked, class T>
 inline Sums sweep(const ColumnSpan<T>& in, float scale, Reference reference) {
     const VF k = splat<VF>(scale), m = splat<VF>(reference.m), c = splat<VF>(reference.c);
     VectorSums s, total;
+    ColumnMask mask{Weightless(reference, scale)};
     const auto prepare_step = [&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
-        const auto a = load_pair(at_a), b = load_pair(at_b);
+        auto a = load_pair(at_a), b = load_pair(at_b);
+        if constexpr (Masked) {
+            mask.take_out(a.x, b.x);
+            mask.take_out(a.y, b.y);
+        }
         return Pair<PreparedColumn>{prepare<Exact>(a.x, b.x, k, m, c), prepare<Exact>(a.y, b.y, k, m, c)};
     };
     pipelined(
@@ -90,7 +133,65 @@ inline Sums sweep(const ColumnSpan<T>& in, float scale, Reference reference) {
         [&]() KL_INLINE_LAMBDA { total.take(s); });
     if (in.rest > 0) accumulate(prepare_step(in.last_a, in.last_b), s);
     total.take(s);
-    return {sum(total.z), sum(total.a1), sum(total.a2), static_cast<double>(largest(s.largest_g))};
+    return {sum(total.z), sum(total.a1), sum(total.a2), static_cast<double>(largest(s.largest_g)),
+            Masked && mask.found_b()};
+}
+
+// Columns whose b - a may not be exact in fp32: the difference of two 16-bit logits of bf16 is, or of fp16,
+// unless their exponents lie more than 16, or 13, apart.
+template <class T>
+inline std::int64_t rounded_columns(const ColumnSpan<T>& in) {
+    constexpr std::uint16_t most = std::is_same_v<T, Bf16> ? 16 << 7 : 13 << 10;
+    VH count{};
+    in.for_each_step([&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
+        const VH a = load<VH>(at_a) & INT16_MAX, b = load<VH>(at_b) & INT16_MAX,
+                 apart = a > b ? a - b : b - a;
+        count -= bits<VH>(apart > most);
+    });
+    std::int64_t total = 0;
+    for (int i = 0; i < kStep<T>; ++i) total += count[i];
+    return total;
+}
+
+// log2 u of a column, u = 2^(b - m - c), held to what exp2 takes: fma(-3e38, k, ...) is -inf, whose range
+// reduction is NaN, and masks of -3e38 are common.
+struct WeightOfB {
+    VF k, hi, lo;
+
+    WeightOfB(Reference r, VF k_)
+        : k(k_), hi(splat<VF>(r.m + r.c)), lo(splat<VF>(-difference_error(-r.m, r.c, -(r.m + r.c)))) {}
+    KL_INLINE VF log2_of(VF b) const { return max(fma(b, k, -hi) - lo, splat<VF>(-1000)); }
+};
+
+// What b has in the columns that a ColumnMask takes out: sum u and sum u log2 u.
+struct LoneB {
+    double z, e;
+};
+
+template <class T>
+inline LoneB sweep_lone_b(const ColumnSpan<T>& in, float scale, Reference reference) {
+    const VF minus_inf = splat<VF>(-__builtin_inff()), zero{};
+    const WeightOfB weight(reference, splat<VF>(scale));
+    VF z{}, e{}, run_z{}, run_e{};
+    const auto column = [&](VF a, VF b) KL_INLINE_LAMBDA {
+        const VF log_u = weight.log2_of(b), u_ = exp2(log_u),
+                 u = (a == minus_inf) & (b > minus_inf) ? u_ : zero;
+        run_z += u;
+        run_e = mad(u, log_u, run_e);
+    };
+    in.for_each_step(
+        [&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
+            const auto a = load_pair(at_a), b = load_pair(at_b);
+            column(a.x, b.x);
+            column(a.y, b.y);
+        },
+        kEntropyRun,
+        [&]() KL_INLINE_LAMBDA {
+            z += run_z;
+            e += run_e;
+            run_z = run_e = zero;
+        });
+    return {sum(z), sum(e)};
 }
 
 // log2 x or up to 0.09 more, x normal: between powers of 2 a logarithm lies above its chord.
@@ -111,10 +212,8 @@ inline State sweep_neg_inf(const ColumnSpan<T>& in, float scale, Reference refer
              far = splat<VF>(kTailX);
     const VF log2e = splat<VF>(static_cast<float>(kLog2e));
     const VF k = splat<VF>(scale), m = splat<VF>(reference.m), c = splat<VF>(reference.c);
-    const float mc = reference.m + reference.c;
-    const VF mc_hi = splat<VF>(mc), mc_lo = splat<VF>(-difference_error(-reference.m, reference.c, -mc));
-    // fma(-3e38, k, -m) is -inf, whose range reduction is NaN, and masks of -3e38 are common.
-    const VF deepest = splat<VF>(-1000);
+    const WeightOfB weight_of_b(reference, k);
+    const VF deepest = splat<VF>(-1000);  // as WeightOfB has it
 
     VF z{}, a1{}, a2{}, size{}, high = splat<VF>(-1), low{};
     VF run_z{}, run_a1{}, run_a2{};
@@ -137,7 +236,7 @@ inline State sweep_neg_inf(const ColumnSpan<T>& in, float scale, Reference refer
         const VF d = b - a;
         const VF x_ = min(fma(difference_error(b, a, d), k, fma(d, k, -c)), out_of_range);
         const VF x = (no_a | no_b) ? zero : x_;
-        const VF w_ = exp2(max(fma(a, k, -m), deepest)), w_b_ = exp2(max(fma(b, k, -mc_hi) - mc_lo, deepest));
+        const VF w_ = exp2(max(fma(a, k, -m), deepest)), w_b_ = exp2(weight_of_b.log2_of(b));
         const VF w = no_a ? zero : w_, w_b = no_b ? zero : w_b_;
         VF wg = x > far ? (w_b - w) * log2e - w * x : w * g2(min(x, far));
         wg = no_a ? w_b * log2e : wg;
@@ -158,6 +257,7 @@ inline State sweep_neg_inf(const ColumnSpan<T>& in, float scale, Reference refer
         kRun, end_run);
 
     State out;
+    out.flags = kSawGeneral;
     out.reference = reference;
     out.z = sum(z);
     out.a1 = sum(a1);
@@ -266,51 +366,73 @@ private:
         return {s.reference.m, static_cast<float>(static_cast<double>(s.reference.c) + s.a1 / s.z)};
     }
 
+    // What the next tile is expected to need: the loop for finite columns; the one that takes columns out; or
+    // the one for whatever there is.
+    enum class Loop { finite, masked, general };
+
     template <class T>
     State sweep_tile(ColumnSpan<T>& in, Reference reference) {
         // From so large a reference bf16 could not place the padding well below m.
         const bool far_out = std::fabs(reference.m) > 8192 || std::fabs(reference.c) > 8192;
-        if (!expect_neg_inf_ && !(in.rest > 0 && far_out)) {
-            if (in.rest > 0) {
-                // The padding has no weight and a d near c; where the format cannot, the sums become inf.
-                T a, b;
-                round_one((reference.m - 1000) / scale_, a);
-                round_one((reference.m - 1000 + reference.c) / scale_, b);
-                in.fill(a, b);
-            }
-            // The error of fl(b - a) is at most 2^-24 |c|: nothing beside an x that is usually over |c| / 16.
-            const bool coarse =
-                512 * total_.a2 > kLn2 * total_.z * static_cast<double>(reference.c * reference.c);
-            const Sums s = coarse ? sweep<false>(in, scale_, reference) : sweep<true>(in, scale_, reference);
-            if (is_usable(s)) {
-                // 2^x = 1 + (x + g) ln 2, and no x is past 48.
-                const double top_x = log2_above(kLn2 * s.largest_g + 35);
-                State out{reference, s.z,  s.a1, s.a2, static_cast<double>(reference.c) + top_x,
-                          s.z,       s.a2, kSawB};
-                if (coarse) out.flags |= kSawRounding;
-                if (reference.m > kHugeA) out.flags |= kSawHugeA;
-                if (s.largest_g > kTailG) out.flags |= kSawTail;
-                if (s.largest_g > kFarTailG) out.flags |= kSawFarTail;
-                return out;
-            }
+        State out;
+        if (expected_ == Loop::finite && !(in.rest > 0 && far_out)) {
+            // Where the format cannot place the padding, the sums become inf.
+            Weightless(reference, scale_).pad(in);
+            if (sweep_fast<false>(in, reference, out)) return out;
         }
         if (in.rest > 0) in.fill(minus_infinity<T>(), minus_infinity<T>());
-        State out = sweep_neg_inf(in, scale_, reference_for(in, scale_, reference.c));
+        if (expected_ != Loop::general && sweep_fast<true>(in, reference, out)) {
+            expected_ = Loop::masked;
+            return out;
+        }
+        out = sweep_neg_inf(in, scale_, reference_for(in, scale_, reference.c));
         if (out.reference.m > kHugeA) out.flags |= kSawHugeA;
-        expect_neg_inf_ = (out.flags & (kSawNegInf | kSawOutOfRange | kSawLargeX)) != 0;
+        expected_ =
+            (out.flags & (kSawNegInf | kSawOutOfRange | kSawLargeX)) != 0 ? Loop::general : Loop::finite;
         return out;
+    }
+
+    // False where fp32 sums cannot do this span this way.
+    template <bool Masked, class T>
+    bool sweep_fast(const ColumnSpan<T>& in, Reference reference, State& out) const {
+        // The error of fl(b - a) is at most 2^-24 |c|: nothing beside an x that is usually over |c| / 16.
+        const auto is_nothing = [&](double share) {
+            return 512 * total_.a2 > kLn2 * total_.z * static_cast<double>(reference.c * reference.c) * share;
+        };
+        const bool any = is_nothing(1);
+        bool coarse = any;
+        State so_far = total_;
+        if constexpr (sizeof(T) == 2) {
+            const auto fits = [&](std::int64_t columns) {
+                so_far.rounded = total_.rounded + static_cast<double>(columns);
+                return is_nothing(rounded_share(so_far));
+            };
+            coarse = any || fits(in.columns + in.rest) || fits(rounded_columns(in));
+        }
+        const Sums s =
+            coarse ? sweep<false, Masked>(in, scale_, reference) : sweep<true, Masked>(in, scale_, reference);
+        if (!is_usable(s)) return false;
+        // 2^x = 1 + (x + g) ln 2, and no x is past 48.
+        const double top_x = log2_above(kLn2 * s.largest_g + 35);
+        out = {reference, s.z, s.a1, s.a2, static_cast<double>(reference.c) + top_x, s.z, s.a2, 0, kSawB};
+        if (coarse && !any) out.rounded = so_far.rounded - total_.rounded;
+        if (any) out.flags |= kSawRounding;
+        if (reference.m > kHugeA) out.flags |= kSawHugeA;
+        if (s.largest_g > kTailG) out.flags |= kSawTail;
+        if (s.largest_g > kFarTailG) out.flags |= kSawFarTail;
+        if (Masked) out.flags |= kSawMasked;
+        if (!s.lone_b) return true;
+        const double u = sweep_lone_b(in, scale_, reference).z;
+        out.a2 += u * kLog2e;
+        out.fp32_sum = out.a2;
+        out.flags |= kSawNegInf;
+        return out.a2 < kLargeSum;
     }
 
     State add(const State& tile) const {
         if (tile.reference != total_.reference) return merge(total_, tile);
         State out = total_;
-        out.z += tile.z;
-        out.a1 += tile.a1;
-        out.a2 += tile.a2;
-        out.fp32_sum_z += tile.fp32_sum_z;
-        out.fp32_sum += tile.fp32_sum;
-        out.top_d = larger(out.top_d, tile.top_d);
-        out.flags |= tile.flags;
+        out.add(tile);
         return out;
     }
 
@@ -325,7 +447,7 @@ private:
     float scale_;
     Reference reference_;
     State total_;
-    bool expect_neg_inf_ = false;
+    Loop expected_ = Loop::finite;
 };
 
 }  // namespace kl::KL_ISA

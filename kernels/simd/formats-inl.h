@@ -15,14 +15,8 @@ struct F16 {
     std::uint16_t bits;
 };
 
-template <class T>
-constexpr Dtype dtype_of = Dtype::f32;
-template <>
-constexpr Dtype dtype_of<double> = Dtype::f64;
-template <>
-constexpr Dtype dtype_of<Bf16> = Dtype::bf16;
-template <>
-constexpr Dtype dtype_of<F16> = Dtype::f16;
+// What units are instantiated for.
+#define KL_FORMATS(X) X(float) X(Bf16) X(F16) X(double)
 
 // The vector that arithmetic on a T uses.
 template <class T>
@@ -46,8 +40,10 @@ constexpr T minus_infinity() {
         return static_cast<T>(-__builtin_inf());
 }
 
-KL_INLINE Pair<VF> load_pair(const float* p) { return {load<VF>(p), load<VF>(p + lanes<VF>)}; }
-KL_INLINE Pair<VD> load_pair(const double* p) { return {load<VD>(p), load<VD>(p + lanes<VD>)}; }
+template <class T>
+KL_INLINE Pair<Wide<T>> load_pair(const T* p) {
+    return {load<Wide<T>>(p), load<Wide<T>>(p + lanes<Wide<T>>)};
+}
 
 // Even columns in x and odd ones in y: a shift and a mask instead of two unpacking shuffles. Both
 // sides of a row come in the same order, so nothing downstream can tell.
@@ -65,11 +61,9 @@ KL_INLINE VF widen(const F16* p) {
     return bits<VF>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 #else
+typedef std::uint16_t Half __attribute__((vector_size(KL_WIDTH / 2)));
 KL_INLINE VF widen(const F16* p) {
-    typedef std::uint16_t Half __attribute__((vector_size(KL_WIDTH / 2)));
-    Half raw;
-    std::memcpy(&raw, p, sizeof raw);
-    VU h = __builtin_convertvector(raw, VU);
+    const VU h = __builtin_convertvector(load<Half>(p), VU);
     // Moving the exponent by 2^112 in a product makes subnormals right without a branch.
     VF magnitude = bits<VF>((h & 0x7fffu) << 13) * 0x1p112f;
     VU special = bits<VU>((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
@@ -88,16 +82,10 @@ KL_INLINE void put(NonTemporal non_temporal, void* p, V v) {
         store(p, v);
 }
 
-template <class NonTemporal>
-KL_INLINE void store_pair(NonTemporal non_temporal, float* p, Pair<VF> v) {
+template <class NonTemporal, class T>
+KL_INLINE void store_pair(NonTemporal non_temporal, T* p, Pair<Wide<T>> v) {
     put(non_temporal, p, v.x);
-    put(non_temporal, p + lanes<VF>, v.y);
-}
-
-template <class NonTemporal>
-KL_INLINE void store_pair(NonTemporal non_temporal, double* p, Pair<VD> v) {
-    put(non_temporal, p, v.x);
-    put(non_temporal, p + lanes<VD>, v.y);
+    put(non_temporal, p + lanes<Wide<T>>, v.y);
 }
 
 // No NaN comes here whose payload the rounding carry could overrun: rows with NaN go to fill().
@@ -118,16 +106,15 @@ KL_INLINE void store_pair(NonTemporal non_temporal, Bf16* p, Pair<VF> v) {
 #endif
 }
 
-inline std::uint16_t round_to_f16(float x) {
-    std::uint32_t u = bits<std::uint32_t>(x), sign = (u >> 16) & 0x8000u, m = u & 0x7fffffffu;
-    if (m > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
-    if (m >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);
-    if (m < 0x38800000u) {  // subnormal in fp16: let an fp32 addition do the rounding at 2^-24
-        float shifted = bits<float>(m) + 0.5f;
-        return static_cast<std::uint16_t>(sign | (bits<std::uint32_t>(shifted) - 0x3f000000u));
-    }
-    m += 0xfffu + ((m >> 13) & 1u);
-    return static_cast<std::uint16_t>(sign | ((m - 0x38000000u) >> 13));
+// fp16's bits in the lower half of each lane.
+KL_INLINE VU round_to_f16(VF x) {
+    const VI u = bits<VI>(x), sign = (u >> 16) & 0x8000, m = u & INT32_MAX;
+    // What is subnormal in fp16 is rounded at 2^-24 by an addition in fp32.
+    const VI subnormal = bits<VI>(bits<VF>(m) + 0.5f) - 0x3f000000;
+    const VI normal = (m - 0x38000000 + 0xfff + ((m >> 13) & 1)) >> 13;
+    const VI finite = m < 0x38800000 ? subnormal : normal,
+             special = m > 0x7f800000 ? VI{} + 0x7e00 : VI{} + 0x7c00;
+    return bits<VU>(sign | (m < 0x477ff000 ? finite : special));
 }
 
 template <class NonTemporal>
@@ -141,10 +128,8 @@ KL_INLINE void store_pair([[maybe_unused]] NonTemporal non_temporal, F16* p, Pai
     __m128i y = _mm256_cvtps_ph(bits<__m256>(v.y), _MM_FROUND_TO_NEAREST_INT);
     put(non_temporal, p, bits<VU>(_mm256_inserti128_si256(_mm256_castsi128_si256(x), y, 1)));
 #else
-    for (int i = 0; i < lanes<VF>; ++i) {
-        p[i].bits = round_to_f16(v.x[i]);
-        p[i + lanes<VF>].bits = round_to_f16(v.y[i]);
-    }
+    store(p, __builtin_convertvector(round_to_f16(v.x), Half));
+    store(p + lanes<VF>, __builtin_convertvector(round_to_f16(v.y), Half));
 #endif
 }
 
@@ -169,7 +154,9 @@ inline void round_one(float x, Bf16& out) {
         u += 0x7fffu + ((u >> 16) & 1u);
     out.bits = static_cast<std::uint16_t>(u >> 16);
 }
-inline void round_one(float x, F16& out) { out.bits = round_to_f16(x); }
+inline void round_one(float x, F16& out) {
+    out.bits = static_cast<std::uint16_t>(round_to_f16(splat<VF>(x))[0]);
+}
 // Through fp32 a double would be rounded twice; the odd bit keeps the second rounding honest.
 template <class T>
 inline void round_one(double x, T& out) {

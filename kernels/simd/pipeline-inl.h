@@ -12,6 +12,8 @@ namespace kl::KL_ISA {
 // equal, lose it always in one direction. Of a tile's 64 additions in a row that was 2e-6 of the normaliser;
 // runs of 16 leave 20 in a row, runs of 8 would leave 16 and cost 3 % of the loop.
 constexpr std::int64_t kRun = 16;
+// An entropy weighs what a run's sums lose with exponents of up to 20.
+constexpr std::int64_t kEntropyRun = 8;
 
 // end(i, begin(i)) for i = 0, step, 2 step, ... below n, a multiple of step; each step begins before the one
 // ahead of it ends. A step of these kernels is one chain of some 20 dependent instructions. In program order

@@ -33,6 +33,7 @@ constexpr int kWidth = KL_WIDTH;
 typedef float VF __attribute__((vector_size(KL_WIDTH)));
 typedef std::int32_t VI __attribute__((vector_size(KL_WIDTH)));
 typedef std::uint32_t VU __attribute__((vector_size(KL_WIDTH)));
+typedef std::uint16_t VH __attribute__((vector_size(KL_WIDTH)));
 typedef double VD __attribute__((vector_size(KL_WIDTH)));
 typedef std::int64_t VL __attribute__((vector_size(KL_WIDTH)));
 typedef std::uint64_t VUL __attribute__((vector_size(KL_WIDTH)));
@@ -116,10 +117,9 @@ KL_INLINE VF fma(VF a, VF b, VF c) {
     for (int i = 0; i < lanes<VF>; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
     return c;
 #else
-    for (int i = 0; i < lanes<VF>; ++i)
-        c[i] = static_cast<float>(static_cast<double>(a[i]) * static_cast<double>(b[i]) +
-                                  static_cast<double>(c[i]));
-    return c;
+    typedef double Wide __attribute__((vector_size(2 * KL_WIDTH)));
+    const auto wide = [](VF x) KL_INLINE_LAMBDA { return __builtin_convertvector(x, Wide); };
+    return __builtin_convertvector(wide(a) * wide(b) + wide(c), VF);
 #endif
 }
 

@@ -9,7 +9,7 @@ PairState rebase(const PairState& s, Reference to) {
     // KL(b||a) is the same state with the sides exchanged: its reference is (m + c, -c).
     const double m = s.reference.m, c = s.reference.c, to_m = to.m, to_c = to.c, rise = m - to_m;
     const State forward =
-        rebase(State{s.reference, s.z, s.a1, s.a2, 0, s.fp32_sum_z, s.fp32_sum_a, kSawB}, to);
+        rebase(State{s.reference, s.z, s.a1, s.a2, 0, s.fp32_sum_z, s.fp32_sum_a, 0, kSawB}, to);
     PairState out = s;
     out.reference = to;
     out.z = forward.z;
@@ -39,6 +39,7 @@ Reference centre(const PairState& s) {
 
 PairState merge(const PairState& s, const PairState& t) {
     if (s.is_empty()) return t;
+    if (t.is_empty()) return s;
     if (!s.usable || !t.usable) {
         PairState out = s;
         out.usable = false;
@@ -81,6 +82,8 @@ PairResult finish(const PairState& s) {
     const double zb = s.zb, gap = s.gap(), m = s.reference.m, c = s.reference.c;
     out.forward = divergence_from(kLn2 * s.a1 / s.z, kLn2 * s.a2 / s.z, kLn2 * gap / s.z);
     out.reverse = divergence_from(-kLn2 * (gap + s.b2) / zb, kLn2 * s.b2 / zb, -kLn2 * gap / zb);
+    const bool infinite = (s.flags & kSawInfinite) != 0;
+    if (infinite) out.reverse = std::numeric_limits<double>::infinity();
     const double log_z = std::log2(s.z), log_zb = std::log2(zb);
     out.lse_a = m + log_z;
     out.lse_b = m + c + log_zb;
@@ -94,11 +97,12 @@ PairResult finish(const PairState& s) {
             std::fabs(y) < 0.5 ? length(of_g, y / (1 + y) * of_y) : length(of_y / (1 + y), of_y, of_g);
         return errors <= kWorstError * kl && y > -1;
     };
-    const bool finite = s.usable && s.z > 0 && zb > 0 && std::isfinite(out.forward + out.reverse) &&
+    const bool finite = s.usable && s.z > 0 && zb > 0 && std::isfinite(out.forward) &&
+                        (infinite || std::isfinite(out.reverse)) &&
                         std::isfinite(out.entropy_a + out.entropy_b) && std::fabs(m) < 0x1p20 &&
                         std::fabs(c) < 0x1p20;
     const bool exact = within(s.z, s.fp32_sum_a, kLn2 * gap / s.z, out.forward) &&
-                       within(zb, s.fp32_sum_b, -kLn2 * gap / zb, out.reverse);
+                       (infinite || within(zb, s.fp32_sum_b, -kLn2 * gap / zb, out.reverse));
     const double shift = c * kLn2;
     const bool coarse =
         (s.flags & kSawRounding) && 2 * 1024 * std::min(out.forward, out.reverse) < shift * shift;

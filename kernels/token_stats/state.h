@@ -36,10 +36,10 @@ struct PairState {
     // What the rounding errors of z and a2, and of zb and b2, scale with, as in pair/state.h.
     double fp32_sum_z = 0, fp32_sum_a = 0, fp32_sum_zb = 0, fp32_sum_b = 0;
     Top top_a, top_b;
-    unsigned flags = 0;
+    unsigned flags = 0;  // kSawRounding; kSawInfinite where KL(b||a) is infinite, and b2 then says nothing
     bool usable = true;  // false: fp32 sums cannot do this row
 
-    bool is_empty() const { return z == 0; }
+    bool is_empty() const { return z == 0 && zb == 0; }
     // (zb - z) / ln 2, by its more exact side, and what its rounding error scales with.
     double gap() const { return is_near() ? a1 + a2 : (zb - z) / kLn2; }
     double error_of_gap() const {

@@ -2,8 +2,9 @@
 //
 // This is the value's sweep (pair/value_sweep-inl.h) with the sums of the other KL, whose weights and terms
 // come of the same powers of 2. Its reference goes to where lse(b) - lse(a) lies, since a mean under one side
-// alone would make the other direction's sum cancel. A span that fp32 cannot do this way (-inf, NaN, or an x
-// past 32, whose rounding shows in lse(b)) makes the row unusable, and the caller computes each KL by itself.
+// alone would make the other direction's sum cancel. A span that fp32 cannot do this way (-inf in b alone,
+// NaN, or an x past 32, whose rounding shows in lse(b)) makes the row unusable, and the caller computes each
+// KL by itself.
 #pragma once
 
 #include "token_stats/state.h"
@@ -14,6 +15,7 @@ namespace kl::KL_ISA {
 struct PairSums {
     double z, a1, a2, zb, b2, ea, eb, largest_g;
     float top_a, top_b;
+    bool lone_b;  // as in Sums
 };
 
 struct PairVectorSums {
@@ -59,28 +61,31 @@ KL_INLINE void accumulate_pair(const PairTerms& s, const PairTerms& t, PairVecto
     to.largest_g = max(s.f.g, max(t.f.g, to.largest_g));
 }
 
-// Half of kRun: an entropy weighs what a run's sums lose with exponents of up to 20.
-constexpr std::int64_t kEntropyRun = 8;
-
 // A NaN or an infinity anywhere makes a sum that is not finite.
-template <bool Exact, class T>
+template <bool Exact, bool Masked, class T>
 inline PairSums sweep_pair(const ColumnSpan<T>& in, float scale, Reference reference) {
     const VF k = splat<VF>(scale), m = splat<VF>(reference.m), c = splat<VF>(reference.c);
     PairVectorSums s, total;
+    ColumnMask mask{Weightless(reference, scale)};
     VF top_a = splat<VF>(-__builtin_inff()), top_b = top_a;
     in.for_each_step(
         [&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
             prefetch_step(at_a);
             prefetch_step(at_b);
-            const auto a = load_pair(at_a), b = load_pair(at_b);
+            auto a = load_pair(at_a), b = load_pair(at_b);
             top_a = max(a.x, max(a.y, top_a));
             top_b = max(b.x, max(b.y, top_b));
+            if constexpr (Masked) {
+                mask.take_out(a.x, b.x);
+                mask.take_out(a.y, b.y);
+            }
             accumulate_pair(pair_terms<Exact>(a.x, b.x, k, m, c), pair_terms<Exact>(a.y, b.y, k, m, c), s);
         },
         kEntropyRun, [&]() KL_INLINE_LAMBDA { total.take(s); });
-    return {sum(total.z),   sum(total.a1), sum(total.a2), sum(total.zb),
-            sum(total.b2),  sum(total.ea), sum(total.eb), static_cast<double>(largest(s.largest_g)),
-            largest(top_a), largest(top_b)};
+    return {
+        sum(total.z),   sum(total.a1),  sum(total.a2),           sum(total.zb),
+        sum(total.b2),  sum(total.ea),  sum(total.eb),           static_cast<double>(largest(s.largest_g)),
+        largest(top_a), largest(top_b), Masked && mask.found_b()};
 }
 
 inline bool is_usable(const PairSums& s) {
@@ -113,6 +118,7 @@ public:
             total_.usable = false;
             return;
         }
+        if (tile.is_empty()) return;
         PairState both = add(tile);
         const float rise = larger(tile.top_a.logit * scale_ - tile.reference.m, 0.0f);
         if (!is_central(both) || rise > kHighE) {
@@ -145,33 +151,40 @@ private:
 
     template <class T>
     PairState sweep_tile(ColumnSpan<T>& in, std::int64_t column, Reference reference) {
-        PairState out;
-        out.reference = reference;
         // From so large a reference bf16 could not place the padding well below m.
         const bool far_out = std::fabs(reference.m) > 8192 || std::fabs(reference.c) > 8192;
-        if (in.rest > 0) {
-            T a, b;
-            round_one((reference.m - 1000) / scale_, a);
-            round_one((reference.m - 1000 + reference.c) / scale_, b);
-            in.fill(a, b);
+        PairState out;
+        if (!masked_ && !(in.rest > 0 && far_out)) {
+            Weightless(reference, scale_).pad(in);
+            sweep_fast<false>(in, column, reference, out);
+            if (out.usable) return out;
         }
-        // As in Accumulator::sweep_tile, for the smaller of both.
+        if (in.rest > 0) in.fill(minus_infinity<T>(), minus_infinity<T>());
+        sweep_fast<true>(in, column, reference, out);
+        masked_ = out.usable;
+        return out;
+    }
+
+    template <bool Masked, class T>
+    void sweep_fast(const ColumnSpan<T>& in, std::int64_t column, Reference reference, PairState& out) const {
+        // As in Accumulator::sweep_fast, for the smaller of both.
         const double limit = kLn2 * static_cast<double>(reference.c * reference.c);
         const bool coarse = 512 * total_.a2 > limit * total_.z && 512 * total_.b2 > limit * total_.zb;
-        const PairSums s =
-            coarse ? sweep_pair<false>(in, scale_, reference) : sweep_pair<true>(in, scale_, reference);
-        out.usable = is_usable(s) && !(in.rest > 0 && far_out);
+        const PairSums s = coarse ? sweep_pair<false, Masked>(in, scale_, reference)
+                                  : sweep_pair<true, Masked>(in, scale_, reference);
+        const LoneB lone = s.lone_b ? sweep_lone_b(in, scale_, reference) : LoneB{};
+        out.reference = reference;
         out.z = out.fp32_sum_z = s.z;
         out.a1 = s.a1;
-        out.a2 = out.fp32_sum_a = s.a2;
-        out.zb = out.fp32_sum_zb = s.zb;
+        out.a2 = out.fp32_sum_a = s.a2 + lone.z * kLog2e;
+        out.zb = out.fp32_sum_zb = s.zb + lone.z;
         out.b2 = out.fp32_sum_b = s.b2;
         out.ea = s.ea;
-        out.eb = s.eb;
+        out.eb = s.eb + lone.e;
+        out.usable = is_usable(s) && out.zb < kLargeSum && (s.z > 0 || lone.z == 0);
         out.top_a = {s.top_a, column, in.columns + in.rest};
         out.top_b = {s.top_b, column, in.columns + in.rest};
-        if (coarse) out.flags |= kSawRounding;
-        return out;
+        out.flags = (coarse ? kSawRounding : 0u) | (s.lone_b ? kSawInfinite : 0u);
     }
 
     PairState add(const PairState& tile) const { return merge(total_, tile); }
@@ -189,6 +202,7 @@ private:
     float scale_;
     Reference reference_;
     PairState total_;
+    bool masked_ = false;  // the last tile's columns without weight had to be taken out
 };
 
 }  // namespace kl::KL_ISA

@@ -6,6 +6,7 @@
 
 #include "api.h"
 #include "pair/layout.h"
+#include "testing/slow_rows.h"
 #include "token_stats/state.h"
 
 namespace kl {
@@ -39,6 +40,7 @@ bool agree(const Layout& layout, const Row& row, const Top& a, const Top& b) {
 
 RowStats finalise_row(const Layout& layout, const Row& row, const PairState& state) {
     const PairResult r = finish(state);
+    if (!r.trusted) ++slow_rows;
     if (!r.trusted) return run_fallback(layout, row);
     const double m = state.reference.m, m_b = m + static_cast<double>(state.reference.c);
     const double same = agree(layout, row, state.top_a, state.top_b) ? 1.0 : 0.0;
