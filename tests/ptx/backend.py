@@ -12,8 +12,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 from kl_gpu import backends
@@ -58,12 +60,18 @@ def _in_place(modules: Modules) -> Iterator[None]:
         registry._usable.update(usable)
 
 
+def _path_alone() -> Any:
+    """Imports by folders: an editable install's finder would give the package's own modules for a copy's."""
+    finders = [one for one in sys.meta_path if one in (BuiltinImporter, FrozenImporter, PathFinder)]
+    return mock.patch.object(sys, "meta_path", finders)
+
+
 @cache
 def load(folder: Path = SOURCES) -> Modules:
     """The package's modules from `folder`, with kernels that will be compiled."""
     from triton import knobs
 
-    with _in_place({}), compiled_language(), knobs.runtime.scope():
+    with _in_place({}), compiled_language(), knobs.runtime.scope(), _path_alone():
         knobs.runtime.interpret = False
         spec = importlib.util.spec_from_file_location(
             NAME, folder / "__init__.py", submodule_search_locations=[str(folder)]
