@@ -408,9 +408,12 @@ def rounding_is_small(sums, c):
 
     What the columns' KLs sum to, by the mass of each split, a row's KL exceeds: so it holds for the row.
     """
-    z, a1, a2 = sums
-    y = (a1 + a2) / z
-    least = a2 / z - 0.5 * y * y / (1.0 + tl.minimum(y, 0.0))  # log1p(y) ≥ y − y²/2, or over 1 + y below 0
+    a1 = sums.a1 / sums.z
+    a2 = sums.a2 / sums.z
+    y = a1 + a2
+    # log1p(y) − a1; where that would cancel, by log1p(y) ≥ y − y²/2, or over 1 + y below 0.
+    near = a2 - 0.5 * y * y / (1.0 + tl.minimum(y, 0.0))
+    least = tl.where(tl.abs(y) < 0.5, near, tl.log(1.0 + y) - a1)
     return least >= c * c * (2.0 * _LEAST_KL)
 
 
