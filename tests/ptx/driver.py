@@ -101,8 +101,8 @@ class Driver:
 def _extent(x: Tensor) -> Buffer:
     """The bytes from a tensor's first element to its last, not the allocation around them.
 
-    But from the 32-bit word that the first one lies in: allocations begin with a word, and kernels read 16-bit
-    logits in whole ones.
+    But from the 32-bit word that the first one lies in: allocations begin with one, and kernels read 16-bit
+    logits in words.
     """
     if x.numel() == 0:
         return Buffer(x.data_ptr(), 0)
