@@ -13,6 +13,7 @@ from ..arguments import validation
 from ..arguments.params import LinearParams
 from ..linear import api, chunks, op
 from ..ops import pair as ops
+from ..ops.views import two_at_least
 from . import collectives, consistency, shards
 from .divergence import whole_rows
 
@@ -57,7 +58,7 @@ def _sweep_rows(
     row_scale: Tensor | None, *, group: Any,
 ) -> Tensor:  # fmt: skip
     """`linear.heads.SweepRows` of rows of which this rank has some columns."""
-    s, t = shards.two_at_least(student), shards.two_at_least(teacher)
+    s, t = two_at_least(student), two_at_least(teacher)
     value, stats, backend = whole_rows(s, t, keep, params.divergence, group, row_scale is not None)
     if row_scale is not None:
         of = params.divergence._replace(backend=backend)
@@ -71,8 +72,7 @@ def _linear(*arguments: Any, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
     """`linear.op.over_chunks` in chunks that all ranks agree on, whatever their shards and their memory."""
     heads, params = arguments[:9], LinearParams.from_arguments(*arguments[9:])
     hidden = heads[0]
-    some = params._replace(vocab_size=max(1, params.vocab_size))
-    rows = chunks.chosen_rows(len(hidden), some, hidden.device)
+    rows = chunks.chosen_rows(len(hidden), params.row_bytes, params.chunk_rows, hidden.device)
     own = torch.tensor([params.vocab_size, rows], dtype=torch.int64, device=hidden.device)
     found = collectives.gather(own, group, "the sizes of the chunks").tolist()
     widest, rows = max(columns for columns, _ in found), min(rows for _, rows in found)

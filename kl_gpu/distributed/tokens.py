@@ -14,6 +14,7 @@ from ..arguments.options import Options
 from ..arguments.reduction import compute_dtype
 from ..backends import registry
 from ..backends.shard_merge import log_sum
+from ..complement import logits_rows
 from ..ops import pair as ops
 from ..stats import TokenStats, run_token_stats
 from . import collectives, complement, consistency, shards, states
@@ -57,10 +58,12 @@ def vocab_parallel_token_logprobs(
     shard = shards.locate(
         {"logits_shard": logits_shard}, vocab_start, options.pop("vocab_size", None), group, whole=True
     )
-    return logprobs.run_token_logprobs(
-        shard.of(logits_shard), token_ids, partial(complement.split, shard=shard, group=group), shard.total,
-        **(_LOGPROB_OPTIONS | options),
+    entropy, shared = options.pop("entropy", False), Options(labels=token_ids, **options)
+    rows = logits_rows(
+        "logits_shard", shard.of(logits_shard), None, shared.shift, shard.total,
+        partial(complement.split, shard=shard, group=group),
     )  # fmt: skip
+    return logprobs.run_token_logprobs(rows, shared, entropy)
 
 
 def _first_largest(logits: Tensor, start: int) -> tuple[Tensor, Tensor]:
