@@ -79,8 +79,9 @@ def blocks_of(rows: int, at_once: int) -> Iterator[slice]:
         yield slice(start, min(start + at_once, rows))
 
 
-# Divergences `[n]` of logits `[n, V]`, of which a bool `[n]` says which rows count; with factors `[n]` of the
-# rows their gradient, too, in place of the student's logits.
+# What rows of logits `[n, V]` come to, of which a bool `[n]` says which count: their divergences `[n]`, and with
+# factors `[n]` of the rows their gradient in place of the student's logits; or statistics `[n, ...]`, of which
+# some belong to the rows' labels `[n]`.
 SweepRows = Callable[[LinearParams, Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 
 
@@ -99,7 +100,7 @@ def sweep_rows(
 
 
 class Sweep:
-    """The divergences of a chunk's logits, and their gradient in place of the student's.
+    """What a chunk's logits come to, and where `writes` says so the gradient in place of the student's.
 
     `widest` is the number of columns that the rows of a soft cap are chosen by.
     """
@@ -109,10 +110,11 @@ class Sweep:
         params: LinearParams,
         student: Tensor,
         teacher: Tensor,
-        rows: SweepRows = sweep_rows,
-        widest: int = 0,
+        writes: bool,
+        rows: SweepRows,
+        widest: int,
     ) -> None:
-        self.params, self.rows = params, rows
+        self.params, self.rows, self.writes = params, rows, writes
         dtype = compute_dtype(student.dtype, teacher.dtype)
         self.at_once = capped_at_once(student, widest)
         at_once = min(len(student), self.at_once)
@@ -120,22 +122,22 @@ class Sweep:
         self.teacher_cap = Cap(params.teacher, teacher, dtype, at_once)
 
     def __call__(
-        self, student: Tensor, teacher: Tensor, keep: Tensor | None, row_scale: Tensor | None
+        self, student: Tensor, teacher: Tensor, keep: Tensor | None, per_row: Tensor | None
     ) -> Tensor:
         if not (self.cap.cap or self.teacher_cap.cap):
-            return self.rows(self.params, student, teacher, keep, row_scale)
+            return self.rows(self.params, student, teacher, keep, per_row)
         # A few rows at a time: what the caps make of them stays in a cache.
         found = []
         for part in blocks_of(len(student), self.at_once):
-            per_row = (None if x is None else x[part] for x in (keep, row_scale))
-            found.append(self._capped(student[part], teacher[part], *per_row))
+            some = (None if x is None else x[part] for x in (keep, per_row))
+            found.append(self._capped(student[part], teacher[part], *some))
         return torch.cat(found)
 
     def _capped(
-        self, student: Tensor, teacher: Tensor, keep: Tensor | None, row_scale: Tensor | None
+        self, student: Tensor, teacher: Tensor, keep: Tensor | None, per_row: Tensor | None
     ) -> Tensor:
         s, t = self.cap.of(student), self.teacher_cap.of(teacher)
-        value = self.rows(self.params, s, t, keep, row_scale)
-        if row_scale is not None:
+        value = self.rows(self.params, s, t, keep, per_row)
+        if self.writes:
             self.cap.pull_back(s, student)
         return value

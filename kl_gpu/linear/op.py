@@ -27,45 +27,51 @@ def settled(device: torch.device) -> AbstractContextManager[object]:
 
 
 def over_chunks(
-    *arguments: Any, sweep_rows: SweepRows = sweep_rows, widest: int = 0
+    *arguments: Any, sweep_rows: SweepRows = sweep_rows, widest: int = 0, fields: tuple[int, ...] = ()
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator `linear`, whose schema names the arguments, whatever sweeps the rows.
 
-    `widest` as in `Sweep`.
+    `widest` as in `Sweep`; `fields` is the shape of what `sweep_rows` finds for a row.
     """
-    student_side, teacher_side, (valid, row_scale, needs) = arguments[:3], arguments[3:6], arguments[6:9]
+    student_side, teacher_side, (valid, per_row, needs) = arguments[:3], arguments[3:6], arguments[6:9]
     params = LinearParams.from_arguments(*arguments[9:])
     hidden, n = student_side[0], len(student_side[0])
     with torch.no_grad(), settled(hidden.device):
         chunks = list(chunks_of(valid, n, params.row_bytes, params.chunk_rows, hidden.device))
-        value = memory_of_rows(chunks, hidden, (n,), _value_dtype(params))
+        value = memory_of_rows(chunks, hidden, (n, *fields), value_dtype(params))
         student = Head(student_side, params.student.dtype, params.vocab_size, chunks)
         teacher = Head(teacher_side, params.teacher.dtype, params.vocab_size, chunks)
-        sweep = Sweep(params, student.buffer, teacher.buffer, sweep_rows, widest)
+        sweep = Sweep(params, student.buffer, teacher.buffer, any(needs), sweep_rows, widest)
         grads = HeadGradients(student, needs, chunks)
         for chunk in chunks:
             states = student.states(chunk)
             s, t = student.logits(states), teacher.logits(teacher.states(chunk))
-            chunk.put(value, sweep(s, t, chunk.keep, None if row_scale is None else chunk.take(row_scale)))
+            chunk.put(value, sweep(s, t, chunk.keep, None if per_row is None else chunk.take(per_row)))
             grads.add(chunk, s, states)
         return value, *grads.results()
 
 
-def _value_dtype(params: LinearParams) -> torch.dtype:
+def value_dtype(params: LinearParams) -> torch.dtype:
     return compute_dtype(params.student.dtype, params.teacher.dtype)
 
 
 def _linear_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     params, hidden = LinearParams.from_arguments(*arguments[9:]), arguments[0]
-    value = hidden.new_empty(len(hidden), dtype=_value_dtype(params))
+    value = hidden.new_empty(len(hidden), dtype=value_dtype(params))
     return value, *gradient_outputs(*arguments[:3], needs=arguments[8])
 
 
-linear = operator(
-    "linear(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor teacher_hidden, "
-    "Tensor teacher_weight, Tensor? teacher_bias, Tensor? rows, Tensor? row_scale, bool[] needs, "
+HEADS = (
+    "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor teacher_hidden, "
+    "Tensor teacher_weight, Tensor? teacher_bias, Tensor? rows"
+)
+PARAMS = (
     "ScalarType student_dtype, float student_inner, float student_cap, ScalarType teacher_dtype, "
     "float teacher_inner, float teacher_cap, SymInt vocab_size, SymInt chunk_rows, str kind, float beta, "
-    "float student_scale, float teacher_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float student_scale, float teacher_scale, str backend"
+)
+
+linear = operator(
+    f"linear({HEADS}, Tensor? row_scale, bool[] needs, {PARAMS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _linear_fake,
 )(over_chunks)
