@@ -82,7 +82,9 @@ def split(
     In float64. −inf for an absent id, and for the log-sum-exp where no other column has mass. Without
     `sweeps` it and the entropy are 0.
     """
-    found: tuple[Tensor, Tensor, Tensor] = transforms.apply(_STEP, params, last_contiguous(logits), ids, valid)
+    found: tuple[Tensor, Tensor, Tensor] = transforms.apply(
+        _STEP, params, last_contiguous(logits), ids, valid
+    )
     return found
 
 

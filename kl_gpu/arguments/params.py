@@ -125,7 +125,8 @@ class LinearParams(NamedTuple):
     @classmethod
     def from_arguments(cls, *arguments: Any) -> LinearParams:
         student, teacher = HeadParams(*arguments[:3]), HeadParams(*arguments[3:6])
-        return cls(student, teacher, *arguments[6:8], DivergenceParams(*arguments[8:]))
+        vocab_size, chunk_rows = arguments[6:8]
+        return cls(student, teacher, vocab_size, chunk_rows, DivergenceParams(*arguments[8:]))
 
 
 class LinearSplitParams(NamedTuple):

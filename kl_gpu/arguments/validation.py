@@ -294,11 +294,9 @@ def head(side: str, hidden: Any, weight: Any, bias: Any, shift: bool, least: int
     shifted("hidden states [batch, time, H]", hidden, shift)
 
 
-def heads(
-    student_hidden: Any, student_weight: Any, student_bias: Any,
-    teacher_hidden: Any, teacher_weight: Any, teacher_bias: Any, shift: bool, least: int = 1,
-) -> None:  # fmt: skip
-    """Check both models' hidden states and LM heads, of so many rows at least."""
+def heads(sides: tuple[Any, ...], shift: bool, least: int = 1) -> None:
+    """Check both models' hidden states, weights and biases, of so many rows at least."""
+    student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias = sides
     head("student_", student_hidden, student_weight, student_bias, False, least)
     head("teacher_", teacher_hidden, teacher_weight, teacher_bias, False, least)
     _same_rows({"student_hidden": student_hidden, "teacher_hidden": teacher_hidden})

@@ -182,33 +182,35 @@ def linear_div(
             since the call.
     """
     validation.of_one_rank("linear_div", student_hidden, student_weight, teacher_hidden, teacher_weight)
+    sides = student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
+    options = Options(
+        beta=beta, temperature=temperature, teacher_temperature=teacher_temperature, t_squared=t_squared,
+        mask=mask, labels=labels, ignore_index=ignore_index, shift=shift, weight=weight, reduction=reduction,
+        normalizer=normalizer, vocab_size=vocab_size, backend=backend,
+    )  # fmt: skip
     return run_linear(
-        student_hidden, student_weight, teacher_hidden, teacher_weight, kind,
-        student_bias=student_bias, teacher_bias=teacher_bias, softcap=softcap,
-        teacher_softcap=teacher_softcap, logit_scale=logit_scale, teacher_logit_scale=teacher_logit_scale,
-        chunk_rows=chunk_rows, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
-        t_squared=t_squared, mask=mask, labels=labels, ignore_index=ignore_index, shift=shift, weight=weight,
-        reduction=reduction, normalizer=normalizer, vocab_size=vocab_size, backend=backend,
+        sides, kind, options, op.linear, softcap=softcap, teacher_softcap=teacher_softcap,
+        logit_scale=logit_scale, teacher_logit_scale=teacher_logit_scale, chunk_rows=chunk_rows,
     )  # fmt: skip
 
 
 def run_linear(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, kind: str,
-    linear: Linear | None = None, columns: int | None = None, *, student_bias: Tensor | None,
-    teacher_bias: Tensor | None, softcap: float | None, teacher_softcap: float | None, logit_scale: float,
-    teacher_logit_scale: float, chunk_rows: int | None, **shared: Any,
+    sides: tuple[Any, ...], kind: str, options: Options, linear: Linear, columns: int | None = None,
+    **products: Any,
 ) -> Tensor:  # fmt: skip
-    """`linear_div`, whatever computes it, of the heads' first `columns` rows, or those `vocab_size` says."""
-    linear = linear or op.linear
-    options = Options(**shared)
-    temperature, teacher_temperature = options.temperature, options.check(kind)
-    sides = student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
+    """`linear_div`, whatever computes it.
+
+    Args:
+        sides: hidden states, weight and bias, of the student and then of the teacher.
+        columns: how many rows of the weights count, where they are a shard's.
+        products: what makes the logits, as `rows.two_heads` has it.
+    """
+    temperatures = options.temperature, options.check(kind)
     heads, params = two_heads(
-        sides, (temperature, teacher_temperature), KINDS[kind].at(options.beta), options.backend, columns,
-        softcap=softcap, teacher_softcap=teacher_softcap, logit_scale=logit_scale,
-        teacher_logit_scale=teacher_logit_scale, chunk_rows=chunk_rows, shift=options.shift,
-        vocab_size=options.vocab_size,
+        sides, temperatures, KINDS[kind].at(options.beta), options.backend, columns, shift=options.shift,
+        vocab_size=options.vocab_size, **products,
     )  # fmt: skip
+    student_hidden, student_weight = sides[:2]
     reduction, device = options.reduction_of(student_hidden), student_hidden.device
     lead = without_last_time(student_hidden, options.shift).shape[:-1]
     dtypes = params.student.dtype, params.teacher.dtype

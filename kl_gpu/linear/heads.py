@@ -79,9 +79,9 @@ def blocks_of(rows: int, at_once: int) -> Iterator[slice]:
         yield slice(start, min(start + at_once, rows))
 
 
-# What rows of logits `[n, V]` come to, of which a bool `[n]` says which count: their divergences `[n]`, and with
-# factors `[n]` of the rows their gradient in place of the student's logits; or statistics `[n, ...]`, of which
-# some belong to the rows' labels `[n]`.
+# What rows of logits `[n, V]` come to, of which a bool `[n]` says which count. Either divergences `[n]`, and
+# with factors `[n]` of the rows their gradient in place of the student's logits; or statistics `[n, ...]`,
+# some of them of the rows' labels `[n]`.
 SweepRows = Callable[[LinearParams, Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 
 

@@ -58,7 +58,8 @@ def value_dtype(params: LinearParams) -> torch.dtype:
 def _linear_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     params, hidden = LinearParams.from_arguments(*arguments[9:]), arguments[0]
     value = hidden.new_empty(len(hidden), dtype=value_dtype(params))
-    return value, *gradient_outputs(*arguments[:3], needs=arguments[8])
+    weight, bias, needs = arguments[1], arguments[2], arguments[8]
+    return value, *gradient_outputs(hidden, weight, bias, needs)
 
 
 HEADS = (

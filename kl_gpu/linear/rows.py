@@ -54,14 +54,20 @@ def _rows_per_chunk(value: Any) -> int:
 
 
 def one_head(
-    side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, softcap: Any, logit_scale: Any,
-    temperature: Any, chunk_rows: Any, vocab_size: Any, shift: Any,
+    side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: int | None = None, *,
+    softcap: Any, logit_scale: Any, temperature: Any, chunk_rows: Any, vocab_size: Any, shift: Any,
 ) -> Rows:  # fmt: skip
-    """The rows of one model, checked; the arguments' names begin with `side`."""
+    """The rows of one model, checked.
+
+    Args:
+        side: what the arguments' names begin with.
+        columns: how many rows of the weight count, where they are a shard's; else `vocab_size` says it.
+    """
     validation.booleans(shift=shift)
     validation.temperature("temperature", temperature)
-    validation.head(side, hidden, weight, bias, shift)
-    columns = validation.vocabulary({f"{side}weight": len(weight)}, "rows", vocab_size)
+    validation.head(side, hidden, weight, bias, shift, least=1 if columns is None else 0)
+    if columns is None:
+        columns = validation.vocabulary({f"{side}weight": len(weight)}, "rows", vocab_size)
     how = _products(hidden, ("softcap", softcap), ("logit_scale", logit_scale), temperature)
     of = partial(_split, weight=weight, bias=bias, how=how, chunk_rows=_rows_per_chunk(chunk_rows))
     return Rows(f"{side}hidden", hidden, how[0].dtype, LogitsWindow(columns, shift), columns, of)
@@ -93,26 +99,20 @@ def two_heads(
         kind: what compares the logits, as `Kind.at` has it.
         columns: how many rows of the weights count, where they are a shard's; else `vocab_size` says it.
     """
-    student, teacher = sides[:3], sides[3:]
-    validation.heads(*sides, shift, least=1 if columns is None else 0)
-    outer = []
-    params = []
-    for prefix, side, cap, factor, temperature in (
-        ("", student, softcap, logit_scale, temperatures[0]),
-        ("teacher_", teacher, teacher_softcap, teacher_logit_scale, temperatures[1]),
-    ):
-        names = f"{prefix}softcap", f"{prefix}logit_scale"
-        head, rest = _products(side[0], (names[0], cap), (names[1], factor), temperature)
-        params.append(head)
-        outer.append(rest / float(temperature))
+    validation.heads(sides, shift, least=1 if columns is None else 0)
+    student, student_factor = _products(
+        sides[0], ("softcap", softcap), ("logit_scale", logit_scale), temperatures[0]
+    )
+    teacher, teacher_factor = _products(
+        sides[3], ("teacher_softcap", teacher_softcap), ("teacher_logit_scale", teacher_logit_scale),
+        temperatures[1],
+    )  # fmt: skip
     chunk = _rows_per_chunk(chunk_rows)
     if columns is None:
-        sizes = {"student_weight": len(student[1]), "teacher_weight": len(teacher[1])}
+        sizes = {"student_weight": len(sides[1]), "teacher_weight": len(sides[4])}
         columns = validation.vocabulary(sizes, "rows", vocab_size)
-    divergence = DivergenceParams(*kind, *outer, registry.resolve(backend, student[0].device))
-    flat = [
-        x
-        for hidden, *head in (student, teacher)
-        for x in (without_last_time(hidden, shift).reshape(-1, hidden.shape[-1]), *head)
-    ]
-    return flat, LinearParams(*params, columns, chunk, divergence)
+    scales = student_factor / float(temperatures[0]), teacher_factor / float(temperatures[1])
+    divergence = DivergenceParams(*kind, *scales, registry.resolve(backend, sides[0].device))
+    hidden = (without_last_time(x, shift).reshape(-1, x.shape[-1]) for x in (sides[0], sides[3]))
+    flat = [next(hidden), *sides[1:3], next(hidden), *sides[4:6]]
+    return flat, LinearParams(student, teacher, columns, chunk, divergence)

@@ -27,8 +27,8 @@ from .op import settled
 
 _ROWS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor? rows"
 _PARAMS = (
-    "ScalarType dtype, float inner, float cap, SymInt vocab_size, SymInt chunk_rows, float scale, bool sweeps, "
-    "bool entropy, bool validate, str argument, str backend"
+    "ScalarType dtype, float inner, float cap, SymInt vocab_size, SymInt chunk_rows, float scale, "
+    "bool sweeps, bool entropy, bool validate, str argument, str backend"
 )
 
 
@@ -100,7 +100,8 @@ def _split_part(part: _Part, params: LinearSplitParams) -> tuple[Tensor, ...]:
 
 
 def _gradient_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return gradient_outputs(*arguments[:3], needs=arguments[9])
+    hidden, weight, bias = arguments[:3]
+    return gradient_outputs(hidden, weight, bias, arguments[9])
 
 
 @operator(

@@ -34,9 +34,7 @@ def _fake(*arguments: Any) -> Tensor:
     return arguments[0].new_empty((len(arguments[0]), TOKEN_STATS), dtype=dtype)
 
 
-@operator(
-    f"linear_token_stats({HEADS}, Tensor? labels, {PARAMS}) -> Tensor", _fake
-)
+@operator(f"linear_token_stats({HEADS}, Tensor? labels, {PARAMS}) -> Tensor", _fake)
 def fields_of_heads(*arguments: Any) -> Tensor:
     """`[N, TOKEN_STATS]`, in the order of `backends.interface`."""
     return fields_over_chunks(*arguments)
@@ -55,7 +53,10 @@ def _no_gradient(*_: object) -> Any:
 # What computes the fields `[N, TOKEN_STATS]`, and its parameters. Weights have no rows.
 Fields = Callable[..., Tensor]
 _STEP = transforms.Step(
-    lambda call, *tensors: (call[0](*tensors, *call[1].as_arguments()),), _no_gradient, values=0, rowwise=False
+    lambda call, *tensors: (call[0](*tensors, *call[1].as_arguments()),),
+    _no_gradient,
+    values=0,
+    rowwise=False,
 )
 
 
