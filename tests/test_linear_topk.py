@@ -24,7 +24,13 @@ K = 5
 CASES: dict[str, dict[str, Any]] = {
     "mean": {"chunk_rows": 3},
     "none, bias, rest": {"reduction": "none", "bias": True, "rest": True, "chunk_rows": 100},
-    "mask, labels, shift, sum": {"mask": True, "labels": True, "shift": True, "reduction": "sum", "bias": True},
+    "mask, labels, shift, sum": {
+        "mask": True,
+        "labels": True,
+        "shift": True,
+        "reduction": "sum",
+        "bias": True,
+    },
     "weight, normalizer": {"weight": True, "normalizer": 7.0, "chunk_rows": 1, "mask": True},
     "cap, batchmean": {"softcap": 4.0, "logit_scale": 2.0, "reduction": "batchmean", "chunk_rows": 4},
     "vocab_size, padding": {"vocab_size": 53, "padded": True, "bias": True, "chunk_rows": 7},
@@ -160,9 +166,7 @@ def test_what_a_masked_row_holds_does_not_matter(
 
 def _explicit(given: Head, logprobs: Tensor, ids: Tensor, **options: Any) -> Tensor:
     """In float64, through all logits."""
-    return kl_gpu.topk_div(
-        torch.nn.functional.linear(given.hidden, given.weight), logprobs, ids, **options
-    )
+    return kl_gpu.topk_div(torch.nn.functional.linear(given.hidden, given.weight), logprobs, ids, **options)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -272,7 +276,9 @@ def test_under_activation_checkpointing(use_reentrant: bool) -> None:
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 def test_one_graph_under_compile(tail: str) -> None:
-    def loss(hidden: Tensor, weight: Tensor, bias: Tensor, logprobs: Tensor, ids: Tensor, labels: Tensor) -> Any:
+    def loss(
+        hidden: Tensor, weight: Tensor, bias: Tensor, logprobs: Tensor, ids: Tensor, labels: Tensor
+    ) -> Any:
         return Head(hidden, weight, bias).topk(
             logprobs, ids, "js", tail=tail, labels=labels, shift=True, softcap=4.0, return_mass=True
         )
