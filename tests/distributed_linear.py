@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from linear_rows import Head, head, teacher, tokens
 from torch import Tensor
 
 import kl_gpu
@@ -15,7 +17,6 @@ from distributed_cases import Wire, bits, refused, span
 from kl_gpu import distributed
 from kl_gpu.distributed import vocab_parallel_linear_div
 from linear_heads import Heads, heads
-from linear_rows import Head, head, teacher, tokens
 from support import DEVICE
 
 
@@ -241,7 +242,7 @@ def token_stats(
 
 
 def row_traffic(rank: int, ranks: int, entry: str, k: int = 5) -> Any:
-    """What forward and backward put on the wire for 64 rows of 6 hidden states, where nothing is left to ask."""
+    """What travels for 64 rows of 6 hidden states, where nothing is left to ask."""
     both, (log_p, ids, _) = heads((64,)), teacher((64,), 60, k)
     shard, one = shared(both, rank, ranks), part(head((64,)), rank, ranks)
     labels = ids[:, 0].contiguous()
@@ -288,17 +289,20 @@ def row_disagreements(rank: int, ranks: int) -> None:
         distributed.vocab_parallel_linear_token_stats(*both[:4], check="always", **options)
 
     for call in (of_tokens, of_topk, of_stats):
-        refused(lambda: call(softcap=5.0 if one else 6.0), ValueError, "^softcap")
-        refused(lambda: call(logit_scale=2.0 if one else 1.0), ValueError, "^logit_scale")
-        refused(lambda: call(chunk_rows=2 if one else 3), ValueError, "^chunk_rows")
-        refused(lambda: call(sequence_dim=0 if one else None), ValueError, "^sequence_dim")
-        refused(lambda: call(vocab_size=50 if one else 60), ValueError, "^vocab_size")
-        # Wrong alike on every rank: the usual refusal, and no hang.
-        refused(lambda: call(sequence_dim=1), ValueError, "sequence_dim must be within")
-        refused(lambda: call(colour="red"), TypeError, "colour")
-        refused(lambda: call(inplace=True), TypeError, "inplace")
-        refused(lambda: call(vocab_size=61), ValueError, "vocab_size must be within")
-        refused(lambda: call(backend="cuda"), ValueError, "backend")
+        for message, options in (
+            ("^softcap", {"softcap": 5.0 if one else 6.0}),
+            ("^logit_scale", {"logit_scale": 2.0 if one else 1.0}),
+            ("^chunk_rows", {"chunk_rows": 2 if one else 3}),
+            ("^sequence_dim", {"sequence_dim": 0 if one else None}),
+            ("^vocab_size", {"vocab_size": 50 if one else 60}),
+            # Wrong alike on every rank: the usual refusal, and no hang.
+            ("sequence_dim must be within", {"sequence_dim": 1}),
+            ("vocab_size must be within", {"vocab_size": 61}),
+            ("backend", {"backend": "cuda"}),
+        ):
+            refused(partial(call, **options), ValueError, message)
+        for name in ("colour", "inplace"):
+            refused(partial(call, **{name: True}), TypeError, name)
     refused(lambda: of_tokens(ids=ids + one), ValueError, "^token_ids")
     refused(lambda: of_tokens(entropy=one), ValueError, "^entropy")
     frozen = shard._replace(weight=shard.weight.detach())

@@ -79,8 +79,9 @@ def run(backend: str) -> int:
         )  # fmt: skip
     for entry in (kl_gpu.linear_token_stats, distributed.vocab_parallel_linear_token_stats):
         for given in (labels, None):
+            teacher_side = states[1], heads[1], given
             call(
-                lambda h, w, entry=entry, given=given: entry(h, w, states[1], heads[1], given, softcap=5.0, **one),
+                lambda h, w, entry=entry, other=teacher_side: entry(h, w, *other, softcap=5.0, **one),
                 states[0], heads[0],
             )  # fmt: skip
     for entry in (kl_gpu.token_logprobs, distributed.vocab_parallel_token_logprobs):

@@ -1,4 +1,4 @@
-"""Heads for the tests of entries from hidden states, and what the reference makes of their explicit logits."""
+"""Heads for the tests of entries from hidden states, and what the reference makes of their logits."""
 
 from __future__ import annotations
 

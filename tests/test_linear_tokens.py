@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from linear_rows import Head, check_gradients, head, moved_by_cap, random_head, tokens
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -15,7 +16,6 @@ import kl_gpu
 from kl_gpu import reference
 from kl_gpu.linear import chunks, split
 from kl_gpu.reference import topk as reference_topk
-from linear_rows import Head, check_gradients, head, moved_by_cap, random_head, tokens
 from support import DEVICE, RELATIVE, is_slow, to_numpy
 
 NAN = float("nan")

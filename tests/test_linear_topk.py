@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from linear_rows import Head, check_gradients, head, moved_by_cap, random_head, teacher
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -15,7 +16,6 @@ from kl_gpu import reference
 from kl_gpu.linear import chunks, split
 from kl_gpu.reference import topk as reference_topk
 from kl_gpu.topk.formulas import TAIL_KINDS
-from linear_rows import Head, check_gradients, head, moved_by_cap, random_head, teacher
 from support import DEVICE, RELATIVE, is_slow, to_numpy
 
 TAILS = [(tail, kind) for tail, kinds in TAIL_KINDS.items() for kind in kinds]
