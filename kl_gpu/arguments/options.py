@@ -51,7 +51,7 @@ class Options(NamedTuple):
         validation.normalizer(self.normalizer, self.reduction, logits.device)
         weight, normalizer = ordinary_rows(self.weight), self.normalizer
         if isinstance(normalizer, Tensor):
-            normalizer = ordinary_rows(normalizer)
+            normalizer = ordinary_rows(normalizer).reshape(())
         # What a mask is cut from may be saved in its place.
         mask = ordinary_rows(self.mask) if self.shift else self.mask
         valid, weight = valid_rows(mask, self.labels, self.ignore_index, weight, self.shift)

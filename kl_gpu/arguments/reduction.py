@@ -43,13 +43,17 @@ class LogitsWindow(NamedTuple):
                 grad[..., -1:, :].zero_()
 
 
+def as_bool(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask.long() != 0
+
+
 def valid_rows(
     mask: Tensor | None, labels: Tensor | None, ignore_index: int, weight: Tensor | None, shift: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Which rows count (None: all), and the rows' weights, both as the result has them."""
     if shift:
         mask, labels, weight = (None if x is None else x[:, 1:] for x in (mask, labels, weight))
-    valid = mask
+    valid = mask = None if mask is None else as_bool(mask)
     if labels is not None:
         labels = labels.long()  # in uint8 an ignore_index of −100 would be token 156
         valid = labels != ignore_index if mask is None else mask & (labels != ignore_index)
