@@ -13,7 +13,10 @@ COMMANDS = {
     "cpu": ("cpu.command", "the C++ kernels beside the machine's memory: README's CPU tables"),
     "gpu": ("gpu.session", "a whole session on a GPU: tests, timings, sanitizer, plots"),
     "linear": ("linear", "linear_div beside its products and baselines, on the device at hand"),
-    "linear-rows": ("linear_rows", "log-probabilities, top-k and statistics from hidden states, beside TRL's"),
+    "linear-rows": (
+        "linear_rows",
+        "log-probabilities, top-k and statistics from hidden states, beside TRL's",
+    ),
     "plots": ("gpu.plots", "the pictures of a stored run"),
     "audit": ("audit.command", "the Triton kernels compiled for every architecture, without a GPU"),
     "host": ("host", "what a call of the Triton backend costs on the host, without a GPU"),

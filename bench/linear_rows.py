@@ -3,7 +3,8 @@
 Value, and for the first two gradients of hidden states and weight. "products" are the same calls of the same
 library on the same chunks, into memory that exists already: four where a gradient is asked for (the logits
 once in forward and once in backward, and what carries their gradient to hidden states and weight), two for
-the statistics. Contestants take turns in every round. Memory is the allocator's peak beyond the inputs and
+the statistics. Contestants take turns in every round, and both the
+clock's and the cores' time is taken. Memory is the allocator's peak beyond the inputs and
 the gradients that are returned; with --memory-rows it is also taken at other N. Errors are against float64 on
 the very inputs, of --checked rows: the largest relative one of a value, and that of the norm of the hidden
 states' gradient. With --json the record goes there.
@@ -15,6 +16,7 @@ import argparse
 import datetime
 import gc
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -28,7 +30,7 @@ from kl_gpu.backends.native.memory import on_huge_pages
 from kl_gpu.linear import accumulate, chunks
 
 from .harness import baselines, machine
-from .harness.clock import interleaved, ratio
+from .harness.clock import ratio, timer_of
 from .harness.memory import peak_extra_bytes
 from .harness.options import DTYPES, add_sizes, at_least, usual_device
 
@@ -84,8 +86,8 @@ def problem(options: argparse.Namespace, rows: int, dtype: torch.dtype, device: 
 
 
 def _token_logprobs(given: Given) -> Values:
-    found: Values = kl_gpu.linear_token_logprobs(given.hidden, given.weight, given.ids, entropy=True)  # type: ignore[assignment]
-    return found
+    both = given.hidden, given.weight, given.ids
+    return tuple(kl_gpu.linear_token_logprobs(*both, entropy=True))
 
 
 def _topk_div(given: Given) -> Values:
@@ -203,24 +205,45 @@ def measure(entry: str, given: Given, options: argparse.Namespace, left_out: dic
     returned = 0 if entry == "linear_token_stats" else given.returned
     calls: dict[str, Callable[[], object]] = {"products": products(entry, given)}
     for name, call in contestants(entry, left_out).items():
-        found = step(call, given)  # warms up, and is checked
-        row = {"contestant": name} | (errors(entry, found, given, options.checked) if options.checked else {})
-        del found
+        found: list[Values] = []
+        # The call that is not timed: it warms up, and is checked.
+        peak = peak_extra_bytes(lambda call=call, found=found: found.append(step(call, given)), device)  # type: ignore[misc]
+        row: Row = {"contestant": name, "peak_extra_bytes": peak - returned}
+        rows.append(row | (errors(entry, found.pop(), given, options.checked) if options.checked else {}))
         gc.collect()
-        peak = peak_extra_bytes(lambda call=call: step(call, given), device)  # type: ignore[misc]
-        rows.append(row | {"peak_extra_bytes": peak - returned})
         calls[name] = lambda call=call: step(call, given)  # type: ignore[misc]
-    times = interleaved(calls, options.repeats, None, device)
+    times = _timed(calls, options.repeats, device)
     for row in rows:
-        own = times[row["contestant"]]
-        row |= {"ms": 1e3 * median(own), "of_products": ratio(own, times["products"])}
+        own, alone = times[row["contestant"]], times["products"]
+        row |= {"ms": 1e3 * median(wall for wall, _ in own), "cpu_ms": 1e3 * median(cpu for _, cpu in own)}
+        for name, which in (("of_products", 0), ("cpu_of_products", 1)):
+            row[name] = ratio([x[which] for x in own], [x[which] for x in alone])
     return rows
 
 
+def _timed(
+    calls: dict[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of each call by the clock and of this process's cores, round by round.
+
+    Where others take the cores too, a single thread's own time is what can be told.
+    """
+    timer, times = timer_of(device), {name: list[tuple[float, float]]() for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start, cpu = timer(), time.process_time()
+            call()
+            times[name].append((timer() - start, time.process_time() - cpu))
+    return times
+
+
 def worded(row: Row) -> str:
-    text = f"{row['entry']:22}{row['contestant']:8}{row['dtype']:5}N={row['rows']:<6}{row['threads']} thread(s)"
+    text = (
+        f"{row['entry']:22}{row['contestant']:8}{row['dtype']:5}N={row['rows']:<6}{row['threads']} thread(s)"
+    )
     if "ms" in row:
-        text += f"{row['ms']:10.0f} ms {row['of_products']:6.3f} × its products"
+        text += f"{row['ms']:10.0f} ms {row['of_products']:6.3f} × its products, "
+        text += f"{row['cpu_of_products']:.3f} × by the cores' time"
     text += f"{row['peak_extra_bytes'] / 2**20:8.0f} MiB"
     for name in ("value_error", "hidden_gradient_error"):
         text += f"  {name} {row[name]:.1e}" if name in row else ""
@@ -263,18 +286,22 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
                 for row in found:
                     rows.append(shared | row)
                     print(worded(rows[-1]), flush=True)
-    about: Row = {
-        "device": machine.name(device), "date": str(datetime.date.today()), "torch": torch.__version__,
-        "kl_gpu": kl_gpu.__version__, "trl": baselines.version("trl"), "hidden": options.hidden,
-        "columns": options.columns, "k": options.k, "repeats": options.repeats,
-    }  # fmt: skip
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**about, "found": rows, "left_out": left_out}, indent=1) + "\n")
+                if options.json:  # at once: the next may take long
+                    _write(options, device, rows, left_out)
     for name, why in left_out.items():
         print(f"{name} is left out: {why}")
     print(verdict(rows))
     return 0
+
+
+def _write(options: argparse.Namespace, device: torch.device, rows: list[Row], left_out: Row) -> None:
+    about: Row = {
+        "device": machine.name(device), "busy": machine.is_busy(), "date": str(datetime.date.today()),
+        "torch": torch.__version__, "kl_gpu": kl_gpu.__version__, "trl": baselines.version("trl"),
+        "hidden": options.hidden, "columns": options.columns, "k": options.k, "repeats": options.repeats,
+    }  # fmt: skip
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps({**about, "found": rows, "left_out": left_out}, indent=1) + "\n")
 
 
 def verdict(rows: Sequence[Row]) -> str:

@@ -448,6 +448,25 @@ def test_it_is_token_logprobs_of_the_logits(backend: str) -> None:
         assert torch.equal(got, exact)
 
 
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_several_tokens_a_row(backend: str, softcap: float | None) -> None:
+    given = head((4,), bias=True).require_grad()
+    # One stands twice, one is absent.
+    ids = torch.tensor([[3, 3, 5], [0, -1, 59], [7, 8, 9], [59, 1, -1]], device=DEVICE)
+    options = {"softcap": softcap, "chunk_rows": 3, "backend": backend}
+    logprobs, entropy = given.logprobs(ids, entropy=True, **options)
+    apart = [given.logprobs(ids[:, k].where(ids[:, k] >= 0, -100), **options) for k in range(3)]
+    want = torch.stack(apart, -1), given.logprobs(ids[:, 0], entropy=True, **options)[1]
+    for got, exact in zip((logprobs, entropy), want, strict=True):
+        torch.testing.assert_close(got, exact, rtol=RELATIVE, atol=0)
+    factors = torch.linspace(0.5, 1.5, 12, device=DEVICE).view(4, 3)
+    totals = [(factors * x).sum() + 0.3 * y.sum() for x, y in ((logprobs, entropy), want)]
+    found, exact = (torch.autograd.grad(total, given.leaves) for total in totals)
+    for grad, one in zip(found, exact, strict=True):
+        torch.testing.assert_close(grad, one, rtol=1e-5, atol=2e-6)
+        assert one.abs().max() > 1e-2
+
+
 def test_under_inference_mode() -> None:
     given = head((4,), bias=True)
     ids = tokens(given)
