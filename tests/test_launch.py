@@ -60,7 +60,7 @@ def test_a_kernel_runs_on_its_tensors_device(devices: DeviceModule, name: str) -
     launch.enqueue(kernel, 5, device, 1, 2, num_warps=4)
     ((where, grid, arguments, options),) = kernel.runs
     assert (where, grid, arguments) == (device.index, (5,), (1, 2))
-    assert options == {"num_warps": 4, "enable_fp_fusion": True}
+    assert options == {"num_warps": 4, "enable_fp_fusion": False}
     assert devices.current == 0
 
 
