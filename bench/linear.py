@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kl_gpu
-from kl_gpu.arguments.params import LinearParams
 from kl_gpu.backends.native.memory import on_huge_pages
 from kl_gpu.linear import accumulate, chunks
 
@@ -100,11 +99,7 @@ def products(heads: Heads) -> Callable[[], tuple[Tensor, ...]]:
     """The four products of every chunk, as `linear_div` calls them, into memory that exists already."""
     hidden, weight, teacher_hidden, teacher_weight = (x.detach() for x in heads)
     n, v, device = len(hidden), len(weight), hidden.device
-    backend = "native" if device.type == "cpu" else "triton"
-    call = LinearParams.from_arguments(
-        hidden.dtype, hidden.dtype, 1.0, 1.0, 0.0, 0.0, v, 0, "forward_kl", 0.0, 1.0, 1.0, backend
-    )
-    rows = chunks.chosen_rows(n, call, device)
+    rows = chunks.chosen_rows(n, 2 * v * hidden.dtype.itemsize, 0, device)
     buffers = [*(hidden.new_empty(rows, v) for _ in range(2)), torch.empty_like(weight)]
     if device.type == "cpu":
         buffers = [on_huge_pages(x) for x in buffers]

@@ -15,6 +15,9 @@ from .topk.teacher import TopkLogprobs, topk_logprobs
 
 if TYPE_CHECKING:
     from .linear.api import linear_div
+    from .linear.stats import linear_token_stats
+    from .linear.tokens import linear_token_logprobs
+    from .linear.topk import linear_topk_div
 
 __all__ = [
     "BACKENDS",
@@ -28,6 +31,9 @@ __all__ = [
     "kl_div",
     "kl_penalty",
     "linear_div",
+    "linear_token_logprobs",
+    "linear_token_stats",
+    "linear_topk_div",
     "token_logprobs",
     "token_stats",
     "topk_div",
@@ -36,12 +42,20 @@ __all__ = [
 __version__ = "0.1.0"
 
 
+_FROM_HEADS = {
+    "linear_div": "api",
+    "linear_token_logprobs": "tokens",
+    "linear_token_stats": "stats",
+    "linear_topk_div": "topk",
+}
+
+
 def __getattr__(name: str) -> Any:
     # Half of the package's import time, for those who ask for it.
     if name == "distributed":
         return import_module("kl_gpu.distributed")
-    if name == "linear_div":
+    if name in _FROM_HEADS:
         # Kept, so that torch.compile finds it like any other function.
-        globals()[name] = import_module("kl_gpu.linear.api").linear_div
+        globals()[name] = getattr(import_module(f"kl_gpu.linear.{_FROM_HEADS[name]}"), name)
         return globals()[name]
     raise AttributeError(f"module 'kl_gpu' has no attribute {name!r}")

@@ -9,13 +9,15 @@ never by taking them off again: where they hold nearly all the mass, nothing wou
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import transforms
+from .arguments import validation
 from .arguments.params import ComplementParams
+from .arguments.reduction import LogitsWindow, last_contiguous
 from .backends.interface import COMPLEMENT_STATS
 from .ops import complement as ops
 
@@ -80,9 +82,41 @@ def split(
     In float64. −inf for an absent id, and for the log-sum-exp where no other column has mass. Without
     `sweeps` it and the entropy are 0.
     """
-    found: tuple[Tensor, Tensor, Tensor] = transforms.apply(_STEP, params, logits, ids, valid)
+    found: tuple[Tensor, Tensor, Tensor] = transforms.apply(
+        _STEP, params, last_contiguous(logits), ids, valid
+    )
     return found
 
 
 # What computes `split`, from logits, ids, the rows that count and the parameters.
 SplitRows = Callable[[Tensor, Tensor, "Tensor | None", ComplementParams], "tuple[Tensor, Tensor, Tensor]"]
+
+
+class Rows(NamedTuple):
+    """Rows of logits, or what takes their place, and what splits them.
+
+    Attributes:
+        argument: the tensor's name among the caller's arguments.
+        tensor: `[*, V]`, or hidden states `[*, H]`; what is given per row has its leading shape and device.
+        dtype: of the logits.
+        window: the part that counts, of the columns that are here.
+        columns: how many count in the whole vocabulary.
+        split: what computes `split`.
+    """
+
+    argument: str
+    tensor: Tensor
+    dtype: torch.dtype
+    window: LogitsWindow
+    columns: int
+    split: SplitRows
+
+
+def logits_rows(
+    argument: str, logits: Tensor, vocab_size: int | None, shift: bool, columns: int = 0,
+    split: SplitRows = split,
+) -> Rows:  # fmt: skip
+    """The rows of logits `[*, V]`, checked; `columns` where they are a shard of more."""
+    validation.booleans(shift=shift)
+    here = validation.one_sided_logits(argument, logits, vocab_size, shift)
+    return Rows(argument, logits, logits.dtype, LogitsWindow(here, shift), columns or here, split)

@@ -11,9 +11,8 @@ from . import transforms
 from .arguments import validation
 from .arguments.options import Options
 from .arguments.params import ComplementParams
-from .arguments.reduction import LogitsWindow, last_contiguous
 from .backends import registry
-from .complement import SplitRows, split
+from .complement import Rows, logits_rows
 from .inference_tensors import ordinary_rows
 from .ops.complement import present
 from .topk import formulas
@@ -88,34 +87,30 @@ def token_logprobs(
             since the call.
     """
     validation.of_one_rank("token_logprobs", logits)
-    return run_token_logprobs(
-        logits, token_ids, temperature=temperature, entropy=entropy, mask=mask, ignore_index=ignore_index,
-        shift=shift, vocab_size=vocab_size, inplace=inplace, backend=backend,
+    rows = logits_rows("logits", logits, vocab_size, shift)
+    options = Options(
+        temperature=temperature, mask=mask, labels=token_ids, ignore_index=ignore_index, shift=shift,
+        inplace=inplace, backend=backend,
     )  # fmt: skip
+    return run_token_logprobs(rows, options, entropy)
 
 
-def run_token_logprobs(
-    logits: Tensor, token_ids: Tensor, split: SplitRows = split, columns: int | None = None, *,
-    entropy: bool, **shared: Any,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """`token_logprobs`, whatever splits the valid, of a vocabulary of `columns` or just these."""
-    options = Options(**shared)
-    shift = options.shift
-    validation.booleans(entropy=entropy, shift=shift, inplace=options.inplace)
+def run_token_logprobs(rows: Rows, options: Options, entropy: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """`token_logprobs` of rows that are checked, whatever they are made of; the tokens are the labels."""
+    token_ids: Any = options.labels
+    validation.booleans(entropy=entropy, inplace=options.inplace)
     validation.temperature("temperature", options.temperature)
-    vocab_size = validation.one_sided_logits("logits", logits, options.vocab_size, shift)
-    validation.token_ids(logits, token_ids)
-    valid = options._replace(labels=token_ids).reduction_of(logits).computed
-    chosen = registry.resolve(options.backend, logits.device)
-    inplace = options.overwrites("logits", logits)
+    validation.token_ids(rows.tensor, token_ids)
+    valid = options.reduction_of(rows.tensor).computed
+    chosen = registry.resolve(options.backend, rows.tensor.device)
+    inplace = options.overwrites(rows.argument, rows.tensor)
 
-    ids = (ordinary_rows(token_ids)[:, 1:] if shift else token_ids).long()
-    validate = logits.device.type == "cpu"
-    scale, window = 1.0 / float(options.temperature), LogitsWindow(vocab_size, shift)
-    params = ComplementParams(scale, True, entropy, validate, "token_ids", chosen, window, inplace)
-    picked, rest_lse, rest_entropy = split(last_contiguous(logits), ids[..., None], valid, params)
+    ids = (ordinary_rows(token_ids)[:, 1:] if options.shift else token_ids).long()
+    validate, scale = rows.tensor.device.type == "cpu", 1.0 / float(options.temperature)
+    params = ComplementParams(scale, True, entropy, validate, "token_ids", chosen, rows.window, inplace)
+    picked, rest_lse, rest_entropy = rows.split(rows.tensor, ids[..., None], valid, params)
     logprob, rest_entropy = transforms.apply(
-        _STEP, columns or vocab_size, picked[..., 0], rest_lse, rest_entropy, ids, valid
+        _STEP, rows.columns, picked[..., 0], rest_lse, rest_entropy, ids, valid
     )
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
     return (logprob.to(dtype), rest_entropy.to(dtype)) if entropy else logprob.to(dtype)

@@ -178,35 +178,37 @@ def token_stats(
     validation.rows(student_logits, mask, labels, ignore_index, None)
     call = (*scales, registry.resolve(backend, student_logits.device))
     options = Options(mask=mask, labels=labels, ignore_index=ignore_index, shift=shift)
-    return run_token_stats(
-        student_logits, teacher_logits, options, columns, partial(transforms.apply, _STEP, call)
-    )
+    student, teacher = of_sides(student_logits, teacher_logits, columns, shift)
+    fields_of = partial(transforms.apply, _STEP, call, student, teacher)
+    return run_token_stats(fields_of, options, columns, student.dtype, teacher.dtype)
 
 
-# What computes the seven fields `[N]` from logits `[N, V]`, the rows that count and their labels.
-FieldsOf = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], "tuple[Tensor, ...]"]
+def of_sides(student: Tensor, teacher: Tensor, columns: int, shift: bool) -> tuple[Tensor, Tensor]:
+    """The part of both sides' logits that counts, detached."""
+    window = LogitsWindow(columns, shift)
+    return window.of(last_contiguous(student.detach())), window.of(last_contiguous(teacher.detach()))
 
 
 def run_token_stats(
-    student: Tensor, teacher: Tensor, options: Options, columns: int, fields_of: FieldsOf, total: int = 0
-) -> TokenStats:
+    fields_of: Callable[[Tensor | None, Tensor | None], tuple[Tensor, ...]], options: Options, columns: int,
+    student_dtype: torch.dtype, teacher_dtype: torch.dtype,
+) -> TokenStats:  # fmt: skip
     """`token_stats` of arguments that are checked, whatever computes the fields.
 
     Args:
-        columns: how many columns of the logits count.
-        total: how many the whole vocabulary has, where these are a shard's.
+        fields_of: finds the seven fields `[N]` for the rows that count and their labels.
+        columns: of the whole vocabulary.
+        student_dtype, teacher_dtype: of each side's logits.
     """
     labels, shift = options.labels, options.shift
-    window = LogitsWindow(columns, shift)
-    student, teacher = (window.of(last_contiguous(x.detach())) for x in (student, teacher))
     valid, _ = valid_rows(options.mask, labels, options.ignore_index, None, shift)
     if labels is not None and valid is not None:
         labels = labels[:, 1:] if shift else labels
-        validation.labels_are_columns(labels, valid, total or columns)
+        validation.labels_are_columns(labels, valid, columns)
         labels = labels.long()
-    fields = fields_of(student, teacher, valid, labels)
+    fields = fields_of(valid, labels)
     # float64 with a narrower side: computed in float64, returned in float32.
-    if student.dtype != teacher.dtype and compute_dtype(student.dtype, teacher.dtype) == torch.float64:
+    if student_dtype != teacher_dtype and compute_dtype(student_dtype, teacher_dtype) == torch.float64:
         fields = tuple(x.float() for x in fields)
     counted = torch.ones_like(fields[0]) if valid is None else valid.to(fields[0].dtype)
     return TokenStats._make((*fields, counted))

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import kl_gpu
-from kl_gpu.arguments.params import LinearParams
 from kl_gpu.linear import accumulate, chunks, op
 from linear_heads import Heads, check, expected, heads
 from support import DEVICE, is_slow, to_numpy
@@ -329,7 +328,7 @@ def test_one_graph_under_compile(reduction: str) -> None:
 def test_opcheck(backend: str) -> None:
     given = heads((4,), bias=True)
     rows = torch.tensor([True, False, True, True], device=DEVICE)
-    call = (torch.float32, torch.float32, 1.0, 2.0, 0.0, 5.0, 57, 3, "forward_kl", 0.0, 0.5, 1.0, backend)
+    call = (torch.float32, 1.0, 0.0, torch.float32, 2.0, 5.0, 57, 3, "forward_kl", 0.0, 0.5, 1.0, backend)
     sides = *given[:2], given.student_bias, *given[2:4], given.teacher_bias, rows
     for row_scale, needs in ((torch.rand(4, device=DEVICE), [True, True, True]), (None, [False] * 3)):
         torch.library.opcheck(torch.ops.kl_gpu.linear.default, (*sides, row_scale, needs, *call))
@@ -503,8 +502,7 @@ def test_rows_of_a_chunk() -> None:
     cpu = torch.device("cpu")
 
     def rows(n: int, device: torch.device, columns: int = 128256, dtype: torch.dtype = torch.bfloat16) -> int:
-        numbers = 1.0, 1.0, 0.0, 0.0, columns, 0, "forward_kl", 0.0, 1.0, 1.0, "native"
-        return chunks.chosen_rows(n, LinearParams.from_arguments(dtype, dtype, *numbers), device)
+        return chunks.chosen_rows(n, 2 * columns * dtype.itemsize, 0, device)
 
     assert rows(1, cpu) == 1
     assert rows(0, cpu) == 1
@@ -517,13 +515,12 @@ def test_rows_of_a_chunk() -> None:
 
 
 def test_fewer_rows_where_a_gpu_is_short_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers = 1.0, 1.0, 0.0, 0.0, 128256, 0, "forward_kl", 0.0, 1.0, 1.0, "triton"
-    call = LinearParams.from_arguments(torch.bfloat16, torch.bfloat16, *numbers)
+    row_bytes = 2 * 128256 * 2
     monkeypatch.setattr(chunks, "_free_bytes", lambda device: float("inf"))
-    usual = chunks.chosen_rows(8192, call, torch.device("cuda"))
+    usual = chunks.chosen_rows(8192, row_bytes, 0, torch.device("cuda"))
     assert 1024 <= usual <= 4096
     monkeypatch.setattr(chunks, "_free_bytes", lambda device: 2**29)
-    few = chunks.chosen_rows(8192, call, torch.device("cuda"))
+    few = chunks.chosen_rows(8192, row_bytes, 0, torch.device("cuda"))
     assert few * 128256 * 4 <= 2**28
     assert few < usual
 

@@ -82,34 +82,81 @@ class TopkParams(NamedTuple):
     resolution: float
 
 
-class LinearParams(NamedTuple):
-    """What a divergence from hidden states and LM heads depends on.
+class HeadParams(NamedTuple):
+    """What makes a model's logits of the products of its hidden states and its LM head.
 
     Attributes:
-        student_dtype, teacher_dtype: of the products and the logits.
-        student_inner, teacher_inner: what multiplies logits before their cap; without one it is in the scale.
-        student_cap, teacher_cap: 0 where there is none.
+        dtype: of the products and the logits.
+        inner: what multiplies logits before their cap; 1 without one, when the factor is part of the scale.
+        cap: 0 where there is none.
+    """
+
+    dtype: torch.dtype
+    inner: float
+    cap: float
+
+
+class LinearParams(NamedTuple):
+    """What a comparison of two models known by hidden states and LM heads depends on.
+
+    Attributes:
+        student, teacher: of each side's products.
         vocab_size: rows of the weights past it do not count.
         chunk_rows: 0 leaves it to the size and the device.
         divergence: of the logits, or of the capped logits.
     """
 
-    student_dtype: torch.dtype
-    teacher_dtype: torch.dtype
-    student_inner: float
-    teacher_inner: float
-    student_cap: float
-    teacher_cap: float
+    student: HeadParams
+    teacher: HeadParams
     vocab_size: int
     chunk_rows: int
     divergence: DivergenceParams
 
+    @property
+    def row_bytes(self) -> int:
+        """Of the logits of one row, both sides."""
+        return self.vocab_size * (self.student.dtype.itemsize + self.teacher.dtype.itemsize)
+
     def as_arguments(self) -> tuple[Any, ...]:
         """The operator's arguments behind its tensors: schemas know no nesting."""
-        *products, divergence = self
-        return *products, *divergence
+        student, teacher, *sizes, divergence = self
+        return *student, *teacher, *sizes, *divergence
 
     @classmethod
     def from_arguments(cls, *arguments: Any) -> LinearParams:
-        products = len(cls._fields) - 1
-        return cls._make((*arguments[:products], DivergenceParams(*arguments[products:])))
+        student, teacher = HeadParams(*arguments[:3]), HeadParams(*arguments[3:6])
+        vocab_size, chunk_rows = arguments[6:8]
+        return cls(student, teacher, vocab_size, chunk_rows, DivergenceParams(*arguments[8:]))
+
+
+class LinearSplitParams(NamedTuple):
+    """How rows known by hidden states and an LM head are split into picked columns and their complement.
+
+    Attributes:
+        head: of the products.
+        vocab_size, chunk_rows: as in `LinearParams`.
+        scale, sweeps, entropy, validate, argument, backend: as in `ComplementParams`.
+    """
+
+    head: HeadParams
+    vocab_size: int
+    chunk_rows: int
+    scale: float
+    sweeps: bool
+    entropy: bool
+    validate: bool
+    argument: str
+    backend: str
+
+    @property
+    def row_bytes(self) -> int:
+        """Of the logits of one row."""
+        return self.vocab_size * self.head.dtype.itemsize
+
+    def as_arguments(self) -> tuple[Any, ...]:
+        head, *others = self
+        return *head, *others
+
+    @classmethod
+    def from_arguments(cls, *arguments: Any) -> LinearSplitParams:
+        return cls(HeadParams(*arguments[:3]), *arguments[3:])

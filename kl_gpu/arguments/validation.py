@@ -263,9 +263,12 @@ def one_sided_logits(argument: str, value: Any, vocab_size: Any, shift: bool) ->
     return vocabulary({argument: value.shape[-1]}, "columns", vocab_size)
 
 
-def _head(side: str, hidden: Any, weight: Any, bias: Any, least: int) -> None:
-    """Check one model's hidden states against its LM head, of so many rows at least."""
-    names = f"{side}_hidden", f"{side}_weight", f"{side}_bias"
+def head(side: str, hidden: Any, weight: Any, bias: Any, shift: bool, least: int = 1) -> None:
+    """Check one model's hidden states against its LM head, of so many rows at least.
+
+    `side` is what the arguments' names begin with.
+    """
+    names = f"{side}hidden", f"{side}weight", f"{side}bias"
     expected = (names[0], hidden, "[N, H]"), (names[1], weight, "[V, H]"), (names[2], bias, "[V]")
     for argument, value, shape in expected[: 2 if bias is None else 3]:
         _tensor(argument, value, LOGIT_DTYPES, _FLOATS)
@@ -288,15 +291,14 @@ def _head(side: str, hidden: Any, weight: Any, bias: Any, least: int) -> None:
         raise ValueError(
             f"{names[2]} must be [{len(weight)}], a number per row of {names[1]}, got [{len(bias)}]"
         )
+    shifted("hidden states [batch, time, H]", hidden, shift)
 
 
-def heads(
-    student_hidden: Any, student_weight: Any, student_bias: Any,
-    teacher_hidden: Any, teacher_weight: Any, teacher_bias: Any, shift: bool, least: int = 1,
-) -> None:  # fmt: skip
-    """Check both models' hidden states and LM heads, of so many rows at least."""
-    _head("student", student_hidden, student_weight, student_bias, least)
-    _head("teacher", teacher_hidden, teacher_weight, teacher_bias, least)
+def heads(sides: tuple[Any, ...], shift: bool, least: int = 1) -> None:
+    """Check both models' hidden states, weights and biases, of so many rows at least."""
+    student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias = sides
+    head("student_", student_hidden, student_weight, student_bias, False, least)
+    head("teacher_", teacher_hidden, teacher_weight, teacher_bias, False, least)
     _same_rows({"student_hidden": student_hidden, "teacher_hidden": teacher_hidden})
     shifted("hidden states [batch, time, H]", student_hidden, shift)
     _constant("teacher_hidden", teacher_hidden)

@@ -59,12 +59,13 @@ class _Merged(torch.autograd.Function):
 
 
 def split(
-    logits: Tensor, ids: Tensor, valid: Tensor | None, params: ComplementParams, *, shard: Shard, group: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `complement.split`, ids being those of the whole vocabulary."""
+    rows: Tensor, ids: Tensor, valid: Tensor | None, params: ComplementParams, *, shard: Shard, group: Any,
+    own_split: complement.SplitRows = complement.split,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `complement.split`, ids being those of the whole vocabulary. `own_split` splits the columns here."""
     if params.validate:
         check_ids(ids, valid, shard.total, params.argument)
     local = params._replace(validate=False)
-    parts = complement.split(logits, shard.own(ids), valid, local)
+    parts = own_split(rows, shard.own(ids), valid, local)
     merged: tuple[Tensor, Tensor, Tensor] = _Merged.apply(*parts, params.entropy, group)
     return merged

@@ -1,4 +1,4 @@
-"""`linear_div` where both LM heads are shared among ranks."""
+"""Two models known by hidden states and LM heads, compared where both heads are shared among ranks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..arguments import validation
+from ..arguments.options import Options
 from ..arguments.params import LinearParams
-from ..linear import api, chunks, op
+from ..linear import api, chunks, op, stats
 from ..ops import pair as ops
+from ..ops.views import two_at_least
+from ..stats import TokenStats
 from . import collectives, consistency, shards
 from .divergence import whole_rows
+from .tokens import merged_fields
+
+# Hidden states, weight and bias, of the student and then of the teacher.
+_Sides = tuple[Any, ...]
 
 
 class _OfAllRanks(torch.autograd.Function):
@@ -37,6 +44,14 @@ class _OfAllRanks(torch.autograd.Function):
         return total, None, None
 
 
+def of_all_ranks(hidden: Tensor, dim: int | None, group: Any) -> Tensor:
+    """The hidden states of all rows, differentiable where they are."""
+    if dim is not None:
+        validation.dimension("sequence_dim", dim, hidden.dim() - 1)
+    found: Tensor = _OfAllRanks.apply(hidden, dim, group)
+    return found
+
+
 def _gather_rows(hidden: Tensor, dim: int, group: Any) -> Tensor:
     return torch.cat(list(collectives.gather(hidden, group, "the hidden states")), dim)
 
@@ -57,7 +72,7 @@ def _sweep_rows(
     row_scale: Tensor | None, *, group: Any,
 ) -> Tensor:  # fmt: skip
     """`linear.heads.SweepRows` of rows of which this rank has some columns."""
-    s, t = shards.two_at_least(student), shards.two_at_least(teacher)
+    s, t = two_at_least(student), two_at_least(teacher)
     value, stats, backend = whole_rows(s, t, keep, params.divergence, group, row_scale is not None)
     if row_scale is not None:
         of = params.divergence._replace(backend=backend)
@@ -67,21 +82,42 @@ def _sweep_rows(
     return value
 
 
-def _linear(*arguments: Any, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`linear.op.over_chunks` in chunks that all ranks agree on, whatever their shards and their memory."""
-    heads, params = arguments[:9], LinearParams.from_arguments(*arguments[9:])
-    hidden = heads[0]
-    some = params._replace(vocab_size=max(1, params.vocab_size))
-    rows = chunks.chosen_rows(len(hidden), some, hidden.device)
+def _fields(
+    params: LinearParams, student: Tensor, teacher: Tensor, keep: Tensor | None, labels: Tensor | None, *,
+    shard: shards.Shard, group: Any,
+) -> Tensor:  # fmt: skip
+    """`linear.heads.SweepRows` of statistics, of rows of which this rank has some columns."""
+    of = params.divergence
+    found = merged_fields(
+        two_at_least(student), two_at_least(teacher), keep, labels, shard=shard,
+        scales=(of.student_scale, of.teacher_scale), backend=of.backend, group=group,
+    )  # fmt: skip
+    return torch.stack(found, -1)
+
+
+def _agreed(params: LinearParams, hidden: Tensor, group: Any) -> tuple[LinearParams, int]:
+    """Chunks that all ranks agree on, whatever their shards and their memory; and the widest shard."""
+    rows = chunks.chosen_rows(len(hidden), params.row_bytes, params.chunk_rows, hidden.device)
     own = torch.tensor([params.vocab_size, rows], dtype=torch.int64, device=hidden.device)
     found = collectives.gather(own, group, "the sizes of the chunks").tolist()
     widest, rows = max(columns for columns, _ in found), min(rows for _, rows in found)
-    return op.over_chunks(
-        *heads,
-        *params._replace(chunk_rows=rows).as_arguments(),
-        sweep_rows=partial(_sweep_rows, group=group),
-        widest=widest,
-    )
+    return params._replace(chunk_rows=rows), widest
+
+
+def _linear(*arguments: Any, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator `linear` of shards."""
+    heads, params = arguments[:9], LinearParams.from_arguments(*arguments[9:])
+    params, widest = _agreed(params, heads[0], group)
+    sweep_rows = partial(_sweep_rows, group=group)
+    return op.over_chunks(*heads, *params.as_arguments(), sweep_rows=sweep_rows, widest=widest)
+
+
+def _token_stats(*arguments: Any, shard: shards.Shard, group: Any) -> Tensor:
+    """The operator `linear_token_stats` of shards."""
+    heads, params = arguments[:8], LinearParams.from_arguments(*arguments[8:])
+    params, widest = _agreed(params, heads[0], group)
+    sweep_rows = partial(_fields, shard=shard, group=group)
+    return stats.fields_over_chunks(*heads, *params.as_arguments(), sweep_rows=sweep_rows, widest=widest)
 
 
 def vocab_parallel_linear_div(
@@ -131,32 +167,101 @@ def vocab_parallel_linear_div(
             tensor was modified since the call.
     """
     validation.known("vocab_parallel_linear_div", options, _OPTIONS)
-    weights = {"student_weight": student_weight_shard, "teacher_weight": teacher_weight_shard}
-    biases = options.get("student_bias"), options.get("teacher_bias")
-    hidden = student_hidden, teacher_hidden
-    tensors = [x for x in (*hidden, *weights.values(), *biases) if isinstance(x, Tensor)]
+    options = _OPTIONS | options
+    sides: _Sides = (
+        student_hidden, student_weight_shard, options.pop("student_bias"),
+        teacher_hidden, teacher_weight_shard, options.pop("teacher_bias"),
+    )  # fmt: skip
+    sides, shard, group = _located(
+        "vocab_parallel_linear_div", sides, group, vocab_start, sequence_dim, check, options, kind=kind
+    )
+    products = {name: options.pop(name) for name in _PRODUCTS}
+    options["vocab_size"] = None
+    linear = partial(_linear, group=group)
+    return api.run_linear(sides, kind, Options(**options), linear, shard.columns, **products)
+
+
+def vocab_parallel_linear_token_stats(
+    student_hidden: Tensor,
+    student_weight_shard: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight_shard: Tensor,
+    labels: Tensor | None = None,
+    *,
+    group: Any = None,
+    vocab_start: int | None = None,
+    sequence_dim: int | None = None,
+    check: str | None = None,
+    **options: Any,
+) -> TokenStats:
+    """`kl_gpu.linear_token_stats` where the rows of both LM heads are shared among the ranks of a group.
+
+    Chunk by chunk each rank makes the logits of its columns; what whole rows need travels as in
+    :func:`vocab_parallel_token_stats`, at its cost per row. One collective of 16 bytes settles the rows of a
+    chunk, and waits for the device. The same bits on every rank.
+
+    Args:
+        student_hidden, student_weight_shard, teacher_hidden, teacher_weight_shard, group, vocab_start,
+            sequence_dim, check: as in :func:`vocab_parallel_linear_div`. Where `vocab_start` or `vocab_size`
+            is not given, finding out costs a collective of 8 bytes and waits for the device.
+        labels: int `[N]`, columns of the whole vocabulary, of all rows, the same on every rank.
+        **options: those of :func:`kl_gpu.linear_token_stats`, given alike on every rank, but for
+            `student_bias` and `teacher_bias`: `[V_r]`, this rank's. `mask` is that of all rows. `vocab_size`
+            counts the whole vocabulary.
+
+    Returns:
+        TokenStats of all rows, float32 (float64 where both sides' logits are).
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, range, name or combination is wrong, or the ranks disagree; the message names
+            the argument.
+        RuntimeError: a collective failed.
+    """
+    validation.known("vocab_parallel_linear_token_stats", options, _STATS_OPTIONS)
+    options = _STATS_OPTIONS | options
+    sides: _Sides = (
+        student_hidden, student_weight_shard, options.pop("student_bias"),
+        teacher_hidden, teacher_weight_shard, options.pop("teacher_bias"),
+    )  # fmt: skip
+    sides = tuple(x.detach() if isinstance(x, Tensor) else x for x in sides)
+    sides, shard, group = _located(
+        "vocab_parallel_linear_token_stats", sides, group, vocab_start, sequence_dim, check, options,
+        whole=True, labels=labels,
+    )  # fmt: skip
+    products = {name: options.pop(name) for name in _PRODUCTS}
+    options["vocab_size"] = None
+    return stats.run_linear_token_stats(
+        sides, Options(labels=labels, **options), partial(_token_stats, shard=shard, group=group),
+        shard.columns, shard.total, **products,
+    )  # fmt: skip
+
+
+# What makes the logits of products.
+_PRODUCTS = ("softcap", "teacher_softcap", "logit_scale", "teacher_logit_scale", "chunk_rows")
+
+
+def _located(
+    entry: str, sides: _Sides, group: Any, vocab_start: Any, sequence_dim: Any, check: Any,
+    options: dict[str, Any], whole: bool = False, **also_alike: Any,
+) -> tuple[_Sides, shards.Shard, Any]:  # fmt: skip
+    """Both sides, checked, with all rows' hidden states; the rows of the heads that are here; the group."""
+    hidden, weights, biases = sides[::3], sides[1::3], sides[2::3]
+    tensors = [x for x in sides if isinstance(x, Tensor)]
     group = consistency.agree(
-        "vocab_parallel_linear_div", group, check, hidden, vocab_start,
-        columns=len(student_weight_shard) if consistency.is_plain(student_weight_shard) else 0, kind=kind,
+        entry, group, check, hidden, vocab_start,
+        columns=len(weights[0]) if consistency.is_plain(weights[0]) else 0,
         hidden_sizes=[x.shape[-1:] for x in hidden if consistency.is_plain(x)], sequence_dim=sequence_dim,
         gradients=[torch.is_grad_enabled(), *(x.requires_grad for x in tensors)],
-        **{name: value for name, value in options.items() if not name.endswith("_bias")},
+        **options, **also_alike,
     )  # fmt: skip
-    validation.heads(
-        student_hidden, student_weight_shard, biases[0], teacher_hidden, teacher_weight_shard, biases[1],
-        bool(options.get("shift")) and sequence_dim is None, least=0,
-    )  # fmt: skip
-    shard = shards.locate(
-        {name: x.t() for name, x in weights.items()}, vocab_start, options.pop("vocab_size", None), group
-    )
-    if sequence_dim is not None:
-        validation.dimension("sequence_dim", sequence_dim, student_hidden.dim() - 1)
-        teacher_hidden = _gather_rows(teacher_hidden, sequence_dim, group)
-    student_hidden = _OfAllRanks.apply(student_hidden, sequence_dim, group)
-    return api.run_linear(
-        student_hidden, student_weight_shard, teacher_hidden, teacher_weight_shard, kind,
-        partial(_linear, group=group), shard.columns, **(_OPTIONS | options),
-    )  # fmt: skip
+    whole_here = bool(options["shift"]) and sequence_dim is None
+    validation.heads(sides, whole_here, least=0)
+    named = dict(zip(("student_weight", "teacher_weight"), (x.t() for x in weights), strict=True))
+    shard = shards.locate(named, vocab_start, options["vocab_size"], group, whole)
+    hidden = tuple(of_all_ranks(x, sequence_dim, group) for x in hidden)
+    return (hidden[0], weights[0], biases[0], hidden[1], weights[1], biases[1]), shard, group
 
 
 _OPTIONS = validation.options_of(api.linear_div)
+_STATS_OPTIONS = validation.options_of(stats.linear_token_stats)

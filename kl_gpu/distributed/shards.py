@@ -6,20 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..arguments import validation
+from ..ops.views import two_at_least
 from . import collectives
-
-
-def two_at_least(logits: Tensor) -> Tensor:
-    """Fewer columns filled up with columns of −inf, which do not exist.
-
-    A backend calls a row of one column certain and gives it no gradient, and cannot take a row of none.
-    """
-    columns = logits.shape[-1]
-    return logits if columns >= 2 else F.pad(logits, (0, 2 - columns), value=-torch.inf)
 
 
 class Shard(NamedTuple):

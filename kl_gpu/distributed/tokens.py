@@ -14,8 +14,9 @@ from ..arguments.options import Options
 from ..arguments.reduction import compute_dtype
 from ..backends import registry
 from ..backends.shard_merge import log_sum
+from ..complement import logits_rows
 from ..ops import pair as ops
-from ..stats import TokenStats, run_token_stats
+from ..stats import TokenStats, of_sides, run_token_stats
 from . import collectives, complement, consistency, shards, states
 
 
@@ -57,10 +58,12 @@ def vocab_parallel_token_logprobs(
     shard = shards.locate(
         {"logits_shard": logits_shard}, vocab_start, options.pop("vocab_size", None), group, whole=True
     )
-    return logprobs.run_token_logprobs(
-        shard.of(logits_shard), token_ids, partial(complement.split, shard=shard, group=group), shard.total,
-        **(_LOGPROB_OPTIONS | options),
+    entropy, shared = options.pop("entropy", False), Options(labels=token_ids, **options)
+    rows = logits_rows(
+        "logits_shard", shard.of(logits_shard), None, shared.shift, shard.total,
+        partial(complement.split, shard=shard, group=group),
     )  # fmt: skip
+    return logprobs.run_token_logprobs(rows, shared, entropy)
 
 
 def _first_largest(logits: Tensor, start: int) -> tuple[Tensor, Tensor]:
@@ -82,7 +85,7 @@ def _leader(tops: Tensor, columns: Tensor) -> Tensor:
     return torch.where(tops == tops.amax(0), columns, torch.inf).amin(0)
 
 
-def _merged(
+def merged_fields(
     student: Tensor, teacher: Tensor, valid: Tensor | None, labels: Tensor | None, *, shard: shards.Shard,
     scales: tuple[float, float], backend: str, group: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -170,10 +173,13 @@ def vocab_parallel_token_stats(
     validation.rows(student_shard, mask, labels, ignore_index, None)
     chosen = registry.resolve(backend, student_shard.device)
     shard = shards.locate(sides, vocab_start, vocab_size, group, whole=True)
-    student, teacher = map(shard.of, sides.values())
+    student, teacher = (shard.of(x.detach()) for x in sides.values())
+    student, teacher = of_sides(student, teacher, student.shape[-1], shift)
     options = Options(mask=mask, labels=labels, ignore_index=ignore_index, shift=shift)
-    fields_of = partial(_merged, shard=shard, scales=scales, backend=chosen, group=group)
-    return run_token_stats(student, teacher, options, student.shape[-1], fields_of, shard.total)
+    fields_of = partial(
+        merged_fields, student, teacher, shard=shard, scales=scales, backend=chosen, group=group
+    )
+    return run_token_stats(fields_of, options, shard.total, student.dtype, teacher.dtype)
 
 
 _LOGPROB_OPTIONS = validation.options_of(logprobs.token_logprobs)

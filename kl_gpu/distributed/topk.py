@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..arguments import validation
+from ..complement import logits_rows
 from ..topk import api
 from . import complement, consistency, shards
 
@@ -55,10 +56,13 @@ def vocab_parallel_topk_div(
     shard = shards.locate(
         {"student_shard": student_shard}, vocab_start, options.pop("vocab_size", None), group, whole=True
     )
-    return api.run_topk(
-        shard.of(student_shard), teacher_logprobs, teacher_ids, kind,
-        partial(complement.split, shard=shard, group=group), shard.total, **(_OPTIONS | options),
+    options = _OPTIONS | options
+    del options["vocab_size"]
+    rows = logits_rows(
+        "student_shard", shard.of(student_shard), None, options["shift"], shard.total,
+        partial(complement.split, shard=shard, group=group),
     )  # fmt: skip
+    return api.run_topk(rows, teacher_logprobs, teacher_ids, kind, **options)
 
 
 _OPTIONS = validation.options_of(api.topk_div)

@@ -1,4 +1,4 @@
-"""Gradients that are summed over chunks of rows: of a head's weight and of its bias."""
+"""From the gradients of a head's logits, chunk by chunk, to those of what they are made of."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ..backends.native.memory import on_huge_pages
+from .chunks import Chunk, memory_of_rows
+from .heads import Head
 
 # Elements of a temporary where 16-bit numbers are summed in float32; on the CPU they and their sum stay in a
 # last cache.
@@ -151,3 +153,40 @@ class BiasGradient:
         grad = torch.zeros_like(self.bias, memory_format=torch.contiguous_format)
         grad[: len(self.total)] = self.total
         return grad
+
+
+class HeadGradients:
+    """The gradients of hidden states, weight and bias that are asked for; the others have no elements."""
+
+    def __init__(self, head: Head, needs: list[bool], chunks: list[Chunk]) -> None:
+        hidden, weight, bias = head.side
+        columns = len(head.weight)
+        self.head = head
+        self.to_hidden = memory_of_rows(chunks, hidden, hidden.shape, hidden.dtype) if needs[0] else None
+        self.to_weight = WeightGradient(weight, head.dtype, columns, len(chunks)) if needs[1] else None
+        self.to_bias = BiasGradient(bias, head.dtype, columns) if needs[2] and bias is not None else None
+
+    def add(self, chunk: Chunk, gradient: Tensor, states: Tensor) -> None:
+        """What a chunk's `states` `[n, H]` and the gradient of its logits `[n, V]` give."""
+        if self.to_hidden is not None:
+            chunk.put(self.to_hidden, torch.mm(gradient, self.head.weight))
+        if self.to_weight is not None:
+            self.to_weight.add(gradient, states)
+        if self.to_bias is not None:
+            self.to_bias.add(gradient)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        found = self.to_hidden, *(None if x is None else x.result() for x in (self.to_weight, self.to_bias))
+        # Each a tensor of its own: an operator's outputs must not share memory.
+        none = self.head.hidden.new_empty
+        return tuple(none(0) if x is None else x for x in found)  # type: ignore[return-value]
+
+
+def gradient_outputs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The shapes of `HeadGradients.results`, for torch.compile."""
+    return tuple(
+        x.new_empty(x.shape) if need and x is not None else hidden.new_empty(0)
+        for x, need in zip((hidden, weight, bias), needs, strict=True)
+    )  # type: ignore[return-value]

@@ -11,14 +11,14 @@ from torch import Tensor
 from .. import transforms
 from ..arguments import validation
 from ..arguments.options import Options
-from ..arguments.params import DivergenceParams, LinearParams
+from ..arguments.params import LinearParams
 from ..arguments.reduction import compute_dtype
 from ..autograd import are_saved_tensors_managed
-from ..backends import registry
 from ..inference_tensors import keep, kept
 from ..kinds import KINDS
 from ..transforms import forbid_double_backward
 from . import op
+from .rows import two_heads, without_last_time
 
 _NO_GRADIENTS = [False, False, False]
 
@@ -182,72 +182,44 @@ def linear_div(
             since the call.
     """
     validation.of_one_rank("linear_div", student_hidden, student_weight, teacher_hidden, teacher_weight)
+    sides = student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
+    options = Options(
+        beta=beta, temperature=temperature, teacher_temperature=teacher_temperature, t_squared=t_squared,
+        mask=mask, labels=labels, ignore_index=ignore_index, shift=shift, weight=weight, reduction=reduction,
+        normalizer=normalizer, vocab_size=vocab_size, backend=backend,
+    )  # fmt: skip
     return run_linear(
-        student_hidden, student_weight, teacher_hidden, teacher_weight, kind,
-        student_bias=student_bias, teacher_bias=teacher_bias, softcap=softcap,
-        teacher_softcap=teacher_softcap, logit_scale=logit_scale, teacher_logit_scale=teacher_logit_scale,
-        chunk_rows=chunk_rows, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
-        t_squared=t_squared, mask=mask, labels=labels, ignore_index=ignore_index, shift=shift, weight=weight,
-        reduction=reduction, normalizer=normalizer, vocab_size=vocab_size, backend=backend,
+        sides, kind, options, op.linear, softcap=softcap, teacher_softcap=teacher_softcap,
+        logit_scale=logit_scale, teacher_logit_scale=teacher_logit_scale, chunk_rows=chunk_rows,
     )  # fmt: skip
 
 
 def run_linear(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, kind: str,
-    linear: Linear | None = None, columns: int | None = None, *, student_bias: Tensor | None,
-    teacher_bias: Tensor | None, softcap: float | None, teacher_softcap: float | None, logit_scale: float,
-    teacher_logit_scale: float, chunk_rows: int | None, **shared: Any,
+    sides: tuple[Any, ...], kind: str, options: Options, linear: Linear, columns: int | None = None,
+    **products: Any,
 ) -> Tensor:  # fmt: skip
-    """`linear_div`, whatever computes it, of the heads' first `columns` rows, or those `vocab_size` says."""
-    linear = linear or op.linear
-    options = Options(**shared)
-    temperature, teacher_temperature = options.temperature, options.check(kind)
-    caps = validation.softcap("softcap", softcap), validation.softcap("teacher_softcap", teacher_softcap)
-    factors = (
-        validation.logit_scale("logit_scale", logit_scale, temperature),
-        validation.logit_scale("teacher_logit_scale", teacher_logit_scale, teacher_temperature),
-    )
-    if chunk_rows is not None:
-        validation.whole("chunk_rows", chunk_rows, 1, " or None")
-    validation.heads(
-        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
-        options.shift, least=1 if columns is None else 0,
-    )  # fmt: skip
-    device = student_hidden.device
-    if columns is None:
-        sizes = {"student_weight": len(student_weight), "teacher_weight": len(teacher_weight)}
-        columns = validation.vocabulary(sizes, "rows", options.vocab_size)
-    reduction = options.reduction_of(student_hidden)
-    chosen = registry.resolve(options.backend, device)
+    """`linear_div`, whatever computes it.
 
-    states = [x[:, :-1] if options.shift else x for x in (student_hidden, teacher_hidden)]
-    lead = states[0].shape[:-1]
-    student, teacher = (x.reshape(-1, x.shape[-1]) for x in states)
-    heads = student, student_weight, student_bias, teacher, teacher_weight, teacher_bias
-    dtypes = _logits_dtype(student), _logits_dtype(teacher)
-    divergence = DivergenceParams(
-        *KINDS[kind].at(options.beta),
-        student_scale=(1.0 if caps[0] else factors[0]) / float(temperature),
-        teacher_scale=(1.0 if caps[1] else factors[1]) / float(teacher_temperature),
-        backend=chosen,
-    )
-    params = LinearParams(
-        *dtypes,
-        # Without a cap the factor is part of the scale, which the sweep multiplies by anyway.
-        student_inner=factors[0] if caps[0] else 1.0,
-        teacher_inner=factors[1] if caps[1] else 1.0,
-        student_cap=caps[0],
-        teacher_cap=caps[1],
-        vocab_size=columns,
-        chunk_rows=chunk_rows or 0,
-        divergence=divergence,
-    )
+    Args:
+        sides: hidden states, weight and bias, of the student and then of the teacher.
+        columns: how many rows of the weights count, where they are a shard's.
+        products: what makes the logits, as `rows.two_heads` has it.
+    """
+    temperatures = options.temperature, options.check(kind)
+    heads, params = two_heads(
+        sides, temperatures, KINDS[kind].at(options.beta), options.backend, columns, shift=options.shift,
+        vocab_size=options.vocab_size, **products,
+    )  # fmt: skip
+    student_hidden, student_weight = sides[:2]
+    reduction, device = options.reduction_of(student_hidden), student_hidden.device
+    lead = without_last_time(student_hidden, options.shift).shape[:-1]
+    dtypes = params.student.dtype, params.teacher.dtype
     needs = [x is not None and x.requires_grad for x in heads[:3]]
     # float64 with a narrower side: computed in float64, returned in float32.
     mixed = dtypes[0] != dtypes[1]
 
     # In float16 a gradient divided by N vanishes unless a loss scale comes first, and that comes in backward.
-    in_range = torch.float16 not in (dtypes[0], student.dtype, student_weight.dtype)
+    in_range = torch.float16 not in (dtypes[0], student_hidden.dtype, student_weight.dtype)
     differentiated = torch.is_grad_enabled() and any(needs) and not transforms.are_active()
     if reduction.has_scale and in_range and differentiated:
         row_scale = reduction.scale(lead, compute_dtype(*dtypes), device)
@@ -266,10 +238,3 @@ def run_linear(
 
 def _flat(valid: Tensor | None) -> Tensor | None:
     return None if valid is None else valid.reshape(-1)
-
-
-def _logits_dtype(hidden: Tensor) -> torch.dtype:
-    """What `F.linear` would compute in: under autocast everything but float64 is cast."""
-    if validation.autocasts(hidden.device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(hidden.device.type)
-    return hidden.dtype

@@ -1,14 +1,14 @@
-"""From a chunk's hidden states to its divergences, and their gradient in place of the student's logits."""
+"""From a chunk's hidden states to its logits, their caps, and the sweeps that write gradients over them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..arguments.params import LinearParams
+from ..arguments.params import HeadParams, LinearParams
 from ..arguments.reduction import compute_dtype
 from ..backends import registry
 from ..backends.native.memory import on_huge_pages
@@ -23,21 +23,19 @@ _CAPPED_ON_A_GPU = 1 << 23
 class Head:
     """One side: its products in their dtype, and the memory of a chunk's logits."""
 
-    def __init__(self, side: Any, dtype: torch.dtype, columns: int, rows: int) -> None:
+    def __init__(self, side: Any, dtype: torch.dtype, columns: int, chunks: list[Chunk]) -> None:
         hidden, weight, bias = side
-        self.hidden, self.dtype = hidden, dtype
+        self.side, self.hidden, self.dtype = side, hidden, dtype
+        rows = max((c.rows.stop - c.rows.start for c in chunks), default=0)
         self.weight = weight[:columns].to(dtype)
         self.bias = None if bias is None else bias[:columns].to(dtype)
         self.buffer = on_huge_pages(hidden.new_empty((rows, columns), dtype=dtype))
 
     def states(self, chunk: Chunk) -> Tensor:
         """The chunk's hidden states, those of rows that do not count replaced by 0: they may hold NaN."""
-        if chunk.places is not None:
-            hidden = self.hidden.index_select(0, chunk.places)
-        else:
-            hidden = self.hidden[chunk.rows]
-            if chunk.keep is not None:
-                hidden = hidden.masked_fill(~chunk.keep[:, None], 0)
+        hidden = chunk.take(self.hidden)
+        if chunk.keep is not None:
+            hidden = hidden.masked_fill(~chunk.keep[:, None], 0)
         return hidden.to(self.dtype)
 
     def logits(self, states: Tensor) -> Tensor:
@@ -47,12 +45,12 @@ class Head:
         return torch.addmm(self.bias, states, self.weight.t(), out=out)
 
 
-class _Cap:
+class Cap:
     """cap·tanh(inner·z/cap) of some rows, in the dtype that rows are computed in; a cap of 0 is none."""
 
-    def __init__(self, inner: float, cap: float, like: Tensor, dtype: torch.dtype, rows: int) -> None:
-        self.inner, self.cap = inner, cap
-        rows = rows if cap else 0
+    def __init__(self, of: HeadParams, like: Tensor, dtype: torch.dtype, rows: int) -> None:
+        self.inner, self.cap = of.inner, of.cap
+        rows = rows if self.cap else 0
         self.tanh, self.out = (like.new_empty((rows, like.shape[1]), dtype=dtype) for _ in range(2))
 
     def of(self, logits: Tensor) -> Tensor:
@@ -62,13 +60,28 @@ class _Cap:
         tanh = self.tanh[:n].copy_(logits).mul_(self.inner / self.cap).tanh_()
         return torch.mul(tanh, self.cap, out=self.out[:n])
 
-    def pull_back(self, gradient: Tensor) -> Tensor:
-        """The gradient to z from that to the result of the last call, over both."""
-        return gradient.mul_(self.tanh[: len(gradient)].square_().neg_().add_(1)).mul_(self.inner)
+    def pull_back(self, gradient: Tensor, logits: Tensor) -> None:
+        """Write the gradient to z over `logits`, from that to the result of the last call."""
+        if self.cap:
+            factor = self.tanh[: len(gradient)].square_().neg_().add_(1)
+            logits.copy_(gradient.mul_(factor).mul_(self.inner))
 
 
-# Divergences `[n]` of logits `[n, V]`, of which a bool `[n]` says which rows count; with factors `[n]` of the
-# rows their gradient, too, in place of the student's logits.
+def capped_at_once(logits: Tensor, widest: int = 0) -> int:
+    """How many rows pass through their caps together; `widest` is the number of columns to go by, where
+    ranks with fewer must go along."""
+    elements = _CAPPED.get(logits.device.type, _CAPPED_ON_A_GPU)
+    return max(1, elements // max(widest, logits.shape[1], 1))
+
+
+def blocks_of(rows: int, at_once: int) -> Iterator[slice]:
+    for start in range(0, rows, at_once):
+        yield slice(start, min(start + at_once, rows))
+
+
+# What rows of logits `[n, V]` come to, of which a bool `[n]` says which count. Either divergences `[n]`, and
+# with factors `[n]` of the rows their gradient in place of the student's logits; or statistics `[n, ...]`,
+# some of them of the rows' labels `[n]`.
 SweepRows = Callable[[LinearParams, Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 
 
@@ -87,7 +100,7 @@ def sweep_rows(
 
 
 class Sweep:
-    """The divergences of a chunk's logits, and their gradient in place of the student's.
+    """What a chunk's logits come to, and where `writes` says so the gradient in place of the student's.
 
     `widest` is the number of columns that the rows of a soft cap are chosen by.
     """
@@ -97,35 +110,34 @@ class Sweep:
         params: LinearParams,
         student: Tensor,
         teacher: Tensor,
-        rows: SweepRows = sweep_rows,
-        widest: int = 0,
+        writes: bool,
+        rows: SweepRows,
+        widest: int,
     ) -> None:
-        self.params, self.rows = params, rows
+        self.params, self.rows, self.writes = params, rows, writes
         dtype = compute_dtype(student.dtype, teacher.dtype)
-        elements = _CAPPED.get(student.device.type, _CAPPED_ON_A_GPU)
-        self.at_once = max(1, elements // max(widest, student.shape[1], 1))
+        self.at_once = capped_at_once(student, widest)
         at_once = min(len(student), self.at_once)
-        self.cap = _Cap(params.student_inner, params.student_cap, student, dtype, at_once)
-        self.teacher_cap = _Cap(params.teacher_inner, params.teacher_cap, teacher, dtype, at_once)
+        self.cap = Cap(params.student, student, dtype, at_once)
+        self.teacher_cap = Cap(params.teacher, teacher, dtype, at_once)
 
     def __call__(
-        self, student: Tensor, teacher: Tensor, keep: Tensor | None, row_scale: Tensor | None
+        self, student: Tensor, teacher: Tensor, keep: Tensor | None, per_row: Tensor | None
     ) -> Tensor:
-        if not (self.params.student_cap or self.params.teacher_cap):
-            return self.rows(self.params, student, teacher, keep, row_scale)
+        if not (self.cap.cap or self.teacher_cap.cap):
+            return self.rows(self.params, student, teacher, keep, per_row)
         # A few rows at a time: what the caps make of them stays in a cache.
         found = []
-        for start in range(0, len(student), self.at_once):
-            part = slice(start, start + self.at_once)
-            per_row = (None if x is None else x[part] for x in (keep, row_scale))
-            found.append(self._capped(student[part], teacher[part], *per_row))
+        for part in blocks_of(len(student), self.at_once):
+            some = (None if x is None else x[part] for x in (keep, per_row))
+            found.append(self._capped(student[part], teacher[part], *some))
         return torch.cat(found)
 
     def _capped(
-        self, student: Tensor, teacher: Tensor, keep: Tensor | None, row_scale: Tensor | None
+        self, student: Tensor, teacher: Tensor, keep: Tensor | None, per_row: Tensor | None
     ) -> Tensor:
         s, t = self.cap.of(student), self.teacher_cap.of(teacher)
-        value = self.rows(self.params, s, t, keep, row_scale)
-        if self.params.student_cap and row_scale is not None:
-            student.copy_(self.cap.pull_back(s))
+        value = self.rows(self.params, s, t, keep, per_row)
+        if self.writes:
+            self.cap.pull_back(s, student)
         return value

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -52,3 +53,12 @@ def whole(parts: Sequence[Tensor], lead: torch.Size, dim: int = 0) -> Tensor:
     if len(lead) == 1:  # as it is: on a small problem a view takes as long as the kernel
         return joined
     return joined.view((*joined.shape[:dim], *lead, *joined.shape[dim + 1 :]))
+
+
+def two_at_least(logits: Tensor) -> Tensor:
+    """Fewer columns filled up with columns of −inf, which do not exist.
+
+    A backend calls a row of one column certain and gives it no gradient, and cannot take a row of none.
+    """
+    columns = logits.shape[-1]
+    return logits if columns >= 2 else F.pad(logits, (0, 2 - columns), value=-torch.inf)

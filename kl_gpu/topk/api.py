@@ -11,10 +11,9 @@ from .. import complement, transforms
 from ..arguments import validation
 from ..arguments.options import REDUCTIONS, Options
 from ..arguments.params import ComplementParams, TopkParams
-from ..arguments.reduction import LogitsWindow, last_contiguous
 from ..backends import registry
 from ..backends.interface import wide_dtype
-from ..complement import SplitRows, split
+from ..complement import Rows, logits_rows
 from ..inference_tensors import ordinary_rows
 from ..kinds import KINDS
 from ..ops.complement import present
@@ -127,21 +126,20 @@ def topk_div(
             since the call.
     """
     validation.of_one_rank("topk_div", student_logits)
+    rows = logits_rows("student_logits", student_logits, vocab_size, shift)
     return run_topk(
-        student_logits, teacher_logprobs, teacher_ids, kind, tail=tail,
-        teacher_tail_logprob=teacher_tail_logprob, beta=beta, temperature=temperature, t_squared=t_squared,
-        mask=mask, labels=labels, ignore_index=ignore_index, shift=shift, weight=weight, reduction=reduction,
-        normalizer=normalizer, vocab_size=vocab_size, inplace=inplace, validate=validate,
-        return_mass=return_mass, backend=backend,
+        rows, teacher_logprobs, teacher_ids, kind, tail=tail, teacher_tail_logprob=teacher_tail_logprob,
+        beta=beta, temperature=temperature, t_squared=t_squared, mask=mask, labels=labels,
+        ignore_index=ignore_index, shift=shift, weight=weight, reduction=reduction, normalizer=normalizer,
+        inplace=inplace, validate=validate, return_mass=return_mass, backend=backend,
     )  # fmt: skip
 
 
 def run_topk(
-    student_logits: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, kind: str,
-    split: SplitRows = split, columns: int | None = None, *, tail: str,
+    rows: Rows, teacher_logprobs: Tensor, teacher_ids: Tensor, kind: str, *, tail: str,
     teacher_tail_logprob: Tensor | None, validate: bool, return_mass: bool, **shared: Any,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`topk_div`, whatever splits the rows, of a vocabulary of `columns` or just these."""
+    """`topk_div` of a student's rows that are checked, whatever they are made of."""
     options = Options(**shared)
     validation.name("tail", tail, TAILS)
     validation.name("kind", kind, KINDS)
@@ -153,7 +151,7 @@ def run_topk(
     validation.beta(options.beta, kind)
     temperature, shift = options.temperature, options.shift
     validation.booleans(
-        t_squared=options.t_squared, shift=shift, inplace=options.inplace, validate=validate,
+        t_squared=options.t_squared, inplace=options.inplace, validate=validate,
         return_mass=return_mass,
     )  # fmt: skip
     validation.temperature("temperature", temperature)
@@ -162,18 +160,17 @@ def run_topk(
             "temperature must be 1 but for tail='renormalize': p^(1/T) cannot be normalised without the rest "
             f"of p, got temperature={temperature} with tail={tail!r}"
         )
-    vocab_size = validation.one_sided_logits("student_logits", student_logits, options.vocab_size, shift)
-    validation.topk(student_logits, teacher_logprobs, teacher_ids, teacher_tail_logprob, tail)
-    reduction = options.reduction_of(student_logits)
-    chosen = registry.resolve(options.backend, student_logits.device)
-    inplace = options.overwrites("student_logits", student_logits, "teacher_logprobs", teacher_logprobs)
+    student, device, columns = rows.tensor, rows.tensor.device, rows.columns
+    validation.topk(student, teacher_logprobs, teacher_ids, teacher_tail_logprob, tail)
+    reduction = options.reduction_of(student)
+    chosen = registry.resolve(options.backend, device)
+    inplace = options.overwrites(rows.argument, student, "teacher_logprobs", teacher_logprobs)
 
-    logits, device, valid = last_contiguous(student_logits), student_logits.device, reduction.computed
+    valid = reduction.computed
     if shift:
         teacher_logprobs, teacher_ids = teacher_logprobs[:, :-1], ordinary_rows(teacher_ids)[:, :-1]
         teacher_tail_logprob = None if teacher_tail_logprob is None else teacher_tail_logprob[:, :-1]
     wide = wide_dtype(device)
-    columns = columns or vocab_size
     ids = complement.unpadded(teacher_ids.long(), teacher_logprobs, constants=(columns,))
     here = present(ids, columns)
     has_rest = here.sum(-1) < columns
@@ -189,10 +186,10 @@ def run_topk(
             rest_log_p = complement.checked_tail(rest_log_p, log_p, valid)
 
     scale = 1.0 / float(temperature)
-    sweeps, window = tail != "renormalize", LogitsWindow(vocab_size, shift)
-    params = ComplementParams(scale, sweeps, False, validate, "teacher_ids", chosen, window, inplace)
-    picked, rest_lse, _ = split(logits, ids, valid, params)
-    both_wide = student_logits.dtype == teacher_logprobs.dtype == torch.float64
+    sweeps = tail != "renormalize"
+    params = ComplementParams(scale, sweeps, False, validate, "teacher_ids", chosen, rows.window, inplace)
+    picked, rest_lse, _ = rows.split(student, ids, valid, params)
+    both_wide = rows.dtype == teacher_logprobs.dtype == torch.float64
     dtype = torch.float64 if both_wide else torch.float32
     resolution = formulas.RESOLUTION[teacher_logprobs.dtype]
     of_tail = TopkParams(*KINDS[kind].at(options.beta), tail, scale, resolution)
@@ -203,14 +200,14 @@ def run_topk(
         return found.to(dtype)
 
     per_row = reduction.completed(
-        of(picked, rest_lse, valid), lambda others: of(*split(logits, ids, others, params)[:2], others)
+        of(picked, rest_lse, valid), lambda others: of(*rows.split(student, ids, others, params)[:2], others)
     )
     value = reduction.reduced(per_row)
     if not return_mass:
         return value
     with torch.no_grad():
         if tail == "renormalize":
-            picked, rest_lse, _ = split(logits, ids, valid, params._replace(scale=1.0, sweeps=True))
+            picked, rest_lse, _ = rows.split(student, ids, valid, params._replace(scale=1.0, sweeps=True))
         masses = formulas.mass_of(log_p), formulas.student_mass(picked, rest_lse)
         teacher_mass, student_mass = (x if valid is None else torch.where(valid, x, 0.0) for x in masses)
     return value, teacher_mass.to(dtype), student_mass.to(dtype)

@@ -1,0 +1,150 @@
+"""Two models compared token by token, from their hidden states and LM heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .. import transforms
+from ..arguments import validation
+from ..arguments.options import Options
+from ..arguments.params import LinearParams
+from ..backends.interface import TOKEN_STATS
+from ..ops import pair as ops
+from ..ops.register import operator
+from ..stats import TokenStats, run_token_stats
+from .op import HEADS, PARAMS, over_chunks, value_dtype
+from .rows import two_heads, without_last_time
+
+_NO_GRADIENTS = [False, False, False]
+
+
+def sweep_rows(
+    params: LinearParams, student: Tensor, teacher: Tensor, keep: Tensor | None, labels: Tensor | None
+) -> Tensor:
+    """`heads.SweepRows` of rows that are all here: statistics `[n, TOKEN_STATS]`."""
+    _, _, *scales_and_backend = params.divergence
+    return ops.token_stats(student, teacher, keep, labels, *scales_and_backend).t()
+
+
+def _fake(*arguments: Any) -> Tensor:
+    dtype = value_dtype(LinearParams.from_arguments(*arguments[8:]))
+    return arguments[0].new_empty((len(arguments[0]), TOKEN_STATS), dtype=dtype)
+
+
+@operator(f"linear_token_stats({HEADS}, Tensor? labels, {PARAMS}) -> Tensor", _fake)
+def fields_of_heads(*arguments: Any) -> Tensor:
+    """`[N, TOKEN_STATS]`, in the order of `backends.interface`."""
+    return fields_over_chunks(*arguments)
+
+
+def fields_over_chunks(*arguments: Any, **how: Any) -> Tensor:
+    """The operator, whatever sweeps the rows, as `op.over_chunks` has it."""
+    how = {"sweep_rows": sweep_rows} | how
+    return over_chunks(*arguments[:8], _NO_GRADIENTS, *arguments[8:], fields=(TOKEN_STATS,), **how)[0]
+
+
+def _no_gradient(*_: object) -> Any:
+    raise RuntimeError("kl_gpu.linear_token_stats has no gradient")
+
+
+# What computes the fields `[N, TOKEN_STATS]`, and its parameters. Weights have no rows.
+Fields = Callable[..., Tensor]
+_STEP = transforms.Step(
+    lambda call, *tensors: (call[0](*tensors, *call[1].as_arguments()),),
+    _no_gradient,
+    values=0,
+    rowwise=False,
+)
+
+
+def linear_token_stats(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+) -> TokenStats:
+    """:func:`kl_gpu.token_stats` of two models known by their hidden states and LM heads.
+
+    The logits are those that :func:`kl_gpu.linear_div` describes; only `chunk_rows` rows of both exist at a
+    time, made by one product a side. No gradient: tensors that require one are fine, the result is detached.
+
+    Args:
+        student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias, softcap,
+            teacher_softcap, logit_scale, teacher_logit_scale, chunk_rows: as in :func:`kl_gpu.linear_div`.
+        labels, temperature, teacher_temperature, mask, ignore_index, backend: as in
+            :func:`kl_gpu.token_stats`.
+        shift: hidden states at t go with entry t+1 of labels and mask; needs `[batch, time, H]` and gives
+            `[batch, time − 1]`.
+        vocab_size: rows of the weights at and past it are ignored on both sides; required where the two V
+            differ.
+
+    Returns:
+        TokenStats, float32 (float64 where both sides' logits are).
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, range, name or combination is wrong; the message names the argument.
+    """
+    validation.of_one_rank(
+        "linear_token_stats", student_hidden, student_weight, teacher_hidden, teacher_weight
+    )
+    sides = student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
+    options = Options(
+        temperature=temperature, teacher_temperature=teacher_temperature, mask=mask, labels=labels,
+        ignore_index=ignore_index, shift=shift, vocab_size=vocab_size, backend=backend,
+    )  # fmt: skip
+    return run_linear_token_stats(
+        sides, options, fields_of_heads, softcap=softcap, teacher_softcap=teacher_softcap,
+        logit_scale=logit_scale, teacher_logit_scale=teacher_logit_scale, chunk_rows=chunk_rows,
+    )  # fmt: skip
+
+
+def run_linear_token_stats(
+    sides: tuple[Any, ...], options: Options, fields: Fields, columns: int | None = None, total: int = 0,
+    **products: Any,
+) -> TokenStats:  # fmt: skip
+    """`linear_token_stats`, whatever computes the fields.
+
+    Args:
+        sides: hidden states, weight and bias, of the student and then of the teacher.
+        columns: how many rows of the weights count, where they are a shard's of `total`.
+        products: what makes the logits, as `rows.two_heads` has it.
+    """
+    validation.booleans(shift=options.shift)
+    temperatures = (
+        options.temperature, validation.temperatures(options.temperature, options.teacher_temperature)
+    )  # fmt: skip
+    sides = tuple(x.detach() if isinstance(x, Tensor) else x for x in sides)
+    flat, params = two_heads(
+        sides, temperatures, ("forward_kl", 0.0), options.backend, columns, shift=options.shift,
+        vocab_size=options.vocab_size, **products,
+    )  # fmt: skip
+    validation.rows(sides[0], options.mask, options.labels, options.ignore_index, None)
+    lead = without_last_time(sides[0], options.shift).shape[:-1]
+
+    def fields_of(valid: Tensor | None, labels: Tensor | None) -> tuple[Tensor, ...]:
+        rows = (None if x is None else x.reshape(-1) for x in (valid, labels))
+        (found,) = transforms.apply(_STEP, (fields, params), *flat, *rows)
+        return tuple(x.view(lead) for x in found.t().contiguous().unbind(0))
+
+    dtypes = params.student.dtype, params.teacher.dtype
+    return run_token_stats(fields_of, options, total or params.vocab_size, *dtypes)
