@@ -124,6 +124,14 @@ def test_no_compilation_of_the_audit_is_fused_where_launches_are_not(monkeypatch
     assert [options["enable_fp_fusion"] for options in given] == [False, False]
 
 
+def test_kernels_write_themselves_what_a_compiler_would_fuse(shared_folder: Path) -> None:
+    found = run("fused_code.py", shared_folder)
+    assert len(found) == 4
+    for kernel in found:
+        # An expression that is not fused takes an instruction of every column.
+        assert kernel["as written"] - kernel["fused"] < 0.5, kernel
+
+
 def test_every_kernel_dtype_and_architecture_compiles(audits: list[dict]) -> None:
     families = ("kl", "jeffreys", "js", "skew", "tv")
     kernels = [(kernel, family) for kernel in ("value", "gradient", "value_grad") for family in families]
