@@ -94,8 +94,8 @@ def divergence(
         temperature: divides both logits; a float within [1e-6, 1e9].
         teacher_temperature: overrides `temperature` on the teacher's side.
         t_squared: multiply value and gradient by T² (Hinton et al. 2015, section 2.1).
-        mask: bool `[N]`, True counts. A row that does not count has value 0 and gradient 0, whatever it
-            holds.
+        mask: bool or integers 0 and 1, `[N]`; True or 1 counts. A row that does not count has value 0 and
+            gradient 0, whatever it holds.
         labels: int `[N]`, signed or unsigned, compared as int64; a row counts where labels != ignore_index.
             Combines with `mask` by and.
         ignore_index: the label of rows that do not count.
@@ -106,10 +106,10 @@ def divergence(
             rows that "mean" divides by, as any weight does; `mask` takes it out of both. Where weight
             requires a gradient, that is the row's divergence, and 0 at a weight of 0 where it is not finite.
         reduction: "none" (`[N]`), "sum", "mean" (sum / rows that count), "batchmean" (sum / first dimension).
-        normalizer: float ≥ 1e-20 or 0-d tensor that replaces the denominator of "mean". A tensor of 0 is fine
-            where no row counts: the result is 0 then. A tensor that is negative, or 0 where rows count, is
-            refused on the CPU; on a device, where asking would wait, and under torch.compile or torch.func
-            the result is NaN.
+        normalizer: float ≥ 1e-20 or tensor of one element that replaces the denominator of "mean". A tensor
+            of 0 is fine where no row counts: the result is 0 then. A tensor that is negative, or 0 where rows
+            count, is refused on the CPU; on a device, where asking would wait, and under torch.compile or
+            torch.func the result is NaN.
         vocab_size: columns at and past it are ignored on both sides; required where the two V differ.
         inplace: allow the gradient to be written over the memory of `student_logits` in backward.
         backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.

@@ -15,13 +15,14 @@ from .backends import registry
 from .complement import Rows, logits_rows
 from .inference_tensors import ordinary_rows
 from .ops.complement import present
-from .topk import formulas
+from .topk import token_formulas as formulas
+from .topk.tokens import SEVERAL, Places
 
 
 def _values(
     columns: int, s: Tensor, rest_lse: Tensor, rest_entropy: Tensor, ids: Tensor, valid: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """log q of the token, the entropy, and the five derivatives that `topk.formulas.token` names."""
+    """log q of the token, the entropy, and the five derivatives that `token_formulas.token` names."""
     # A token outside the vocabulary has no probability to report: NaN, never a plausible number.
     s = torch.where(present(ids, columns), s, torch.nan)
     found: list[Tensor] = formulas.token(s, rest_lse, rest_entropy)
@@ -57,7 +58,7 @@ def token_logprobs(
     inplace: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log q of one token per row, q = softmax(logits/T), in nats; with `entropy` also −Σ q log q.
+    """log q of one token per row, or of K, q = softmax(logits/T), in nats; with `entropy` also −Σ q log q.
 
     One read of the logits; the gradient takes one more read and its own write. Nothing else of size `[N, V]`
     exists. log q is good to 5e-6 of itself, also near 0, where subtracting a log-normaliser returns noise.
@@ -65,12 +66,14 @@ def token_logprobs(
     Args:
         logits: `[N, V]`, N any leading shape; float16, bfloat16, float32 or float64. Any view whose last
             dimension is contiguous is read without a copy.
-        token_ids: int `[N]`, within [0, V). On the CPU another id raises, on a GPU, where asking would wait
-            for the device, its row is NaN.
+        token_ids: int `[N]`, or `[N, K]`, within [0, V). On the CPU another id raises; on a GPU, where asking
+            would wait for the device, it is NaN. Of K ids one may stand more than once, and −1 or
+            `ignore_index` marks an absent entry, which is 0.
         temperature: divides the logits; a float within [1e-6, 1e9].
         entropy: also return the entropy of each row.
-        mask: bool `[N]`, True counts. A row that does not count is 0, with gradient 0, whatever it holds.
-        ignore_index: rows with this id do not count either.
+        mask: bool or integers 0 and 1, `[N]`; True or 1 counts. A row that does not count is 0, with gradient
+            0, whatever it holds.
+        ignore_index: rows with this id do not count either; of K ids, only the entry.
         shift: logits at t go with entry t+1 of token_ids and mask; needs `[batch, time, V]` and gives
             `[batch, time − 1]`.
         vocab_size: columns at and past it are ignored.
@@ -78,7 +81,8 @@ def token_logprobs(
         backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
 
     Returns:
-        `[N]` in float32 (float64 for float64 logits), differentiable; with `entropy` a pair of them.
+        In the shape of `token_ids`, float32 (float64 for float64 logits), differentiable; with `entropy` a
+        pair of that and the entropies `[N]`.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -97,20 +101,26 @@ def token_logprobs(
 
 def run_token_logprobs(rows: Rows, options: Options, entropy: bool) -> Tensor | tuple[Tensor, Tensor]:
     """`token_logprobs` of rows that are checked, whatever they are made of; the tokens are the labels."""
-    token_ids: Any = options.labels
+    ids: Any = options.labels
     validation.booleans(entropy=entropy, inplace=options.inplace)
     validation.temperature("temperature", options.temperature)
-    validation.token_ids(rows.tensor, token_ids)
-    valid = options.reduction_of(rows.tensor).computed
+    several = validation.token_ids(rows.tensor, ids)
+    of_rows = options._replace(labels=None) if several else options
+    valid = of_rows.reduction_of(rows.tensor).computed
     chosen = registry.resolve(options.backend, rows.tensor.device)
     inplace = options.overwrites(rows.argument, rows.tensor)
 
-    ids = (ordinary_rows(token_ids)[:, 1:] if options.shift else token_ids).long()
-    validate, scale = rows.tensor.device.type == "cpu", 1.0 / float(options.temperature)
+    ids = (ordinary_rows(ids)[:, 1:] if options.shift else ids).long()
+    validate, scale = rows.tensor.device.type == "cpu" and not several, 1.0 / float(options.temperature)
     params = ComplementParams(scale, True, entropy, validate, "token_ids", chosen, rows.window, inplace)
-    picked, rest_lse, rest_entropy = rows.split(rows.tensor, ids[..., None], valid, params)
-    logprob, rest_entropy = transforms.apply(
-        _STEP, rows.columns, picked[..., 0], rest_lse, rest_entropy, ids, valid
-    )
+    if several:
+        ids = torch.where(ids == options.ignore_index, -1, ids)
+        validation.tokens_are_columns(ids, valid, rows.columns)
+        places = Places.of(ids)
+        parts = rows.split(rows.tensor, places.picked, valid, params)
+        logprob, spread = transforms.apply(SEVERAL, rows.columns, *parts, valid, *places)
+    else:
+        picked, *rest = rows.split(rows.tensor, ids[..., None], valid, params)
+        logprob, spread = transforms.apply(_STEP, rows.columns, picked[..., 0], *rest, ids, valid)
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return (logprob.to(dtype), rest_entropy.to(dtype)) if entropy else logprob.to(dtype)
+    return (logprob.to(dtype), spread.to(dtype)) if entropy else logprob.to(dtype)

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from .arguments import validation
+from .arguments.reduction import as_bool
 from .inference_tensors import ordinary_rows
 from .ops import symbols
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
+# verl's names. With a "+" behind it any name is verl's straight-through form.
+_ALSO_CALLED = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
+_NAMES = (*ESTIMATORS, *_ALSO_CALLED, *(f"{name}+" for name in (*ESTIMATORS, *_ALSO_CALLED)))
 
 
 def _exp_minus_linear(x: Tensor) -> Tensor:
@@ -49,11 +53,13 @@ class _StraightThrough(torch.autograd.Function):
 def kl_penalty(
     policy_logprobs: Tensor,
     ref_logprobs: Tensor,
-    estimator: str,
+    estimator: str = "k3",
     *,
     clamp: float | None = None,
+    input_clamp: float | None = None,
     straight_through: bool = False,
     mask: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Estimate of KL(policy‖ref) from one sampled token each, in nats, with r = policy − ref log-probability.
 
@@ -66,22 +72,34 @@ def kl_penalty(
         policy_logprobs: `[N]`, any shape; float16, bfloat16, float32 or float64; r of two −inf is NaN. An
             infinite r has an infinite estimate, or the clamp's, and never NaN.
         ref_logprobs: the same shape and device; the dtype may differ.
-        estimator: a name in `kl_gpu.rl.ESTIMATORS`.
+        estimator: a name in `kl_gpu.rl.ESTIMATORS`, or verl's for it: "kl" is k1, "mse" k2, "low_var_kl" k3,
+            and a "+" behind a name stands for `straight_through=True`.
         clamp: limits the estimate to [−clamp, clamp]; the gradient beyond is 0.
-        straight_through: the estimator's value with the gradient of an unclamped k2, which is r.
-        mask: bool `[N]`, True counts. An entry that does not, padding, has estimate 0 and gradient 0,
-            whatever it holds: −1e10, −inf or NaN. The mean over the others is `penalty.sum() / mask.sum()`.
+        input_clamp: limits r to [−input_clamp, input_clamp] before anything is made of it; the gradient
+            beyond is 0. verl's k3 has 20 here, and 10 as `clamp`.
+        straight_through: the estimator's value with the gradient of k2 without `clamp`, which is r.
+        mask: bool or integers 0 and 1, `[N]`; True or 1 counts. An entry that does not, padding, has estimate
+            0 and gradient 0, whatever it holds: −1e10, −inf or NaN. The mean over the others is
+            `penalty.sum() / mask.sum()`.
+
+        weight: float `[N]`, multiplies each estimate and its gradient: importance ratios, for tokens sampled
+            from another policy than the one whose log-probabilities these are. What an entry that does not
+            count has here does not matter. Differentiable; detach it where it shall be a constant.
 
     Returns:
-        float32 (float64 where both inputs are), in the inputs' shape. Never negative but for k1.
+        float32 (float64 where both inputs are), in the inputs' shape. Without `weight` never negative but for
+        k1.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes or devices differ, `estimator` is unknown, or `clamp` is not a finite number > 0.
+        ValueError: shapes or devices differ, `estimator` is unknown, or a clamp is not a finite number > 0.
     """
-    validation.name("estimator", estimator, ESTIMATORS)
+    validation.name("estimator", estimator, _NAMES)
     validation.booleans(straight_through=straight_through)
-    validation.log_probabilities(policy_logprobs, ref_logprobs, mask)
+    validation.log_probabilities(policy_logprobs, ref_logprobs, mask, weight)
+    straight_through = straight_through or estimator.endswith("+")
+    estimator = estimator.removesuffix("+")
+    estimator = _ALSO_CALLED.get(estimator, estimator)
     if clamp is not None:
         validation.positive("clamp", clamp)
         clamp = float(clamp)
@@ -90,10 +108,14 @@ def kl_penalty(
     dtype = torch.float64 if wide else torch.float32
     policy, ref = policy_logprobs.to(dtype), ref_logprobs.to(dtype)
     if mask is not None:
-        mask = ordinary_rows(mask)
+        mask = as_bool(ordinary_rows(mask))
         # before the difference: what is not taken gets a gradient of 0, not 0 · NaN
         policy, ref = torch.where(mask, policy, 0.0), torch.where(mask, ref, 0.0)
+        weight = None if weight is None else torch.where(mask, weight, 0.0)
     r = policy - ref
+    if input_clamp is not None:
+        validation.positive("input_clamp", input_clamp)
+        r = symbols.clamp(r, -float(input_clamp), float(input_clamp))
     # Past where clamp cuts an estimate off, it may overflow, and its gradient times the clamp's 0 is NaN: r
     # is limited to where the estimate is larger than clamp already.
     most = torch.finfo(dtype).max
@@ -116,4 +138,4 @@ def kl_penalty(
         estimate = symbols.clamp(estimate, -clamp, clamp)
     if straight_through:
         estimate = _StraightThrough.apply(estimate.detach(), r)
-    return estimate
+    return estimate if weight is None else estimate * weight.to(dtype)

@@ -156,8 +156,8 @@ def token_stats(
             [0, V) raise; elsewhere, and under torch.compile or torch.func, their log-probabilities are NaN.
         temperature: divides both logits; a float within [1e-6, 1e9].
         teacher_temperature: overrides `temperature` on the teacher's side.
-        mask: bool `[N]`, True counts; combines with `labels` by and. The logits of a row that does not count
-            do not matter.
+        mask: bool or integers 0 and 1, `[N]`; True or 1 counts; combines with `labels` by and. The logits of
+            a row that does not count do not matter.
         ignore_index: the label of rows that do not count.
         shift: logits at t go with entry t+1 of labels and mask; needs `[batch, time, V]` and gives
             `[batch, time − 1]`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -120,6 +121,14 @@ def pytest_make_collect_report(collector: pytest.Collector) -> pytest.CollectRep
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_plans_of_other_tests() -> None:
+    """Tests change what launches are planned from: the size of programs, the columns that one sweeps."""
+    prepared = sys.modules.get("kl_gpu.backends.triton.prepared")
+    if prepared is not None:
+        prepared.forget_plans()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -276,6 +276,45 @@ def test_a_normalizer_of_any_dtype_leaves_the_result_its_own(backend: str, dtype
         np.testing.assert_allclose(to_numpy(got), expected(student, teacher, "forward_kl").sum() / 17, 5e-6)
 
 
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.uint16])
+def test_masks_of_integers(backend: str, entry: str, dtype: torch.dtype) -> None:
+    student, teacher = pair(2, 5, 30)
+    mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 1]], device=DEVICE)
+    for options in ({}, {"labels": torch.tensor([[3, 4, -100, 2, 1]] * 2, device=DEVICE)}, {"shift": True}):
+        both = []
+        for same in (mask.bool(), mask.to(dtype)):
+            leaf = student.clone().requires_grad_()
+            loss = losses(entry, leaf, teacher, mask=same, backend=backend, **options)
+            loss.backward()
+            both.append((loss.detach(), leaf.grad))
+        assert torch.equal(both[0][0], both[1][0])
+        assert torch.equal(both[0][1], both[1][1])
+        assert both[0][1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_normalizer_of_one_element(backend: str, entry: str) -> None:
+    student, teacher = pair(3, 30)
+    want = losses(entry, student, teacher, normalizer=7.0, backend=backend)
+    for shape in ((1,), (1, 1)):
+        divisor = torch.full(shape, 7, device=DEVICE)
+        leaf = student.clone().requires_grad_()
+        got = losses(entry, leaf, teacher, normalizer=divisor, backend=backend)
+        assert got.shape == ()
+        torch.testing.assert_close(got, want)
+        got.backward()
+        assert leaf.grad.abs().max() > 1e-3
+
+
+def test_a_softcap_of_0_is_none(backend: str) -> None:
+    student, teacher = pair(3, 30)
+    assert torch.equal(
+        losses("linear_div", student, teacher, softcap=0.0, teacher_softcap=0, backend=backend),
+        losses("linear_div", student, teacher, backend=backend),
+    )
+
+
 @pytest.mark.parametrize("value", [-3.0, 0.0, math.nan])
 def test_a_normalizer_that_cannot_be_looked_at_makes_nan_and_no_flipped_loss(
     backend: str, value: float, monkeypatch: pytest.MonkeyPatch

@@ -307,6 +307,54 @@ def test_openrlhf(estimator: str) -> None:
 
 # -- refusals ----------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize(("name", "estimator"), [("kl", "k1"), ("mse", "k2"), ("low_var_kl", "k3")])
+def test_names_of_verl(name: str, estimator: str) -> None:
+    policy, ref = log_ratios(torch.float32)
+    for plus in ("", "+"):
+        leaves = policy.clone().requires_grad_(), policy.clone().requires_grad_()
+        theirs = kl_gpu.kl_penalty(leaves[0], ref, name + plus)
+        ours = kl_gpu.kl_penalty(leaves[1], ref, estimator, straight_through=bool(plus))
+        assert torch.equal(theirs, ours)
+        theirs.sum().backward()
+        ours.sum().backward()
+        assert torch.equal(leaves[0].grad, leaves[1].grad)
+        assert leaves[0].grad.abs().max() >= 1
+    assert torch.equal(kl_gpu.kl_penalty(policy, ref), kl_gpu.kl_penalty(policy, ref, "k3"))
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_input_clamp(estimator: str, straight_through: bool) -> None:
+    """r is limited first: an estimate is that of the limited r, and nothing flows from beyond."""
+    r = torch.tensor([-INF, -50.0, -3.0, 0.4, 2.5, 70.0, INF], dtype=torch.float64, device=DEVICE)
+    policy = r.clone().requires_grad_()
+    got = kl_gpu.kl_penalty(
+        policy, torch.zeros_like(r), estimator, input_clamp=20, straight_through=straight_through
+    )
+    np.testing.assert_allclose(to_numpy(got), FORMULAS[estimator](to_numpy(r).clip(-20, 20)), rtol=1e-12)
+    got.sum().backward()
+    inside = r.abs() < 20
+    assert (policy.grad[~inside] == 0).all()
+    assert (policy.grad[inside] != 0).all()
+
+
+def test_importance_weights() -> None:
+    policy, ref = (x.double() for x in log_ratios(torch.float32))
+    ratio = torch.rand_like(policy) + 0.5
+    mask = torch.rand_like(policy) > 0.3
+    plain = policy.clone().requires_grad_()
+    want = kl_gpu.kl_penalty(plain, ref) * ratio * mask
+    want.sum().backward()
+    leaf, weight = policy.clone().requires_grad_(), ratio.masked_fill(~mask, NAN).requires_grad_()
+    got = kl_gpu.kl_penalty(leaf, ref, weight=weight, mask=mask.long())
+    torch.testing.assert_close(got, want)
+    got.sum().backward()
+    torch.testing.assert_close(leaf.grad, plain.grad)
+    torch.testing.assert_close(weight.grad, kl_gpu.kl_penalty(policy, ref, mask=mask))
+    assert leaf.grad.abs().max() > 1
+
+
 GOOD = {"policy_logprobs": torch.zeros(2, 3), "ref_logprobs": torch.zeros(2, 3), "estimator": "k3"}
 
 
@@ -323,7 +371,10 @@ GOOD = {"policy_logprobs": torch.zeros(2, 3), "ref_logprobs": torch.zeros(2, 3),
         ({"clamp": math.nan}, ValueError, "clamp.*nan"),
         ({"clamp": "10"}, TypeError, "clamp.*number.*str"),
         ({"mask": torch.ones(2, 3)}, TypeError, "mask must be bool.*float32"),
-        ({"mask": torch.ones(2, 3).long()}, TypeError, "mask must be bool.*int64"),
+        ({"mask": 2 * torch.ones(2, 3).long()}, ValueError, "mask must be bool, or integers 0 and 1, got 2"),
+        ({"input_clamp": 0.0}, ValueError, "input_clamp.*> 0.*0"),
+        ({"weight": torch.ones(2, 3).long()}, TypeError, "weight.*floating.*int64"),
+        ({"weight": torch.ones(3)}, ValueError, r"weight.*shape \(2, 3\).*\(3,\)"),
         ({"mask": [True]}, TypeError, "mask must be a tensor.*list"),
         ({"mask": torch.ones(3).bool()}, ValueError, r"mask.*shape \(2, 3\).*\(3,\)"),
         ({"mask": torch.ones(2, 3, device="meta").bool()}, ValueError, "mask.*cpu.*meta"),

@@ -19,6 +19,9 @@ LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64
 )  # fmt: skip
+# Trainers keep masks as int64.
+_MASK_DTYPES = (torch.bool, *LABEL_DTYPES)
+_MASKS = "bool, or integers 0 and 1"
 _FLOATS = "float16, bfloat16, float32 or float64"
 _INTEGERS = "an integer tensor, of int8 to int64 or uint8 to uint64"
 # Below, the float32 kernels' exponents of logits that models have overflow; above, T² times a divergence that
@@ -229,6 +232,9 @@ def logits(student: Any, teacher: Any, vocab_size: Any, shift: bool) -> int:
     """Check both sides against each other; returns the number of columns that count."""
     beside_each_other({"student_logits": student, "teacher_logits": teacher})
     shifted("logits [batch, time, V]", student, shift)
+    if vocab_size is None and student.shape == teacher.shape:
+        columns: int = student.shape[-1]
+        return columns
     sizes = {"student_logits": student.shape[-1], "teacher_logits": teacher.shape[-1]}
     return vocabulary(sizes, "columns", vocab_size)
 
@@ -281,7 +287,10 @@ def head(side: str, hidden: Any, weight: Any, bias: Any, shift: bool, least: int
         # What autocast casts may differ; it leaves float64 alone.
         cast = autocasts(hidden.device) and torch.float64 not in (value.dtype, hidden.dtype)
         if value.dtype != hidden.dtype and not cast:
-            raise TypeError(f"{argument} must have {names[0]}'s dtype, {hidden.dtype}, got {value.dtype}")
+            raise TypeError(
+                f"{argument} must have {names[0]}'s dtype, {hidden.dtype}, got {value.dtype}: cast one of "
+                "them, or call under torch.autocast, which casts both"
+            )
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{names[1]} must be [V, {hidden.shape[-1]}], as {names[0]} has {hidden.shape[-1]} columns, "
@@ -307,8 +316,8 @@ def heads(sides: tuple[Any, ...], shift: bool, least: int = 1) -> None:
 
 
 def softcap(argument: str, value: Any) -> float:
-    """Returns the cap, 0 where there is none."""
-    if value is None:
+    """Returns the cap, 0 where there is none: None, or a configuration's 0."""
+    if value is None or (_is_real(value) and value == 0):
         return 0.0
     positive(argument, value, "a number or None")
     return float(value)
@@ -346,12 +355,37 @@ def _same_device(argument: str, value: Tensor, device: torch.device, whose: str 
 
 def _constant(argument: str, value: Tensor | None) -> None:
     if value is not None and value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{argument} gets no gradient here, got one that requires it: detach it")
+        raise ValueError(
+            f"{argument} gets no gradient here, got one that requires it: give {argument}.detach(), or "
+            "freeze the model with requires_grad_(False)"
+        )
 
 
-def token_ids(logits: Tensor, value: Any) -> None:
+def token_ids(rows: Tensor, value: Any) -> bool:
+    """Check tokens `[N]` or `[N, K]` against the rows, before any shift; returns whether there are K."""
     _tensor("token_ids", value, LABEL_DTYPES, _INTEGERS)
-    _beside("token_ids", value, tuple(logits.shape[:-1]), _LEAD, logits.device)
+    lead = tuple(rows.shape[:-1])
+    several = value.dim() == rows.dim() and tuple(value.shape[:-1]) == lead and value.shape[-1] > 0
+    if not several and tuple(value.shape) != lead:
+        raise ValueError(
+            f"token_ids must have {_LEAD} {lead}, or that and K, at least 1, got {tuple(value.shape)}"
+        )
+    _same_device("token_ids", value, rows.device)
+    return several
+
+
+def tokens_are_columns(ids: Tensor, valid: Tensor | None, columns: int) -> None:
+    """Refuse ids `[N, K]` that are no column, nor −1, where rows count, if their values can be looked at."""
+    if not readable(ids):
+        return
+    wrong = (ids < -1) | (ids >= columns)
+    if valid is not None:
+        wrong &= valid[..., None]
+    if wrong.any():
+        raise ValueError(
+            f"token_ids must be within [0, {columns}), or -1 or ignore_index for an absent entry, "
+            f"got {ids[wrong][0].item()}"
+        )
 
 
 def topk(student: Tensor, logprobs: Any, ids: Any, tail_logprob: Any, tail: str) -> None:
@@ -384,13 +418,25 @@ def rows(student: Tensor, mask: Any, labels: Any, ignore_index: Any, weight: Any
         return
     lead = tuple(student.shape[:-1])
     for argument, value, dtypes, what in (
-        ("mask", mask, (torch.bool,), "bool"),
+        ("mask", mask, _MASK_DTYPES, _MASKS),
         ("labels", labels, LABEL_DTYPES, _INTEGERS),
         ("weight", weight, LOGIT_DTYPES, "a floating tensor"),
     ):
         if value is not None:
             _tensor(argument, value, dtypes, what)
             _beside(argument, value, lead, _LEAD, student.device)
+    if mask is not None:
+        _zeros_and_ones(mask)
+
+
+def _zeros_and_ones(mask: Tensor) -> None:
+    """Refuse other numbers, if they can be looked at: a tensor of lengths or of labels is no mask."""
+    if mask.dtype == torch.bool or not readable(mask):
+        return
+    numbers = mask.long()
+    wrong = (numbers != 0) & (numbers != 1)
+    if wrong.any():
+        raise ValueError(f"mask must be {_MASKS}, got {numbers[wrong][0].item()}")
 
 
 def labels_are_columns(labels: Tensor, counts: Tensor, columns: int) -> None:
@@ -413,7 +459,7 @@ def positive(argument: str, value: Any, expected: str = "a number") -> None:
         raise ValueError(f"{argument} must be a finite number > 0, got {value}")
 
 
-def log_probabilities(policy: Any, ref: Any, mask: Any) -> None:
+def log_probabilities(policy: Any, ref: Any, mask: Any, weight: Any) -> None:
     """Check the policy's and the reference's log-probabilities of the same tokens against each other."""
     for argument, value in (("policy_logprobs", policy), ("ref_logprobs", ref)):
         _tensor(argument, value, LOGIT_DTYPES, _FLOATS, shared=True)
@@ -424,8 +470,14 @@ def log_probabilities(policy: Any, ref: Any, mask: Any) -> None:
         if ours != theirs:
             raise ValueError(f"policy_logprobs and ref_logprobs must have {what}, got {ours} and {theirs}")
     if mask is not None:
-        _tensor("mask", mask, (torch.bool,), "bool", shared=True)
+        _tensor("mask", mask, _MASK_DTYPES, _MASKS, shared=True)
         _beside("mask", mask, tuple(policy.shape), "the log-probabilities' shape", policy.device, "they are")
+        _zeros_and_ones(mask)
+    if weight is not None:
+        _tensor("weight", weight, LOGIT_DTYPES, "a floating tensor", shared=True)
+        _beside(
+            "weight", weight, tuple(policy.shape), "the log-probabilities' shape", policy.device, "they are"
+        )
 
 
 def normalizer(value: Any, reduction: str, device: torch.device, shared: bool = False) -> None:
@@ -436,8 +488,10 @@ def normalizer(value: Any, reduction: str, device: torch.device, shared: bool = 
         raise ValueError(f"normalizer is the denominator of reduction='mean', got reduction={reduction!r}")
     if isinstance(value, Tensor):
         _tensor("normalizer", value, (*LOGIT_DTYPES, *LABEL_DTYPES), "a real number", shared)
-        if value.dim() != 0:
-            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+        if value.numel() != 1:
+            raise ValueError(
+                f"normalizer must be a number or a tensor of one element, got shape {tuple(value.shape)}"
+            )
         if value.device != device and value.device.type != "cpu":
             raise ValueError(f"normalizer must be on {device} or the CPU, got {value.device}")
         if readable(value) and not 0 <= value.item() < math.inf:  # NaN fails every comparison
@@ -447,7 +501,7 @@ def normalizer(value: Any, reduction: str, device: torch.device, shared: bool = 
                 f"normalizer must be 0 or at least {SMALLEST_NORMALIZER:g}, got a tensor of {value.item()}"
             )
         return
-    positive("normalizer", value, "a number or a 0-d tensor")
+    positive("normalizer", value, "a number or a tensor of one element")
     if value < SMALLEST_NORMALIZER:
         raise ValueError(f"normalizer must be a number of at least {SMALLEST_NORMALIZER:g}, got {value}")
 

@@ -159,7 +159,7 @@ def linear_div(
             student's. Nothing of the teacher may require a gradient.
         kind: a name in `kl_gpu.KINDS`.
         student_bias, teacher_bias: `[V]`, of the weight's dtype.
-        softcap, teacher_softcap: each model's cap, a float > 0; None for none.
+        softcap, teacher_softcap: each model's cap, a float > 0; None or 0 for none.
         logit_scale, teacher_logit_scale: each model's factor, a float > 0; the temperature over it must be
             within [1e-6, 1e9].
         chunk_rows: rows of logits held at once; None chooses by V, dtype and device, and takes fewer where a

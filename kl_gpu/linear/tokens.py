@@ -44,7 +44,7 @@ def linear_token_logprobs(
         token_ids: int `[N]`, within [0, V), as in :func:`kl_gpu.token_logprobs`.
         entropy: also return the entropy of each row.
         bias: `[V]`, of the weight's dtype.
-        softcap: a float > 0; None for none.
+        softcap: a float > 0; None or 0 for none.
         logit_scale: a float > 0; the temperature over it must be within [1e-6, 1e9].
         temperature, mask, ignore_index, backend: as in :func:`kl_gpu.token_logprobs`.
         chunk_rows: as in :func:`kl_gpu.linear_div`.

@@ -48,7 +48,7 @@ def linear_topk_div(
         student_weight: `[V, H]`, of the same dtype; under autocast as in :func:`kl_gpu.linear_div`.
         teacher_logprobs, teacher_ids, kind, tail, teacher_tail_logprob: as in :func:`kl_gpu.topk_div`.
         student_bias: `[V]`, of the weight's dtype.
-        softcap: a float > 0; None for none.
+        softcap: a float > 0; None or 0 for none.
         logit_scale: a float > 0; the temperature over it must be within [1e-6, 1e9].
         chunk_rows: as in :func:`kl_gpu.linear_div`.
         beta, temperature, t_squared, mask, labels, ignore_index, weight, reduction, normalizer, validate,

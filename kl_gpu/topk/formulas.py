@@ -44,50 +44,25 @@ def tree_sum(x: Tensor) -> Tensor:
     return x
 
 
-def _log_sum(log_x: Tensor) -> Tensor:
+def log_sum(log_x: Tensor) -> Tensor:
     top = log_x.amax(-1, keepdim=True)
     top = torch.where(torch.isneginf(top), 0.0, top)
     return top + torch.log(tree_sum(torch.exp(log_x - top)))
 
 
-def _log_normalizer(picked: Tensor, rest_lse: Tensor) -> Tensor:
+def log_normalizer(picked: Tensor, rest_lse: Tensor) -> Tensor:
     """log Σ e^s over all columns; NaN where there is no distribution."""
-    lse = torch.logaddexp(rest_lse, _log_sum(picked))
+    lse = torch.logaddexp(rest_lse, log_sum(picked))
     return torch.where(torch.isfinite(lse), lse, torch.nan)
 
 
 def student_mass(picked: Tensor, rest_lse: Tensor) -> Tensor:
     """What the student gives to the ids."""
-    return tree_sum(torch.exp(picked - _log_normalizer(picked, rest_lse[..., None])))[..., 0]
+    return tree_sum(torch.exp(picked - log_normalizer(picked, rest_lse[..., None])))[..., 0]
 
 
 def mass_of(log_p: Tensor) -> Tensor:
     return tree_sum(torch.exp(log_p))[..., 0]
-
-
-def _token_outputs(s: Tensor, *_: object) -> list[Tensor]:
-    return [torch.empty_like(s) for _ in range(7)]
-
-
-@operator("token(Tensor s, Tensor rest, Tensor spread) -> Tensor[]", _token_outputs)
-def token(s: Tensor, rest_lse: Tensor, rest_entropy: Tensor) -> list[Tensor]:
-    """log q of one column, the row's entropy, and the derivatives of each: to s, to u, and to `rest_entropy`.
-
-    `rest_entropy` is the entropy of the other columns among themselves. With Q the probability of those,
-    log q = −log(1 + e^{u − s}) and H = −q log q − Q log Q + Q·rest_entropy: only terms of one sign.
-    """
-    d = rest_lse - s
-    lse = torch.logaddexp(rest_lse, s)
-    broken = ~torch.isfinite(lse)
-    log_q = torch.where(d < 0, 0.0 - torch.log1p(torch.exp(d)), s - lse)
-    log_rest = torch.where(d > 0, 0.0 - torch.log1p(torch.exp(-d)), rest_lse - lse)
-    log_q, log_rest = (torch.where(broken, torch.nan, x) for x in (log_q, log_rest))
-    q, rest_q = torch.exp(log_q), torch.exp(log_rest)
-    own = torch.where(q == 0, 0.0, -log_q)
-    others = torch.where(rest_q == 0, 0.0, rest_entropy - log_rest)
-    # H = q·own + Q·others, so ∂H/∂s = q Q (own − others) = −∂H/∂u.
-    turn = q * rest_q * (own - others)
-    return [log_q, q * own + rest_q * others, rest_q, -rest_q, turn, -turn, rest_q.clone()]
 
 
 def _best_outputs(picked: Tensor, rest_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,18 +145,18 @@ def topk(
     """
     rest_lse = rest_lse[..., None]
     if tail == "renormalize":
-        log_q = picked - _log_sum(picked)
+        log_q = picked - log_sum(picked)
         log_p = log_p * scale
-        log_p = log_p - _log_sum(log_p)
+        log_p = log_p - log_sum(log_p)
         terms, flow = _divergence(kind, beta, log_q, log_p)
         q, total = torch.exp(log_q), tree_sum(flow)
         grad_picked, grad_rest = flow - q * total, torch.zeros_like(rest_lse)
     else:
-        lse = _log_normalizer(picked, rest_lse)
+        lse = log_normalizer(picked, rest_lse)
         log_q, rest_log_q = picked - lse, rest_lse - lse
         q, rest_q = torch.exp(log_q), torch.exp(rest_log_q)
         if tail == "student_full":
-            log_p = log_p - _log_sum(log_p)
+            log_p = log_p - log_sum(log_p)
             rest_log_p = torch.full_like(rest_lse, -torch.inf)
         elif rest_log_p is None:
             rest_log_p = _remaining(log_p, resolution, ~torch.isneginf(rest_lse))

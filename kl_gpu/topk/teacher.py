@@ -52,8 +52,8 @@ def topk_logprobs(
         k: how many, within [1, V].
         temperature: divides the logits, as in :func:`kl_gpu.token_logprobs`. `topk_div` wants
             log-probabilities at temperature 1.
-        mask: bool `[N]`, True counts. A row that does not count is a teacher of whom nothing is known:
-            logprobs 0, ids −1 (absent), tail_logprob 0, whatever its logits hold.
+        mask: bool or integers 0 and 1, `[N]`; True or 1 counts. A row that does not count is a teacher of
+            whom nothing is known: logprobs 0, ids −1 (absent), tail_logprob 0, whatever its logits hold.
         vocab_size: columns at and past it are ignored.
         backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
 

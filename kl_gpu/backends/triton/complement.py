@@ -7,7 +7,7 @@ row with −inf in their places, and clears them: V/8 bytes a program that runs,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -46,7 +46,6 @@ from .launch import (
     ProgramShape,
     cdiv,
     configuration,
-    enqueue,
     gradient_layout,
     high_low,
     kernel,
@@ -55,6 +54,7 @@ from .launch import (
     splits_of,
     steps,
 )
+from .prepared import PreparedLaunch, place, plan
 
 # Row statistics, in float64: n and 1/Z, so that π_j = 2^(k·logit − n)/Z, rest_entropy in nats, and rest_lse.
 # Where n is out of range 1/Z is negative, and n belongs to the largest logit itself.
@@ -340,22 +340,55 @@ def program(logits: Tensor, n_ids: int, lanes: int = LANES) -> dict[str, Any]:
     return {name: config[name] for name in _FROM_CONFIGURATION if name in config} | {"IDS": ids}
 
 
+class _Plan(NamedTuple):
+    launch: PreparedLaunch
+    bits: tuple[int, int]  # words of each program
+
+
+@plan
+def _plan(logits: Tensor, n_ids: int, has_valid: bool, scale: float, entropy: bool, resident: int) -> _Plan:
+    """Of a place."""
+    config = program(logits, n_ids)
+    n_rows = logits.shape[0] * logits.shape[1]
+    programs = min(n_rows, resident)
+    block = config["R"] * config["VEC"]
+    words = cdiv(logits.shape[-1], block) * block // 32
+    numbers = n_rows, logits.shape[1], *steps(logits), logits.shape[2], n_ids, words, *high_low(scale)
+    launch = PreparedLaunch(
+        complement_kernel, programs, logits.device, numbers, HAS_VALID=has_valid, ENTROPY=entropy, **config
+    )
+    return _Plan(launch, (programs, words))
+
+
 def complement(args: ComplementArgs, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `Backend.complement` has it."""
-    x = args.logits
-    config = program(x, args.ids.shape[1])
+    x, ids, valid, scale = args
+    launch, shape = _plan(
+        place(x), ids.shape[1], valid is not None, scale, entropy, resident_programs(x.device)
+    )
     stats = torch.zeros((args.n_rows, COMPLEMENT_STATS), dtype=torch.float64, device=x.device)
-    programs = min(args.n_rows, resident_programs(x.device))
-    block = config["R"] * config["VEC"]
-    words = cdiv(x.shape[-1], block) * block // 32
-    bits = torch.zeros((programs, words), dtype=torch.int32, device=x.device)
-    enqueue(
-        complement_kernel, programs, x.device,
-        x, args.ids, args.valid, stats, bits, bits.view(torch.uint8),
-        args.n_rows, x.shape[1], *steps(x), x.shape[2], args.ids.shape[1], words,
-        *high_low(args.scale), HAS_VALID=args.valid is not None, ENTROPY=entropy, **config,
-    )  # fmt: skip
+    bits = torch.zeros(shape, dtype=torch.int32, device=x.device)
+    launch(x, ids, valid, stats, bits, bits.view(torch.uint8))
     return stats[:, 3].clone(), stats[:, 2].clone(), stats
+
+
+@plan
+def _gradient_plan(
+    logits: Tensor, n_ids: int, has_valid: bool, scale: float, entropy: bool, grad: Tensor
+) -> PreparedLaunch:
+    """Of places."""
+    config = program(logits, n_ids)
+    config["LAYOUT"] = gradient_layout(config["LAYOUT"], logits, grad)
+    splits = splits_of(logits.shape[-1], config["R"] * config["VEC"])
+    n_rows = logits.shape[0] * logits.shape[1]
+    numbers = (
+        n_rows, logits.shape[1], *steps(logits), *steps(grad), logits.shape[2], n_ids, *splits,
+        *high_low(scale),
+    )  # fmt: skip
+    return PreparedLaunch(
+        complement_gradient_kernel, n_rows * splits.number, logits.device, numbers,
+        HAS_VALID=has_valid, ENTROPY=entropy, **config,
+    )  # fmt: skip
 
 
 def complement_gradient(
@@ -367,15 +400,9 @@ def complement_gradient(
     grad: Tensor,
 ) -> None:
     """As `Backend.complement_gradient` has it."""
-    x = args.logits
-    config = program(x, args.ids.shape[1])
-    config["LAYOUT"] = gradient_layout(config["LAYOUT"], x, grad)
-    splits = splits_of(x.shape[-1], config["R"] * config["VEC"])
-    enqueue(
-        complement_gradient_kernel, args.n_rows * splits.number, x.device,
-        x, args.ids, args.valid, stats, grad_picked, grad_rest,
-        grad_rest if grad_entropy is None else grad_entropy, grad,
-        args.n_rows, x.shape[1], *steps(x), *steps(grad), x.shape[2],
-        args.ids.shape[1], splits.number, splits.columns, *high_low(args.scale),
-        HAS_VALID=args.valid is not None, ENTROPY=grad_entropy is not None, **config,
-    )  # fmt: skip
+    x, ids, valid, scale = args
+    launch = _gradient_plan(
+        place(x), ids.shape[1], valid is not None, scale, grad_entropy is not None, place(grad)
+    )
+    turn = grad_rest if grad_entropy is None else grad_entropy
+    launch(x, ids, valid, stats, grad_picked, grad_rest, turn, grad)

@@ -497,17 +497,18 @@ def is_near(x):
 def g_near(x):
     """g(x)/x for near x, minimax: relative error 2.1e-7 in float32 and 0 where x is, 2.7e-18 in float64."""
     if x.dtype == tl.float64:
-        coefficients: tl.constexpr = (
+        of_float64: tl.constexpr = (
             1.60781323987752627e-10, 2.09628524967962601e-9, 2.50522102680160090e-8, 2.75570772820632509e-7,
             2.75573187753331313e-6, 2.48015876147344761e-5, 1.98412698418661383e-4, 1.38888888887058076e-3,
             8.33333333333303912e-3, 4.16666666666670578e-2, 1.66666666666666671e-1, 0.5,
         )  # fmt: skip
+        return polynomial(x, of_float64) * x
     else:
         coefficients: tl.constexpr = (
             2.502492134e-5, 2.044598659e-4, 1.389198354e-3, 8.329651318e-3, 4.166644812e-2,
             1.666671932e-1, 0.5,
         )  # fmt: skip
-    return polynomial(x, coefficients) * x
+        return polynomial(x, coefficients) * x
 
 
 @triton.jit

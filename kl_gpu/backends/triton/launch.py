@@ -90,18 +90,6 @@ def kernel(function: Callable[..., None]) -> Any:
     )(function)
 
 
-def enqueue(kernel: Any, programs: int, device: torch.device, *arguments: Any, **options: Any) -> None:
-    """Launch a kernel on its tensors' device, with every option named whose default is Triton's to change."""
-    launch = kernel[(programs,)]
-    # Triton takes context and stream from the current device. The CPU has no index, in the interpreter.
-    module = None if device.index is None else torch.get_device_module(device)
-    if module is None or module.current_device() == device.index:
-        launch(*arguments, enable_fp_fusion=FP_FUSION, **options)
-    else:
-        with module.device(device.index):
-            launch(*arguments, enable_fp_fusion=FP_FUSION, **options)
-
-
 class Layout(IntEnum):
     """Which columns of a tile a thread owns, by V and the dtypes alone, and how logits are loaded.
 

@@ -10,6 +10,7 @@ The entropies take ea = Σ w e_a and eb = Σ u e_b, where e_a = k_a·a − n and
 from __future__ import annotations
 
 from collections import namedtuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -55,7 +56,8 @@ from .kl_pass import (
     rounding_is_small,
     worst_class,
 )
-from .launch import ProgramShape, configuration, enqueue, geometry, kernel, room_for, splits_of
+from .launch import ProgramShape, configuration, geometry, kernel, room_for, splits_of
+from .prepared import PreparedLaunch, place, plan
 
 # A split's state: n, c, n_b, the `BothSums`, then each side's largest logit and its first tile.
 STATE = 16
@@ -498,27 +500,44 @@ def token_stats_merge_kernel(
 SHAPES = {2: ProgramShape(8, 128), 4: ProgramShape(8, 128), 8: ProgramShape(4)}
 
 
+class _Plan(NamedTuple):
+    sweep: PreparedLaunch
+    merge: PreparedLaunch
+    states: tuple[int, int, int]
+
+
+@plan
+def _plan(
+    a: Tensor, b: Tensor, has_valid: bool, scales: tuple[float, float], dtype: torch.dtype, has_tokens: bool
+) -> _Plan:
+    """Of places."""
+    p = RowPair(a, b, None, "kl", 0.0, *scales, dtype)
+    config = configuration(p, SHAPES)
+    splits = splits_of(a.shape[-1], config["R"] * config["VEC"])
+    width = room_for(splits.number)
+    config |= {"HAS_VALID": has_valid, "SPLITS": width}
+    sweep = PreparedLaunch(
+        token_stats_splits_kernel, p.n_rows * splits.number, a.device, (*geometry(p), *splits), **config
+    )
+    config.pop("maxnreg", None)
+    merge = PreparedLaunch(
+        token_stats_merge_kernel, p.n_rows, a.device, (p.n_rows, *geometry(p), splits.number),
+        HAS_TOKENS=has_tokens, **config,
+    )  # fmt: skip
+    return _Plan(sweep, merge, (p.n_rows, STATE, width))
+
+
 def token_stats(p: RowPair, tokens: Tensor | None) -> Tensor:
     """`[TOKEN_STATS, A*B]`, in the order of `TOKEN_STATS`; tokens int64 `[A, B]` where there are any.
 
     2 U of memory traffic, and a tile of a row that both sides' largest logits lie in once more.
     """
-    out = torch.empty((TOKEN_STATS, p.n_rows), dtype=p.dtype, device=p.a.device)
-    config = configuration(p, SHAPES)
-    splits = splits_of(p.a.shape[-1], config["R"] * config["VEC"])
-    width = room_for(splits.number)
-    states = torch.empty((p.n_rows, STATE, width), dtype=p.dtype, device=p.a.device)
-    tokens = None if tokens is None else tokens.contiguous()
-    has_valid = p.valid is not None
-    enqueue(
-        token_stats_splits_kernel, p.n_rows * splits.number, p.a.device,
-        p.a, p.b, p.valid, states, *geometry(p), splits.number, splits.columns,
-        HAS_VALID=has_valid, SPLITS=width, **config,
-    )  # fmt: skip
-    config.pop("maxnreg", None)
-    enqueue(
-        token_stats_merge_kernel, p.n_rows, p.a.device,
-        p.a, p.b, p.valid, tokens, states, out, p.n_rows, *geometry(p), splits.number,
-        HAS_VALID=has_valid, HAS_TOKENS=tokens is not None, SPLITS=width, **config,
-    )  # fmt: skip
+    a, b, valid = p.a, p.b, p.valid
+    sweep, merge, shape = _plan(
+        place(a), place(b), valid is not None, (p.a_scale, p.b_scale), p.dtype, tokens is not None
+    )
+    states = torch.empty(shape, dtype=p.dtype, device=a.device)
+    out = torch.empty((TOKEN_STATS, shape[0]), dtype=p.dtype, device=a.device)
+    sweep(a, b, valid, states)
+    merge(a, b, valid, None if tokens is None else tokens.contiguous(), states, out)
     return out

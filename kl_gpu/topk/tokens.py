@@ -1,0 +1,75 @@
+"""Log-probabilities of K tokens per row, among which one may stand more than once."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .. import transforms
+from ..ops.complement import present
+from . import token_formulas as formulas
+
+
+class Places(NamedTuple):
+    """Where K tokens of a row stand once they are sorted and those given twice are set aside; `[*, K]` each.
+
+    Attributes:
+        order: the sorted entries' places in the given order.
+        ordered: the ids in ascending order, −1 where absent.
+        picked: the same, −1 also where an id stands before it already.
+        first: for an entry in the given order, where its id first stands among the sorted ones.
+    """
+
+    order: Tensor
+    ordered: Tensor
+    picked: Tensor
+    first: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor) -> Places:
+        ordered, order = ids.sort(-1)
+        again = pad(ordered[..., 1:] == ordered[..., :-1], (1, 0))
+        place = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
+        first = torch.where(again, 0, place).cummax(-1).values
+        back = torch.empty_like(order).scatter_(-1, order, place)
+        return cls(order, ordered, torch.where(again, -1, ordered), first.gather(-1, back))
+
+
+def _values(
+    columns: int, picked: Tensor, rest_lse: Tensor, rest_entropy: Tensor, valid: Tensor | None, *at: Tensor
+) -> tuple[Tensor, ...]:
+    """log q of the tokens `[*, K]` in the given order, the entropy, and what their gradient needs."""
+    places = Places(*at)
+    log_q, entropy, rest_q, turn = formulas.tokens(picked, rest_lse, rest_entropy)
+    found = log_q.gather(-1, places.first)
+    ids = places.ordered.gather(-1, places.first)
+    # A token outside the vocabulary has no probability to report: NaN, never a plausible number.
+    found = torch.where(ids == -1, 0.0, torch.where(present(ids, columns), found, torch.nan))
+    if valid is not None:
+        found, entropy = torch.where(valid[..., None], found, 0.0), torch.where(valid, entropy, 0.0)
+    return found, entropy, log_q, entropy.clone(), rest_q, turn
+
+
+def _pull(columns: int, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
+    (grad_logprob, grad_entropy), places, valid = incoming, Places(*tensors[4:]), tensors[3]
+    log_q, entropy, rest_q, turn = kept
+    # What flows to one column through several entries, added in a fixed order, as no scatter would.
+    total, step = grad_logprob.gather(-1, places.order), 1
+    while step < total.shape[-1]:
+        same = places.ordered[..., step:] == places.ordered[..., :-step]
+        total = total + torch.where(pad(same, (0, step)), pad(total[..., step:], (0, step)), 0.0)
+        step *= 2
+    total = torch.where(places.picked < 0, 0.0, total)
+    grad_rest_entropy = grad_entropy * rest_q
+    grads = *formulas.tokens_gradient(total, grad_entropy, log_q, entropy, rest_q, turn), grad_rest_entropy
+    if valid is not None:
+        keep = valid[..., None], valid, valid
+        grads = tuple(torch.where(rows, x, 0.0) for rows, x in zip(keep, grads, strict=True))
+    return *grads, None, *(None,) * len(places)
+
+
+# From a row's split (`complement.split`) to log q of its K tokens, `[*, K]`, and the entropy, `[*]`.
+SEVERAL = transforms.Step(_values, _pull, values=2)
