@@ -91,8 +91,8 @@ def _token_logprobs(given: Given) -> Values:
 
 
 def _topk_div(given: Given) -> Values:
-    known = given.logprobs, given.best
-    return (kl_gpu.linear_topk_div(given.hidden, given.weight, *known, reduction="none"),)  # type: ignore[return-value]
+    known = given.hidden, given.weight, given.logprobs, given.best
+    return (kl_gpu.linear_topk_div(*known, reduction="none"),)  # type: ignore[return-value]
 
 
 def _token_stats(given: Given) -> Values:

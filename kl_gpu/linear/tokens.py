@@ -30,8 +30,9 @@ def linear_token_logprobs(
     """log q of one token per row, or of K, with `entropy` also −Σ q log q, from hidden states and an LM head.
 
     :func:`kl_gpu.token_logprobs` of the logits that :func:`kl_gpu.linear_div` describes, in nats; only
-    `chunk_rows` rows of them exist at a time. Forward takes one product; backward takes it again, and one product for
-    each of hidden states and weight that require a gradient, so a frozen head costs no `[V, H]` buffer.
+    `chunk_rows` rows of them exist at a time. Forward takes one product; backward takes it again, and one
+    product for each of hidden states and weight that require a gradient, so a frozen head costs no `[V, H]`
+    buffer.
 
     Rows that do not count cost nothing on the CPU; elsewhere they are computed with the others. A row's last
     bits may depend on the size of its chunk, so on N. A NaN in a row that counts reaches all of the weight's
