@@ -79,9 +79,10 @@ def problem(options: argparse.Namespace, rows: int, dtype: torch.dtype, device: 
         logits = torch.mm(states[part], teacher_weight.t()).float()
         logprobs[part], best[part] = logits.log_softmax(-1).topk(k)
     pick = torch.multinomial(logprobs.exp(), 1, generator=generator)
+    row_scale = 0.5 + torch.rand(rows, device=device, generator=generator)
     return Given(
         states.requires_grad_(), weight.requires_grad_(), states.detach().clone(), teacher_weight,
-        best.gather(1, pick)[:, 0], logprobs, best, 0.5 + torch.rand(rows, device=device, generator=generator),
+        best.gather(1, pick)[:, 0], logprobs, best, row_scale,
     )  # fmt: skip
 
 

@@ -70,12 +70,8 @@ def test_options_of_every_entry(backend: str, name: str, reduction: str, shift: 
     _same(by_backward(loss(**{key: made_there(x) for key, x in options.items()}), *arguments), want)
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in PER_TOKEN])
-=======
 @pytest.mark.pairs
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "token_logprobs"])
->>>>>>> main
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in PER_TOKEN])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("option", ["mask", "labels", "weight"])
