@@ -27,7 +27,7 @@ def test_the_interpreter_launches_with_every_option_and_no_device() -> None:
             return lambda *arguments, **options: runs.append((grid, arguments, options))
 
     PreparedLaunch(Kernel(), 5, torch.device("cpu"), (1, 2.0), VEC=8, num_warps=4)(None)
-    options = {"VEC": 8, "num_warps": 4, "enable_fp_fusion": True}
+    options = {"VEC": 8, "num_warps": 4, "enable_fp_fusion": False}
     assert runs == [((5, 1, 1), (None, 1, 2.0), options)]
 
 

@@ -172,9 +172,8 @@ def test_no_bit_depends_on_how_rows_are_aligned(
         return buffer.as_strided((1, ROWS, vocab), (ROWS * stride, stride, 1), start).copy_(x)
 
     student, teacher = pair(1, ROWS, vocab, dtype=dtype)
-    value, _, *grads = both(student, teacher, "forward_kl")
-    other_value, _, *other_grads = both(moved(student), moved(teacher), "forward_kl")
-    assert equal((value, *grads), (other_value, *other_grads))
+    # Statistics too: where the compiler fuses a product into a sum in one form alone, only they may show it.
+    assert equal(both(moved(student), moved(teacher), "forward_kl"), both(student, teacher, "forward_kl"))
     labels = torch.tensor([5, vocab // 2, vocab - 1])
     want = kl_gpu.token_stats(student[0], teacher[0], labels, backend="triton")
     assert equal(kl_gpu.token_stats(moved(student)[0], moved(teacher)[0], labels, backend="triton"), want)

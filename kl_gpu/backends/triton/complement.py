@@ -18,6 +18,7 @@ from ..interface import COMPLEMENT_STATS, ComplementArgs, RowPair
 from .device_math import (
     LOG2E,
     NO_REFERENCE,
+    add_products,
     exp2_offset,
     exponent,
     fma,
@@ -25,6 +26,7 @@ from .device_math import (
     load_one,
     load_ragged,
     load_tile,
+    mul_add,
     narrow,
     normalised,
     own_columns,
@@ -33,6 +35,7 @@ from .device_math import (
     store_one,
     store_ragged,
     store_tile,
+    sub_mul,
     tile_ahead,
     tile_position,
     unpacked,
@@ -98,14 +101,14 @@ def _accumulate(x, picked, n, z, t, k, ENTROPY: tl.constexpr):
         h = n - n_tile
         s = tl.exp2(h)
         if ENTROPY:
-            t = s * (t + h * z)
+            t = s * mul_add(h, z, t)
         z = s * z
         n = n_tile
     y = exponent(x, k, n)
     w = tl.exp2(y)
     z += tl.sum(w, axis=1)
     if ENTROPY:
-        t += tl.sum(w * tl.maximum(y, -10000.0), axis=1)  # 0 · −inf has no place in the sum
+        t = add_products(t, w, tl.maximum(y, -10000.0))  # 0 · −inf has no place in the sum
     return n, z, t
 
 
@@ -136,7 +139,8 @@ def _shifted_weights(x, top, k, k_rest):
     """2^((k + k_rest) (x − top)) and its exponent: the difference is exact where the products are not."""
     d = tl.maximum(x - top, -1e30)  # the lowest number less a large one is −inf, and −inf − top too
     y = d * k
-    return tl.exp2(y) * (1.0 + (fma(d, k, -y) + d * k_rest) * 0.6931471805599453), tl.maximum(y, -10000.0)
+    missing = mul_add(d, k_rest, fma(d, k, -y)) * 0.6931471805599453
+    return tl.exp2(y) * (1.0 + missing), tl.maximum(y, -10000.0)
 
 
 @triton.jit
@@ -161,7 +165,7 @@ def _shifted_sweep(
         w = tl.where(x == -float("inf"), 0.0, tl.where(x == x, w, x))
         z += tl.sum(w, axis=1)
         if ENTROPY:
-            t += tl.sum(w * y, axis=1)
+            t = add_products(t, w, y)
     return top, tl.sum(z), tl.sum(t)
 
 
@@ -227,7 +231,7 @@ def _gradient_tile(x, side, n, grad_rest, grad_entropy, log_z, k, ENTROPY: tl.co
     """π (grad_rest − grad_entropy · log2 π); log_z is log2 Z."""
     share = probability(x, side)
     if ENTROPY:
-        grad_rest = grad_rest - grad_entropy * (tl.maximum(exponent(x, k, n), -10000.0) - log_z)
+        grad_rest = sub_mul(grad_rest, grad_entropy, tl.maximum(exponent(x, k, n), -10000.0) - log_z)
     return share * grad_rest
 
 
@@ -235,7 +239,7 @@ def _gradient_tile(x, side, n, grad_rest, grad_entropy, log_z, k, ENTROPY: tl.co
 def _shifted_gradient_tile(x, top, inv, grad_rest, grad_entropy, log_z, k, k_rest, ENTROPY: tl.constexpr):
     w, y = _shifted_weights(x, top, k, k_rest)
     if ENTROPY:
-        grad_rest = grad_rest - grad_entropy * (y - log_z)
+        grad_rest = sub_mul(grad_rest, grad_entropy, y - log_z)
     return w * inv * grad_rest
 
 

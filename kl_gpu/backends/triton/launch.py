@@ -19,9 +19,9 @@ from ..interface import RowPair
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 WARPS = 4
-# Whether the compiler may make one fma of a multiplication and an addition. Triton announces another default:
-# with that, loops take a quarter more instructions, and rows have other bits.
-FP_FUSION = True
+# Whether the compiler may make one fma of a multiplication and an addition. LLVM decides that by how far the
+# two lie apart, so that rows would have other bits in other layouts: kernels say themselves what is fused.
+FP_FUSION = False
 LANES = 64 if torch.version.hip else 32  # threads of a warp
 # Columns that one program sweeps; a longer row is shared. At 16384 one row of 128256 keeps 8 programs busy,
 # and the 264 of them that sweep at once on 132 SMs have 17 MB of bfloat16 in flight, which an L2 holds until
