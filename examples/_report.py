@@ -28,8 +28,7 @@ STARTED = time.perf_counter()
 CHECKPOINTS = 4  # of each run, besides its start
 console = Console(highlight=False, soft_wrap=True)
 say = console.print
-# Read when torch is first imported.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS give the same bits again
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at torch's import: cuBLAS repeats its bits
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from writing between the tables
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin halve a busy machine's speed
 

@@ -106,11 +106,10 @@ def study(options: argparse.Namespace, rank: int, ranks: int) -> int:
     if not alone:
         return 0
     print("step   one process   together   difference")
-    for step in [*range(0, len(alone) - 1, max(1, len(alone) // 10)), len(alone) - 1]:
-        print(
-            f"{step:4d}   {alone[step]:11.7f}   {together[step]:10.7f}   {together[step] - alone[step]:+.1e}"
-        )
-    apart = max(abs(a - b) for a, b in zip(alone, together, strict=True))
+    rows = list(enumerate(zip(alone, together, strict=True)))
+    for step, (one, both) in [*rows[: -1 : max(1, len(rows) // 10)], rows[-1]]:
+        print(f"{step:4d}   {one:11.7f}   {both:10.7f}   {both - one:+.1e}")
+    apart = max(abs(one - both) for _, (one, both) in rows)
     print(f"KL(teacher‖student) fell from {together[0]:.4f} to {together[-1]:.4f} nats a token")
     print(f"largest difference of the losses: {apart:.1e} (allowed: {TOLERANCE:.0e})", flush=True)
     return 0 if apart <= TOLERANCE else 1
