@@ -14,6 +14,7 @@ from .arguments.params import DivergenceCall, DivergenceParams
 from .arguments.reduction import LogitsWindow, Reduction, compute_dtype, last_contiguous
 from .autograd import WeightedSum, per_row
 from .backends import registry
+from .columns import selected
 from .kinds import KINDS
 
 # What turns logits `[N, V]`, the rows that count and the call into values `[N]`.
@@ -24,6 +25,8 @@ def run_divergence(
     student_logits: Tensor, teacher_logits: Tensor, kind: str, options: Options, rows_of: PerRow | None = None
 ) -> Tensor:
     """`divergence`, with the rows' values from `rows_of` where it is given."""
+    if options.selects:
+        student_logits, teacher_logits, options = selected(student_logits, teacher_logits, options)
     teacher_temperature = options.check(kind)
     vocab_size = validation.logits(student_logits, teacher_logits, options.vocab_size, options.shift)
     reduction = options.reduction_of(student_logits)

@@ -300,6 +300,13 @@ def head(side: str, hidden: Any, weight: Any, bias: Any, shift: bool, least: int
     shifted("hidden states [batch, time, H]", hidden, shift)
 
 
+def matrix(argument: str, value: Any) -> None:
+    """Check that this is a weight `[V, H]`."""
+    _tensor(argument, value, LOGIT_DTYPES, _FLOATS)
+    if value.dim() != 2:
+        raise ValueError(f"{argument} must be [V, H], neither V nor H 0, got {tuple(value.shape)}")
+
+
 def heads(sides: tuple[Any, ...], shift: bool, least: int = 1) -> None:
     """Check both models' hidden states, weights and biases, of so many rows at least."""
     student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias = sides
@@ -371,11 +378,11 @@ def token_ids(rows: Tensor, value: Any) -> bool:
     return several
 
 
-def tokens_are_columns(ids: Tensor, valid: Tensor | None, columns: int) -> None:
+def tokens_are_columns(ids: Tensor, valid: Tensor | None, columns: int, lowest: int = -1) -> None:
     """Refuse ids `[N, K]` that are no column, nor −1, where rows count, if their values can be looked at."""
     if not readable(ids):
         return
-    wrong = (ids < -1) | (ids >= columns)
+    wrong = (ids < lowest) | (ids >= columns)
     if valid is not None:
         wrong &= valid[..., None]
     if wrong.any():
@@ -383,6 +390,39 @@ def tokens_are_columns(ids: Tensor, valid: Tensor | None, columns: int) -> None:
             f"token_ids must be within [0, {columns}), or -1 or ignore_index for an absent entry, "
             f"got {ids[wrong][0].item()}"
         )
+
+
+def column_map(argument: str, value: Any, device: torch.device) -> None:
+    _tensor(argument, value, LABEL_DTYPES, _INTEGERS)
+    if value.dim() != 1 or len(value) < 1:
+        raise ValueError(f"{argument} must be [V'], V' at least 1, got {tuple(value.shape)}")
+    _same_device(argument, value, device)
+
+
+def askable(tensor: Tensor) -> bool:
+    """Whether its numbers exist here and now, be it that a device has to be waited for."""
+    return not torch.compiler.is_compiling() and type(tensor) in _ORDINARY and not transforms.are_active()
+
+
+def different_columns(argument: str, value: Tensor, width: int) -> None:
+    """Refuse columns out of range or given twice. Waits for the device."""
+    ordered = value.long().sort().values
+    if ordered[0] < 0 or ordered[-1] >= width:
+        wrong = ordered[0] if ordered[0] < 0 else ordered[-1]
+        raise ValueError(f"{argument} must be within [0, {width}), got {int(wrong)}")
+    twice = ordered[1:] == ordered[:-1]
+    if twice.any():
+        raise ValueError(f"{argument} must name each column once, got {int(ordered[1:][twice][0])} twice")
+
+
+def support(value: Any, lead: torch.Size, columns: int) -> None:
+    """Check a kept set: a mask of all columns, or ids."""
+    _tensor("support", value, _MASK_DTYPES, "bool [N, V], or an integer tensor [N, K]")
+    of_mask = value.dtype == torch.bool
+    good = value.dim() == len(lead) + 1 and value.shape[:-1] == lead and value.shape[-1] > 0
+    if not good or (of_mask and value.shape[-1] != columns):
+        shape = f"[N, {columns}] as a mask" if of_mask else "[N, K] as ids, K at least 1"
+        raise ValueError(f"support must be {shape}, with {_LEAD} {tuple(lead)}, got {tuple(value.shape)}")
 
 
 def topk(student: Tensor, logprobs: Any, ids: Any, tail_logprob: Any, tail: str) -> None:
