@@ -600,7 +600,7 @@ def test_opcheck(backend: str, with_rows: bool) -> None:
     student, logprobs, ids = (x.view(2, 3, -1) for x in known(6, 70, 5))
     rows = torch.rand(2, 3, device=DEVICE) > 0.5 if with_rows else None
     torch.library.opcheck(complement_ops.picked_logits, (student, ids, rows, True, "teacher_ids"))
-    torch.library.opcheck(complement_ops.check_mass, (logprobs.double(), rows))
+    torch.library.opcheck(complement_ops.check_mass, (logprobs.double(), rows, "teacher"))
     torch.library.opcheck(complement_ops.check_tail, (logprobs[..., 0].double() - 9, logprobs.double(), rows))
     padded = torch.where(ids % 2 == 0, 0, ids), torch.where(ids % 2 == 0, -INF, logprobs)
     for entries in ((ids, logprobs), padded):

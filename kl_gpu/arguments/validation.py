@@ -425,25 +425,26 @@ def support(value: Any, lead: torch.Size, columns: int) -> None:
         raise ValueError(f"support must be {shape}, with {_LEAD} {tuple(lead)}, got {tuple(value.shape)}")
 
 
-def topk(student: Tensor, logprobs: Any, ids: Any, tail_logprob: Any, tail: str) -> None:
-    """Check what is known of the teacher against the student's logits, before any shift."""
-    _tensor("teacher_ids", ids, LABEL_DTYPES, _INTEGERS)
-    lead = tuple(student.shape[:-1])
-    if ids.dim() != student.dim() or tuple(ids.shape[:-1]) != lead or ids.shape[-1] < 1:
+def topk(rows: Tensor, logprobs: Any, ids: Any, tail_logprob: Any, tail: str, side: str = "teacher") -> None:
+    """Check what is known of one side, by default the teacher, against the rows, before any shift."""
+    names = f"{side}_ids", f"{side}_logprobs", f"{side}_tail_logprob"
+    _tensor(names[0], ids, LABEL_DTYPES, _INTEGERS)
+    lead = tuple(rows.shape[:-1])
+    if ids.dim() != rows.dim() or tuple(ids.shape[:-1]) != lead or ids.shape[-1] < 1:
         raise ValueError(
-            f"teacher_ids must be [N, K] with the logits' leading shape {lead} and K at least 1, "
-            f"got {tuple(ids.shape)}"
+            f"{names[0]} must be [N, K] with {_LEAD} {lead} and K at least 1, got {tuple(ids.shape)}"
         )
-    _same_device("teacher_ids", ids, student.device)
-    _tensor("teacher_logprobs", logprobs, LOGIT_DTYPES, _FLOATS)
-    _beside("teacher_logprobs", logprobs, tuple(ids.shape), "the shape of teacher_ids", student.device)
+    _same_device(names[0], ids, rows.device)
+    _tensor(names[1], logprobs, LOGIT_DTYPES, _FLOATS)
+    _beside(names[1], logprobs, tuple(ids.shape), f"the shape of {names[0]}", rows.device)
     if tail_logprob is not None:
         if tail != "bucket":
-            raise ValueError(f"teacher_tail_logprob belongs to tail='bucket', got tail={tail!r}")
-        _tensor("teacher_tail_logprob", tail_logprob, LOGIT_DTYPES, "a floating tensor")
-        _beside("teacher_tail_logprob", tail_logprob, lead, _LEAD, student.device)
-    _constant("teacher_logprobs", logprobs)
-    _constant("teacher_tail_logprob", tail_logprob)
+            raise ValueError(f"{names[2]} belongs to tail='bucket', got tail={tail!r}")
+        _tensor(names[2], tail_logprob, LOGIT_DTYPES, "a floating tensor")
+        _beside(names[2], tail_logprob, lead, _LEAD, rows.device)
+    if side == "teacher":
+        _constant(names[1], logprobs)
+        _constant(names[2], tail_logprob)
 
 
 def rows(student: Tensor, mask: Any, labels: Any, ignore_index: Any, weight: Any) -> None:
