@@ -45,15 +45,14 @@ def read(path: Path | None) -> tuple[list[str], list[str]]:
     """
     root = path or Path(sysconfig.get_path("stdlib"))
     suffixes, skipped = ((".py", ".md", ".txt"), set()) if path else ((".py",), NOT_THE_LIBRARY)
-    documents = []
+    documents: list[str] = []
     # By their POSIX names, because the order of a folder's entries differs between file systems.
     for file in [root] if root.is_file() else sorted(root.rglob("*"), key=Path.as_posix):
         names = file.relative_to(root).parts
         if names and (file.suffix not in suffixes or any(n in skipped or n[0] == "." for n in names)):
             continue
         with contextlib.suppress(UnicodeDecodeError, OSError):
-            documents.append(file.read_text("utf-8"))
-    documents = [document for document in documents if document.strip()]
+            documents += filter(str.strip, [file.read_text("utf-8")])  # none that is blank
     if not documents:
         raise report.BadInput(f"--text: no UTF-8 text at {root} (of a folder, *.py, *.md and *.txt are read)")
     if len(documents) == 1:

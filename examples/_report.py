@@ -14,6 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+# The imports below take seconds, and some swallow a KeyboardInterrupt: until `one_line_errors` begins.
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"Interrupted.\n") and 130))
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -24,8 +28,7 @@ STARTED = time.perf_counter()
 CHECKPOINTS = 4  # of each run, besides its start
 console = Console(highlight=False, soft_wrap=True)
 say = console.print
-# Read when torch is first imported.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS give the same bits again
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at torch's import: cuBLAS repeats its bits
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from writing between the tables
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin halve a busy machine's speed
 
@@ -59,6 +62,7 @@ def add_common_options(parser: Parser) -> None:
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
     """Ends the program with one line instead of a traceback, where the user can do something about it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except BadInput as error:
@@ -134,8 +138,7 @@ def save(name: str, settings: Any, runs: Iterable[Run], plot: Figure, **more: An
     record["figures"] = {run.name: vars(run) for run in runs}  # what comes out the same from the same seed
     path.with_suffix(".json").write_text(json.dumps(record, indent=1, default=str))
     plot.savefig(path.with_suffix(".png"), dpi=150)
-    print(f"{seconds:.0f} s in all. All figures: {path.with_suffix('.json')}")
-    print(path.with_suffix(".png"))
+    print(f"{seconds:.0f} s in all. All figures: {path.with_suffix('.json')}\n{path.with_suffix('.png')}")
 
 
 def label(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
@@ -146,10 +149,10 @@ def label(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
 
 def show_models(runs: Sequence[Run]) -> Figure:
     """Prints what the models of `distill.py` came to, and draws how."""
-    last = [(run.name, *max(run.held_out.items())) for run in runs if run.held_out]
     rows = [
-        (name, str(step), f"{found['kl']:.4f}" if "kl" in found else "", f"{found['perplexity']:,.1f}")
-        for name, step, found in last
+        (run.name, str(step), f"{found['kl']:.4f}" if "kl" in found else "", f"{found['perplexity']:,.1f}")
+        for run in runs
+        for step, found in list(run.held_out.items())[-1:]
     ]
     say_table(("model", "steps", "KL(teacher‖model), nats/token", "perplexity"), rows)
     figure = Figure(figsize=(9, 4), layout="constrained")

@@ -106,11 +106,10 @@ def study(options: argparse.Namespace, rank: int, ranks: int) -> int:
     if not alone:
         return 0
     print("step   one process   together   difference")
-    every = max(1, len(alone) // 10)
-    for step in [*range(0, len(alone) - 1, every), len(alone) - 1]:
-        difference = together[step] - alone[step]
-        print(f"{step:4d}   {alone[step]:11.7f}   {together[step]:10.7f}   {difference:+.1e}")
-    apart = max(abs(a - b) for a, b in zip(alone, together, strict=True))
+    rows = list(enumerate(zip(alone, together, strict=True)))
+    for step, (one, both) in [*rows[: -1 : max(1, len(rows) // 10)], rows[-1]]:
+        print(f"{step:4d}   {one:11.7f}   {both:10.7f}   {both - one:+.1e}")
+    apart = max(abs(one - both) for _, (one, both) in rows)
     print(f"KL(teacher‖student) fell from {together[0]:.4f} to {together[-1]:.4f} nats a token")
     print(f"largest difference of the losses: {apart:.1e} (allowed: {TOLERANCE:.0e})", flush=True)
     return 0 if apart <= TOLERANCE else 1
@@ -128,8 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:
         # What the group's other ranks do to this one: they died, or stopped answering.
         print(f"distill_tp.py: rank {rank} of {ranks} ends: {error}", file=sys.stderr, flush=True)
-        # Not by the usual way out, which waits for the ranks that are gone.
-        os._exit(1)
+        os._exit(1)  # not by the usual way out, which waits for the ranks that are gone
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .ops import pair as ops
 from .transforms import forbid_double_backward
 
 Grads = tuple[Tensor | None, Tensor | None]
+_NO_CHANGE = nullcontext()
 
 
 def _buffers(student: Tensor, teacher: Tensor, call: DivergenceCall, needs: tuple[bool, bool]) -> Grads:
@@ -132,7 +134,8 @@ class WeightedSum(torch.autograd.Function):
             needs, tensors = ctx.needs_input_grad, (student, teacher, valid)
             *grads, _ = _row_gradients(call, needs, (incoming * row_scale,), tensors, (stats,))
         else:
-            with torch.no_grad():
+            # A backward runs without gradients as it is, but under `create_graph`.
+            with torch.no_grad() if torch.is_grad_enabled() else _NO_CHANGE:
                 sides, narrow = call.window.of_each(student, teacher), call.window.of_each(*grads)
                 ops.gradient(*sides, valid, stats, row_scale, incoming, *call.params, *narrow)
         return (*forbid_double_backward(grads, incoming, student, teacher), None, None, None)

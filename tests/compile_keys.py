@@ -15,8 +15,10 @@ from collections.abc import Callable
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from bench.host import Driver
 from kl_gpu import kinds
 from kl_gpu.backends import triton
 from kl_gpu.backends.interface import ComplementArgs, RowPair
@@ -84,6 +86,7 @@ LAYOUTS = {
 
 
 def main() -> None:
+    driver.set_active(Driver())
     JITFunction.run = note
     formulas = {kinds.KINDS[k].formula for k in ("jeffreys", "js", "skew_forward_kl")}
     keys = noted(calls_that_differ_in_numbers)

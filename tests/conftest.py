@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Generator, Iterator
+import sys
+from collections.abc import Generator, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,8 @@ if not torch.cuda.is_available():
 import pytest
 
 import kl_gpu
+import thinned
+from frames import with_room
 from kl_gpu.backends import registry
 from support import DEVICE, WORST, record
 from tests.ptx import fixtures as ptx
@@ -88,20 +91,10 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
     quick_interpreter.quicken()
 
 
-def _with_room(function: Callable[..., object], **arguments: object) -> object:
-    return function(**arguments)
-
-
-# CPython keeps frames in chunks of 16 KB, and gives a chunk back to the system when its last frame ends.
-# Where a hot call lies on the border of two, each call maps and unmaps one: a sixth of the suite's time.
-# A frame that says it needs a megabyte gets a chunk of two, and leaves the other to the calls below it.
-_with_room.__code__ = _with_room.__code__.replace(co_stacksize=2**17)
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
     function = pyfuncitem.obj
-    pyfuncitem.obj = partial(_with_room, function)
+    pyfuncitem.obj = partial(with_room, function)
     try:
         return (yield)
     finally:
@@ -122,6 +115,14 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_plans_of_other_tests() -> None:
+    """Tests change what launches are planned from: the size of programs, the columns that one sweeps."""
+    prepared = sys.modules.get("kl_gpu.backends.triton.prepared")
+    if prepared is not None:
+        prepared.forget_plans()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):  # one of several processes: hand the figures to the first
         session.config.workeroutput["worst"] = list(WORST.items())
@@ -136,6 +137,7 @@ class _Workers:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_Workers())
+    config.pluginmanager.register(thinned)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

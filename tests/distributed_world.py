@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from frames import with_room
+
 
 def free_port() -> int:
     with socket.socket() as server:
@@ -39,6 +41,10 @@ def _serve(rank: int, ranks: int, port: int, orders: Any) -> None:
 
     import distributed_cases
 
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import quick_interpreter
+
+        quick_interpreter.quicken()
     cases = {"linear": distributed_linear}
     while (order := orders.recv()) is not None:
         name, arguments = order
@@ -47,7 +53,7 @@ def _serve(rank: int, ranks: int, port: int, orders: Any) -> None:
             # "dense", or "linear.dense".
             module, _, case = name.rpartition(".")
             run = getattr(cases.get(module, distributed_cases), case)
-            orders.send((True, run(rank, ranks, **arguments)))
+            orders.send((True, with_room(run, rank, ranks, **arguments)))
         except BaseException:
             orders.send((False, traceback.format_exc()))
     dist.destroy_process_group()

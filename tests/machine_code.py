@@ -1,7 +1,8 @@
 """Compiles a part of what `python -m bench audit` does, and prints one JSON object per compilation.
 
-Every kernel and family; one-sided gradients, float16 and what else differs little on sm_90 alone. A process
-of its own, since the test suite may have imported the kernels for the interpreter.
+Every kernel and family on sm_90; elsewhere all of KL, and of the other families the heaviest kernels.
+One-sided gradients on sm_90 alone; float16, whose code is bfloat16's but for conversions, in one kernel. A
+process of its own, since the test suite may have imported the kernels for the interpreter.
 """
 
 from __future__ import annotations
@@ -34,17 +35,21 @@ def is_heaviest(entry: Entry) -> bool:
     return entry.side in ("", "both") or entry.sweeps_value
 
 
+def dtypes(entry: Entry) -> tuple[str, ...]:
+    """Those that are compiled for aligned rows on sm_90."""
+    if "kl" not in entry.kind:  # the other dtypes differ little, as KL shows
+        return ("bf16",) if is_heaviest(entry) else ()
+    return ("bf16", "fp32", "fp16") if entry.kernel == "value" else ("bf16", "fp32")
+
+
 def cases() -> Iterator[tuple[Entry, str, str, str]]:
     """(entry, dtype, architecture, class of V)"""
     for entry in entries():
         if isinstance(entry, ComplementEntry):
             continue  # remainder_code.py
         kl = "kl" in entry.kind
-        for dtype in ("bf16", "fp16", "fp32") if kl else ("bf16",):
-            # The other dtypes differ little, as KL shows.
-            if kl or is_heaviest(entry):
-                yield entry, dtype, "sm_90", "aligned"
-        if is_heaviest(entry):
+        yield from ((entry, dtype, "sm_90", "aligned") for dtype in dtypes(entry))
+        if is_heaviest(entry) and (kl or entry.kernel == "value_grad"):
             yield from ((entry, *case) for case in HEAVIEST)
             if kl:
                 yield from ((entry, *case) for case in CLASSES)

@@ -23,6 +23,7 @@ def gradients(student, teacher, kind, backend, scale=1.0, **options):
     return student.grad, teacher.grad
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("vocab", [7, 1000, 32000, 128256])
 @pytest.mark.parametrize("shift", [0.0, 0.7])
 @pytest.mark.usefixtures("wide_programs")
@@ -40,6 +41,7 @@ def test_value_and_gradients(backend: str, kind: str, vocab: int, shift: float) 
             check_gradients(student, teacher, grads, kind, backend, where)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("student_dtype", DTYPES)
 @pytest.mark.parametrize("teacher_dtype", DTYPES)
 def test_dtypes(backend: str, kind: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> None:

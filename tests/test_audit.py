@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("triton")
 
-from bench.audit import docs
+from bench.audit import docs, rows
 from bench.audit.classes import DTYPES, V_CLASSES
 from bench.audit.compiled import ARCHITECTURES
-from bench.audit.kernels import entries
+from bench.audit.kernels import Entry, entries
 from bench.audit.machine_code import main_loops, mix, parse_gcn, parse_sass
+from bench.audit.matrix import Case, whole
 from bench.audit.occupancy import CORES, budget, resident_programs
-from bench.audit.rows import RESULTS, load
+from bench.audit.rows import RESULTS, Row, load, name_of
+from bench.audit.sources import hash_of
 
 # A masked row leaves early; the loop has a rare branch (L_x_2) that is longer than the jump over it, and the
 # loop is left by the predicated CALL that ptxas makes of such jumps; a second, careful loop follows.
@@ -147,6 +151,65 @@ def test_the_budget_is_what_the_issue_slots_leave() -> None:
     assert (budget(2, 2), budget(3, 2), budget(3, 4)) == (26.7, 40.1, 80.2)
 
 
+def row_of(case: Case, source: str) -> Row:
+    return Row(*name_of(case), 128256, 100, 0, 0, 128, 0, 20.0, 2.0, 2, 26.7, 4, 1024, 4, source)
+
+
+def test_what_is_unchanged_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = list(whole())[:6]
+    compiled: list[tuple[str, ...]] = []
+
+    class Pool:
+        def __init__(self, **_: object) -> None: ...
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def map(self, _: object, *columns: tuple[object, ...]) -> list[Row]:
+            found = [row_of(Case(*case), "") for case in zip(*columns, strict=True)]
+            compiled.extend(row.name for row in found)
+            return found
+
+    monkeypatch.setattr(rows, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(rows, "hash_of", lambda case: f"now {case.V_class}")
+    earlier = [row_of(case, f"now {case.V_class}") for case in cases]
+    earlier[1] = replace(earlier[1], source="before")
+    found = list(rows.audit(cases, earlier[:5]))
+    assert compiled == [name_of(cases[1]), name_of(cases[5])]
+    assert [row.name for row in found] == list(map(name_of, cases))
+    assert [row.source for row in found] == [f"now {case.V_class}" for case in cases]
+    assert list(rows.audit(cases, found)) == found
+    assert len(compiled) == 2
+
+
+def test_another_kernel_or_case_is_another_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = list(whole())[:2]
+    found = []
+    for code in ("one", "other", "one"):
+        kernel = SimpleNamespace(cache_key=code, arg_names=["a_ptr", "V"])
+        monkeypatch.setattr(Entry, "function", kernel)
+        found.append((hash_of(first), hash_of(second)))
+    assert found[0] == found[2]
+    assert len({*found[0], *found[1]}) == 4
+
+
+def test_a_whole_audit_has_every_kernel_class_and_architecture() -> None:
+    cases = list(whole())
+    assert len(set(map(name_of, cases))) == len(cases)
+    for entry in entries():
+        own = {case[1:] for case in cases if case.entry == entry}
+        classes = [name for name in V_CLASSES if ("bf16", "sm_90", name) in own]
+        # Rows of one tensor in words are read as any others.
+        assert classes == [name for name in V_CLASSES if name != "odd, words" or len(classes) == 4]
+        assert {("bf16", arch, name) for arch in ("sm_80", "sm_90", "sm_100") for name in classes} <= own
+        assert {("fp32", "sm_90", name) for name in ("aligned", "unaligned")} <= own
+        assert ("bf16", "gfx942", "aligned") in own
+        fp32 = {arch for dtype, arch, _ in own if dtype == "fp32"}
+        assert fp32 == (
+            {"sm_80", "sm_90", "sm_100"} if entry.kernel in ("value_grad", "token_stats") else {"sm_90"}
+        )
+
+
 def test_committed_audit_is_complete() -> None:
     document = json.loads(RESULTS.read_text())
     assert list(document) == ["triton", "date", "rows"]
@@ -167,8 +230,7 @@ def test_committed_audit_is_complete() -> None:
 
 
 def test_committed_occupancy_follows_from_the_committed_counts() -> None:
-    _, rows = load()
-    for row in rows:
+    for row in load()[1]:
         core = CORES[row.arch]
         assert row.programs_per_core == resident_programs(core, row.registers, row.warps, row.shared_bytes)
         assert row.programs_per_core > 0

@@ -131,6 +131,7 @@ def test_logits_modified_between_forward_and_backward(backend: str, kind: str, w
         loss.backward()
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inplace_writes_the_gradient_over_the_logits(backend: str, kind: str, dtype, shift: bool) -> None:

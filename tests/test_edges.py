@@ -97,6 +97,7 @@ def test_an_infinite_value_leaves_the_other_gradient_exact(backend: str, kind: s
     assert (error <= (2e-6 + 6e-8) * torch.maximum(p, q)).all()
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("vocab", WIDTHS)
 @pytest.mark.parametrize("level", [1.0, -200.0])
 def test_zero_probabilities_as_the_reference_has_them(
@@ -142,6 +143,7 @@ def test_a_column_excluded_on_both_sides_does_not_exist(backend: str, kind: str,
     assert all((x == 0).all() for x in identical)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("vocab", WIDTHS)
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_a_row_without_a_distribution(backend: str, kind: str, side: str, vocab: int) -> None:
@@ -224,6 +226,7 @@ def test_a_uniform_teacher_as_an_expanded_scalar(backend: str, kind: str) -> Non
     check_value(got, student, teacher, kind, backend, "uniform teacher")
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(
     ("dtype", "low"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, -1e9)]
 )
@@ -248,6 +251,7 @@ def test_columns_masked_with_a_number(backend: str, kind: str, dtype, low: float
         check_gradients(student, teacher, tuple(grads), kind, backend, f"masked {masked} {low}")
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperatures", [(0.5, 0.5), (0.5, 1.3)])
 @pytest.mark.parametrize("masked", ["student", "teacher"])
@@ -298,6 +302,7 @@ def test_temperatures_near_0(backend: str, kind: str, temperatures: tuple[float,
         )  # fmt: skip
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("temperatures", [(0.5, 0.5), (2.0, 0.3), (2.0, 2.0), (1.0, 0.3)])
 @pytest.mark.parametrize("lowest", [torch.finfo(torch.float64).min, -5e307])
 def test_the_lowest_float64_over_a_temperature(
@@ -373,6 +378,7 @@ def test_statistics_of_equal_logits_far_out(
         assert (kl == 0).all()
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperatures", [(1e-6, 1.0), (1.0, 1e-6), (1e-6, 1e-6)])
 def test_scaled_logits_past_2_to_the_31(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,31 @@ def test_refuses_what_cannot_work(main: Main, tmp_path: Path, capsys: pytest.Cap
         (["--colour", "red"], "unrecognized arguments"),
     ]:
         assert reason in refused(main, [*TINY, "--out", str(tmp_path / "out"), *arguments], capsys)
+
+
+# Stands in for an import that takes seconds, and says when it has begun.
+SLOW_TORCH = """
+import pathlib, time
+pathlib.Path(__file__).with_name("begun").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("name", ["distill.py", "rlhf_kl.py", "distill_tp.py"])
+def test_interrupt_while_imports_take_their_time(name: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(SLOW_TORCH)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(EXAMPLES / name)]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        while not (tmp_path / "begun").exists():
+            assert run.poll() is None
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        _, error = run.communicate(timeout=50)
+    finally:
+        run.kill()
+    assert (run.returncode, error) == (130, "Interrupted.\n")
 
 
 def test_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def _same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
         assert torch.equal(x, y)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("inplace", [False, True])
@@ -49,6 +50,7 @@ def test_constants_of_every_entry(backend: str, name: str, reduction: str, inpla
     _same(by_backward(loss, entry.student, *map(made_there, constants)), want)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("shift", [False, True])
@@ -68,6 +70,7 @@ def test_options_of_every_entry(backend: str, name: str, reduction: str, shift: 
     _same(by_backward(loss(**{key: made_there(x) for key, x in options.items()}), *arguments), want)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "token_logprobs"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("shift", [False, True])

@@ -1,9 +1,12 @@
-"""How the Triton backend launches, without a GPU: on which device."""
+"""How the Triton backend launches, without a GPU: on which device, and which compiled kernel with what."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,60 +14,59 @@ import torch
 
 pytest.importorskip("triton")
 
-from kl_gpu.backends.triton import launch
+from kl_gpu.backends.triton.prepared import PreparedLaunch
+
+ROOT = Path(__file__).parent.parent
 
 
-class DeviceModule:
-    """What torch.cuda and torch.xpu say of the current device."""
+def test_the_interpreter_launches_with_every_option_and_no_device() -> None:
+    runs = []
 
-    def __init__(self) -> None:
-        self.current = 0
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *arguments, **options: runs.append((grid, arguments, options))
 
-    def current_device(self) -> int:
-        return self.current
-
-    @contextmanager
-    def device(self, index: int) -> Iterator[None]:
-        before, self.current = self.current, index
-        yield
-        self.current = before
+    PreparedLaunch(Kernel(), 5, torch.device("cpu"), (1, 2.0), VEC=8, num_warps=4)(None)
+    options = {"VEC": 8, "num_warps": 4, "enable_fp_fusion": False}
+    assert runs == [((5, 1, 1), (None, 1, 2.0), options)]
 
 
-class Kernel:
-    """A compiled kernel that says where it ran, and with what."""
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """What the program beside this test says: launches are compiled there, not interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "prepared_launches.py")],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
 
-    def __init__(self, devices: DeviceModule) -> None:
-        self.devices = devices
-        self.runs: list[tuple[Any, ...]] = []
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def run(*arguments: Any, **options: Any) -> None:
-            self.runs.append((self.devices.current, grid, arguments, options))
-
-        return run
+def test_calls_that_differ_in_one_thing_launch_what_triton_would(found: dict[str, Any]) -> None:
+    assert found["differences"] > 20
+    assert found["wrong"] == []
 
 
-@pytest.fixture
-def devices(monkeypatch: pytest.MonkeyPatch) -> DeviceModule:
-    modules = DeviceModule()
-    monkeypatch.setattr(
-        torch, "get_device_module", lambda device: {"cuda": modules, "xpu": modules}[device.type]
-    )
-    return modules
+def test_a_call_like_an_earlier_one_is_not_bound_again(found: dict[str, Any]) -> None:
+    # Calls that differ in what nothing depends on, as where an aligned row starts, share what was bound.
+    assert 0 < found["bound"]["first"] < found["calls"]
+    assert found["bound"]["again"] == 0
+
+
+@pytest.mark.parametrize("name", ["runtime.debug", "compilation.instrumentation_mode"])
+def test_a_setting_of_triton_is_heeded(found: dict[str, Any], name: str) -> None:
+    # Set between two launches, as a profiler does.
+    assert found["settings"][name] == {"compiled": 1, "and back": 0}
+
+
+def test_hooks_see_every_launch(found: dict[str, Any]) -> None:
+    assert found["hooks"] == {"enter": 3, "exit": 3, "pre_run": 3}
 
 
 @pytest.mark.parametrize("name", ["cuda:0", "cuda:1", "xpu:1"])
-def test_a_kernel_runs_on_its_tensors_device(devices: DeviceModule, name: str) -> None:
+def test_a_kernel_runs_on_its_tensors_device(found: dict[str, Any], name: str) -> None:
     # Triton takes the context and the stream of the current device, whatever its tensors lie on.
-    kernel, device = Kernel(devices), torch.device(name)
-    launch.enqueue(kernel, 5, device, 1, 2, num_warps=4)
-    ((where, grid, arguments, options),) = kernel.runs
-    assert (where, grid, arguments) == (device.index, (5,), (1, 2))
-    assert options == {"num_warps": 4, "enable_fp_fusion": True}
-    assert devices.current == 0
-
-
-def test_the_interpreter_has_no_device_to_make_current() -> None:
-    kernel = Kernel(DeviceModule())
-    launch.enqueue(kernel, 1, torch.device("cpu"))
-    assert len(kernel.runs) == 1
+    index = torch.device(name).index
+    assert found["devices"][name] == {"launched on": [index, index], "current after": 0}

@@ -18,7 +18,10 @@ def _compile(function, **options):
     return torch.compile(function, fullgraph=True, **options)
 
 
-@pytest.mark.parametrize("with_rows", [False, True])
+# Whether rows are given is no affair of the kind's; nor are symbolic sizes, below.
+@pytest.mark.parametrize(
+    ("kind", "with_rows"), [(name, True) for name in kl_gpu.KINDS] + [("forward_kl", False)]
+)
 def test_opcheck(backend: str, kind: str, with_rows: bool) -> None:
     student, teacher = pair(2, 3, 40)
     rows = torch.rand(2, 3, device=DEVICE) > 0.5 if with_rows else None
@@ -43,7 +46,9 @@ def test_opcheck(backend: str, kind: str, with_rows: bool) -> None:
             torch.library.opcheck(torch.ops.kl_gpu.value_and_gradient.default, arguments)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "dynamic"), [(name, True) for name in kl_gpu.KINDS] + [("forward_kl", False)]
+)
 def test_one_graph_for_value_and_gradient(backend: str, kind: str, dynamic: bool) -> None:
     def loss(student, teacher, labels):
         return kl_gpu.divergence(

@@ -147,15 +147,15 @@ def test_stages_are_launches_of_their_own_where_programs_may_not_spin(
     want = both(p, row_scale)
     launched = []
 
-    def counted(kernel: object, programs: int, *arguments: object, **options: object) -> None:
-        launched.append((programs, options["STAGE"]))
-        enqueue(kernel, programs, *arguments, **options)
+    class Counted(kernels.PreparedLaunch):
+        def __init__(self, kernel: object, programs: int, *arguments: object, **constants: object) -> None:
+            launched.append((programs, constants["STAGE"]))
+            super().__init__(kernel, programs, *arguments, **constants)
 
     def never(*_: object) -> None:
         raise AssertionError("a program waits")
 
-    enqueue = kernels.enqueue
-    monkeypatch.setattr(kernels, "enqueue", counted)
+    monkeypatch.setattr(kernels, "PreparedLaunch", Counted)
     monkeypatch.setattr(kernels, "_may_spin", lambda device: False)
     monkeypatch.setattr(kernels, "_wait", never)
     assert same(both(p, row_scale), want)

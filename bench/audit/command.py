@@ -1,7 +1,9 @@
 """Compiles every kernel for every GPU architecture, without a GPU, and says what came out: `make audit`.
 
-Each kernel × kind × dtype × architecture × class of V goes through Triton's own compilers, and the machine
-code of its main loops is counted. docs/gpu-model.md says what is counted, and how to read it.
+Kernel × kind × dtype × architecture × class of V, but for what others tell (matrix.py), goes through
+Triton's own compilers, and the machine code of its main loops is counted. docs/gpu-model.md says what is
+counted, and how to read it. Rows of the committed results are kept where kernel, compiler and counting are
+still the same.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="beside the loops' path, what realistic rows execute (tests/ptx)",
     )
+    parser.add_argument("--fresh", action="store_true", help="take nothing from the committed results")
     parser.add_argument("--docs", action="store_true", help="compile nothing; rewrite docs from the results")
 
 
@@ -32,7 +35,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     # Interpreted kernels have no machine code, and which they are is settled as they are imported.
     os.environ.pop("TRITON_INTERPRET", None)
     from . import docs
-    from .rows import RESULTS, audit, save
+    from .matrix import chosen
+    from .rows import RESULTS, audit, load, save
 
     if options.docs:
         docs.write()
@@ -44,9 +48,11 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             print(f"{line[0]:12} {line[1]:22}" + " ".join(f"{cell:>9}" for cell in line[2:]), flush=True)
         return 0
     choice = (options.kernel, options.dtype, options.arch, options.v_class)
-    rows = list(audit(*choice))
-    if not rows:
+    cases = chosen(*choice)
+    if not cases:
         parser.error(f"no kernel is called {' or '.join(options.kernel)}")
+    earlier = [] if options.fresh or not RESULTS.exists() else load()[1]
+    rows = list(audit(cases, earlier))
     for line in docs.lines(rows):
         print(f"{line[0]:12} {line[1]:22}" + " ".join(f"{cell:>9}" for cell in line[2:]))
     whole = not any(choice) and not options.out

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
 import triton
 
 from .classes import DTYPES, V_CLASSES
-from .compiled import ARCHITECTURES, Compiled, compile_entry, warp_size
-from .kernels import Entry, entries
+from .compiled import Compiled, compile_entry, warp_size
+from .kernels import Entry
 from .machine_code import main_loops, mix
+from .matrix import Case
 from .occupancy import CORES, budget, resident_programs
+from .sources import hash_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "audit.json"
 
@@ -29,7 +30,7 @@ class Row:
     An element is a column of a row: a pair of logits, or one logit of a kernel that reads one tensor.
     `columns` are those that one pass through the (first) main loop covers. `programs_per_core` are resident
     at a time, by registers, warps and shared memory; `budget` is in instructions per element, of which the
-    kernel reads or writes `tensors`.
+    kernel reads or writes `tensors`. `source` is the hash of what the row follows from (sources.py).
     """
 
     kernel: str
@@ -50,6 +51,11 @@ class Row:
     warps: int
     columns: int
     programs_per_core: int
+    source: str = ""
+
+    @property
+    def name(self) -> tuple[str, ...]:
+        return self.kernel, self.kind, self.dtype, self.arch, self.V_class
 
 
 def audit_one(entry: Entry, dtype: str, arch: str, V_class: str) -> Row:
@@ -79,16 +85,24 @@ def counted(entry: Entry, dtype: str, arch: str, V_class: str, compiled: Compile
     )
 
 
-Names = Sequence[str]
+def name_of(case: Case) -> tuple[str, ...]:
+    return case.entry.kernel, case.entry.kind, *case[1:]
 
 
-def audit(kernels: Names = (), dtypes: Names = (), archs: Names = (), V_classes: Names = ()) -> Iterator[Row]:
-    """Every variant by these names; all of them where none is given. As many at a time as there are cores."""
-    chosen = [entry for entry in entries() if not kernels or entry.kernel in kernels]
-    cases = product(chosen, dtypes or DTYPES, archs or ARCHITECTURES, V_classes or V_CLASSES)
+def audit(cases: Sequence[Case], earlier: Iterable[Row] = ()) -> Iterator[Row]:
+    """The rows of these cases, from `earlier` where what they follow from is still the same.
+
+    The others are compiled, as many at a time as there are cores.
+    """
+    known = {(row.name, row.source): row for row in earlier}
+    sources = [hash_of(case) for case in cases]
+    keys = [(name_of(case), source) for case, source in zip(cases, sources, strict=True)]
+    missing = [case for case, key in zip(cases, keys, strict=True) if key not in known]
     # Not forked: a fork of a process that has compiled may hang on LLVM's locks.
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        yield from pool.map(audit_one, *zip(*cases, strict=True))
+        made = iter(pool.map(audit_one, *zip(*missing, strict=True)) if missing else ())
+        for key in keys:
+            yield known[key] if key in known else replace(next(made), source=key[1])
 
 
 def load(path: Path = RESULTS) -> tuple[dict[str, str], list[Row]]:

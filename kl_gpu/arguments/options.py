@@ -53,6 +53,9 @@ class Options(NamedTuple):
     def reduction_of(self, logits: Tensor) -> Reduction:
         """Check what is given per row against the logits; returns what becomes of their divergences."""
         validation.rows(logits, self.mask, self.labels, self.ignore_index, self.weight)
+        factor = float(self.temperature) ** 2 if self.t_squared else None
+        if self.mask is None and self.labels is None and self.weight is None and self.normalizer is None:
+            return Reduction(None, None, factor, self.reduction, None)
         validation.normalizer(self.normalizer, self.reduction, logits.device)
         weight, normalizer = ordinary_rows(self.weight), self.normalizer
         if isinstance(normalizer, Tensor):
@@ -61,7 +64,6 @@ class Options(NamedTuple):
         mask = ordinary_rows(self.mask) if self.shift else self.mask
         valid, weight = valid_rows(mask, self.labels, self.ignore_index, weight, self.shift)
         validation.divides(normalizer, valid, logits.shape[:-1], self.shift)
-        factor = float(self.temperature) ** 2 if self.t_squared else None
         return Reduction(valid, weight, factor, self.reduction, normalizer)
 
     def overwrites(self, argument: str, logits: Tensor, *also_needed: Any) -> bool:

@@ -31,7 +31,8 @@ class LogitsWindow(NamedTuple):
 
     def of_each(self, *tensors: Tensor | None) -> list[Any]:
         """That part of every tensor that there is."""
-        return [None if x is None else self.of(x) for x in tensors]
+        of = self.of
+        return [None if x is None else of(x) for x in tensors]
 
     def zero_rest(self, *grads: Tensor | None) -> None:
         """Zero what `of` leaves out."""
@@ -102,8 +103,9 @@ class Reduction(NamedTuple):
     @property
     def has_scale(self) -> bool:
         """Whether the result is a sum of the rows' divergences, each times a constant."""
-        constants = not any(isinstance(x, Tensor) and x.requires_grad for x in (self.weight, self.normalizer))
-        return constants and self.reduction != "none"
+        if self.reduction == "none" or (self.weight is not None and self.weight.requires_grad):
+            return False
+        return not (isinstance(self.normalizer, Tensor) and self.normalizer.requires_grad)
 
     def scale(self, lead: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """These constants, `[*lead]`."""

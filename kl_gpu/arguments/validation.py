@@ -232,6 +232,9 @@ def logits(student: Any, teacher: Any, vocab_size: Any, shift: bool) -> int:
     """Check both sides against each other; returns the number of columns that count."""
     beside_each_other({"student_logits": student, "teacher_logits": teacher})
     shifted("logits [batch, time, V]", student, shift)
+    if vocab_size is None and student.shape == teacher.shape:
+        columns: int = student.shape[-1]
+        return columns
     sizes = {"student_logits": student.shape[-1], "teacher_logits": teacher.shape[-1]}
     return vocabulary(sizes, "columns", vocab_size)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backends import registry
 from ..backends.interface import COMPLEMENT_STATS, ComplementArgs, wide_dtype
 from .register import like_first, no_output, operator
-from .views import blocks, flat_rows, whole
+from .views import blocks, each_whole, flat_rows
 
 _MOST = 1.05  # a row's probability: 16-bit rounding may add 2 %
 
@@ -130,7 +130,7 @@ def complement(
         run(ComplementArgs(x, some_ids, keep, scale), entropy)
         for (x, keep), (some_ids,) in blocks(lead, [logits, rows], [flat_rows(ids, lead)])
     ]
-    return tuple(whole(parts, lead) for parts in zip(*found, strict=True))
+    return each_whole(found, lead)
 
 
 @operator(

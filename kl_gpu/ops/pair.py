@@ -19,7 +19,7 @@ from ..backends import registry
 from ..backends.interface import STATS, TOKEN_STATS, RowPair
 from ..kinds import KINDS
 from .register import no_output, operator
-from .views import blocks, flat_rows, whole
+from .views import blocks, each_whole, flat_rows, whole
 
 _INPUTS = "Tensor student, Tensor teacher, Tensor? rows"
 _SCALES = "float student_scale, float teacher_scale, str backend"
@@ -57,7 +57,7 @@ def _value_outputs(student: Tensor, teacher: Tensor, *_: object) -> tuple[Tensor
 def value(student: Tensor, teacher: Tensor, rows: Tensor | None, *params: Any) -> tuple[Tensor, Tensor]:
     """Values `[N]`, and the statistics `[N, STATS]` that `gradient` needs."""
     found = _ask("value", student, teacher, rows, DivergenceParams(*params))
-    values, stats = (whole(parts, student.shape[:-1]) for parts in zip(*found, strict=True))
+    values, stats = each_whole(found, student.shape[:-1])
     return values, stats
 
 
@@ -99,7 +99,7 @@ def value_and_gradient(
     of = DivergenceParams(*params)
     grads = KINDS[of.kind].as_ab(to_student, to_teacher)
     found = _ask("value_and_gradient", student, teacher, rows, of, (row_scale,), grads)
-    values, stats = (whole(parts, student.shape[:-1]) for parts in zip(*found, strict=True))
+    values, stats = each_whole(found, student.shape[:-1])
     return values, stats
 
 

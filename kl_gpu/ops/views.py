@@ -47,6 +47,13 @@ def flat_rows(per_row: Tensor | None, lead: torch.Size) -> Tensor | None:
     return per_row if len(lead) == 1 else per_row.view(-1, *per_row.shape[len(lead) :])
 
 
+def each_whole(found: Sequence[tuple[Tensor, ...]], lead: torch.Size) -> tuple[Tensor, ...]:
+    """`whole` of each of the tensors that a block answers with."""
+    if len(found) == 1 and len(lead) == 1:
+        return found[0]
+    return tuple(whole(parts, lead) for parts in zip(*found, strict=True))
+
+
 def whole(parts: Sequence[Tensor], lead: torch.Size, dim: int = 0) -> Tensor:
     """What the blocks have per row, along `dim`, as one tensor with the leading shape in its place."""
     joined = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

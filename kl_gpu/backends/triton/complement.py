@@ -7,7 +7,7 @@ row with −inf in their places, and clears them: V/8 bytes a program that runs,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,6 +18,7 @@ from ..interface import COMPLEMENT_STATS, ComplementArgs, RowPair
 from .device_math import (
     LOG2E,
     NO_REFERENCE,
+    add_products,
     exp2_offset,
     exponent,
     fma,
@@ -25,6 +26,7 @@ from .device_math import (
     load_one,
     load_ragged,
     load_tile,
+    mul_add,
     narrow,
     normalised,
     own_columns,
@@ -33,6 +35,7 @@ from .device_math import (
     store_one,
     store_ragged,
     store_tile,
+    sub_mul,
     tile_ahead,
     tile_position,
     unpacked,
@@ -43,7 +46,6 @@ from .launch import (
     ProgramShape,
     cdiv,
     configuration,
-    enqueue,
     gradient_layout,
     high_low,
     kernel,
@@ -52,6 +54,7 @@ from .launch import (
     splits_of,
     steps,
 )
+from .prepared import PreparedLaunch, place, plan
 
 # Row statistics, in float64: n and 1/Z, so that π_j = 2^(k·logit − n)/Z, rest_entropy in nats, and rest_lse.
 # Where n is out of range 1/Z is negative, and n belongs to the largest logit itself.
@@ -98,14 +101,14 @@ def _accumulate(x, picked, n, z, t, k, ENTROPY: tl.constexpr):
         h = n - n_tile
         s = tl.exp2(h)
         if ENTROPY:
-            t = s * (t + h * z)
+            t = s * mul_add(h, z, t)
         z = s * z
         n = n_tile
     y = exponent(x, k, n)
     w = tl.exp2(y)
     z += tl.sum(w, axis=1)
     if ENTROPY:
-        t += tl.sum(w * tl.maximum(y, -10000.0), axis=1)  # 0 · −inf has no place in the sum
+        t = add_products(t, w, tl.maximum(y, -10000.0))  # 0 · −inf has no place in the sum
     return n, z, t
 
 
@@ -136,7 +139,8 @@ def _shifted_weights(x, top, k, k_rest):
     """2^((k + k_rest) (x − top)) and its exponent: the difference is exact where the products are not."""
     d = tl.maximum(x - top, -1e30)  # the lowest number less a large one is −inf, and −inf − top too
     y = d * k
-    return tl.exp2(y) * (1.0 + (fma(d, k, -y) + d * k_rest) * 0.6931471805599453), tl.maximum(y, -10000.0)
+    missing = mul_add(d, k_rest, fma(d, k, -y)) * 0.6931471805599453
+    return tl.exp2(y) * (1.0 + missing), tl.maximum(y, -10000.0)
 
 
 @triton.jit
@@ -161,7 +165,7 @@ def _shifted_sweep(
         w = tl.where(x == -float("inf"), 0.0, tl.where(x == x, w, x))
         z += tl.sum(w, axis=1)
         if ENTROPY:
-            t += tl.sum(w * y, axis=1)
+            t = add_products(t, w, y)
     return top, tl.sum(z), tl.sum(t)
 
 
@@ -227,7 +231,7 @@ def _gradient_tile(x, side, n, grad_rest, grad_entropy, log_z, k, ENTROPY: tl.co
     """π (grad_rest − grad_entropy · log2 π); log_z is log2 Z."""
     share = probability(x, side)
     if ENTROPY:
-        grad_rest = grad_rest - grad_entropy * (tl.maximum(exponent(x, k, n), -10000.0) - log_z)
+        grad_rest = sub_mul(grad_rest, grad_entropy, tl.maximum(exponent(x, k, n), -10000.0) - log_z)
     return share * grad_rest
 
 
@@ -235,7 +239,7 @@ def _gradient_tile(x, side, n, grad_rest, grad_entropy, log_z, k, ENTROPY: tl.co
 def _shifted_gradient_tile(x, top, inv, grad_rest, grad_entropy, log_z, k, k_rest, ENTROPY: tl.constexpr):
     w, y = _shifted_weights(x, top, k, k_rest)
     if ENTROPY:
-        grad_rest = grad_rest - grad_entropy * (y - log_z)
+        grad_rest = sub_mul(grad_rest, grad_entropy, y - log_z)
     return w * inv * grad_rest
 
 
@@ -336,22 +340,55 @@ def program(logits: Tensor, n_ids: int, lanes: int = LANES) -> dict[str, Any]:
     return {name: config[name] for name in _FROM_CONFIGURATION if name in config} | {"IDS": ids}
 
 
+class _Plan(NamedTuple):
+    launch: PreparedLaunch
+    bits: tuple[int, int]  # words of each program
+
+
+@plan
+def _plan(logits: Tensor, n_ids: int, has_valid: bool, scale: float, entropy: bool, resident: int) -> _Plan:
+    """Of a place."""
+    config = program(logits, n_ids)
+    n_rows = logits.shape[0] * logits.shape[1]
+    programs = min(n_rows, resident)
+    block = config["R"] * config["VEC"]
+    words = cdiv(logits.shape[-1], block) * block // 32
+    numbers = n_rows, logits.shape[1], *steps(logits), logits.shape[2], n_ids, words, *high_low(scale)
+    launch = PreparedLaunch(
+        complement_kernel, programs, logits.device, numbers, HAS_VALID=has_valid, ENTROPY=entropy, **config
+    )
+    return _Plan(launch, (programs, words))
+
+
 def complement(args: ComplementArgs, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `Backend.complement` has it."""
-    x = args.logits
-    config = program(x, args.ids.shape[1])
+    x, ids, valid, scale = args
+    launch, shape = _plan(
+        place(x), ids.shape[1], valid is not None, scale, entropy, resident_programs(x.device)
+    )
     stats = torch.zeros((args.n_rows, COMPLEMENT_STATS), dtype=torch.float64, device=x.device)
-    programs = min(args.n_rows, resident_programs(x.device))
-    block = config["R"] * config["VEC"]
-    words = cdiv(x.shape[-1], block) * block // 32
-    bits = torch.zeros((programs, words), dtype=torch.int32, device=x.device)
-    enqueue(
-        complement_kernel, programs, x.device,
-        x, args.ids, args.valid, stats, bits, bits.view(torch.uint8),
-        args.n_rows, x.shape[1], *steps(x), x.shape[2], args.ids.shape[1], words,
-        *high_low(args.scale), HAS_VALID=args.valid is not None, ENTROPY=entropy, **config,
-    )  # fmt: skip
+    bits = torch.zeros(shape, dtype=torch.int32, device=x.device)
+    launch(x, ids, valid, stats, bits, bits.view(torch.uint8))
     return stats[:, 3].clone(), stats[:, 2].clone(), stats
+
+
+@plan
+def _gradient_plan(
+    logits: Tensor, n_ids: int, has_valid: bool, scale: float, entropy: bool, grad: Tensor
+) -> PreparedLaunch:
+    """Of places."""
+    config = program(logits, n_ids)
+    config["LAYOUT"] = gradient_layout(config["LAYOUT"], logits, grad)
+    splits = splits_of(logits.shape[-1], config["R"] * config["VEC"])
+    n_rows = logits.shape[0] * logits.shape[1]
+    numbers = (
+        n_rows, logits.shape[1], *steps(logits), *steps(grad), logits.shape[2], n_ids, *splits,
+        *high_low(scale),
+    )  # fmt: skip
+    return PreparedLaunch(
+        complement_gradient_kernel, n_rows * splits.number, logits.device, numbers,
+        HAS_VALID=has_valid, ENTROPY=entropy, **config,
+    )  # fmt: skip
 
 
 def complement_gradient(
@@ -363,15 +400,9 @@ def complement_gradient(
     grad: Tensor,
 ) -> None:
     """As `Backend.complement_gradient` has it."""
-    x = args.logits
-    config = program(x, args.ids.shape[1])
-    config["LAYOUT"] = gradient_layout(config["LAYOUT"], x, grad)
-    splits = splits_of(x.shape[-1], config["R"] * config["VEC"])
-    enqueue(
-        complement_gradient_kernel, args.n_rows * splits.number, x.device,
-        x, args.ids, args.valid, stats, grad_picked, grad_rest,
-        grad_rest if grad_entropy is None else grad_entropy, grad,
-        args.n_rows, x.shape[1], *steps(x), *steps(grad), x.shape[2],
-        args.ids.shape[1], splits.number, splits.columns, *high_low(args.scale),
-        HAS_VALID=args.valid is not None, ENTROPY=grad_entropy is not None, **config,
-    )  # fmt: skip
+    x, ids, valid, scale = args
+    launch = _gradient_plan(
+        place(x), ids.shape[1], valid is not None, scale, grad_entropy is not None, place(grad)
+    )
+    turn = grad_rest if grad_entropy is None else grad_entropy
+    launch(x, ids, valid, stats, grad_picked, grad_rest, turn, grad)

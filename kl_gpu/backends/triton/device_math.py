@@ -350,6 +350,49 @@ def fma(a, b, c):
 
 
 @triton.jit
+def mul_add(a, b, c):
+    """a·b + c in one instruction: `fma` where a second rounding, the interpreter's, does no harm.
+
+    The compiler makes none by itself (`launch.FP_FUSION`). Literals must be exact in float32.
+    """
+    return tl.fma(a, b, c)
+
+
+@triton.jit
+def mul_sub(a, b, c):
+    """a·b − c. Triton's own −c is 0 − c, an instruction by itself: c · −1 becomes the fma's sign."""
+    return tl.fma(a, b, c * -1.0)
+
+
+@triton.jit
+def sub_mul(c, a, b):
+    """c − a·b"""
+    return tl.fma(a * -1.0, b, c)
+
+
+@triton.jit
+def polynomial(x, coefficients):
+    """Σ c_i x^i by Horner's rule, the highest power's coefficient first."""
+    value = tl.full([], coefficients[0], x.dtype)
+    for i in tl.static_range(1, len(coefficients)):
+        value = tl.fma(value, x, tl.full([], coefficients[i], x.dtype))
+    return value
+
+
+@triton.jit
+def add_products(total, x, y):
+    """total `[R]` + Σ x·y over the columns of x and y `[R, VEC]`, which a thread owns: one fma each."""
+    if INTERPRETED:
+        return total + tl.sum(x * y, axis=1)
+    elif x.shape[1] == 1:
+        return tl.fma(tl.reshape(x, [x.shape[0]]), tl.reshape(y, [y.shape[0]]), total)
+    else:
+        even_x, odd_x = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+        even_y, odd_y = tl.split(tl.reshape(y, [y.shape[0], y.shape[1] // 2, 2]))
+        return add_products(add_products(total, even_x, even_y), odd_x, odd_y)
+
+
+@triton.jit
 def exp2_offset(top, k):
     """n for logits of at most `top`, so that their weights 2^(k·logit − n) reach from 2^8 down.
 
@@ -384,7 +427,7 @@ def normalised(shift, n, inv, k, inv_temperature, TOP: tl.constexpr, CT: tl.cons
     low = n - (TOP - 7.0)
     scale = inv * tl.exp2(low - n)  # of 7 − TOP, unless n is too large to have units
     correction = ((inv_temperature * LOG2E / k - 1.0) * 0.6931471805599453).to(CT) * scale
-    return Softmax(shift, k, low, scale - TOP * correction, correction)
+    return Softmax(shift, k, low, mul_add(correction, -1.0 * TOP, scale), correction)
 
 
 @triton.jit
@@ -420,7 +463,7 @@ def scale_at(e, side):
 @triton.jit
 def scale_by_logit(side):
     """The (scale, correction) with which fma(logit, correction, scale) is `scale_at`, for finite logits."""
-    return side.scale - side.n * side.scale_correction, side.k * side.scale_correction
+    return sub_mul(side.scale, side.n, side.scale_correction), side.k * side.scale_correction
 
 
 @triton.jit
@@ -454,25 +497,18 @@ def is_near(x):
 def g_near(x):
     """g(x)/x for near x, minimax: relative error 2.1e-7 in float32 and 0 where x is, 2.7e-18 in float64."""
     if x.dtype == tl.float64:
-        r = 1.60781323987752627e-10 * x + 2.09628524967962601e-9
-        r = r * x + 2.50522102680160090e-8
-        r = r * x + 2.75570772820632509e-7
-        r = r * x + 2.75573187753331313e-6
-        r = r * x + 2.48015876147344761e-5
-        r = r * x + 1.98412698418661383e-4
-        r = r * x + 1.38888888887058076e-3
-        r = r * x + 8.33333333333303912e-3
-        r = r * x + 4.16666666666670578e-2
-        r = r * x + 1.66666666666666671e-1
-        r = r * x + 0.5
+        of_float64: tl.constexpr = (
+            1.60781323987752627e-10, 2.09628524967962601e-9, 2.50522102680160090e-8, 2.75570772820632509e-7,
+            2.75573187753331313e-6, 2.48015876147344761e-5, 1.98412698418661383e-4, 1.38888888887058076e-3,
+            8.33333333333303912e-3, 4.16666666666670578e-2, 1.66666666666666671e-1, 0.5,
+        )  # fmt: skip
+        return polynomial(x, of_float64) * x
     else:
-        r = 2.502492134e-5 * x + 2.044598659e-4
-        r = r * x + 1.389198354e-3
-        r = r * x + 8.329651318e-3
-        r = r * x + 4.166644812e-2
-        r = r * x + 1.666671932e-1
-        r = r * x + 0.5
-    return r * x
+        coefficients: tl.constexpr = (
+            2.502492134e-5, 2.044598659e-4, 1.389198354e-3, 8.329651318e-3, 4.166644812e-2,
+            1.666671932e-1, 0.5,
+        )  # fmt: skip
+        return polynomial(x, coefficients) * x
 
 
 @triton.jit
@@ -485,25 +521,23 @@ def g(x):
 def expm1_near(x):
     """eˣ − 1 for |x| < 1/2, minimax: relative error 1.2e-7 in float32."""
     if x.dtype == tl.float64:
-        return g_near(x) * x + x
-    r = 1.387576340e-3 * x + 8.402397856e-3
-    r = r * x + 4.166897014e-2
-    r = r * x + 1.666613519e-1
-    r = r * x + 0.4999998212
-    return (r * x + 1.0) * x
+        return mul_add(g_near(x), x, x)
+    coefficients: tl.constexpr = (
+        1.387576340e-3, 8.402397856e-3, 4.166897014e-2, 1.666613519e-1, 0.4999998212, 1.0,
+    )  # fmt: skip
+    return polynomial(x, coefficients) * x
 
 
 @triton.jit
 def one_minus_exp(v):
     """1 − e⁻ᵛ for v ≥ 0: relative error 2.2e-8 below 1/2 in float32, where the subtraction would cancel."""
     if v.dtype == tl.float64:
-        near = v - g_near(-v) * -v
+        near = mul_add(g_near(-v), v, v)
     else:
-        r = 1.163279662e-3 * v - 8.237207267e-3
-        r = r * v + 4.164961010e-2
-        r = r * v - 1.666655951e-1
-        r = r * v + 0.4999999891
-        near = v - r * v * v
+        coefficients: tl.constexpr = (
+            1.163279662e-3, -8.237207267e-3, 4.164961010e-2, -1.666655951e-1, 0.4999999891,
+        )  # fmt: skip
+        near = sub_mul(v, polynomial(v, coefficients) * v, v)
     return tl.where(v < 0.5, near, 1.0 - tl.exp2(v * -LOG2E))
 
 
@@ -518,22 +552,19 @@ def log1p_parts(z, one_plus_z):
     y = s * s
     if z.dtype == tl.float64:
         near = tl.abs(z) < 0.01
-        p = 0.3333333333333333 + y * (0.2 + y * (0.14285714285714285 + y * 0.1111111111111111))
+        p = polynomial(y, (0.1111111111111111, 0.14285714285714285, 0.2, 0.3333333333333333))
     else:
         near = tl.abs(z) < 0.5
-        p = 1.161216497e-1 * y + 1.085328758e-1
-        p = p * y + 1.429617852e-1
-        p = p * y + 1.999985278e-1
-        p = p * y + 3.333333433e-1
+        p = polynomial(y, (1.161216497e-1, 1.085328758e-1, 1.429617852e-1, 1.999985278e-1, 3.333333433e-1))
     tail = 2.0 * s * y * p
-    log = tl.where(near, 2.0 * s + tail, tl.log(one_plus_z))
-    return tl.where(near, z * s - tail, z - log), log
+    log = tl.where(near, mul_add(s, 2.0, tail), tl.log(one_plus_z))
+    return tl.where(near, mul_sub(z, s, tail), z - log), log
 
 
 @triton.jit
 def log1p_minus(y):
     """log1p(y) − y for float64 y > −1: by series below 1e-3, where the subtraction would cancel."""
-    series = y * y * (-0.5 + y * (1.0 / 3.0 + y * (-0.25 + y * 0.2)))
+    series = y * y * polynomial(y, (0.2, -0.25, 0.3333333333333333, -0.5))
     return tl.where(tl.abs(y) < 1e-3, series, tl.log(1.0 + tl.maximum(y, -1.0)) - y)
 
 
@@ -548,7 +579,7 @@ def difference(a, b, scales, SAME_SCALE: tl.constexpr):
     """b − a, less a scale that both have: good enough to find a reference, not to measure from it."""
     if SAME_SCALE:
         return b - a
-    return (b.to(tl.float64) * scales.b - a.to(tl.float64) * scales.a).to(a.dtype)
+    return mul_sub(b.to(tl.float64), scales.b, a.to(tl.float64) * scales.a).to(a.dtype)
 
 
 @triton.jit
@@ -572,8 +603,8 @@ def log_ratio(a, b, c, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr):
     b = 1.00001 it is as large as a thousandth of x.
     """
     if not SAME_SCALE:
-        x = (b.to(tl.float64) * scales.b - a.to(tl.float64) * scales.a) - c.to(tl.float64)
-        return x.to(a.dtype)
+        scaled = mul_sub(b.to(tl.float64), scales.b, a.to(tl.float64) * scales.a)
+        return (scaled - c.to(tl.float64)).to(a.dtype)
     d = b - a
     x = fma(d, scales.shared, -c)
     if EXACT:
@@ -607,4 +638,5 @@ def rebase(sums, h, s):
     near = is_near(h)
     g_h = tl.where(near, g_near(-h) * -h, (e_h - 1.0) + h)
     e_h_minus_1 = tl.where(near, g_h - h, e_h - 1.0)
-    return Sums(z * s, (a1 - h * z) * s, (e_h * a2 + e_h_minus_1 * a1 + z * g_h) * s)
+    to_a2 = mul_add(z, g_h, mul_add(e_h_minus_1, a1, e_h * a2))
+    return Sums(z * s, sub_mul(a1, h, z) * s, to_a2 * s)

@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
 from ...formulas import column_terms
-from .device_math import LOG2E, expm1_near, fma, log_ratio
+from .device_math import LOG2E, expm1_near, fma, log_ratio, mul_add, mul_sub, polynomial
 
 LN2 = tl.constexpr(math.log(2))
 # Where terms come from their polynomial: beyond it what cancels is at most four times the term, within it 8
@@ -102,69 +102,77 @@ def _logs(r, beta, LOG2: tl.constexpr):
     rest = 1.0 - beta  # not rounded by itself: the two sum to 1, so that equal logits give exactly 0
     up = r > 0
     log = _log2(fma(tl.where(up, beta, rest), tl.exp2(tl.abs(r) * -LOG2E), tl.where(up, rest, beta)), LOG2)
-    return log * -LN2 - tl.maximum(r, 0.0), log * -LN2 + tl.minimum(r, 0.0)
+    return mul_sub(log, -LN2, tl.maximum(r, 0.0)), mul_add(log, -LN2, tl.minimum(r, 0.0))
 
 
 @triton.jit
-def _lopsided(a, b, r, beta, rest, flow_a, flow_b):
-    """The sum of js's flows where one side x is most of the mixture: log(x/m) relative to itself near 0.
+def _lopsided(a, b, r, beta, rest, log_a, log_b, both):
+    """`both`, the sum of js's flows, where one side x is most of the mixture: log(x/m) relative to itself.
 
     Otherwise the other side's few per cent would drown in the rounding of x's own logarithm.
     """
     heavy_a = beta > rest
     z = tl.minimum(beta, rest) * (tl.exp2(tl.where(heavy_a, r, -r) * LOG2E) - 1.0)  # m/x − 1; r is not near 0
     # −log1p(z)/z, minimax on [−1/3, 1/2]: relative error 1.8e-7.
-    p = -8.047387009e-02 * z + 1.476304026e-01
-    p = p * z - 1.542494763e-01
-    p = p * z + 1.653500997e-01
-    p = p * z - 1.990202708e-01
-    p = p * z + 2.500166878e-01
-    p = p * z - 3.333592815e-01
-    p = p * z + 5.000000759e-01
-    p = p * z - 9.999999037e-01
-    series = tl.where(heavy_a, a, b) * (z * p) + tl.where(heavy_a, flow_b, flow_a)
-    return tl.where(z < 0.5, series, flow_a + flow_b)
+    coefficients: tl.constexpr = (
+        -8.047387009e-02, 1.476304026e-01, -1.542494763e-01, 1.653500997e-01, -1.990202708e-01,
+        2.500166878e-01, -3.333592815e-01, 5.000000759e-01, -9.999999037e-01,
+    )  # fmt: skip
+    own = z * polynomial(z, coefficients)
+    series = mul_add(tl.where(heavy_a, a, b), own, tl.where(heavy_a, b * log_b, a * log_a))
+    return tl.where(z < 0.5, series, both)
+
+
+@triton.jit
+def _derivatives(r, mean_a, mean_b, beta, rest, FORMULA: tl.constexpr, LOG2: tl.constexpr):
+    """∂D/∂a − mean_a and ∂D/∂b − mean_b."""
+    if FORMULA == "js":
+        log_a, log_b = _logs(r, beta, LOG2)
+        return log_a - mean_a, log_b - mean_b
+    elif FORMULA == "skew":
+        log_a, _ = _logs(r, beta, LOG2)
+        n = 1.0 - tl.exp2(log_a * LOG2E)  # 1 − a/m
+        return mul_add(beta, n, log_a - mean_a), n - mean_b
+    else:
+        tl.static_assert(FORMULA == "tv", "this formula has no fast path")
+        to_a = tl.where(r > 0, -1.0 - mean_a, tl.where(r < 0, 1.0 - mean_a, 0.0 - mean_a))
+        return to_a, tl.where(r > 0, 1.0 - mean_b, tl.where(r < 0, -1.0 - mean_b, 0.0 - mean_b))
+
+
+@triton.jit
+def _jeffreys_flows(a, b, r, mean_a, mean_b, beta, rest):
+    d = tl.where(r == 0, 0.0, b - a)
+    flow_a = mul_sub(a, mul_sub(r, -rest, mean_a), beta * d)
+    return flow_a, mul_add(b, mul_sub(r, beta, mean_b), rest * d)
 
 
 @triton.jit
 def fast_flows(a, b, r, mean_a, mean_b, beta, rest, FORMULA: tl.constexpr, LOG2: tl.constexpr):
-    """a·(∂D/∂a − mean_a) and b·(∂D/∂b − mean_b).
-
-    Without means their sum is the column's term: divergences are homogeneous in (a, b).
-    """
-    if FORMULA == "js":
-        log_a, log_b = _logs(r, beta, LOG2)
-        return a * (log_a - mean_a), b * (log_b - mean_b)
-    elif FORMULA == "skew":
-        log_a, _ = _logs(r, beta, LOG2)
-        n = 1.0 - tl.exp2(log_a * LOG2E)  # 1 − a/m
-        return a * (log_a + (beta * n - mean_a)), b * (n - mean_b)
-    elif FORMULA == "jeffreys":
-        d = tl.where(r == 0, 0.0, b - a)
-        flow_a = a * (r * -rest - mean_a) - beta * d
-        return flow_a, b * (r * beta - mean_b) + rest * d
+    """a·(∂D/∂a − mean_a) and b·(∂D/∂b − mean_b)."""
+    if FORMULA == "jeffreys":
+        return _jeffreys_flows(a, b, r, mean_a, mean_b, beta, rest)
     else:
-        tl.static_assert(FORMULA == "tv", "this formula has no fast path")
-        sign = tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, 0.0))
-        return a * (-sign - mean_a), b * (sign - mean_b)
+        to_a, to_b = _derivatives(r, mean_a, mean_b, beta, rest, FORMULA, LOG2)
+        return a * to_a, b * to_b
 
 
 @triton.jit
 def fast_terms(a, b, r, beta, rest, near, FORMULA: tl.constexpr, LOG2: tl.constexpr):
-    """The divergence's terms, and b·∂D/∂b."""
-    flow_a, flow_b = fast_flows(a, b, r, 0.0, 0.0, beta, rest, FORMULA, LOG2)
+    """The divergence's terms, and b·∂D/∂b.
+
+    Away from r = 0 a term is the sum of both flows: divergences are homogeneous in (a, b).
+    """
     if FORMULA == "tv":
+        flow_b = tl.where(r > 0, b, tl.where(r < 0, b * -1.0, 0.0))
         return tl.abs(tl.where(tl.abs(r) < 0.5, a * expm1_near(r), b - a)), flow_b
-    t0, t1, t2, t3, t4, t5, t6, t7 = near
-    t = r * t0 + t1
-    t = t * r + t2
-    t = t * r + t3
-    t = t * r + t4
-    t = t * r + t5
-    t = t * r + t6
-    t = t * r + t7
-    far = flow_a + flow_b
-    if FORMULA == "js":
-        if tl.minimum(beta, rest) < 0.33:
-            far = _lopsided(a, b, r, beta, rest, flow_a, flow_b)
-    return tl.where(tl.abs(r) < _NEAR, a * (r * r) * t, far), flow_b
+    if FORMULA == "jeffreys":
+        flow_a, flow_b = _jeffreys_flows(a, b, r, 0.0, 0.0, beta, rest)
+        far = flow_a + flow_b
+    else:
+        to_a, to_b = _derivatives(r, 0.0, 0.0, beta, rest, FORMULA, LOG2)
+        flow_b = b * to_b
+        far = mul_add(a, to_a, flow_b)
+        if FORMULA == "js":
+            if tl.minimum(beta, rest) < 0.33:
+                far = _lopsided(a, b, r, beta, rest, to_a, to_b, far)
+    return tl.where(tl.abs(r) < _NEAR, a * (r * r) * polynomial(r, near), far), flow_b

@@ -10,6 +10,7 @@ from .device_math import (
     load_tile,
     log_probability_ratio,
     lowest,
+    mul_add,
     no_lower,
     probability,
     tile_offsets,
@@ -98,8 +99,8 @@ def fast_formula_sums(
     offsets = tile_offsets(R, VEC, LAYOUT)
     # Sums do without the correction for the rounding of k: on the whole they do not feel it.
     share_a, share_b = shares(row.beta, row.rest, FORMULA)
-    scale = (row.a.scale + 15.0 * row.a.scale_correction) * share_a
-    ratio = (row.b.scale + 15.0 * row.b.scale_correction) * share_b / scale
+    scale = mul_add(row.a.scale_correction, 15.0, row.a.scale) * share_a
+    ratio = mul_add(row.b.scale_correction, 15.0, row.b.scale) * share_b / scale
     value = tl.zeros([R], CT)
     mean_b = tl.zeros([R], CT)
     full = last - (last - first) % BLOCK

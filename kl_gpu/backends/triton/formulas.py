@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_math import LOG2E, g_near, is_near, log1p_parts, one_minus_exp
+from .device_math import LOG2E, g_near, is_near, log1p_parts, mul_add, mul_sub, one_minus_exp
 
 INF = tl.constexpr(float("inf"))
 
@@ -19,9 +19,9 @@ def _mixture(x, o, r, own, other):
     """Terms of KL(x‖m) and log(m/x), for m = own·x + other·o and r = log(o/x)."""
     r = tl.minimum(r, 80.0)  # beyond it x is nothing beside o, and e^r would overflow into inf·0
     e = tl.exp2(r * LOG2E)
-    z = other * tl.where(is_near(r), g_near(r) * r + r, e - 1.0)
-    terms, u = log1p_parts(z, own + other * e)
-    return tl.where(r < 4.0, x * terms, other * (o - x) - x * u), u
+    z = other * tl.where(is_near(r), mul_add(g_near(r), r, r), e - 1.0)
+    terms, u = log1p_parts(z, mul_add(other, e, own))
+    return tl.where(r < 4.0, x * terms, mul_sub(other, o - x, x * u)), u
 
 
 @triton.jit
@@ -45,22 +45,23 @@ def _difference(a, b, r):
 @triton.jit
 def _jeffreys(a, b, r, beta, rest):
     d = _difference(a, b, r)
-    terms = rest * _kl(a, b, r) + beta * _kl(b, a, -r)
-    return terms, -rest * _times(a, r) - beta * d, rest * d - beta * _times(b, -r)
+    terms = mul_add(rest, _kl(a, b, r), beta * _kl(b, a, -r))
+    flow_a = mul_sub(-rest, _times(a, r), beta * d)
+    return terms, flow_a, mul_sub(rest, d, beta * _times(b, -r))
 
 
 @triton.jit
 def _js(a, b, r, beta, rest):
     to_a, u = _mixture(a, b, r, beta, rest)
     to_b, v = _mixture(b, a, -r, rest, beta)
-    return beta * to_a + rest * to_b, -beta * a * u, -rest * b * v
+    return mul_add(beta, to_a, rest * to_b), -beta * a * u, -rest * b * v
 
 
 @triton.jit
 def _skew(a, b, r, beta, rest):
     terms, u = _mixture(a, b, r, beta, rest)
     n = tl.where(u > 0, 1.0, -tl.exp2(-u * LOG2E)) * one_minus_exp(tl.abs(u))  # 1 − a/m
-    return terms, a * (beta * n - u), rest * b * n
+    return terms, a * mul_sub(beta, n, u), rest * b * n
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from .device_math import (
     log_probability_ratio,
     log_ratio,
     lowest,
+    mul_sub,
     no_lower,
     own_columns,
     probability,
@@ -25,6 +26,7 @@ from .device_math import (
     store_one,
     store_ragged,
     store_tile,
+    sub_mul,
     times,
     unpacked,
     weights,
@@ -38,14 +40,15 @@ Incoming = namedtuple("Incoming", "mean_a mean_b up_a up_b")
 
 @triton.jit
 def _over_factor(a, b, row, up):
-    """Probabilities of both sides, of one temperature, over a factor they share; and that factor.
+    """a's and b − a's probabilities, of one temperature, over a factor that they share; and that factor.
 
-    Its rounding is common to both, so that a difference of the two does not feel it.
+    Its rounding is common to both, so that their difference does not feel it.
     """
     e_a = exponent(a, row.a.k, row.a.n)
     e_b = exponent(b, row.b.k, row.b.n)
     factor = scale_at(tl.maximum(e_a, e_b), times(row.a, up))
-    return tl.exp2(e_a), tl.exp2(e_b) * (row.b.scale / row.a.scale), factor
+    mass_a = tl.exp2(e_a)
+    return mass_a, mul_sub(tl.exp2(e_b), row.b.scale / row.a.scale, mass_a), factor
 
 
 @triton.jit
@@ -64,13 +67,14 @@ def _kl_tile(
     # Factors come last, so that a row without a gradient is NaN also where weights are 0.
     if TO_B:
         if SAME_SCALE:
-            mass_a, mass_b, factor = _over_factor(a, b, row, to.up_b)
+            mass_a, b_less_a, factor = _over_factor(a, b, row, to.up_b)
         else:
             mass_a = probability(a, row.a)
-            mass_b = probability(b, row.b)
+            e_b = exponent(b, row.b.k, row.b.n)
+            b_less_a = mul_sub(tl.exp2(e_b), scale_at(e_b, row.b), mass_a)
             factor = to.up_b
         # −inf on both sides gives a NaN r, which is not near: 0 − 0.
-        to_b = tl.where(tl.abs(r) < 0.5, mass_a * expm1_near(r), mass_b - mass_a) * factor
+        to_b = tl.where(tl.abs(r) < 0.5, mass_a * expm1_near(r), b_less_a) * factor
     if TO_A:
         e_a = exponent(a, near_a.k, near_a.n)
         weight = tl.exp2(e_a)
@@ -91,15 +95,15 @@ def _fast_kl_tile(
     to_a = x
     to_b = x
     if TO_B and DIRECT:
-        mass_a, mass_b, factor = _over_factor(a, b, row, to.up_b)
-        to_b = (mass_b - mass_a) * factor
+        _, b_less_a, factor = _over_factor(a, b, row, to.up_b)
+        to_b = b_less_a * factor
     elif TO_B:
         r = x - row.log_z_ratio
         scale_a, correction_a = scale_by_logit(times(row.a, to.up_b))
         scale_b, correction_b = scale_by_logit(times(row.b, to.up_b))
         mass_a = weights(a, row.a.k, row.a.n) * fma(a, correction_a, scale_a)
-        mass_b = weights(b, row.b.k, row.b.n) * fma(b, correction_b, scale_b)
-        to_b = tl.where(tl.abs(r) < 0.5, mass_a * expm1_near(r), mass_b - mass_a)
+        b_less_a = mul_sub(weights(b, row.b.k, row.b.n), fma(b, correction_b, scale_b), mass_a)
+        to_b = tl.where(tl.abs(r) < 0.5, mass_a * expm1_near(r), b_less_a)
     if TO_A:
         scale, correction = scale_by_logit(times(near_a, -to.up_a))
         weight = weights(a, near_a.k, near_a.n)
@@ -141,7 +145,7 @@ def _gradient_tile(
         return to_a, to_b
     else:
         p_a, p_b, _, flow_a, flow_b = formula_tile(a, b, row, SAME_SCALE, EXACT, FORMULA)
-        return (flow_a - p_a * to.mean_a) * to.up_a, (flow_b - p_b * to.mean_b) * to.up_b
+        return sub_mul(flow_a, p_a, to.mean_a) * to.up_a, sub_mul(flow_b, p_b, to.mean_b) * to.up_b
 
 
 @triton.jit

@@ -22,9 +22,12 @@ from .device_math import (
     log_probability_ratio,
     log_ratio,
     lowest,
+    mul_add,
+    mul_sub,
     no_lower,
     out_of_range_shift,
     rebase,
+    sub_mul,
     tile_ahead,
     tile_offsets,
     unpacked,
@@ -103,8 +106,10 @@ def other_exp2_offset(n, n_b, c, scales, SAME_SCALE: tl.constexpr):
     n, c, k_a, k_b = n.to(tl.float64), c.to(tl.float64), scales.k_a.to(tl.float64), scales.k_b.to(tl.float64)
     if SAME_SCALE:
         c *= scales.a / scales.shared.to(tl.float64)
-    offset = n + c * LOG2E - (k_a - scales.a * LOG2E) * (n / k_a)
-    return offset + (k_b - scales.b * LOG2E) * (n_b.to(tl.float64) / k_b)
+    log2e = tl.full([], LOG2E, tl.float64)
+    offset = mul_add(c, log2e, n)
+    offset = mul_add(mul_sub(scales.a, log2e, k_a), n / k_a, offset)
+    return mul_add(sub_mul(k_b, scales.b, log2e), n_b.to(tl.float64) / k_b, offset)
 
 
 @triton.jit
@@ -146,7 +151,7 @@ def _rebase_to_step(
     h = tl.where(reference.n == NO_REFERENCE, 0.0, c.to(tl.float64) - reference.c.to(tl.float64))
     # b's sum z + a1 + a2 has a1's rounding in it, and where that sum is then multiplied by e^−h > 1, nothing
     # tells in the end: a NaN has the row swept again where it is more than `store_row` allows.
-    lost = (tl.sum(6.0 * (sums.z + sums.a1 + sums.a2) - tl.abs(sums.a1)) < 0) & (h < 0)
+    lost = (tl.sum(mul_sub(sums.z + sums.a1 + sums.a2, 6.0, tl.abs(sums.a1))) < 0) & (h < 0)
     sums = Sums(tl.where(lost, float("nan"), sums.z), sums.a1, sums.a2)
     s = tl.exp2(reference.n - n)
     if ROBUST:
@@ -175,7 +180,7 @@ def _tile_sums(
         v = tl.where(inside, v, 0.0)
         x = tl.where(inside, x, 0.0)
     wx = w * x
-    terms = tl.where(is_near(x), wx * g_near(x), (v * reference.b_to_a - w) - wx)
+    terms = tl.where(is_near(x), wx * g_near(x), mul_sub(v, reference.b_to_a, w) - wx)
     return tl.sum(wx, axis=1), tl.sum(terms, axis=1)
 
 
@@ -450,8 +455,7 @@ def _add_alone(a, classes, alone, scales, lowest_a):
     mass, n = alone
     a = tl.where(classes == B_LACKS, a, lowest_a)
     to_n = tl.maximum(exp2_offset(tl.max(a), scales.k_a), n)
-    mass = mass * tl.exp2(n - to_n) + tl.sum(weights(a, scales.k_a, to_n), axis=1)
-    return Alone(mass, to_n)
+    return Alone(mul_add(mass, tl.exp2(n - to_n), tl.sum(weights(a, scales.k_a, to_n), axis=1)), to_n)
 
 
 @triton.jit

@@ -19,9 +19,9 @@ from ..interface import RowPair
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 WARPS = 4
-# Whether the compiler may make one fma of a multiplication and an addition. Triton announces another default:
-# with that, loops take a quarter more instructions, and rows have other bits.
-FP_FUSION = True
+# Whether the compiler may make one fma of a multiplication and an addition. LLVM decides that by how far the
+# two lie apart, so that rows would have other bits in other layouts: kernels say themselves what is fused.
+FP_FUSION = False
 LANES = 64 if torch.version.hip else 32  # threads of a warp
 # Columns that one program sweeps; a longer row is shared. At 16384 one row of 128256 keeps 8 programs busy,
 # and the 264 of them that sweep at once on 132 SMs have 17 MB of bfloat16 in flight, which an L2 holds until
@@ -88,18 +88,6 @@ def kernel(function: Callable[..., None]) -> Any:
         do_not_specialize=[name for name in names if name not in pointers],
         do_not_specialize_on_alignment=pointers,
     )(function)
-
-
-def enqueue(kernel: Any, programs: int, device: torch.device, *arguments: Any, **options: Any) -> None:
-    """Launch a kernel on its tensors' device, with every option named whose default is Triton's to change."""
-    launch = kernel[(programs,)]
-    # Triton takes context and stream from the current device. The CPU has no index, in the interpreter.
-    module = None if device.index is None else torch.get_device_module(device)
-    if module is None or module.current_device() == device.index:
-        launch(*arguments, enable_fp_fusion=FP_FUSION, **options)
-    else:
-        with module.device(device.index):
-            launch(*arguments, enable_fp_fusion=FP_FUSION, **options)
 
 
 class Layout(IntEnum):

@@ -10,6 +10,7 @@ a smaller number, which a running program has taken, so the queue cannot lock wh
 from __future__ import annotations
 
 from collections import namedtuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -37,7 +38,6 @@ from .launch import (
     ProgramShape,
     cdiv,
     configuration,
-    enqueue,
     geometry,
     gradient_layout,
     high_low,
@@ -48,6 +48,7 @@ from .launch import (
     step_of,
     steps,
 )
+from .prepared import PreparedLaunch, place, place_if_any, plan
 
 # Row statistics: n_a, 1/Z_a, n_b, 1/Z_b (so that a_i = 2^(k_a·logit − n_a)/Z_a), then c and log_z_ratio with
 # log(b_i/a_i) = x_i − log_z_ratio, the value, and what a·∂D/∂a and b·∂D/∂b sum to. They come zeroed: behind
@@ -422,6 +423,51 @@ def _may_spin(device: torch.device) -> bool:
     return device.type != "xpu" and not torch.version.hip
 
 
+class _Plan(NamedTuple):
+    """What all calls of the same sizes share: launches, and the shape of the states of splits."""
+
+    launches: tuple[PreparedLaunch, ...]
+    states: tuple[int, int, int] | None
+
+
+@plan
+def _plan(
+    a: Tensor, b: Tensor, has_valid: bool, formula: str, beta: float, scales: tuple[float, float],
+    dtype: torch.dtype, has_value: bool, grad_a: Tensor | None, grad_b: Tensor | None, has_incoming: bool,
+    resident: int, spins: bool,
+) -> _Plan:  # fmt: skip
+    """Of places; `resident` programs run at a time, and may wait for one another where one `spins`."""
+    p = RowPair(a, b, None, formula, beta, *scales, dtype)
+    config = configuration(p, SHAPES if formula == "kl" else FORMULA_SHAPES)
+    splits = splits_of(a.shape[-1], step_of(p, config))
+    width = room_for(splits.number)
+    has_gradient = grad_a is not None or grad_b is not None
+    stages = (0 if not has_value else 1 if formula == "kl" else 2) + has_gradient
+    one_launch = stages == 1 or spins
+    lag, programs = 0, p.n_rows * splits.number
+    if stages > 1 and one_launch:
+        lag = min(p.n_rows, cdiv(5 * resident, 4 * splits.number * stages))
+        programs = (p.n_rows + (stages - 1) * lag) * splits.number * stages
+    if has_incoming:
+        # Most often there is nothing to do, which a few programs find out sooner than many.
+        programs = min(programs, 2 * resident)
+    numbers = (
+        p.n_rows, *geometry(p), *high_low(beta), *near_coefficients(formula, beta),
+        *steps(a if grad_a is None else grad_a), *steps(b if grad_b is None else grad_b), *splits, lag,
+    )  # fmt: skip
+    launches = tuple(
+        PreparedLaunch(
+            pair_kernel, programs, a.device, numbers,
+            HAS_VALID=has_valid, HAS_INCOMING=has_incoming, FORMULA=formula,
+            VALUE=has_value, STAGE=stage, TO_A=grad_a is not None, TO_B=grad_b is not None, SPLITS=width,
+            OUT_LAYOUT=gradient_layout(config["LAYOUT"], a, b, grad_a, grad_b) if has_gradient else 0,
+            LOG2=logarithm(formula, dtype, a.device.type == "cuda" and not torch.version.hip), **config,
+        )
+        for stage in ((ALL_STAGES.value,) if one_launch else range(stages))
+    )  # fmt: skip
+    return _Plan(launches, (p.n_rows, STATE, width) if has_value and splits.number > 1 else None)
+
+
 def _launch(
     p: RowPair,
     value: Tensor | None,
@@ -431,43 +477,29 @@ def _launch(
     grad_b: Tensor | None,
     incoming: Tensor | None = None,
 ) -> None:
-    config = configuration(p, SHAPES if p.formula == "kl" else FORMULA_SHAPES)
-    splits = splits_of(p.a.shape[-1], step_of(p, config))
-    width = room_for(splits.number)
-    has_gradient = grad_a is not None or grad_b is not None
-    stages = (0 if value is None else 1 if p.formula == "kl" else 2) + has_gradient
-    one_launch = stages == 1 or _may_spin(p.a.device)
-    shared = value is not None and splits.number > 1
-    states = stats.new_empty((p.n_rows, STATE, width)) if shared else stats
-    resident = resident_programs(p.a.device)
-    lag, programs = 0, p.n_rows * splits.number
-    if stages > 1 and one_launch:
-        lag = min(p.n_rows, cdiv(5 * resident, 4 * splits.number * stages))
-        programs = (p.n_rows + (stages - 1) * lag) * splits.number * stages
-    if incoming is not None:
-        # Most often there is nothing to do, which a few programs find out sooner than many.
-        programs = min(programs, 2 * resident)
+    a, b, valid, formula, beta, a_scale, b_scale, dtype = p
+    device = a.device
+    launches, states = _plan(
+        place(a), place(b), valid is not None, formula, beta, (a_scale, b_scale), dtype, value is not None,
+        place_if_any(grad_a), place_if_any(grad_b), incoming is not None,
+        resident_programs(device), _may_spin(device),
+    )  # fmt: skip
     # What has no tensor passes one that is never read or written through.
-    out_a, out_b = p.a if grad_a is None else grad_a, p.b if grad_b is None else grad_b
-    for stage in (ALL_STAGES.value,) if one_launch else range(stages):
-        enqueue(
-            pair_kernel, programs, p.a.device,
-            p.a, p.b, p.valid, stats if value is None else value, stats, states,
-            stats if row_scale is None else row_scale, stats if incoming is None else incoming, out_a, out_b,
-            p.n_rows, *geometry(p), *high_low(p.beta), *near_coefficients(p.formula, p.beta),
-            *steps(out_a), *steps(out_b), *splits, lag,
-            HAS_VALID=p.valid is not None, HAS_INCOMING=incoming is not None, FORMULA=p.formula,
-            VALUE=value is not None, STAGE=stage, TO_A=grad_a is not None, TO_B=grad_b is not None,
-            SPLITS=width,
-            OUT_LAYOUT=gradient_layout(config["LAYOUT"], p.a, p.b, grad_a, grad_b) if has_gradient else 0,
-            LOG2=logarithm(p.formula, p.dtype, p.a.device.type == "cuda" and not torch.version.hip), **config,
-        )  # fmt: skip
+    tensors = (
+        a, b, valid, stats if value is None else value, stats,
+        stats if states is None else stats.new_empty(states),
+        stats if row_scale is None else row_scale, stats if incoming is None else incoming,
+        a if grad_a is None else grad_a, b if grad_b is None else grad_b,
+    )  # fmt: skip
+    for launch in launches:
+        launch(*tensors)
 
 
 def _outputs(p: RowPair) -> tuple[Tensor, Tensor]:
     """Values, and statistics with a row more for the queue, which would be another tensor to fill."""
-    value = torch.empty(p.n_rows, dtype=p.dtype, device=p.a.device)
-    return value, torch.zeros((p.n_rows + 1, STATS), dtype=p.dtype, device=p.a.device)
+    n_rows, dtype, device = p.n_rows, p.dtype, p.a.device
+    value = torch.empty(n_rows, dtype=dtype, device=device)
+    return value, torch.zeros(n_rows + 1, STATS, dtype=dtype, device=device)
 
 
 def value(p: RowPair) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..interface import STATS, RowPair
 from .device_math import Row, from_high_low, normalised, row_start, scales_of, stored_side
 from .formula_pass import formula_sums as sums_of_columns
-from .launch import configuration, enqueue, geometry, high_low, kernel, splits_of, step_of
+from .launch import configuration, geometry, high_low, kernel, splits_of, step_of
 from .pair import _STATS, FORMULA_SHAPES
+from .prepared import PreparedLaunch, place, plan
 
 _LN2 = math.log(2)
 # A shard's own n this many powers of 2 below the whole row's normaliser would make 1/Z underflow.
@@ -57,16 +58,29 @@ def formula_sums_kernel(
         tl.store(out + 2 * n_rows, mean_b.to(tl.float64))
 
 
+@plan
+def _plan(
+    a: Tensor, b: Tensor, has_valid: bool, formula: str, beta: float, scales: tuple[float, float],
+    dtype: torch.dtype,
+) -> tuple[PreparedLaunch, tuple[int, int, int]]:  # fmt: skip
+    """Of places: the launch, and the shape of what it writes."""
+    p = RowPair(a, b, None, formula, beta, *scales, dtype)
+    config = configuration(p, FORMULA_SHAPES)
+    splits = splits_of(a.shape[-1], step_of(p, config))
+    numbers = p.n_rows, *geometry(p), *high_low(beta), *splits
+    launch = PreparedLaunch(
+        formula_sums_kernel, p.n_rows * splits.number, a.device, numbers,
+        HAS_VALID=has_valid, FORMULA=formula, **config,
+    )  # fmt: skip
+    return launch, (splits.number, 3, p.n_rows)
+
+
 def formula_sums(p: RowPair, stats: Tensor) -> Tensor:
     """The formula's terms and its two flows, summed over the columns: float64 `[A*B, 3]`."""
-    config = configuration(p, FORMULA_SHAPES)
-    splits = splits_of(p.a.shape[-1], step_of(p, config))
-    out = torch.zeros((splits.number, 3, p.n_rows), dtype=torch.float64, device=p.a.device)
-    enqueue(
-        formula_sums_kernel, p.n_rows * splits.number, p.a.device,
-        p.a, p.b, p.valid, stats.contiguous(), out, p.n_rows, *geometry(p), *high_low(p.beta),
-        *splits, HAS_VALID=p.valid is not None, FORMULA=p.formula, **config,
-    )  # fmt: skip
+    a, b, valid, formula, beta, a_scale, b_scale, dtype = p
+    launch, shape = _plan(place(a), place(b), valid is not None, formula, beta, (a_scale, b_scale), dtype)
+    out = torch.zeros(shape, dtype=torch.float64, device=a.device)
+    launch(a, b, valid, stats.contiguous(), out)
     return out.sum(0).T.contiguous()
 
 

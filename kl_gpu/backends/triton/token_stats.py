@@ -10,6 +10,7 @@ The entropies take ea = Σ w e_a and eb = Σ u e_b, where e_a = k_a·a − n and
 from __future__ import annotations
 
 from collections import namedtuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,6 +23,7 @@ from .device_math import (
     NO_REFERENCE,
     Scales,
     Sums,
+    add_products,
     exp2_offset,
     exponent,
     g,
@@ -31,10 +33,13 @@ from .device_math import (
     load_tile,
     log_ratio,
     lowest,
+    mul_add,
+    mul_sub,
     no_lower,
     row_start,
     scales_of,
     store_state,
+    sub_mul,
     tile_ahead,
     tile_offsets,
     unpacked,
@@ -51,7 +56,8 @@ from .kl_pass import (
     rounding_is_small,
     worst_class,
 )
-from .launch import ProgramShape, configuration, enqueue, geometry, kernel, room_for, splits_of
+from .launch import ProgramShape, configuration, geometry, kernel, room_for, splits_of
+from .prepared import PreparedLaunch, place, plan
 
 # A split's state: n, c, n_b, the `BothSums`, then each side's largest logit and its first tile.
 STATE = 16
@@ -92,17 +98,19 @@ def _rebase_both(sums, ea, eb, h, s):
     e_h = tl.exp2(-h * LOG2E)
     fall = h - g_h  # 1 − e^−h
     # e^−h g(h), by the first form where the second would cancel.
-    from_zb = tl.where(tl.abs(h) < 1.0, h * h - g_h * (1.0 + h), 1.0 - (1.0 + h) * e_h)
-    size_near = e_h * (a2 + lost_a) + tl.abs(fall * a1) + z * g_h
-    size_far = e_h * zb + tl.abs(a1) + z * tl.abs(1.0 - h)
-    new_a2 = tl.where(size_near <= size_far, e_h * a2 - fall * a1 + z * g_h, e_h * zb - (a1 + z * (1.0 - h)))
+    from_zb = tl.where(tl.abs(h) < 1.0, mul_sub(h, h, g_h * (1.0 + h)), sub_mul(1.0, 1.0 + h, e_h))
+    size_near = mul_add(z, g_h, mul_add(e_h, a2 + lost_a, tl.abs(fall * a1)))
+    size_far = mul_add(z, tl.abs(1.0 - h), mul_add(e_h, zb, tl.abs(a1)))
+    near_a2 = mul_add(z, g_h, mul_sub(e_h, a2, fall * a1))
+    new_a2 = tl.where(size_near <= size_far, near_a2, mul_sub(e_h, zb, mul_add(z, 1.0 - h, a1)))
     lost_a = tl.minimum(size_near, size_far) - new_a2
-    size_near = b2 + lost_b + tl.abs(fall) * size_b1 + zb * from_zb
-    size_far = z + e_h * (size_b1 + zb * tl.abs(1.0 + h))
-    new_b2 = tl.where(size_near <= size_far, b2 + fall * b1 + zb * from_zb, z - e_h * (b1 + zb * (1.0 + h)))
+    size_near = mul_add(zb, from_zb, mul_add(tl.abs(fall), size_b1, b2 + lost_b))
+    size_far = mul_add(e_h, mul_add(zb, tl.abs(1.0 + h), size_b1), z)
+    near_b2 = mul_add(zb, from_zb, mul_add(fall, b1, b2))
+    new_b2 = tl.where(size_near <= size_far, near_b2, sub_mul(z, e_h, mul_add(zb, 1.0 + h, b1)))
     lost_b = tl.minimum(size_near, size_far) - new_b2
     return BothSums(
-        z * s, (a1 - h * z) * s, new_a2 * s, zb * e_h * s, new_b2 * s, ea, eb, lost_a * s, lost_b * s
+        z * s, sub_mul(a1, h, z) * s, new_a2 * s, zb * e_h * s, new_b2 * s, ea, eb, lost_a * s, lost_b * s
     )
 
 
@@ -129,12 +137,13 @@ def _rebase_to_tile(a, b, top_a, top_b, reference, sums, scales, SAME_SCALE: tl.
     s = tl.exp2(n - to_n)
     mass_a = tl.sum(weights(a, scales.k_a, to_n)).to(tl.float64) + (tl.sum(sums.z) * s).to(tl.float64)
     mass_b = tl.sum(weights(b, scales.k_b, to_n_b)).to(tl.float64)
-    mass_b += (tl.sum(sums.zb) / b_to_a).to(tl.float64) * tl.exp2((n_b - to_n_b).to(tl.float64))
+    before = (tl.sum(sums.zb) / b_to_a).to(tl.float64)
+    mass_b = mul_add(before, tl.exp2((n_b - to_n_b).to(tl.float64)), mass_b)
     to_c = tl.log(mass_b / mass_a) + (to_n_b - to_n).to(tl.float64) * _LN2
     to_c = tl.where(tl.abs(to_c) < 1e30, to_c, 0.0).to(c.dtype)
     h = tl.where(n == NO_REFERENCE, 0.0, to_c - c)
-    ea = (sums.ea + (n - to_n) * sums.z) * s
-    eb = (sums.eb + (n_b - to_n_b) * sums.zb) * (tl.exp2(-h * LOG2E) * s)
+    ea = mul_add(n - to_n, sums.z, sums.ea) * s
+    eb = mul_add(n_b - to_n_b, sums.zb, sums.eb) * (tl.exp2(-h * LOG2E) * s)
     sums = _rebase_both(sums, ea, eb, h, s)
     n_b_as_a = other_exp2_offset(to_n, to_n_b, to_c, scales, SAME_SCALE)
     b_to_a = tl.exp2(to_n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
@@ -179,9 +188,9 @@ def _accumulate(
     a2 += tl.sum(tl.where(near, wx * g_x, (u - w) - wx), axis=1)
     zb += tl.sum(u, axis=1)
     # u g(−x) = w (x² + (x − 1) g(x)): at x = −1.125 a quarter of the two terms is left, elsewhere more.
-    b2 += tl.sum(tl.where(near, wx * (x + (x - 1.0) * g_x), (w - u) + u * x), axis=1)
-    ea += tl.sum(w * e_a, axis=1)
-    eb += tl.sum(u * e_b, axis=1)
+    b2 += tl.sum(tl.where(near, wx * mul_add(x - 1.0, g_x, x), mul_add(u, x, w - u)), axis=1)
+    ea = add_products(ea, w, e_a)
+    eb = add_products(eb, u, e_b)
     sums = BothSums(z, a1, a2, zb, b2, ea, eb, lost_a, lost_b)
     return State(reference, sums, limit_a, limit_b, Largest(top_a, at_a, top_b, at_b))
 
@@ -355,8 +364,8 @@ def _merged(states, num_splits, SPLITS: tl.constexpr):
     fall = tl.where(has_mass, n - top, 0.0)
     n_b = tl.where(has_mass, n_b, top_n_b)
     sums = BothSums(z, a1, a2, zb, b2, ea, eb, lost_a, lost_b)
-    ea = (ea + fall * z) * s
-    eb = (eb + (n_b - top_n_b) * zb) * (tl.exp(-h) * s)
+    ea = mul_add(fall, z, ea) * s
+    eb = mul_add(n_b - top_n_b, zb, eb) * (tl.exp(-h) * s)
     z, a1, a2, zb, b2, ea, eb, lost_a, lost_b = _rebase_both(sums, ea, eb, h, s)
     sums = _total(BothSums(z, a1, a2, zb, b2, ea, eb, lost_a, lost_b))
     return top, shared, top_n_b, sums
@@ -371,7 +380,7 @@ def _weighted_exponents(
     for start in range(0, V, R * VEC):
         logit = load_ragged(row, start, V, -float("inf"), CT, R, VEC, LAYOUT) - shift
         e = tl.maximum(exponent(logit, k, n), -10000.0)  # 0 · −inf has no place in the sum
-        total += tl.exp2(e) * e
+        total = mul_add(tl.exp2(e), e, total)
     return tl.sum(total).to(tl.float64)
 
 
@@ -491,27 +500,44 @@ def token_stats_merge_kernel(
 SHAPES = {2: ProgramShape(8, 128), 4: ProgramShape(8, 128), 8: ProgramShape(4)}
 
 
+class _Plan(NamedTuple):
+    sweep: PreparedLaunch
+    merge: PreparedLaunch
+    states: tuple[int, int, int]
+
+
+@plan
+def _plan(
+    a: Tensor, b: Tensor, has_valid: bool, scales: tuple[float, float], dtype: torch.dtype, has_tokens: bool
+) -> _Plan:
+    """Of places."""
+    p = RowPair(a, b, None, "kl", 0.0, *scales, dtype)
+    config = configuration(p, SHAPES)
+    splits = splits_of(a.shape[-1], config["R"] * config["VEC"])
+    width = room_for(splits.number)
+    config |= {"HAS_VALID": has_valid, "SPLITS": width}
+    sweep = PreparedLaunch(
+        token_stats_splits_kernel, p.n_rows * splits.number, a.device, (*geometry(p), *splits), **config
+    )
+    config.pop("maxnreg", None)
+    merge = PreparedLaunch(
+        token_stats_merge_kernel, p.n_rows, a.device, (p.n_rows, *geometry(p), splits.number),
+        HAS_TOKENS=has_tokens, **config,
+    )  # fmt: skip
+    return _Plan(sweep, merge, (p.n_rows, STATE, width))
+
+
 def token_stats(p: RowPair, tokens: Tensor | None) -> Tensor:
     """`[TOKEN_STATS, A*B]`, in the order of `TOKEN_STATS`; tokens int64 `[A, B]` where there are any.
 
     2 U of memory traffic, and a tile of a row that both sides' largest logits lie in once more.
     """
-    out = torch.empty((TOKEN_STATS, p.n_rows), dtype=p.dtype, device=p.a.device)
-    config = configuration(p, SHAPES)
-    splits = splits_of(p.a.shape[-1], config["R"] * config["VEC"])
-    width = room_for(splits.number)
-    states = torch.empty((p.n_rows, STATE, width), dtype=p.dtype, device=p.a.device)
-    tokens = None if tokens is None else tokens.contiguous()
-    has_valid = p.valid is not None
-    enqueue(
-        token_stats_splits_kernel, p.n_rows * splits.number, p.a.device,
-        p.a, p.b, p.valid, states, *geometry(p), splits.number, splits.columns,
-        HAS_VALID=has_valid, SPLITS=width, **config,
-    )  # fmt: skip
-    config.pop("maxnreg", None)
-    enqueue(
-        token_stats_merge_kernel, p.n_rows, p.a.device,
-        p.a, p.b, p.valid, tokens, states, out, p.n_rows, *geometry(p), splits.number,
-        HAS_VALID=has_valid, HAS_TOKENS=tokens is not None, SPLITS=width, **config,
-    )  # fmt: skip
+    a, b, valid = p.a, p.b, p.valid
+    sweep, merge, shape = _plan(
+        place(a), place(b), valid is not None, (p.a_scale, p.b_scale), p.dtype, tokens is not None
+    )
+    states = torch.empty(shape, dtype=p.dtype, device=a.device)
+    out = torch.empty((TOKEN_STATS, shape[0]), dtype=p.dtype, device=a.device)
+    sweep(a, b, valid, states)
+    merge(a, b, valid, None if tokens is None else tokens.contiguous(), states, out)
     return out
