@@ -59,11 +59,12 @@ def _gradient_at_once(student: Tensor, teacher: Tensor, reduction: Reduction, ca
     return (
         torch.is_grad_enabled()
         and (student.requires_grad or teacher.requires_grad)
-        and registry.load(call.params.backend).fuses
         # In place the logits would be gone before an incoming gradient other than 1 needs them.
         and not call.inplace
         # A compiled backward cannot decide on the incoming gradient's value.
         and not torch.compiler.is_compiling()
+        # Behind the question above: Dynamo cannot trace the import of a backend.
+        and registry.load(call.params.backend).fuses
         # Of a Function's own two derivatives torch.func takes none.
         and not transforms.are_active()
         and reduction.has_scale

@@ -221,6 +221,9 @@ def run_linear(
     reduction, device = options.reduction_of(student_hidden), student_hidden.device
     lead = without_last_time(student_hidden, options.shift).shape[:-1]
     dtypes = params.student.dtype, params.teacher.dtype
+    if torch.compiler.is_compiling():
+        # Two models may share a head, and Dynamo takes no Function that gets one tensor twice.
+        heads[3:] = (None if x is None else x.detach() for x in heads[3:])
     needs = [x is not None and x.requires_grad for x in heads[:3]]
     # float64 with a narrower side: computed in float64, returned in float32.
     mixed = dtypes[0] != dtypes[1]
