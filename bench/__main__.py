@@ -13,6 +13,10 @@ COMMANDS = {
     "cpu": ("cpu.command", "the C++ kernels beside the machine's memory: README's CPU tables"),
     "gpu": ("gpu.session", "a whole session on a GPU: tests, timings, sanitizer, plots"),
     "linear": ("linear", "linear_div beside its products and baselines, on the device at hand"),
+    "linear-rows": (
+        "linear_rows",
+        "log-probabilities, top-k and statistics from hidden states, beside TRL's",
+    ),
     "plots": ("gpu.plots", "the pictures of a stored run"),
     "audit": ("audit.command", "the Triton kernels compiled for every architecture, without a GPU"),
     "host": ("host", "what a call of the Triton backend costs on the host, without a GPU"),
@@ -24,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     raw = argparse.RawDescriptionHelpFormatter
     if name not in COMMANDS:
-        commands = "\n".join(f"  {name:10}{what}" for name, (_, what) in COMMANDS.items())
+        commands = "\n".join(f"  {name:12}{what}" for name, (_, what) in COMMANDS.items())
         about = f"{__doc__}\n\ncommands:\n{commands}"
         overview = argparse.ArgumentParser(prog="python -m bench", description=about, formatter_class=raw)
         overview.add_argument("command", choices=tuple(COMMANDS), metavar="COMMAND")

@@ -314,6 +314,9 @@ def kinds_of_tensors(rank: int, ranks: int) -> None:
         "token_logprobs": lambda: kl_gpu.token_logprobs(shared[0], ids[:, 0]),
         "topk_div": lambda: kl_gpu.topk_div(shared[0], log_p, ids),
         "linear_div": lambda: kl_gpu.linear_div(shared[0], heads, shared[1], heads),
+        "linear_token_stats": lambda: kl_gpu.linear_token_stats(shared[0], heads, shared[1], heads),
+        "linear_token_logprobs": lambda: kl_gpu.linear_token_logprobs(student, shared[1], ids[:, 0]),
+        "linear_topk_div": lambda: kl_gpu.linear_topk_div(shared[0], heads, log_p, ids),
     }
     for name, call in whole.items():
         refused(call, TypeError, f"^{name} must be given plain tensors, got a DTensor.*vocab_parallel_{name}")
@@ -351,6 +354,18 @@ def kinds_of_tensors(rank: int, ranks: int) -> None:
             ),
             "teacher_hidden": lambda x=x: distributed.vocab_parallel_linear_div(
                 student, heads, x, heads, check="always"
+            ),
+            "hidden": lambda x=x: distributed.vocab_parallel_linear_token_logprobs(
+                x, heads, ids[:, 0], check="always"
+            ),
+            "bias": lambda x=x: distributed.vocab_parallel_linear_token_logprobs(
+                student, heads, ids[:, 0], bias=x, check="always"
+            ),
+            "student_hidden": lambda x=x: distributed.vocab_parallel_linear_topk_div(
+                x, heads, log_p, ids, check="always"
+            ),
+            "teacher_weight": lambda x=x: distributed.vocab_parallel_linear_token_stats(
+                student, heads, teacher, x, check="always"
             ),
             "mask": lambda x=x: vocab_parallel_div(student, teacher, mask=x, check="always"),
         }

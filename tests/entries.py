@@ -40,6 +40,16 @@ def _linear(hidden: Tensor, teacher: Tensor, head: Tensor, teacher_head: Tensor,
     return kl_gpu.linear_div(hidden, head, teacher, teacher_head, "js", **options)
 
 
+def _linear_both(hidden: Tensor, ids: Tensor, head: Tensor, **options: Any) -> Tensor:
+    options.pop("reduction", None)
+    logprobs, entropy = kl_gpu.linear_token_logprobs(hidden, head, ids, entropy=True, **options)
+    return logprobs + 0.5 * entropy
+
+
+def _linear_topk(hidden: Tensor, logprobs: Tensor, ids: Tensor, head: Tensor, **options: Any) -> Tensor:
+    return kl_gpu.linear_topk_div(hidden, head, logprobs, ids, "js", **options)
+
+
 def _renormalized(*arguments: Tensor, **options: Any) -> Tensor:
     return kl_gpu.topk_div(*arguments, "reverse_kl", tail="renormalize", temperature=2.0, **options)
 
@@ -58,10 +68,19 @@ def entries() -> dict[str, Entry]:
         "topk_div": Entry(kl_gpu.topk_div, student, (best, places)),
         "topk_div renormalized": Entry(_renormalized, student, (best, places)),
         "linear_div": Entry(_linear, hidden, (teacher_hidden,), weights),
+        "linear_token_logprobs": Entry(_linear_both, hidden, (ids,), weights[:1]),
+        "linear_topk_div": Entry(_linear_topk, hidden, (best, places), weights[:1]),
     }
 
 
-NAMES = ("kl_div", "js_div", "token_logprobs", "topk_div", "topk_div renormalized", "linear_div")
+NAMES = (
+    "kl_div", "js_div", "token_logprobs", "topk_div", "topk_div renormalized", "linear_div",
+    "linear_token_logprobs", "linear_topk_div",
+)  # fmt: skip
+# Per token, whatever the reduction.
+PER_TOKEN = frozenset({"token_logprobs", "linear_token_logprobs"})
+# Logits that are the caller's own may be overwritten; products are not.
+HEADS = frozenset({"linear_div", "linear_token_logprobs", "linear_topk_div"})
 
 
 def by_backward(function: Callable[..., Tensor], student: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,24 @@ def run(backend: str) -> int:
                 lambda s, entry=entry, **o: entry(s, logprobs, ids, **o),
                 student, tail=tail, return_mass=True, **row,
             )  # fmt: skip
+        for entry in (kl_gpu.linear_topk_div, distributed.vocab_parallel_linear_topk_div):
+            call(
+                lambda h, w, b, entry=entry, **o: entry(h, w, logprobs, ids, student_bias=b, **o),
+                states[0], heads[0], bias, tail=tail, return_mass=True, softcap=5.0, **row,
+            )  # fmt: skip
     one = {"backend": backend, "mask": mask}
+    for entry in (kl_gpu.linear_token_logprobs, distributed.vocab_parallel_linear_token_logprobs):
+        call(
+            lambda h, w, b, entry=entry: entry(h, w, labels, entropy=True, bias=b, softcap=5.0, **one),
+            states[0], heads[0], bias,
+        )  # fmt: skip
+    for entry in (kl_gpu.linear_token_stats, distributed.vocab_parallel_linear_token_stats):
+        for given in (labels, None):
+            teacher_side = states[1], heads[1], given
+            call(
+                lambda h, w, entry=entry, other=teacher_side: entry(h, w, *other, softcap=5.0, **one),
+                states[0], heads[0],
+            )  # fmt: skip
     for entry in (kl_gpu.token_logprobs, distributed.vocab_parallel_token_logprobs):
         call(lambda s, entry=entry: entry(s, labels, entropy=True, **one), student)
     for entry in (kl_gpu.token_stats, distributed.vocab_parallel_token_stats):

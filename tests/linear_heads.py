@@ -1,4 +1,4 @@
-"""Heads for the tests of linear_div, and what the reference makes of their explicit logits."""
+"""Heads for the tests of entries from hidden states, and what the reference makes of their logits."""
 
 from __future__ import annotations
 
@@ -67,6 +67,26 @@ def logits(
     return scale * z if cap is None else cap * np.tanh(scale * z / cap)
 
 
+def products(
+    to_z: np.ndarray, side: tuple[Tensor, Tensor, Tensor | None], magnitude: bool = False
+) -> list[np.ndarray]:
+    """From what flows to the products `[*, columns]` to what flows to hidden states, weight and bias.
+
+    With `magnitude` from what may be off in one to what may be off in the other.
+    """
+    columns = to_z.shape[-1]
+    hidden, weight = (to_numpy(x) for x in side[:2])
+    if magnitude:
+        weight, hidden = np.abs(weight), np.abs(hidden)
+    flat = to_z.reshape(-1, columns)
+    found = [to_z @ weight[:columns], np.zeros_like(weight)]
+    found[1][:columns] = flat.T @ hidden.reshape(-1, hidden.shape[-1])
+    if side[2] is not None:
+        found.append(np.zeros(len(weight)))
+        found[2][:columns] = flat.sum(0)
+    return found
+
+
 class Expected(NamedTuple):
     """Rows' divergences and the student's gradients, with what may be off in each."""
 
@@ -109,19 +129,9 @@ def expected(
     off = np.exp(np.maximum(log_p, log_q)) * np.abs(factor)[..., None] / t_s * logit_scale
     off = off * ratio * (GRADIENT + 8 * moved) + sum_error * np.abs(to_z)
 
-    def products(z: np.ndarray, magnitude: bool) -> list[np.ndarray]:
-        weight, hidden = to_numpy(given.student_weight), to_numpy(given.student_hidden)
-        if magnitude:
-            weight, hidden = np.abs(weight), np.abs(hidden)
-        flat = z.reshape(-1, columns)
-        found = [z @ weight[:columns], np.zeros_like(weight)]
-        found[1][:columns] = flat.T @ hidden.reshape(-1, hidden.shape[-1])
-        if given.student_bias is not None:
-            found.append(np.zeros(len(weight)))
-            found[2][:columns] = flat.sum(0)
-        return found
-
-    return Expected(value * factor, value_bound * np.abs(factor), products(to_z, False), products(off, True))
+    side = given.student_hidden, given.student_weight, given.student_bias
+    grads, bounds = products(to_z, side), products(off, side, magnitude=True)
+    return Expected(value * factor, value_bound * np.abs(factor), grads, bounds)
 
 
 def check(given: Heads, want: Expected, got: Tensor, grads: list[Tensor], where: str) -> None:

@@ -173,10 +173,20 @@ ONE_SIDE: dict[str, Callable[..., Any]] = {
     "topk_div": lambda **options: kl_gpu.topk_div(
         S, torch.zeros(2, 3, 2), torch.tensor([0, 1]).expand(2, 3, 2), tail="renormalize", **options
     ),
-}
+    "linear_token_logprobs": lambda **options: kl_gpu.linear_token_logprobs(
+        S, torch.ones(5, 8), IDS, **options
+    ),
+    "linear_topk_div": lambda **options: kl_gpu.linear_topk_div(
+        S, torch.ones(5, 8), torch.zeros(2, 3, 2), torch.tensor([0, 1]).expand(2, 3, 2), tail="renormalize",
+        **options,
+    ),
+}  # fmt: skip
 TWO_SIDES: dict[str, Callable[..., Any]] = {
     "token_stats": lambda **options: kl_gpu.token_stats(S, T, **options),
     "linear_div": lambda **options: kl_gpu.linear_div(S, torch.ones(5, 8), T, torch.ones(5, 8), **options),
+    "linear_token_stats": lambda **options: kl_gpu.linear_token_stats(
+        S, torch.ones(5, 8), T, torch.ones(5, 8), **options
+    ),
 }
 ENTRIES = ONE_SIDE | TWO_SIDES
 
@@ -193,7 +203,7 @@ def test_temperatures_outside_the_range_are_refused_by_every_entry(entry: str, v
 
 @pytest.mark.parametrize("value", [1e-300, 0, 10**400, -(10**400), NAN], ids=lambda x: str(x)[:8])
 def test_normalizers_that_divide_by_nothing_are_refused_by_every_entry(value: float) -> None:
-    for name in ("topk_div", "linear_div"):
+    for name in ("topk_div", "linear_div", "linear_topk_div"):
         for options in ({}, {"weight": ROWS}, {"reduction": "mean"}):
             with pytest.raises(ValueError, match=r"^normalizer must be a"):
                 ENTRIES[name](normalizer=value, **options)

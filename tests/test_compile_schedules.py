@@ -97,7 +97,28 @@ CASES: dict[str, Case] = {
         ),
         [(5 * x, x, x / 2 + 1) for x in TEMPERATURES],
     ),
-}
+    "linear_token_logprobs: temperature, soft cap, logit scale": (
+        lambda s, t, temperature, cap, one, **o: kl_gpu.linear_token_logprobs(
+            *_heads(s, t)[:2], _token_ids(s) % HIDDEN, temperature=temperature, softcap=cap, logit_scale=one,
+            entropy=True, **o,
+        ),
+        [(x, 5 * x, x / 2 + 1) for x in TEMPERATURES],
+    ),
+    "linear_token_stats: both temperatures, logit scale": (
+        # All but whether the tops agree, which may be 0 in every row.
+        lambda s, t, one, two, scale, **o: kl_gpu.linear_token_stats(
+            *_heads(s, t), _token_ids(s) % HIDDEN, temperature=one, teacher_temperature=two,
+            logit_scale=scale, **o,
+        )[:6],
+        [(x, x / 2 + 1, x / 3) for x in TEMPERATURES],
+    ),
+    "linear_topk_div: beta, normalizer, soft cap": (
+        lambda s, t, beta, n, cap, **o: kl_gpu.linear_topk_div(
+            *_heads(s, t)[:2], *_known(t[:, :HIDDEN]), "js", beta=beta, normalizer=n, softcap=cap, **o
+        ),
+        list(zip(SHARES, COUNTS, TEMPERATURES, strict=True)),
+    ),
+}  # fmt: skip
 PENALTY: Case = (
     lambda s, t, clamp: [kl_gpu.kl_penalty(s, t, name, clamp=clamp) for name in ("k1", "k2", "k3", "abs")],
     [(x / 4,) for x in TEMPERATURES],

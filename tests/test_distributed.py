@@ -198,3 +198,66 @@ def test_linear_div_on_the_wire(world: World) -> None:
 
 def test_linear_div_refuses_what_the_ranks_disagree_on(world: World) -> None:
     world.run("linear.disagreements")
+
+
+OF_HEADS = [
+    {},
+    {"dtype": "float64", "masked": True, "chunk_rows": 3},
+    {"sequence_dim": 1, "masked": True, "chunk_rows": 5},
+    {"softcap": 4.0, "logit_scale": 2.0, "chunk_rows": 100},
+    {"vocab_size": 41},
+    {"shift": True},
+]
+
+
+@pytest.mark.parametrize("options", OF_HEADS, ids=lambda options: ", ".join(map(str, options)) or "plain")
+def test_linear_token_logprobs(world: World, backend: str, options: dict[str, object]) -> None:
+    if is_slow(backend) and "sequence_dim" not in options:
+        pytest.skip("Triton's interpreter is slow, and options are not its affair")
+    for entropy in (False, True):
+        same_on_all_ranks(world.run("linear.token_logprobs", backend=backend, entropy=entropy, **options))
+
+
+@pytest.mark.parametrize("options", OF_HEADS, ids=lambda options: ", ".join(map(str, options)) or "plain")
+@pytest.mark.parametrize("tail", kl_gpu.TAILS)
+def test_linear_topk_div(world: World, backend: str, tail: str, options: dict[str, object]) -> None:
+    if is_slow(backend) and (tail != "bucket" or "sequence_dim" not in options):
+        pytest.skip("Triton's interpreter is slow, and options are not its affair")
+    for kind in ("forward_kl",) if tail in ("student_full", "truncate") else ("forward_kl", "js"):
+        options = options | {"reduction": "none", "rest": tail == "bucket"}
+        same_on_all_ranks(world.run("linear.topk_div", backend=backend, tail=tail, kind=kind, **options))
+
+
+@pytest.mark.parametrize("options", OF_HEADS, ids=lambda options: ", ".join(map(str, options)) or "plain")
+def test_linear_token_stats(world: World, backend: str, options: dict[str, object]) -> None:
+    if is_slow(backend) and "sequence_dim" not in options:
+        pytest.skip("Triton's interpreter is slow, and options are not its affair")
+    for labelled in (False, True):
+        same_on_all_ranks(world.run("linear.token_stats", backend=backend, labelled=labelled, **options))
+
+
+@pytest.mark.parametrize(
+    ("entry", "forward", "backward"),
+    [
+        # One collective of all rows; in backward the hidden states' gradient, 6 float32 a row.
+        ("token_logprobs", [64 * 16], [64 * 6 * 4]),
+        ("entropy", [64 * 24], [64 * 6 * 4]),
+        ("topk_div", [64 * 8 * (5 + 1)], [64 * 6 * 4]),
+        # The chunks' sizes, two chunks of 32 rows.
+        ("token_stats", [16, 32 * 104, 32 * 104], []),
+    ],
+)
+def test_entries_from_hidden_states_on_the_wire(
+    world: World, entry: str, forward: list[int], backward: list[int]
+) -> None:
+    for there, back in world.run("linear.row_traffic", entry=entry):
+        assert [size for _, size in there] == forward, there
+        assert [size for _, size in back] == backward, back
+
+
+def test_hidden_states_without_a_gradient_cost_no_collective(world: World) -> None:
+    assert world.run("linear.frozen_hidden") == [[]] * world.ranks
+
+
+def test_entries_from_hidden_states_refuse_what_the_ranks_disagree_on(world: World) -> None:
+    world.run("linear.row_disagreements")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from entries import NAMES, entries
+from entries import HEADS, NAMES, PER_TOKEN, entries
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kl_gpu
@@ -19,11 +19,11 @@ def _backward(name: str, backend: str | None, device: str, dtype: torch.dtype, *
     )
     for reduction, inplace in (("none", False), ("mean", False), ("sum", True)):
         leaf = student.detach().requires_grad_()
-        if inplace and name != "linear_div":
+        if inplace and name not in HEADS:
             options["inplace"] = True
         value = entry.call(leaf * 1, *others, backend=backend, reduction=reduction, **options)
         # Whose shape does not follow the reduction: log-probabilities are per token.
-        assert value.shape == (student.shape[:-1] if reduction == "none" or name == "token_logprobs" else ())
+        assert value.shape == (student.shape[:-1] if reduction == "none" or name in PER_TOKEN else ())
         assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         value.sum().backward()
         assert (leaf.grad.shape, leaf.grad.dtype) == (student.shape, dtype)

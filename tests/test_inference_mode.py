@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from entries import NAMES, by_backward, entries
+from entries import HEADS, NAMES, PER_TOKEN, by_backward, entries
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -40,7 +40,7 @@ def _same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
 @pytest.mark.parametrize("inplace", [False, True])
 def test_constants_of_every_entry(backend: str, name: str, reduction: str, inplace: bool) -> None:
     entry = entries()[name]
-    options = {} if name == "linear_div" else {"inplace": inplace}
+    options = {} if name in HEADS else {"inplace": inplace}
 
     def loss(x: Tensor, *others: Tensor) -> Tensor:
         return entry.call(x * 1, *others, backend=backend, reduction=reduction, **options)
@@ -59,7 +59,7 @@ def test_options_of_every_entry(backend: str, name: str, reduction: str, shift: 
     options = per_row_options()
     if reduction == "mean":
         options["normalizer"] = torch.tensor(3.0, device=DEVICE)
-    if name == "token_logprobs":
+    if name in PER_TOKEN:
         options = {"mask": options["mask"]}
 
     def loss(**options: Tensor) -> Callable[..., Tensor]:
@@ -71,7 +71,7 @@ def test_options_of_every_entry(backend: str, name: str, reduction: str, shift: 
 
 
 @pytest.mark.pairs
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "token_logprobs"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in PER_TOKEN])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("option", ["mask", "labels", "weight"])
@@ -168,14 +168,18 @@ def test_under_torch_func(backend: str, name: str) -> None:
 
 def test_under_compile() -> None:
     # One graph: compiling takes longer than all else here.
-    calls = {name: entry for name, entry in entries().items() if name in ("kl_div", "topk_div", "linear_div")}
+    heads = "linear_div", "linear_topk_div"
+    calls = {name: entry for name, entry in entries().items() if name in ("kl_div", "topk_div", *heads)}
 
     def loss(
         student: Tensor, hidden: Tensor, constants: dict[str, list[Tensor]], rows: dict[str, Tensor]
     ) -> Tensor:
-        total = kl_gpu.token_logprobs(student, rows["labels"], shift=True, mask=rows["mask"]).sum()
+        tokens = {"shift": True, "mask": rows["mask"]}
+        total = kl_gpu.token_logprobs(student, rows["labels"], **tokens).sum()
+        head = constants["linear_topk_div"][-1]
+        total = total + kl_gpu.linear_token_logprobs(hidden, head, rows["labels"], **tokens).sum()
         for name, entry in calls.items():
-            first = hidden if name == "linear_div" else student
+            first = hidden if name in heads else student
             total = total + entry.call(first, *constants[name], shift=name == "kl_div", **rows)
         return total
 

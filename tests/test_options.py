@@ -152,8 +152,17 @@ def test_narrow_labels_are_widened_before_they_are_compared(backend: str, dtype:
         "linear_div": lambda **o: kl_gpu.linear_div(
             hidden, heads[0], hidden, heads[1], reduction="none", **o
         ),
+        "linear_topk_div": lambda **o: kl_gpu.linear_topk_div(
+            hidden, heads[0], logprobs, ids, reduction="none", **o
+        ),
         "token_stats": lambda **o: torch.stack(kl_gpu.token_stats(student, teacher, **o)),
+        "linear_token_stats": lambda **o: torch.stack(
+            kl_gpu.linear_token_stats(hidden, heads[0], hidden, heads[1], **o)
+        ),
         "token_logprobs": lambda labels, **o: kl_gpu.token_logprobs(student, labels, **o),
+        "linear_token_logprobs": lambda labels, **o: kl_gpu.linear_token_logprobs(
+            hidden, heads[0], labels, **o
+        ),
     }
     for name, entry in entries.items():
         wide = entry(labels=labels, backend=backend)
@@ -225,17 +234,19 @@ def test_weight_gets_its_gradient(backend: str, kind: str) -> None:
     np.testing.assert_allclose(to_numpy(weight.grad), expected(student, teacher, kind), rtol=5e-6)
 
 
-ENTRIES = ("divergence", "topk_div", "linear_div")
+ENTRIES = ("divergence", "topk_div", "linear_div", "linear_topk_div")
 
 
 def losses(entry: str, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-    """The entry's loss of these logits; `linear_div` makes them of hidden states and unit heads."""
+    """The entry's loss of these logits, which some make of hidden states and unit heads."""
     if entry == "divergence":
         return kl_gpu.divergence(student, teacher, **options)
-    if entry == "topk_div":
-        logprobs, ids = teacher.log_softmax(-1).topk(5)
-        return kl_gpu.topk_div(student, logprobs, ids, **options)
     one = torch.eye(student.shape[-1], device=DEVICE)
+    if entry in ("topk_div", "linear_topk_div"):
+        logprobs, ids = teacher.log_softmax(-1).topk(5)
+        if entry == "topk_div":
+            return kl_gpu.topk_div(student, logprobs, ids, **options)
+        return kl_gpu.linear_topk_div(student, one, logprobs, ids, **options)
     return kl_gpu.linear_div(student, one, teacher, one, **options)
 
 

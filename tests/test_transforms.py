@@ -118,6 +118,33 @@ def test_gradients_of_the_heads_weights_per_sample(backend: str) -> None:
         close(got[i], by_backward(loss, weight, student[i], teacher[i])[1])
 
 
+@pytest.mark.parametrize("name", ["linear_token_logprobs", "linear_topk_div"])
+def test_gradients_of_one_heads_weight_per_sample(backend: str, name: str) -> None:
+    entry = entries()[name]
+    (weight,) = entry.shared
+
+    def loss(w, *rows):
+        return entry.call(*rows, w, backend=backend).sum()
+
+    rows = entry.student, *entry.constants
+    got = vmap(grad(loss), (None, *(0 for _ in rows)))(weight, *rows)
+    for i in range(SAMPLES):
+        close(got[i], by_backward(loss, weight, *(x[i] for x in rows))[1])
+
+
+def test_statistics_of_heads_under_vmap(backend: str) -> None:
+    entry = entries()["linear_div"]
+    sides = entry.student, *entry.constants
+    labels = torch.tensor([[1, 2, -100], [3, -100, 4]], device=DEVICE)
+
+    def stats(hidden, teacher, labels):
+        weight, teacher_weight = entry.shared
+        return kl_gpu.linear_token_stats(hidden, weight, teacher, teacher_weight, labels, backend=backend)
+
+    for got, want in zip(vmap(stats)(*sides, labels), stats(*sides, labels), strict=True):
+        close(got, want)
+
+
 def test_statistics_under_vmap(backend: str) -> None:
     student, teacher = pair(2, 3, 24)
     labels = torch.tensor([[1, 2, -100], [3, -100, 4]], device=DEVICE)
@@ -156,6 +183,8 @@ def test_vocab_parallel_entries_refuse_transforms() -> None:
         ids = torch.tensor([1, 2, 3], device=DEVICE)
         with pytest.raises(RuntimeError, match=r"kl_gpu\.vocab_parallel_token_logprobs has no rule"):
             vmap(kl_gpu.distributed.vocab_parallel_token_logprobs)(student, ids)
+        with pytest.raises(RuntimeError, match=r"kl_gpu\.vocab_parallel_linear_token_logprobs has no rule"):
+            vmap(kl_gpu.distributed.vocab_parallel_linear_token_logprobs, (0, None, 0))(student, teacher, ids)
     finally:
         dist.destroy_process_group()
 

@@ -1,12 +1,17 @@
-"""Liger-Kernel's losses as baselines, where they can be imported.
+"""Other libraries' losses as baselines, where they can be imported.
 
-They reduce to a mean over tokens and give no value per token, so they do one workload: value and gradient.
+Liger-Kernel's reduce to a mean over tokens and give no value per token, so they do one workload: value and
+gradient. TRL's give them per token.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from importlib import metadata
+from types import ModuleType
 from typing import Any
 
 import torch.nn.functional as F
@@ -49,12 +54,52 @@ def liger_linear() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     return _named("LigerFusedLinearJSD")(jsd_beta=0.5)
 
 
-def _named(name: str) -> Any:
+def trl_logprobs() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """TRL's chunked log-probabilities and entropy from hidden states, LM head and token ids.
+
+    Raises:
+        ImportError: it is not installed, or not as we know it.
+    """
+    _without_trainer()
+    function = _named("ChunkedLogProbFunction", "trl.kernels")
+
+    def logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        # 32768 columns a tile, as its trainers have it.
+        found = function.apply(hidden, weight, None, ids, 1.0, 32768, None, 1.0, ("entropy",))
+        return found[0], found[1]
+
+    return logprobs
+
+
+def _without_trainer() -> None:
+    """TRL's backward asks its trainers for a context that gathers weights which DeepSpeed has sharded.
+
+    They import a data stack; where that is missing, nothing is sharded either.
+    """
     try:
-        return getattr(importlib.import_module(_LIBRARY), name)
+        importlib.import_module("trl.trainer.utils")
+    except ImportError:
+        if version("trl") is None:
+            raise
+        stand_in = ModuleType("trl.trainer.utils")
+        stand_in.maybe_gather_lm_head_ctx = lambda *_: nullcontext()  # type: ignore[attr-defined]
+        sys.modules[stand_in.__name__] = stand_in
+
+
+def version(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _named(name: str, library: str = _LIBRARY) -> Any:
+    try:
+        return getattr(importlib.import_module(library), name)
     except ImportError:
         raise
     except AttributeError:
-        raise ImportError(f"{_LIBRARY} has no {name}") from None
+        raise ImportError(f"{library} has no {name}") from None
     except Exception as error:  # what a library does at import is its own affair; here it only means "absent"
-        raise ImportError(f"{_LIBRARY} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ImportError(f"{library} cannot be imported: {type(error).__name__}: {error}") from error

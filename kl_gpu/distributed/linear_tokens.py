@@ -33,13 +33,15 @@ def vocab_parallel_linear_token_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`kl_gpu.linear_token_logprobs` where the rows of the LM head are shared among the ranks of a group.
 
-    One collective of 16 bytes a row and rank (24 with `entropy`); in backward one all_reduce of the hidden
-    states' gradient `[N, H]` in float32, if they require one. The same bits on every rank.
+    One collective of 16 bytes a row and rank (24 with `entropy`; of K tokens 8·(K + 1), and 8 more); in
+    backward one all_reduce of the hidden states' gradient `[N, H]` in float32, if they require one. The same
+    bits on every rank.
 
     Args:
         hidden: `[N, H]`, the same on every rank, or this rank's share of them, see `sequence_dim`.
         weight_shard: `[V_r, H]`, this rank's rows of the head; V_r may differ between ranks, and be 0.
-        token_ids: int `[N]`, columns of the whole vocabulary, of all rows, the same on every rank.
+        token_ids: int `[N]` or `[N, K]`, columns of the whole vocabulary, of all rows, the same on every
+            rank.
         group, vocab_start, sequence_dim, check: as in :func:`vocab_parallel_linear_div`. Where `vocab_start`
             or `vocab_size` is not given, finding out costs a collective of 8 bytes and waits for the device.
         **options: those of :func:`kl_gpu.linear_token_logprobs`, given alike on every rank, but for `bias`:

@@ -28,11 +28,12 @@ def linear_token_logprobs(
     backend: str | None = None,
     support: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log q of one token per row, in nats, with `entropy` also −Σ q log q, from hidden states and an LM head.
+    """log q of one token per row, or of K, with `entropy` also −Σ q log q, from hidden states and an LM head.
 
-    :func:`kl_gpu.token_logprobs` of the logits that :func:`kl_gpu.linear_div` describes, of which only
-    `chunk_rows` rows exist at a time. Forward takes one product; backward takes it again, and one product for
-    each of hidden states and weight that require a gradient, so a frozen head costs no `[V, H]` buffer.
+    :func:`kl_gpu.token_logprobs` of the logits that :func:`kl_gpu.linear_div` describes, in nats; only
+    `chunk_rows` rows of them exist at a time. Forward takes one product; backward takes it again, and one
+    product for each of hidden states and weight that require a gradient, so a frozen head costs no `[V, H]`
+    buffer.
 
     Rows that do not count cost nothing on the CPU; elsewhere they are computed with the others. A row's last
     bits may depend on the size of its chunk, so on N. A NaN in a row that counts reaches all of the weight's
@@ -42,7 +43,7 @@ def linear_token_logprobs(
         hidden: `[N, H]`, N any leading shape; float16, bfloat16, float32 or float64.
         weight: `[V, H]`, of the same dtype. Under autocast both are cast as `F.linear` would; a gradient has
             its input's dtype. The weight's is summed over chunks in float32 at least.
-        token_ids: int `[N]`, within [0, V), as in :func:`kl_gpu.token_logprobs`.
+        token_ids: int `[N]` or `[N, K]`, within [0, V), as in :func:`kl_gpu.token_logprobs`.
         entropy: also return the entropy of each row.
         bias: `[V]`, of the weight's dtype.
         softcap: a float > 0; None or 0 for none.
@@ -55,8 +56,8 @@ def linear_token_logprobs(
         support: as in :func:`kl_gpu.token_logprobs`; all columns' products are taken nevertheless.
 
     Returns:
-        `[N]` in float32 (float64 where the logits are), differentiable in hidden states, weight and bias;
-        with `entropy` a pair of them.
+        In the shape of `token_ids`, float32 (float64 where the logits are), differentiable in hidden states,
+        weight and bias; with `entropy` a pair of that and the entropies `[N]`.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
