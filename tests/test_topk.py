@@ -17,7 +17,6 @@ import kl_gpu
 from kl_gpu import reference
 from kl_gpu.ops import complement as complement_ops
 from kl_gpu.reference import topk as reference_topk
-from kl_gpu.topk import formulas
 from kl_gpu.topk.formulas import RESOLUTION, TAIL_KINDS
 from support import DEVICE, DTYPES, GRADIENT, RELATIVE, ROUNDING, TINY, is_slow, record, to_numpy
 
@@ -599,12 +598,14 @@ def test_one_graph_asks_for_the_rest_of_the_teacher() -> None:
 def test_opcheck(backend: str, with_rows: bool) -> None:
     student, logprobs, ids = (x.view(2, 3, -1) for x in known(6, 70, 5))
     rows = torch.rand(2, 3, device=DEVICE) > 0.5 if with_rows else None
-    torch.library.opcheck(complement_ops.picked_logits, (student, ids, rows, True, "teacher_ids"))
-    torch.library.opcheck(complement_ops.check_mass, (logprobs.double(), rows))
-    torch.library.opcheck(complement_ops.check_tail, (logprobs[..., 0].double() - 9, logprobs.double(), rows))
+    torch.library.opcheck(torch.ops.kl_gpu.given_columns.default, (student, ids, rows, True, "teacher_ids"))
+    torch.library.opcheck(torch.ops.kl_gpu.check_mass.default, (logprobs.double(), rows, "teacher"))
+    torch.library.opcheck(
+        torch.ops.kl_gpu.check_tail.default, (logprobs[..., 0].double() - 9, logprobs.double(), rows)
+    )
     padded = torch.where(ids % 2 == 0, 0, ids), torch.where(ids % 2 == 0, -INF, logprobs)
     for entries in ((ids, logprobs), padded):
-        torch.library.opcheck(complement_ops.without_padding, (*entries, 70))
+        torch.library.opcheck(torch.ops.kl_gpu.without_padding.default, (*entries, 70))
     arguments = (student, ids, rows, 0.5, True, backend)
     torch.library.opcheck(torch.ops.kl_gpu.remainder.default, arguments)
     *_, stats = complement_ops.complement(*arguments)
@@ -625,7 +626,10 @@ def test_opcheck_of_the_formulas(tail: str) -> None:
     for rest_log_p in (None, rest - 4):
         arguments = (given, rest, log_p, rest_log_p, has_rest, "forward_kl", 0.0, tail, 1.0, 2.0**-24)
         torch.library.opcheck(torch.ops.kl_gpu.topk.default, arguments)
-    torch.library.opcheck(formulas.token, (given[..., 0], rest, rest.abs()))
+    torch.library.opcheck(torch.ops.kl_gpu.token.default, (given[..., 0], rest, rest.abs()))
+    torch.library.opcheck(torch.ops.kl_gpu.tokens.default, (given, rest, rest.abs()))
+    found = torch.ops.kl_gpu.tokens.default(given, rest, rest.abs())
+    torch.library.opcheck(torch.ops.kl_gpu.tokens_gradient.default, (given.exp(), rest, *found))
 
 
 class _Largest(TorchDispatchMode):

@@ -44,6 +44,12 @@ def _pull(params: TopkParams, needs: Any, incoming: Any, tensors: Any, kept: Any
 _STEP = transforms.Step(_values, _pull, saves_inputs=False)
 
 
+def topk_values(params: TopkParams, *tensors: Tensor | None) -> Tensor:
+    """The divergence `[*]`; `tensors` are those of `formulas.topk`, and which rows count."""
+    found: Tensor = transforms.apply(_STEP, params, *tensors)[0]
+    return found
+
+
 def topk_div(
     student_logits: Tensor,
     teacher_logprobs: Tensor,
@@ -181,7 +187,7 @@ def run_topk(
         rest_log_p = torch.where(has_rest, teacher_tail_logprob.to(wide), -torch.inf)
     validate = validate or device.type == "cpu"
     if validate and tail != "renormalize":
-        log_p = complement.checked_mass(log_p, valid)
+        log_p = complement.checked_mass(log_p, valid, constants=("teacher",))
         if rest_log_p is not None:
             rest_log_p = complement.checked_tail(rest_log_p, log_p, valid)
 
@@ -195,9 +201,7 @@ def run_topk(
     of_tail = TopkParams(*KINDS[kind].at(options.beta), tail, scale, resolution)
 
     def of(picked: Tensor, rest_lse: Tensor, some: Tensor | None) -> Tensor:
-        tensors = picked, rest_lse, log_p, rest_log_p, has_rest, some
-        found: Tensor = transforms.apply(_STEP, of_tail, *tensors)[0]
-        return found.to(dtype)
+        return topk_values(of_tail, picked, rest_lse, log_p, rest_log_p, has_rest, some).to(dtype)
 
     per_row = reduction.completed(
         of(picked, rest_lse, valid), lambda others: of(*rows.split(student, ids, others, params)[:2], others)
