@@ -280,7 +280,7 @@ PADDED = [(tail, kind, validate) for tail, kind in TAILS for validate in (False,
 
 @pytest.mark.parametrize(("tail", "kind", "validate"), PADDED)
 def test_padding_of_other_programs(backend: str, tail: str, kind: str, validate: bool) -> None:
-    """(0, −inf), several times in a row, or −100, is the absence that −1 states: bit by bit, gradients too."""
+    """(0, −inf), several times in a row, or −100: the absence that −1 states, bit by bit, gradients too."""
     student, logprobs, ids = known(5, 300, 6)
     ids[0, 0], ids[1, 0] = 0, 250  # token 0 itself among the ids, and not
     absent = torch.zeros_like(ids, dtype=torch.bool)

@@ -97,9 +97,9 @@ def topk_div(
         teacher_logprobs: `[N, K]`, K ≥ 1, log-probabilities under the teacher's full softmax at temperature
             1; the same dtypes. It gets no gradient: one that requires it is refused.
         teacher_ids: int `[N, K]`, the columns they belong to, in any order; −1 or −100 marks an absent entry,
-            whose log-probability is not looked at. An entry of log-probability −inf whose id stands elsewhere in
-            its row is absent too: padding with (0, −inf). Rows without any entry are NaN under "renormalize"
-            and "student_full".
+            whose log-probability is not looked at. An entry of log-probability −inf whose id stands elsewhere
+            in its row is absent too: padding with (0, −inf). Rows without any entry are NaN under
+            "renormalize" and "student_full".
         kind: "forward_kl", "reverse_kl", "jeffreys" or "js".
         tail: what to make of the rest of the vocabulary, see above.
         teacher_tail_logprob: `[N]`, log P for "bucket", as :func:`kl_gpu.topk_logprobs` gives it. Without it
