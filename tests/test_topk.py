@@ -280,21 +280,22 @@ PADDED = [(tail, kind, validate) for tail, kind in TAILS for validate in (False,
 
 @pytest.mark.parametrize(("tail", "kind", "validate"), PADDED)
 def test_padding_of_other_programs(backend: str, tail: str, kind: str, validate: bool) -> None:
-    """(0, −inf), several times in a row, is the absence that −1 states: bit by bit, gradients too."""
+    """(0, −inf), several times in a row, or −100: the absence that −1 states, bit by bit, gradients too."""
     student, logprobs, ids = known(5, 300, 6)
     ids[0, 0], ids[1, 0] = 0, 250  # token 0 itself among the ids, and not
     absent = torch.zeros_like(ids, dtype=torch.bool)
     absent[0, 3:], absent[1, 4:], absent[2, 1::2], absent[3] = True, True, True, True
     found = []
-    for filler, log_filler in ((-1, NAN), (0, -INF)):
+    for filler, log_filler in ((-1, NAN), (0, -INF), (-100, NAN)):
         leaf = student.clone().requires_grad_()
         value, *masses = kl_gpu.topk_div(
             leaf, torch.where(absent, log_filler, logprobs), torch.where(absent, filler, ids), kind,
             tail=tail, reduction="none", validate=validate, return_mass=True, backend=backend,
         )  # fmt: skip
         found.append((value, *masses, *torch.autograd.grad(value[[0, 1, 2, 4]].sum(), leaf)))
-    for want, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    for want, *others in zip(*found, strict=True):
+        for got in others:
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
     value, *_, grad = found[1]
     # A row without any entry says nothing.
     assert torch.isnan(value[3]) if tail in ("renormalize", "student_full") else value[3] == 0
