@@ -11,6 +11,7 @@ from .nn import DivergenceLoss
 from .rl import kl_penalty
 from .stats import TokenStats, token_stats
 from .topk.api import TAILS, topk_div
+from .topk.sparse import sparse_div
 from .topk.teacher import TopkLogprobs, topk_logprobs
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ __all__ = [
     "linear_token_logprobs",
     "linear_token_stats",
     "linear_topk_div",
+    "sparse_div",
     "token_logprobs",
     "token_stats",
     "topk_div",

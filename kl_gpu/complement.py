@@ -37,6 +37,7 @@ def _of_the_teacher(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
+check_ids = ops.check_ids
 checked_mass = _of_the_teacher(ops.check_mass)
 checked_tail = _of_the_teacher(ops.check_tail)
 unpadded = _of_the_teacher(ops.without_padding)

@@ -14,6 +14,7 @@ from .arguments.params import DivergenceCall, DivergenceParams
 from .arguments.reduction import LogitsWindow, Reduction, compute_dtype, last_contiguous
 from .autograd import WeightedSum, per_row
 from .backends import registry
+from .columns import selected
 from .kinds import KINDS
 
 # What turns logits `[N, V]`, the rows that count and the call into values `[N]`.
@@ -24,6 +25,8 @@ def run_divergence(
     student_logits: Tensor, teacher_logits: Tensor, kind: str, options: Options, rows_of: PerRow | None = None
 ) -> Tensor:
     """`divergence`, with the rows' values from `rows_of` where it is given."""
+    if options.selects:
+        student_logits, teacher_logits, options = selected(student_logits, teacher_logits, options)
     teacher_temperature = options.check(kind)
     vocab_size = validation.logits(student_logits, teacher_logits, options.vocab_size, options.shift)
     reduction = options.reduction_of(student_logits)
@@ -56,11 +59,12 @@ def _gradient_at_once(student: Tensor, teacher: Tensor, reduction: Reduction, ca
     return (
         torch.is_grad_enabled()
         and (student.requires_grad or teacher.requires_grad)
-        and registry.load(call.params.backend).fuses
         # In place the logits would be gone before an incoming gradient other than 1 needs them.
         and not call.inplace
         # A compiled backward cannot decide on the incoming gradient's value.
         and not torch.compiler.is_compiling()
+        # Behind the question above: Dynamo cannot trace the import of a backend.
+        and registry.load(call.params.backend).fuses
         # Of a Function's own two derivatives torch.func takes none.
         and not transforms.are_active()
         and reduction.has_scale

@@ -79,6 +79,9 @@ def divergence(
     vocab_size: int | None = None,
     inplace: bool = False,
     backend: str | None = None,
+    support: Tensor | None = None,
+    student_columns: Tensor | None = None,
+    teacher_columns: Tensor | None = None,
 ) -> Tensor:
     """Divergence of `kind` between softmax(teacher/T_t) and softmax(student/T_s), per token, in nats.
 
@@ -113,6 +116,16 @@ def divergence(
         vocab_size: columns at and past it are ignored on both sides; required where the two V differ.
         inplace: allow the gradient to be written over the memory of `student_logits` in backward.
         backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
+        support: the columns that the softmax of both sides runs over, each row's own: bool `[N, V]`, or int
+            ids `[N, K]` with −1 for an absent entry: a sampler's top-k or top-p. Outside it both
+            probabilities are 0. Ids are read alone, whatever V is; of a mask the largest set's size is asked,
+            which waits for the device. With `shift` a set belongs to the logits at t. A row without any
+            column is NaN. On the CPU ids out of range or given twice raise.
+        student_columns, teacher_columns: int `[V']`; column j of the comparison is that column of the
+            tensor, and the distributions are over these V' alone: a draft model's vocabulary against its
+            target's. Each within its side's V, and named once, or it raises: looking at a map waits for the
+            device the first time. `labels` and `support` count the columns of the comparison; `vocab_size`
+            must be None.
 
     Returns:
         float32 (float64 where both inputs are); `[N]` for reduction="none", else 0-d. Never negative.
@@ -126,7 +139,8 @@ def divergence(
     options = Options(
         beta=beta, temperature=temperature, teacher_temperature=teacher_temperature, t_squared=t_squared,
         mask=mask, labels=labels, ignore_index=ignore_index, shift=shift, weight=weight, reduction=reduction,
-        normalizer=normalizer, vocab_size=vocab_size, inplace=inplace, backend=backend,
+        normalizer=normalizer, vocab_size=vocab_size, inplace=inplace, backend=backend, support=support,
+        student_columns=student_columns, teacher_columns=teacher_columns,
     )  # fmt: skip
     if validation.is_shared(student_logits) or validation.is_shared(teacher_logits):
         # DTensor takes a second to import, so only who has one pays for it.

@@ -12,9 +12,11 @@ from .arguments import validation
 from .arguments.options import Options
 from .arguments.params import ComplementParams
 from .backends import registry
+from .columns import support_ids
 from .complement import Rows, logits_rows
 from .inference_tensors import ordinary_rows
 from .ops.complement import present
+from .topk import kept
 from .topk import token_formulas as formulas
 from .topk.tokens import SEVERAL, Places
 
@@ -57,6 +59,7 @@ def token_logprobs(
     vocab_size: int | None = None,
     inplace: bool = False,
     backend: str | None = None,
+    support: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log q of one token per row, or of K, q = softmax(logits/T), in nats; with `entropy` also −Σ q log q.
 
@@ -79,6 +82,8 @@ def token_logprobs(
         vocab_size: columns at and past it are ignored.
         inplace: allow the gradient to be written over the memory of `logits` in backward.
         backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
+        support: the columns that the softmax runs over, as in :func:`kl_gpu.divergence`. A token outside
+            has log-probability −inf and no gradient. Nothing else is read of a row.
 
     Returns:
         In the shape of `token_ids`, float32 (float64 for float64 logits), differentiable; with `entropy` a
@@ -94,7 +99,7 @@ def token_logprobs(
     rows = logits_rows("logits", logits, vocab_size, shift)
     options = Options(
         temperature=temperature, mask=mask, labels=token_ids, ignore_index=ignore_index, shift=shift,
-        inplace=inplace, backend=backend,
+        inplace=inplace, backend=backend, support=support,
     )  # fmt: skip
     return run_token_logprobs(rows, options, entropy)
 
@@ -113,7 +118,19 @@ def run_token_logprobs(rows: Rows, options: Options, entropy: bool) -> Tensor | 
     ids = (ordinary_rows(ids)[:, 1:] if options.shift else ids).long()
     validate, scale = rows.tensor.device.type == "cpu" and not several, 1.0 / float(options.temperature)
     params = ComplementParams(scale, True, entropy, validate, "token_ids", chosen, rows.window, inplace)
-    if several:
+    if options.support is not None:
+        support = support_ids(options.support, rows.tensor.shape[:-1], rows.columns, None)
+        support = support[:, :-1] if options.shift else support
+        tokens = ids if several else ids[..., None]
+        validation.tokens_are_columns(tokens, valid, rows.columns, -1 if several else 0)
+        picked, _, _ = rows.split(
+            rows.tensor, support, valid, params._replace(sweeps=False, entropy=False, validate=False)
+        )
+        absent = (tokens == options.ignore_index) | (tokens == -1)
+        logprob, spread = kept.logprobs(picked, support, tokens, valid)
+        logprob = torch.where(absent, 0.0, logprob)
+        logprob = logprob if several else logprob[..., 0]
+    elif several:
         ids = torch.where(ids == options.ignore_index, -1, ids)
         validation.tokens_are_columns(ids, valid, rows.columns)
         places = Places.of(ids)

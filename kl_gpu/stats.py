@@ -15,6 +15,7 @@ from .arguments import validation
 from .arguments.options import Options
 from .arguments.reduction import LogitsWindow, compute_dtype, last_contiguous, valid_rows
 from .backends import registry
+from .columns import selected
 from .ops import pair as ops
 
 _PERCENTILES = ("1", "5", "10", "90", "95", "99", "99.9")
@@ -142,6 +143,8 @@ def token_stats(
     shift: bool = False,
     vocab_size: int | None = None,
     backend: str | None = None,
+    student_columns: Tensor | None = None,
+    teacher_columns: Tensor | None = None,
 ) -> TokenStats:
     """Both KLs, both entropies, the labels' log-probabilities and equal top-1, in one read of both tensors.
 
@@ -163,6 +166,8 @@ def token_stats(
             `[batch, time − 1]`.
         vocab_size: columns at and past it are ignored on both sides; required where the two V differ.
         backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
+        student_columns, teacher_columns: as in :func:`kl_gpu.divergence`; `labels` are columns of the
+            comparison.
 
     Returns:
         TokenStats, float32 (float64 where both inputs are).
@@ -174,10 +179,16 @@ def token_stats(
     validation.of_one_rank("token_stats", student_logits, teacher_logits)
     validation.booleans(shift=shift)
     scales = validation.scales(temperature, teacher_temperature)
-    columns = validation.logits(student_logits, teacher_logits, vocab_size, shift)
+    options = Options(
+        mask=mask, labels=labels, ignore_index=ignore_index, shift=shift, vocab_size=vocab_size,
+        student_columns=student_columns, teacher_columns=teacher_columns,
+    )  # fmt: skip
+    if options.selects:
+        sides = student_logits.detach(), teacher_logits.detach()
+        student_logits, teacher_logits, options = selected(*sides, options)
+    columns = validation.logits(student_logits, teacher_logits, options.vocab_size, shift)
     validation.rows(student_logits, mask, labels, ignore_index, None)
     call = (*scales, registry.resolve(backend, student_logits.device))
-    options = Options(mask=mask, labels=labels, ignore_index=ignore_index, shift=shift)
     student, teacher = of_sides(student_logits, teacher_logits, columns, shift)
     fields_of = partial(transforms.apply, _STEP, call, student, teacher)
     return run_token_stats(fields_of, options, columns, student.dtype, teacher.dtype)

@@ -582,6 +582,54 @@ def token_logprobs(rank: int, ranks: int, backend: str) -> bytes:
     return bits(log_p, spread)
 
 
+def kept_sets(rank: int, ranks: int, backend: str) -> bytes:
+    """`support` and K tokens a row, of whole vocabularies: as one process has them."""
+    columns, mine = 61, span(rank, ranks, 61)
+    student, teacher = pair(9, columns)
+    mask = torch.rand(9, columns, device=DEVICE) < 0.3
+    mask[:, 60] = True
+    mask[3, : columns // 2] = False  # a row that is kept on some ranks only
+    tokens = torch.randint(0, columns, (9, 4), device=DEVICE)
+    tokens[:, 0], tokens[2, 1:] = 60, torch.tensor([-1, 7, 7], device=DEVICE)
+    ids = torch.full((9, columns), -1, device=DEVICE)
+    for row, kept in enumerate(mask):
+        found = kept.nonzero()[:, 0]
+        ids[row, : len(found)] = found
+    w = torch.linspace(0.5, 1.5, 9, device=DEVICE)
+    seen = []
+    for support in (mask, ids):
+        whole, shard = student.clone().requires_grad_(), student[:, mine].clone().requires_grad_()
+        shared, alone = distributed.vocab_parallel_div, kl_gpu.divergence
+        options: dict[str, Any] = {"kind": "reverse_kl", "reduction": "none", "backend": backend}
+        got = shared(shard, teacher[:, mine], support=support, **options)
+        want = alone(whole, teacher, support=support, **options)
+        torch.testing.assert_close(got, want, rtol=5e-6, atol=0)
+        (w * got).sum().backward()
+        (w * want).sum().backward()
+        torch.testing.assert_close(shard.grad, whole.grad[:, mine], rtol=1e-4, atol=1e-6)
+        assert whole.grad.abs().max() > 0.1
+        seen.append(got)
+    for support in (None, ids):
+        whole, shard = student.clone().requires_grad_(), student[:, mine].clone().requires_grad_()
+        shared_tokens = distributed.vocab_parallel_token_logprobs
+        kept: dict[str, Any] = {"entropy": True, "support": support, "backend": backend}
+        found = shared_tokens(shard, tokens, **kept)
+        expected = kl_gpu.token_logprobs(whole, tokens, **kept)
+        for logprobs, entropy in (found, expected):
+            finite = torch.where(logprobs.isneginf(), 0.0, logprobs)
+            ((w[:, None] * finite).sum() + (w * entropy).sum()).backward()
+        for got, want in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=5e-6, atol=1e-12)
+        torch.testing.assert_close(shard.grad, whole.grad[:, mine], rtol=1e-4, atol=1e-6)
+        assert whole.grad.abs().max() > 0.1
+        seen += found
+    refused(
+        lambda: distributed.vocab_parallel_div(shard, teacher[:, mine], student_columns=tokens[0]),
+        ValueError, "student_columns must be None where the vocabulary is shared",
+    )  # fmt: skip
+    return bits(*seen)
+
+
 def topk(rank: int, ranks: int, tail: str, kind: str, backend: str) -> bytes:
     columns = 61
     student, teacher = pair(6, columns)

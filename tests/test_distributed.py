@@ -153,6 +153,10 @@ def test_topk(world: World, backend: str, tail: str, kind: str) -> None:
     same_on_all_ranks(world.run("topk", tail=tail, kind=kind, backend=backend))
 
 
+def test_kept_sets_and_several_tokens(world: World, backend: str) -> None:
+    same_on_all_ranks(world.run("kept_sets", backend=backend))
+
+
 def test_a_mean_over_ranks_is_that_of_one_process(world: World) -> None:
     world.run("means")
 

@@ -110,3 +110,44 @@ def test_distributed_is_there_when_asked_for() -> None:
     assert all(getattr(kl_gpu.distributed, name) is not None for name in kl_gpu.distributed.__all__)
     with pytest.raises(AttributeError, match="nothing"):
         _ = kl_gpu.nothing
+
+
+COMPILED_FIRST = """
+import sys
+import torch
+import kl_gpu
+from kl_gpu.backends import registry
+
+before = set(registry._loaded)
+names = [name for name in kl_gpu.BACKENDS if name != "native" or registry._has_native()]
+registry._usable.clear()
+hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(50, 8)
+student, teacher = torch.randn(4, 50, requires_grad=True), torch.randn(4, 50)
+ids, best = torch.arange(4), teacher.log_softmax(-1).topk(3)
+CALLS = {
+    "kl_div": lambda b: kl_gpu.kl_div(student, teacher, backend=b),
+    "token_logprobs": lambda b: kl_gpu.token_logprobs(student, ids, backend=b).sum(),
+    "topk_div": lambda b: kl_gpu.topk_div(student, *best, backend=b),
+    "linear_div": lambda b: kl_gpu.linear_div(hidden, head, teacher[:, :8], head, backend=b),
+    "linear_token_logprobs": lambda b: kl_gpu.linear_token_logprobs(hidden, head, ids, backend=b).sum(),
+}
+for backend in names:
+    registry._loaded.pop(backend, None)
+    call = CALLS[ENTRY]
+    torch.compile(lambda: call(backend), fullgraph=True, backend="aot_eager")().backward()
+    torch.compiler.reset()
+print(*before, "|", *sorted(registry._loaded))
+print(float(student.grad.abs().max()) if student.grad is not None else float(hidden.grad.abs().max()))
+"""
+
+
+@pytest.mark.parametrize(
+    "entry", ["kl_div", "token_logprobs", "topk_div", "linear_div", "linear_token_logprobs"]
+)
+def test_the_first_call_of_a_process_may_be_a_compiled_one(entry: str) -> None:
+    """Which loads the backend, and asks for Triton, while the call is traced."""
+    loaded, largest = run(f"ENTRY = {entry!r}\n{COMPILED_FIRST}", TRITON_INTERPRET="1").splitlines()
+    assert loaded.startswith("|")
+    assert "eager" in loaded
+    assert "triton" in loaded
+    assert float(largest) > 1e-3

@@ -155,11 +155,7 @@ def test_every_kernel_dtype_and_architecture_compiles(audits: list[dict]) -> Non
 
 def test_nothing_spills(audits: list[dict]) -> None:
     assert {a["V_class"] for a in audits} == set(V_CLASSES)
-    names = ("kernel", "kind", "dtype", "arch", "V_class")
-    spilled = {tuple(a[name] for name in names): a["spill_bytes"] for a in audits if a["spill_bytes"]}
-    # Two registers that live through the kernel and are read back before its loops, at the 168 that leave
-    # room for three programs.
-    assert spilled == {("value_grad", "js, to b", "bf16", "sm_100", "aligned"): 8}
+    assert [a for a in audits if a["spill_bytes"]] == []
 
 
 def test_who_owns_a_column_does_not_depend_on_alignment(audits: list[dict]) -> None:

@@ -54,8 +54,10 @@ def test_values_and_gradients(backend: str, dtype: torch.dtype, k: int, temperat
     relative = 1e-12 if wide else RELATIVE
     np.testing.assert_allclose(logprob.detach().cpu(), want.detach().cpu(), rtol=relative, atol=0)
     np.testing.assert_allclose(entropy.detach().cpu(), want_entropy.detach().cpu(), rtol=relative, atol=0)
-    q = torch.softmax(logits.double() / temperature, -1)
-    size = flows[0].abs().sum(-1, keepdim=True) + (flows[1] * (1 + want_entropy)).abs()[..., None]
+    log_q = torch.log_softmax(logits.double() / temperature, -1)
+    q = log_q.exp()
+    size = flows[0].abs().sum(-1, keepdim=True)
+    size = size + flows[1].abs()[..., None] * (1 + want_entropy[..., None] - log_q)
     picked = torch.zeros_like(q).scatter_(-1, ids.clamp_min(0), 1.0)
     bound = (1e-12 if wide else GRADIENT) * size * torch.maximum(q, picked) / temperature
     rounding = want_grad.double().abs() * torch.finfo(dtype).eps

@@ -17,7 +17,6 @@ import kl_gpu
 from kl_gpu import reference
 from kl_gpu.ops import complement as complement_ops
 from kl_gpu.reference import topk as reference_topk
-from kl_gpu.topk import formulas
 from kl_gpu.topk.formulas import RESOLUTION, TAIL_KINDS
 from support import DEVICE, DTYPES, GRADIENT, RELATIVE, ROUNDING, TINY, is_slow, record, to_numpy
 
@@ -281,21 +280,22 @@ PADDED = [(tail, kind, validate) for tail, kind in TAILS for validate in (False,
 
 @pytest.mark.parametrize(("tail", "kind", "validate"), PADDED)
 def test_padding_of_other_programs(backend: str, tail: str, kind: str, validate: bool) -> None:
-    """(0, −inf), several times in a row, is the absence that −1 states: bit by bit, gradients too."""
+    """(0, −inf), several times in a row, or −100: the absence that −1 states, bit by bit, gradients too."""
     student, logprobs, ids = known(5, 300, 6)
     ids[0, 0], ids[1, 0] = 0, 250  # token 0 itself among the ids, and not
     absent = torch.zeros_like(ids, dtype=torch.bool)
     absent[0, 3:], absent[1, 4:], absent[2, 1::2], absent[3] = True, True, True, True
     found = []
-    for filler, log_filler in ((-1, NAN), (0, -INF)):
+    for filler, log_filler in ((-1, NAN), (0, -INF), (-100, NAN)):
         leaf = student.clone().requires_grad_()
         value, *masses = kl_gpu.topk_div(
             leaf, torch.where(absent, log_filler, logprobs), torch.where(absent, filler, ids), kind,
             tail=tail, reduction="none", validate=validate, return_mass=True, backend=backend,
         )  # fmt: skip
         found.append((value, *masses, *torch.autograd.grad(value[[0, 1, 2, 4]].sum(), leaf)))
-    for want, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    for want, *others in zip(*found, strict=True):
+        for got in others:
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
     value, *_, grad = found[1]
     # A row without any entry says nothing.
     assert torch.isnan(value[3]) if tail in ("renormalize", "student_full") else value[3] == 0
@@ -599,12 +599,14 @@ def test_one_graph_asks_for_the_rest_of_the_teacher() -> None:
 def test_opcheck(backend: str, with_rows: bool) -> None:
     student, logprobs, ids = (x.view(2, 3, -1) for x in known(6, 70, 5))
     rows = torch.rand(2, 3, device=DEVICE) > 0.5 if with_rows else None
-    torch.library.opcheck(complement_ops.picked_logits, (student, ids, rows, True, "teacher_ids"))
-    torch.library.opcheck(complement_ops.check_mass, (logprobs.double(), rows))
-    torch.library.opcheck(complement_ops.check_tail, (logprobs[..., 0].double() - 9, logprobs.double(), rows))
+    torch.library.opcheck(torch.ops.kl_gpu.given_columns.default, (student, ids, rows, True, "teacher_ids"))
+    torch.library.opcheck(torch.ops.kl_gpu.check_mass.default, (logprobs.double(), rows, "teacher"))
+    torch.library.opcheck(
+        torch.ops.kl_gpu.check_tail.default, (logprobs[..., 0].double() - 9, logprobs.double(), rows)
+    )
     padded = torch.where(ids % 2 == 0, 0, ids), torch.where(ids % 2 == 0, -INF, logprobs)
     for entries in ((ids, logprobs), padded):
-        torch.library.opcheck(complement_ops.without_padding, (*entries, 70))
+        torch.library.opcheck(torch.ops.kl_gpu.without_padding.default, (*entries, 70))
     arguments = (student, ids, rows, 0.5, True, backend)
     torch.library.opcheck(torch.ops.kl_gpu.remainder.default, arguments)
     *_, stats = complement_ops.complement(*arguments)
@@ -625,7 +627,10 @@ def test_opcheck_of_the_formulas(tail: str) -> None:
     for rest_log_p in (None, rest - 4):
         arguments = (given, rest, log_p, rest_log_p, has_rest, "forward_kl", 0.0, tail, 1.0, 2.0**-24)
         torch.library.opcheck(torch.ops.kl_gpu.topk.default, arguments)
-    torch.library.opcheck(formulas.token, (given[..., 0], rest, rest.abs()))
+    torch.library.opcheck(torch.ops.kl_gpu.token.default, (given[..., 0], rest, rest.abs()))
+    torch.library.opcheck(torch.ops.kl_gpu.tokens.default, (given, rest, rest.abs()))
+    found = torch.ops.kl_gpu.tokens.default(given, rest, rest.abs())
+    torch.library.opcheck(torch.ops.kl_gpu.tokens_gradient.default, (given.exp(), rest, *found))
 
 
 class _Largest(TorchDispatchMode):

@@ -33,6 +33,14 @@ class Options(NamedTuple):
     vocab_size: int | None = None
     inplace: bool = False
     backend: str | None = None
+    support: Tensor | None = None
+    student_columns: Tensor | None = None
+    teacher_columns: Tensor | None = None
+
+    @property
+    def selects(self) -> bool:
+        """Whether only some columns count, and not the first ones."""
+        return not (self.support is None and self.student_columns is None and self.teacher_columns is None)
 
     def check(self, kind: str) -> float:
         """Check what needs no tensor, of two sides compared by `kind`; returns the teacher's temperature."""

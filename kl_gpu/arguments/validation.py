@@ -303,6 +303,13 @@ def head(side: str, hidden: Any, weight: Any, bias: Any, shift: bool, least: int
     shifted("hidden states [batch, time, H]", hidden, shift)
 
 
+def matrix(argument: str, value: Any) -> None:
+    """Check that this is a weight `[V, H]`."""
+    _tensor(argument, value, LOGIT_DTYPES, _FLOATS)
+    if value.dim() != 2:
+        raise ValueError(f"{argument} must be [V, H], neither V nor H 0, got {tuple(value.shape)}")
+
+
 def heads(sides: tuple[Any, ...], shift: bool, least: int = 1) -> None:
     """Check both models' hidden states, weights and biases, of so many rows at least."""
     student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias = sides
@@ -374,11 +381,11 @@ def token_ids(rows: Tensor, value: Any) -> bool:
     return several
 
 
-def tokens_are_columns(ids: Tensor, valid: Tensor | None, columns: int) -> None:
+def tokens_are_columns(ids: Tensor, valid: Tensor | None, columns: int, lowest: int = -1) -> None:
     """Refuse ids `[N, K]` that are no column, nor −1, where rows count, if their values can be looked at."""
     if not readable(ids):
         return
-    wrong = (ids < -1) | (ids >= columns)
+    wrong = (ids < lowest) | (ids >= columns)
     if valid is not None:
         wrong &= valid[..., None]
     if wrong.any():
@@ -388,25 +395,59 @@ def tokens_are_columns(ids: Tensor, valid: Tensor | None, columns: int) -> None:
         )
 
 
-def topk(student: Tensor, logprobs: Any, ids: Any, tail_logprob: Any, tail: str) -> None:
-    """Check what is known of the teacher against the student's logits, before any shift."""
-    _tensor("teacher_ids", ids, LABEL_DTYPES, _INTEGERS)
-    lead = tuple(student.shape[:-1])
-    if ids.dim() != student.dim() or tuple(ids.shape[:-1]) != lead or ids.shape[-1] < 1:
+def column_map(argument: str, value: Any, device: torch.device) -> None:
+    _tensor(argument, value, LABEL_DTYPES, _INTEGERS)
+    if value.dim() != 1 or len(value) < 1:
+        raise ValueError(f"{argument} must be [V'], V' at least 1, got {tuple(value.shape)}")
+    _same_device(argument, value, device)
+
+
+def askable(tensor: Tensor) -> bool:
+    """Whether its numbers exist here and now, be it that a device has to be waited for."""
+    return not torch.compiler.is_compiling() and type(tensor) in _ORDINARY and not transforms.are_active()
+
+
+def different_columns(argument: str, value: Tensor, width: int) -> None:
+    """Refuse columns out of range or given twice. Waits for the device."""
+    ordered = value.long().sort().values
+    if ordered[0] < 0 or ordered[-1] >= width:
+        wrong = ordered[0] if ordered[0] < 0 else ordered[-1]
+        raise ValueError(f"{argument} must be within [0, {width}), got {int(wrong)}")
+    twice = ordered[1:] == ordered[:-1]
+    if twice.any():
+        raise ValueError(f"{argument} must name each column once, got {int(ordered[1:][twice][0])} twice")
+
+
+def support(value: Any, lead: torch.Size, columns: int) -> None:
+    """Check a kept set: a mask of all columns, or ids."""
+    _tensor("support", value, _MASK_DTYPES, "bool [N, V], or an integer tensor [N, K]")
+    of_mask = value.dtype == torch.bool
+    good = value.dim() == len(lead) + 1 and value.shape[:-1] == lead and value.shape[-1] > 0
+    if not good or (of_mask and value.shape[-1] != columns):
+        shape = f"[N, {columns}] as a mask" if of_mask else "[N, K] as ids, K at least 1"
+        raise ValueError(f"support must be {shape}, with {_LEAD} {tuple(lead)}, got {tuple(value.shape)}")
+
+
+def topk(rows: Tensor, logprobs: Any, ids: Any, tail_logprob: Any, tail: str, side: str = "teacher") -> None:
+    """Check what is known of one side, by default the teacher, against the rows, before any shift."""
+    names = f"{side}_ids", f"{side}_logprobs", f"{side}_tail_logprob"
+    _tensor(names[0], ids, LABEL_DTYPES, _INTEGERS)
+    lead = tuple(rows.shape[:-1])
+    if ids.dim() != rows.dim() or tuple(ids.shape[:-1]) != lead or ids.shape[-1] < 1:
         raise ValueError(
-            f"teacher_ids must be [N, K] with the logits' leading shape {lead} and K at least 1, "
-            f"got {tuple(ids.shape)}"
+            f"{names[0]} must be [N, K] with {_LEAD} {lead} and K at least 1, got {tuple(ids.shape)}"
         )
-    _same_device("teacher_ids", ids, student.device)
-    _tensor("teacher_logprobs", logprobs, LOGIT_DTYPES, _FLOATS)
-    _beside("teacher_logprobs", logprobs, tuple(ids.shape), "the shape of teacher_ids", student.device)
+    _same_device(names[0], ids, rows.device)
+    _tensor(names[1], logprobs, LOGIT_DTYPES, _FLOATS)
+    _beside(names[1], logprobs, tuple(ids.shape), f"the shape of {names[0]}", rows.device)
     if tail_logprob is not None:
         if tail != "bucket":
-            raise ValueError(f"teacher_tail_logprob belongs to tail='bucket', got tail={tail!r}")
-        _tensor("teacher_tail_logprob", tail_logprob, LOGIT_DTYPES, "a floating tensor")
-        _beside("teacher_tail_logprob", tail_logprob, lead, _LEAD, student.device)
-    _constant("teacher_logprobs", logprobs)
-    _constant("teacher_tail_logprob", tail_logprob)
+            raise ValueError(f"{names[2]} belongs to tail='bucket', got tail={tail!r}")
+        _tensor(names[2], tail_logprob, LOGIT_DTYPES, "a floating tensor")
+        _beside(names[2], tail_logprob, lead, _LEAD, rows.device)
+    if side == "teacher":
+        _constant(names[1], logprobs)
+        _constant(names[2], tail_logprob)
 
 
 def rows(student: Tensor, mask: Any, labels: Any, ignore_index: Any, weight: Any) -> None:

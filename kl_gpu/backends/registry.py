@@ -38,6 +38,11 @@ def _has_triton() -> bool:
     return _usable["triton"]
 
 
+# What torch.compiler.assume_constant_result sets: Dynamo calls the function in place of tracing it, for the
+# import in it cannot be traced. That function itself would import the compiler for those who never compile.
+_has_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _has_kernels_for(device: torch.device) -> bool:
     """Whether Triton's kernels run on a device: once a row they compute in float64."""
     return device.type in _TRITON_DEVICES and has_float64(device)

@@ -14,10 +14,12 @@ from ..arguments.options import Options
 from ..arguments.params import DivergenceCall, DivergenceParams
 from ..autograd import ROW_DIVERGENCE
 from ..backends import registry
+from ..columns import gather, support_ids
 from ..dense import run_divergence
 from ..inference_tensors import keep
 from ..kinds import KINDS
 from ..ops import pair as ops
+from ..ops.views import two_at_least
 from . import collectives, consistency, shards, states
 
 
@@ -125,8 +127,10 @@ def vocab_parallel_div(
         check: when to ask, by a small collective that waits for the device, whether the ranks' arguments
             agree: "first" (at the first call of this function in this group), "always" or "never"; None
             takes the environment's KL_GPU_DISTRIBUTED_CHECK, or "first".
-        **options: those of :func:`kl_gpu.divergence`, given alike on every rank. `vocab_size` counts the
-            whole vocabulary.
+        **options: those of :func:`kl_gpu.divergence`, given alike on every rank, but for `student_columns`
+            and `teacher_columns`, which must be None. `vocab_size` and `support` count the whole vocabulary;
+            with `support` alone of the three, finding out where a shard lies costs a collective of 8 bytes
+            and waits for the device.
 
     Returns:
         float32 (float64 where both inputs are); `[N]` for reduction="none", else 0-d. Never negative.
@@ -145,8 +149,19 @@ def vocab_parallel_div(
         **{name: value for name, value in options.items() if name != "inplace"},
     )  # fmt: skip
     validation.beside_each_other(sides, columns=0)
-    shard = shards.locate(sides, vocab_start, options.pop("vocab_size", None), group)
+    for name in ("student_columns", "teacher_columns"):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"{name} must be None where the vocabulary is shared among ranks: a column of one side and "
+                "its counterpart lie on different ranks"
+            )
+    support = options.pop("support", None)
+    whole = support is not None
+    shard = shards.locate(sides, vocab_start, options.pop("vocab_size", None), group, whole)
     student, teacher = (shard.of(side) for side in sides.values())
+    if support is not None:
+        own = shard.own(support_ids(support, student.shape[:-1], shard.total, None))
+        student, teacher = (two_at_least(gather(side, own)) for side in (student, teacher))
     return run_divergence(student, teacher, kind, Options(**options), partial(_per_row, group=group))
 
 

@@ -18,7 +18,7 @@ from ..inference_tensors import keep, kept
 from ..kinds import KINDS
 from ..transforms import forbid_double_backward
 from . import op
-from .rows import two_heads, without_last_time
+from .rows import rows_of_heads, two_heads, without_last_time
 
 _NO_GRADIENTS = [False, False, False]
 
@@ -134,6 +134,8 @@ def linear_div(
     normalizer: float | Tensor | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
+    student_columns: Tensor | None = None,
+    teacher_columns: Tensor | None = None,
 ) -> Tensor:
     """Divergence of `kind` between two models known by their hidden states and LM heads, per token, in nats.
 
@@ -170,6 +172,8 @@ def linear_div(
             gives `[batch, time − 1]`.
         vocab_size: rows of the weights at and past it are ignored on both sides; required where the two V
             differ.
+        student_columns, teacher_columns: as in :func:`kl_gpu.divergence`, of rows of the weights and numbers
+            of the biases, which are copied.
 
     Returns:
         float32 (float64 where both sides' logits are); `[N]` for reduction="none", else 0-d. Never negative.
@@ -182,7 +186,10 @@ def linear_div(
             since the call.
     """
     validation.of_one_rank("linear_div", student_hidden, student_weight, teacher_hidden, teacher_weight)
-    sides = student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
+    heads = student_weight, student_bias, teacher_weight, teacher_bias
+    if not (student_columns is None and teacher_columns is None):
+        heads = rows_of_heads(heads, student_columns, teacher_columns, vocab_size)
+    sides = student_hidden, *heads[:2], teacher_hidden, *heads[2:]
     options = Options(
         beta=beta, temperature=temperature, teacher_temperature=teacher_temperature, t_squared=t_squared,
         mask=mask, labels=labels, ignore_index=ignore_index, shift=shift, weight=weight, reduction=reduction,
@@ -214,6 +221,9 @@ def run_linear(
     reduction, device = options.reduction_of(student_hidden), student_hidden.device
     lead = without_last_time(student_hidden, options.shift).shape[:-1]
     dtypes = params.student.dtype, params.teacher.dtype
+    if torch.compiler.is_compiling():
+        # Two models may share a head, and Dynamo takes no Function that gets one tensor twice.
+        heads[3:] = (None if x is None else x.detach() for x in heads[3:])
     needs = [x is not None and x.requires_grad for x in heads[:3]]
     # float64 with a narrower side: computed in float64, returned in float32.
     mixed = dtypes[0] != dtypes[1]

@@ -18,7 +18,9 @@ from ..arguments.params import (
 )
 from ..arguments.reduction import LogitsWindow
 from ..backends import registry
+from ..columns import check_map
 from ..complement import Rows
+from ..inference_tensors import ordinary_rows
 from . import split
 
 
@@ -85,6 +87,34 @@ def _split(
     )  # fmt: skip
     states = without_last_time(hidden, params.window.shift)
     return split.split(states, weight, bias, ids, valid, of)
+
+
+def rows_of_heads(
+    heads: tuple[Any, ...], student_columns: Tensor | None, teacher_columns: Tensor | None, vocab_size: Any
+) -> tuple[Any, ...]:
+    """Both models' weights and biases in the rows that two vocabularies share."""
+    if vocab_size is not None:
+        raise ValueError(
+            "vocab_size must be None where student_columns or teacher_columns say which columns count, "
+            f"got {vocab_size}"
+        )
+    found: list[Any] = []
+    for side, columns, (weight, bias) in (
+        ("student", student_columns, heads[:2]), ("teacher", teacher_columns, heads[2:]),
+    ):  # fmt: skip
+        if columns is None:
+            found += [weight, bias]
+            continue
+        validation.matrix(f"{side}_weight", weight)
+        check_map(f"{side}_columns", columns, len(weight), weight.device)
+        rows = ordinary_rows(columns).long()
+        found += [None if x is None else x.index_select(0, rows) for x in (weight, bias)]
+    if len(found[0]) != len(found[2]):
+        raise ValueError(
+            "student_columns and teacher_columns must name as many columns on both sides, "
+            f"got {len(found[0])} of the student's and {len(found[2])} of the teacher's"
+        )
+    return tuple(found)
 
 
 def two_heads(

@@ -26,6 +26,7 @@ def linear_token_logprobs(
     shift: bool = False,
     vocab_size: int | None = None,
     backend: str | None = None,
+    support: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log q of one token per row, or of K, with `entropy` also −Σ q log q, from hidden states and an LM head.
 
@@ -52,6 +53,7 @@ def linear_token_logprobs(
         shift: hidden states at t go with entry t+1 of token_ids and mask; needs `[batch, time, H]` and gives
             `[batch, time − 1]`.
         vocab_size: rows of the weight at and past it are ignored.
+        support: as in :func:`kl_gpu.token_logprobs`; all columns' products are taken nevertheless.
 
     Returns:
         In the shape of `token_ids`, float32 (float64 where the logits are), differentiable in hidden states,
@@ -70,6 +72,6 @@ def linear_token_logprobs(
     )  # fmt: skip
     options = Options(
         temperature=temperature, mask=mask, labels=token_ids, ignore_index=ignore_index, shift=shift,
-        backend=backend,
+        backend=backend, support=support,
     )  # fmt: skip
     return run_token_logprobs(rows, options, entropy)

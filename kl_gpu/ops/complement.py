@@ -79,8 +79,8 @@ def _refuse(wrong: Tensor, mass: Tensor, rows: Tensor | None, message: str) -> N
         raise ValueError(f"{message} {float(mass[wrong][0]):.6g}")
 
 
-@operator("check_mass(Tensor log_p, Tensor? rows) -> Tensor", like_first)
-def check_mass(log_p: Tensor, rows: Tensor | None) -> Tensor:
+@operator("check_mass(Tensor log_p, Tensor? rows, str side) -> Tensor", like_first)
+def check_mass(log_p: Tensor, rows: Tensor | None, side: str) -> Tensor:
     """log_p itself, once its rows are known to be log-probabilities. Waits for the device.
 
     A result, so that torch.compile does not drop the question.
@@ -88,7 +88,7 @@ def check_mass(log_p: Tensor, rows: Tensor | None) -> Tensor:
     mass = torch.exp(log_p).sum(-1)
     _refuse(
         mass > _MOST, mass, rows,
-        "teacher_logprobs must be log-probabilities under the teacher's full softmax, "
+        f"{side}_logprobs must be log-probabilities under the {side}'s full softmax, "
         "got a row that sums to",
     )  # fmt: skip
     return log_p.clone()

@@ -20,6 +20,8 @@ from ..ops.complement import present
 from . import formulas
 
 TAILS = tuple(formulas.TAIL_KINDS)
+# What trainers pad labels with, and their ids too.
+_PADDING = -100
 
 
 def _values(
@@ -42,6 +44,12 @@ def _pull(params: TopkParams, needs: Any, incoming: Any, tensors: Any, kept: Any
 
 # From a row's split (`complement.split`) to the divergence `[*]`.
 _STEP = transforms.Step(_values, _pull, saves_inputs=False)
+
+
+def topk_values(params: TopkParams, *tensors: Tensor | None) -> Tensor:
+    """The divergence `[*]`; `tensors` are those of `formulas.topk`, and which rows count."""
+    found: Tensor = transforms.apply(_STEP, params, *tensors)[0]
+    return found
 
 
 def topk_div(
@@ -88,10 +96,10 @@ def topk_div(
         student_logits: `[N, V]`, N any leading shape; float16, bfloat16, float32 or float64.
         teacher_logprobs: `[N, K]`, K ≥ 1, log-probabilities under the teacher's full softmax at temperature
             1; the same dtypes. It gets no gradient: one that requires it is refused.
-        teacher_ids: int `[N, K]`, the columns they belong to, in any order; −1 marks an absent entry, whose
-            log-probability is not looked at. An entry of log-probability −inf whose id stands elsewhere in
-            its row is absent too: padding with (0, −inf). Rows without any entry are NaN under "renormalize"
-            and "student_full".
+        teacher_ids: int `[N, K]`, the columns they belong to, in any order; −1 or −100 marks an absent entry,
+            whose log-probability is not looked at. An entry of log-probability −inf whose id stands elsewhere
+            in its row is absent too: padding with (0, −inf). Rows without any entry are NaN under
+            "renormalize" and "student_full".
         kind: "forward_kl", "reverse_kl", "jeffreys" or "js".
         tail: what to make of the rest of the vocabulary, see above.
         teacher_tail_logprob: `[N]`, log P for "bucket", as :func:`kl_gpu.topk_logprobs` gives it. Without it
@@ -106,11 +114,11 @@ def topk_div(
             with `shift` the teacher's entries at t go with the student's logits at t.
         vocab_size: the student's columns at and past it are ignored.
         inplace: allow the gradient to be written over the memory of `student_logits` in backward.
-        validate: refuse ids outside [0, V) (but −1) and ids given twice in a row that counts, and for tails
-            other than "renormalize" probabilities that sum to more than 1.05, with P where it is given, or a
-            given P that is NaN where teacher_logprobs are not; a row with a NaN in those is NaN. On the CPU
-            always; on a GPU it waits for the device. Not validated, an id outside counts as absent and is
-            never read, and one given twice counts twice.
+        validate: refuse ids outside [0, V) that mark no absent entry, and ids given twice in a row that
+            counts, and for tails other than "renormalize" probabilities that sum to more than 1.05, with P
+            where it is given, or a given P that is NaN where teacher_logprobs are not; a row with a NaN in
+            those is NaN. On the CPU always; on a GPU it waits for the device. Not validated, an id outside
+            counts as absent and is never read, and one given twice counts twice.
         return_mass: also return the probability of the ids, Σ_K p and Σ_K q at temperature 1, `[N]`, not
             differentiable; rows that do not count have 0.
         backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
@@ -171,7 +179,9 @@ def run_topk(
         teacher_logprobs, teacher_ids = teacher_logprobs[:, :-1], ordinary_rows(teacher_ids)[:, :-1]
         teacher_tail_logprob = None if teacher_tail_logprob is None else teacher_tail_logprob[:, :-1]
     wide = wide_dtype(device)
-    ids = complement.unpadded(teacher_ids.long(), teacher_logprobs, constants=(columns,))
+    ids = teacher_ids.long()
+    ids = torch.where(ids == _PADDING, -1, ids)
+    ids = complement.unpadded(ids, teacher_logprobs, constants=(columns,))
     here = present(ids, columns)
     has_rest = here.sum(-1) < columns
     log_p = torch.where(here, teacher_logprobs.to(wide), -torch.inf)
@@ -181,7 +191,7 @@ def run_topk(
         rest_log_p = torch.where(has_rest, teacher_tail_logprob.to(wide), -torch.inf)
     validate = validate or device.type == "cpu"
     if validate and tail != "renormalize":
-        log_p = complement.checked_mass(log_p, valid)
+        log_p = complement.checked_mass(log_p, valid, constants=("teacher",))
         if rest_log_p is not None:
             rest_log_p = complement.checked_tail(rest_log_p, log_p, valid)
 
@@ -195,9 +205,7 @@ def run_topk(
     of_tail = TopkParams(*KINDS[kind].at(options.beta), tail, scale, resolution)
 
     def of(picked: Tensor, rest_lse: Tensor, some: Tensor | None) -> Tensor:
-        tensors = picked, rest_lse, log_p, rest_log_p, has_rest, some
-        found: Tensor = transforms.apply(_STEP, of_tail, *tensors)[0]
-        return found.to(dtype)
+        return topk_values(of_tail, picked, rest_lse, log_p, rest_log_p, has_rest, some).to(dtype)
 
     per_row = reduction.completed(
         of(picked, rest_lse, valid), lambda others: of(*rows.split(student, ids, others, params)[:2], others)

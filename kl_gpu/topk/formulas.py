@@ -87,7 +87,7 @@ def best(picked: Tensor, rest_lse: Tensor) -> tuple[Tensor, Tensor]:
     return behind + log_top, torch.where(torch.isnan(log_top), torch.nan, tail)[..., 0].clone()
 
 
-def _remaining(log_p: Tensor, resolution: float, others: Tensor) -> Tensor:
+def remaining(log_p: Tensor, resolution: float, others: Tensor) -> Tensor:
     """log(1 − Σ p), but never below what rounding log p may hide: a teacher whose K probabilities round to a
     sum of 1 must not exclude the rest of the vocabulary, for KL(q‖p) would be infinite.
 
@@ -159,7 +159,7 @@ def topk(
             log_p = log_p - log_sum(log_p)
             rest_log_p = torch.full_like(rest_lse, -torch.inf)
         elif rest_log_p is None:
-            rest_log_p = _remaining(log_p, resolution, ~torch.isneginf(rest_lse))
+            rest_log_p = remaining(log_p, resolution, ~torch.isneginf(rest_lse))
         else:
             rest_log_p = rest_log_p[..., None]
         # A rest without a column has no mass, whatever rounding says.

@@ -38,6 +38,19 @@ class Places(NamedTuple):
         return cls(order, ordered, torch.where(again, -1, ordered), first.gather(-1, back))
 
 
+def sums_of_equals(given: Tensor, places: Places) -> Tensor:
+    """What entries of one id hold together, at the first of them in the sorted order; `[*, K]`.
+
+    Added in a fixed order, as a scatter on a device would not.
+    """
+    total, step = given.gather(-1, places.order), 1
+    while step < total.shape[-1]:
+        same = places.ordered[..., step:] == places.ordered[..., :-step]
+        total = total + torch.where(pad(same, (0, step)), pad(total[..., step:], (0, step)), 0.0)
+        step *= 2
+    return total
+
+
 def _values(
     columns: int, picked: Tensor, rest_lse: Tensor, rest_entropy: Tensor, valid: Tensor | None, *at: Tensor
 ) -> tuple[Tensor, ...]:
@@ -56,13 +69,7 @@ def _values(
 def _pull(columns: int, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
     (grad_logprob, grad_entropy), places, valid = incoming, Places(*tensors[4:]), tensors[3]
     log_q, entropy, rest_q, turn = kept
-    # What flows to one column through several entries, added in a fixed order, as no scatter would.
-    total, step = grad_logprob.gather(-1, places.order), 1
-    while step < total.shape[-1]:
-        same = places.ordered[..., step:] == places.ordered[..., :-step]
-        total = total + torch.where(pad(same, (0, step)), pad(total[..., step:], (0, step)), 0.0)
-        step *= 2
-    total = torch.where(places.picked < 0, 0.0, total)
+    total = torch.where(places.picked < 0, 0.0, sums_of_equals(grad_logprob, places))
     grad_rest_entropy = grad_entropy * rest_q
     grads = *formulas.tokens_gradient(total, grad_entropy, log_q, entropy, rest_q, turn), grad_rest_entropy
     if valid is not None:

@@ -107,9 +107,9 @@ def other_exp2_offset(n, n_b, c, scales, SAME_SCALE: tl.constexpr):
     if SAME_SCALE:
         c *= scales.a / scales.shared.to(tl.float64)
     log2e = tl.full([], LOG2E, tl.float64)
-    offset = mul_add(c, log2e, n)
-    offset = mul_add(mul_sub(scales.a, log2e, k_a), n / k_a, offset)
-    return mul_add(sub_mul(k_b, scales.b, log2e), n_b.to(tl.float64) / k_b, offset)
+    # The products are those of `scales_of`: fused, they would be computed once more in each program.
+    offset = sub_mul(mul_add(c, log2e, n), k_a - scales.a * LOG2E, n / k_a)
+    return mul_add(k_b - scales.b * LOG2E, n_b.to(tl.float64) / k_b, offset)
 
 
 @triton.jit
