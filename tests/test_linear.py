@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kl_gpu
 from kl_gpu.linear import accumulate, chunks, op
+from kl_gpu.linear import heads as of_heads
 from linear_heads import Heads, check, expected, heads
 from support import DEVICE, is_slow, to_numpy
 
@@ -94,6 +95,14 @@ def test_rows_that_may_not_be_looked_for(name: str, monkeypatch: pytest.MonkeyPa
     # As on a GPU, where looking would wait for the device: they are computed, and their result is 0.
     monkeypatch.setattr(chunks, "_FINDS_ROWS", frozenset())
     _against_the_reference(CASES[name], "reverse_kl", None, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["capped", "student capped, none"])
+def test_caps_of_two_rows_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A last cache holds all rows of these sizes: here only two, and one of the last chunk.
+    monkeypatch.setattr(of_heads, "_CAPPED", {DEVICE.type: 130})
+    case = CASES[name] | {"mask": True, "weight": True}
+    _against_the_reference(case, "forward_kl", None, torch.float32)
 
 
 @pytest.mark.parametrize("finds", [True, False])

@@ -12,6 +12,7 @@ from torch import Tensor
 import kl_gpu
 from kl_gpu import TokenStats, reference
 from kl_gpu.linear import chunks
+from kl_gpu.linear import heads as of_heads
 from linear_heads import Heads, heads, logits
 from support import DEVICE, RELATIVE, is_slow, to_numpy
 
@@ -112,6 +113,15 @@ def test_rows_that_may_not_be_looked_for(name: str, monkeypatch: pytest.MonkeyPa
     # As on a GPU, where looking would wait for the device: they are computed, and their result is 0.
     monkeypatch.setattr(chunks, "_FINDS_ROWS", frozenset())
     _against_the_reference(CASES[name], None, torch.float32)
+
+
+@pytest.mark.parametrize("finds", [True, False])
+def test_caps_of_two_rows_at_a_time(finds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A last cache holds all rows of these sizes: here only two, and one of the last chunk.
+    monkeypatch.setattr(of_heads, "_CAPPED", {DEVICE.type: 130})
+    if not finds:
+        monkeypatch.setattr(chunks, "_FINDS_ROWS", frozenset())
+    _against_the_reference(CASES["caps"] | {"mask": True}, None, torch.float32)
 
 
 @pytest.mark.parametrize("finds", [True, False])

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kl_gpu
 from kl_gpu import reference
-from kl_gpu.linear import chunks, split
+from kl_gpu.linear import chunks, heads, split
 from kl_gpu.reference import topk as reference_topk
 from kl_gpu.topk.formulas import TAIL_KINDS
 from support import DEVICE, RELATIVE, is_slow, to_numpy
@@ -138,6 +138,14 @@ def test_rows_that_may_not_be_looked_for(name: str, tail: str, monkeypatch: pyte
     # As on a GPU, where looking would wait for the device: they are computed, and their result is 0.
     monkeypatch.setattr(chunks, "_FINDS_ROWS", frozenset())
     _against_the_reference(CASES[name], tail, "forward_kl", None, torch.float32)
+
+
+@pytest.mark.parametrize("tail", TAIL_KINDS)
+def test_caps_of_two_rows_at_a_time(tail: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A last cache holds all rows of these sizes: here only two, and one of the last chunk.
+    monkeypatch.setattr(heads, "_CAPPED", {DEVICE.type: 130})
+    case = CASES["cap, batchmean"] | {"chunk_rows": 7, "mask": True}
+    _against_the_reference(case, tail, "forward_kl", None, torch.float32)
 
 
 @pytest.mark.parametrize("finds", [True, False])
