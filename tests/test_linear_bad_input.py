@@ -43,7 +43,7 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         "vocab_size.*student_weight.*8.*teacher_weight 7",
     ),
     ("vocab_size past V", {"vocab_size": 9}, ValueError, r"vocab_size.*\[1, 8\].*9"),
-    ("softcap 0", {"softcap": 0.0}, ValueError, "softcap.*> 0.*0.0"),
+    ("softcap below 0", {"softcap": -1.0}, ValueError, "softcap.*> 0.*-1.0"),
     ("softcap a tensor", {"softcap": torch.ones(())}, TypeError, "softcap.*number.*tensor"),
     ("teacher_softcap NaN", {"teacher_softcap": float("nan")}, ValueError, "teacher_softcap.*nan"),
     ("logit_scale negative", {"logit_scale": -1.0}, ValueError, "logit_scale.*> 0.*-1.0"),

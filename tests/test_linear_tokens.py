@@ -247,7 +247,9 @@ def test_memory_does_not_grow_with_rows(dtype: torch.dtype, frozen: bool) -> Non
 
         step()
         # The gradient of the hidden states, and a few numbers per row.
-        beyond.append(memory.peak_extra_bytes(step, DEVICE) - n * (h * dtype.itemsize + 250))
+        # The least of three: once in a while something else allocates in between.
+        peak = min(memory.peak_extra_bytes(step, DEVICE) for _ in range(3))
+        beyond.append(peak - n * (h * dtype.itemsize + 250))
     logits = 64 * v * dtype.itemsize
     of_weight = v * h * (4 if dtype == torch.float32 else 2 + 4 + 2 + 4)
     # A frozen head has no buffer of the weight's size.

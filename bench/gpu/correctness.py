@@ -21,8 +21,8 @@ _QUEUE = ("cuda", "queue", "rows")
 _FIRST = ("accuracy", "edges", "determinism", "autograd", "views", "options")
 # What compiles hundreds of kernels.
 _LAST = ("ops", "parity", "properties")
-# A file that looks at the device at hand.
-_BEARS_ON_A_GPU = re.compile(r"\bDEVICE\b|cuda\.is_available")
+# A file that looks at the device at hand, or runs on every backend there.
+_BEARS_ON_A_GPU = re.compile(r"\bDEVICE\b|\bbackend: str\b|cuda\.is_available")
 
 
 def of_the_queue(folder: Path) -> list[Path]:
