@@ -10,7 +10,9 @@ from .arguments import validation
 from .functional import divergence
 from .kinds import KINDS
 
-_PER_CALL = ("mask", "labels", "weight", "normalizer")
+_PER_CALL = ("mask", "labels", "weight", "normalizer", "support")
+# Options that are tensors: buffers, so that they go where the module goes, but no part of a checkpoint.
+_MAPS = ("student_columns", "teacher_columns")
 _OPTIONS = tuple(name for name in validation.options_of(divergence) if name not in _PER_CALL)
 
 
@@ -19,18 +21,23 @@ class DivergenceLoss(nn.Module):
 
     Args:
         kind: a name in `kl_gpu.KINDS`.
-        **options: the options of :func:`kl_gpu.divergence` but mask, labels, weight and normalizer.
+        **options: the options of :func:`kl_gpu.divergence` but mask, labels, weight, normalizer and support.
 
     Raises:
         TypeError: an option is unknown or belongs to forward.
         ValueError: `kind` is unknown.
     """
 
+    student_columns: Tensor | None
+    teacher_columns: Tensor | None
+
     def __init__(self, kind: str = "forward_kl", **options: Any) -> None:
         super().__init__()
         validation.name("kind", kind, KINDS)
         validation.known("DivergenceLoss", options, _OPTIONS)
         self.kind = kind
+        for name in _MAPS:
+            self.register_buffer(name, options.pop(name, None), persistent=False)
         self.options = options
 
     def forward(
@@ -42,11 +49,13 @@ class DivergenceLoss(nn.Module):
         labels: Tensor | None = None,
         weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
+        support: Tensor | None = None,
     ) -> Tensor:
         """Arguments, result and errors as :func:`kl_gpu.divergence`."""
         return divergence(
             student_logits, teacher_logits, self.kind, mask=mask, labels=labels, weight=weight,
-            normalizer=normalizer, **self.options,
+            normalizer=normalizer, support=support, student_columns=self.student_columns,
+            teacher_columns=self.teacher_columns, **self.options,
         )  # fmt: skip
 
     def linear(
@@ -73,7 +82,8 @@ class DivergenceLoss(nn.Module):
         options = {name: value for name, value in self.options.items() if name != "inplace"}
         return linear_div(
             student_hidden, student_weight, teacher_hidden, teacher_weight, self.kind, mask=mask,
-            labels=labels, weight=weight, normalizer=normalizer, **heads, **options,
+            labels=labels, weight=weight, normalizer=normalizer, student_columns=self.student_columns,
+            teacher_columns=self.teacher_columns, **heads, **options,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

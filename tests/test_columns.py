@@ -179,6 +179,24 @@ def test_column_maps(backend: str, entry: str) -> None:
         assert want[1].abs().max() > 1e-4
 
 
+def test_the_module_takes_maps_and_kept_sets(backend: str) -> None:
+    """The maps go where the module goes, and into no checkpoint."""
+    student, teacher = sides(120, 400)
+    columns = torch.randperm(400, device=DEVICE)[:120]
+    module = kl_gpu.DivergenceLoss("js", teacher_columns=columns, backend=backend)
+    support = torch.stack([torch.randperm(120, device=DEVICE)[:9] for _ in range(10)]).view(2, 5, 9)
+    options: dict[str, Any] = {"teacher_columns": columns, "backend": backend}
+    assert torch.equal(module(student, teacher), kl_gpu.js_div(student, teacher, **options))
+    assert torch.equal(
+        module(student, teacher, support=support), kl_gpu.js_div(student, teacher, support=support, **options)
+    )
+    eyes = torch.eye(120, device=DEVICE), torch.eye(400, device=DEVICE)
+    from_heads = module.linear(student, eyes[0], teacher, eyes[1])
+    torch.testing.assert_close(from_heads, kl_gpu.js_div(student, teacher, **options), rtol=1e-6, atol=0)
+    assert [name for name, _ in module.named_buffers()] == ["teacher_columns"]
+    assert not module.state_dict()
+
+
 def test_one_map_where_the_other_side_is_the_draft(backend: str) -> None:
     student, teacher = sides(120, 400)
     columns = torch.randperm(400, device=DEVICE)[:120].int()
