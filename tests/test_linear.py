@@ -385,21 +385,36 @@ def test_memory_that_was_never_written_is_not_read() -> None:
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 3, 5])
-@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("chunks", [1, 2, 3, 5, 40])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_weights_gradient_is_summed_in_float32(chunks: int, weight_dtype: torch.dtype) -> None:
     v, h, rows = 37, 11, 6
-    parts = [(torch.randn(rows, v).bfloat16(), torch.randn(rows, h).bfloat16()) for _ in range(chunks)]
+    narrow = torch.float16 if weight_dtype == torch.float16 else torch.bfloat16
+    parts = [(torch.randn(rows, v).to(narrow), torch.randn(rows, h).to(narrow)) for _ in range(chunks)]
     # Some columns past the vocabulary.
-    gradient = accumulate.WeightGradient(torch.ones(v + 2, h, dtype=weight_dtype), torch.bfloat16, v, chunks)
-    total = torch.zeros(v, h)
+    gradient = accumulate.WeightGradient(torch.ones(v + 2, h, dtype=weight_dtype), narrow, v, chunks)
+    total, largest = torch.zeros(v, h), torch.zeros(v, h)
     for to_logits, states in parts:
         gradient.add(to_logits, states)
         total += torch.mm(to_logits.t(), states).float()
+        largest = torch.maximum(largest, total.abs())
     result = gradient.result()
     assert result.dtype == weight_dtype
-    assert torch.equal(result[:v], total.to(weight_dtype))
+    if weight_dtype == torch.bfloat16 and chunks > 2:
+        # Two halves of 8 bits lose up to 2^-16 of a sum with each chunk.
+        rounding = 2.0**-8 * total.abs() + chunks * 2.0**-16 * largest
+        assert ((result[:v].float() - total).abs() <= rounding).all()
+    else:
+        assert torch.equal(result[:v], total.to(weight_dtype))
     assert not result[v:].any()
+
+
+def test_a_sum_of_float16_passes_through_numbers_past_its_range() -> None:
+    rows, states = 4, torch.full((4, 2), 64.0, dtype=torch.float16)
+    gradient = accumulate.WeightGradient(torch.ones(3, 2, dtype=torch.float16), torch.float16, 3, 4)
+    for factor in (192.0, 192.0, -192.0, -190.0):
+        gradient.add(torch.full((rows, 3), factor, dtype=torch.float16), states)
+    assert torch.equal(gradient.result(), torch.full((3, 2), 512.0, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -416,9 +431,9 @@ def test_memory_does_not_grow_with_rows(dtype: torch.dtype) -> None:
         # The gradient of the hidden states, and a few numbers per row.
         beyond.append(memory.peak_extra_bytes(step, DEVICE) - n * (h * dtype.itemsize + 64))
     logits = 256 * v * dtype.itemsize
-    # Two chunks of logits, the weight's gradient and, for 16 bits, its sum in float32; the rest is scratch of
-    # the products' own.
-    assert beyond[0] < 1.2 * (2 * logits / 4 + v * h * (4 if dtype == torch.float32 else 2 + 4 + 2 + 4))
+    # Two chunks of logits, the weight's gradient and, for 16 bits, its sum's lower half and three blocks of
+    # numbers on their way into it (all of a weight as small as this); the rest is scratch of the products' own.
+    assert beyond[0] < 1.2 * (2 * logits / 4 + v * h * (4 if dtype == torch.float32 else 2 + 2 + 2 + 4 + 4))
     assert beyond[1] <= beyond[0] * 1.01
     assert beyond[0] > logits / 4
 

@@ -92,14 +92,16 @@ class _GradAccumulator:
 class _RoundedGradAccumulator:
     """Σ of products that the library rounds to 16 bits, added up in float32; in `into` after the last.
 
-    Where `into` has 16 bits too, it holds the first product as it is, and the last sum is rounded into it:
-    only between them, from three products on, is there a float32 matrix.
+    Where `into` has 16 bits too, it holds the first product as it is, and the last sum is rounded into it.
+    Between them, from three products on, a bfloat16 `into` holds the sum's upper half and `rest` the lower,
+    which takes half of a float32 matrix. float16 lacks the range for it: there `rest` is the float32 sum.
     """
 
     def __init__(self, into: Tensor, dtype: torch.dtype, wide: torch.dtype, chunks: int) -> None:
         self.into, self.dtype, self.wide, self.chunks, self.added = into, dtype, wide, chunks, 0
         self.narrow = into.dtype != wide
-        self.total: Tensor | None = None if self.narrow else into
+        self.in_halves = into.dtype == torch.bfloat16
+        self.rest: Tensor | None = None
         self.blocks = list(product_blocks(len(into), into.shape[1], into.device.type))
         # Made once: a new block's pages cost as much as its product.
         self.parts: list[Tensor] = []
@@ -113,25 +115,34 @@ class _RoundedGradAccumulator:
             return
         if not self.parts:
             shape = self.into[self.blocks[0]].shape
-            self.parts = [self.into.new_empty(shape, dtype=dtype) for dtype in (self.dtype, self.wide)]
-        last = self.added == self.chunks
-        if self.total is None and not last:
-            self.total = on_huge_pages(torch.empty_like(self.into, dtype=self.wide)).copy_(self.into)
+            dtypes = self.dtype, self.wide, self.wide
+            self.parts = [self.into.new_empty(shape, dtype=dtype) for dtype in dtypes]
         for block in self.blocks:
-            product, wide = (part[: block.stop - block.start] for part in self.parts)
+            product, wide, other = (part[: block.stop - block.start] for part in self.parts)
             torch.mm(left[block], right, out=product)
             # PyTorch adds two dtypes an element at a time: they are made one first, in the cache.
             wide.copy_(product)
-            if self.total is None:
-                wide.add_(self.into[block].to(self.wide))
+            if self.narrow:
+                self._add_narrow(block, wide, other)
             elif self.added == 1:
-                self.total[block].copy_(wide)
-            elif last and self.narrow:
-                wide.add_(self.total[block])
-            else:
-                self.total[block].add_(wide)
-            if last and self.narrow:
                 self.into[block].copy_(wide)
+            else:
+                self.into[block].add_(wide)
+
+    def _add_narrow(self, block: slice, wide: Tensor, other: Tensor) -> None:
+        into, last = self.into[block], self.added == self.chunks
+        if self.added == 2 or self.in_halves:
+            wide.add_(other.copy_(into))
+        if self.added > 2 and self.rest is not None:
+            wide.add_(other.copy_(self.rest[block]))
+        if last or self.in_halves:
+            into.copy_(wide)
+        if last:
+            return
+        if self.rest is None:
+            dtype = self.into.dtype if self.in_halves else self.wide
+            self.rest = on_huge_pages(torch.empty_like(self.into, dtype=dtype))
+        self.rest[block].copy_(wide.sub_(other.copy_(into)) if self.in_halves else wide)
 
     def finish(self) -> None:
         if self.added == 0:
