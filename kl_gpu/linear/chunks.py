@@ -11,11 +11,13 @@ from torch import Tensor
 
 # Bytes of logits, all sides, that are held at once, and the rows between which they may come to lie. Fewer
 # make the products slow and a GPU wait for launches, and each chunk reads and writes the weight's gradient.
+# More save nothing on a CPU: from 512 rows on the time stays within 3 % (H = 1024, V = 32000 and 128256).
 _LOGITS = {"cpu": 512 << 20}
 _LOGITS_ON_A_GPU = 768 << 20
 _FEWEST = {"cpu": 64}
 _FEWEST_ON_A_GPU = 512
-_MOST = 4096
+_MOST = {"cpu": 512}
+_MOST_ON_A_GPU = 4096
 # Rows of a chunk are a multiple of this, where it was not the caller who chose them.
 _STEP = 32
 # Elsewhere looking which rows count would wait for the device: they are computed, and their result is 0.
@@ -79,7 +81,8 @@ def chosen_rows(n: int, row_bytes: int, chunk_rows: int, device: torch.device) -
     if chunk_rows:
         return chunk_rows
     least = _FEWEST.get(device.type, _FEWEST_ON_A_GPU)
-    rows = min(_MOST, max(least, _LOGITS.get(device.type, _LOGITS_ON_A_GPU) // max(1, row_bytes)))
+    most = _MOST.get(device.type, _MOST_ON_A_GPU)
+    rows = min(most, max(least, _LOGITS.get(device.type, _LOGITS_ON_A_GPU) // max(1, row_bytes)))
     free = _free_bytes(device)
     while rows > _STEP and rows * row_bytes > free / 2:
         rows //= 2
