@@ -1,4 +1,4 @@
-"""linear_div against its four products alone, plain PyTorch, torch.compile (CPU), Liger's fused JSD (GPU).
+"""linear_div against its four products alone, plain PyTorch, torch.compile (CPU), TRL, and Liger (GPU).
 
 Value, and gradients of the student's hidden states and weight. Contestants take turns in every round, each on
 a CPU right after a call of its own that is not timed: a training loop finds the memory that its last step
@@ -68,13 +68,19 @@ def losses(device: torch.device) -> tuple[dict[str, Loss], dict[str, str]]:
         "kl_gpu js": partial(kl_gpu.linear_div, kind="js"),
         "torch forward_kl": plain,
     }
-    if device.type != "cuda":
-        compiled = torch.compile(plain, dynamic=False)
-        return found | {"torch.compile forward_kl": compiled}, {"liger js": "its kernels need a GPU"}
-    try:
-        return found | {"liger js": baselines.liger_linear()}, {}
-    except ImportError as error:
-        return found, {"liger js": str(error)}
+    left_out: dict[str, str] = {}
+    others = {"trl forward_kl": baselines.trl_divergence}
+    if device.type == "cuda":
+        others["liger js"] = baselines.liger_linear
+    else:
+        found["torch.compile forward_kl"] = torch.compile(plain, dynamic=False)
+        left_out["liger js"] = "its kernels need a GPU"
+    for name, make in others.items():
+        try:
+            found[name] = make()
+        except ImportError as error:
+            left_out[name] = str(error)
+    return found, left_out
 
 
 def problem(options: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> Heads:

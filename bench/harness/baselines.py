@@ -71,6 +71,22 @@ def trl_logprobs() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     return logprobs
 
 
+def trl_divergence() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """TRL's chunked forward KL from hidden states and LM heads of student and teacher, the mean of the rows.
+
+    Raises:
+        ImportError: it is not installed, or not as we know it.
+    """
+    _without_trainer()
+    function = _named("ChunkedDivergenceFunction", "trl.kernels.chunked_divergence")
+
+    def divergence(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
+        value: Tensor = function.apply(hidden, weight, None, teacher_hidden, teacher_weight, None, 0.0)[0]
+        return value.mean()
+
+    return divergence
+
+
 def _without_trainer() -> None:
     """TRL's backward asks its trainers for a context that gathers weights which DeepSpeed has sharded.
 
