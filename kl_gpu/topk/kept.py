@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import transforms
 from . import token_formulas as formulas
-from .tokens import Places, sums_of_equals
+from .tokens import Places, places_among, sums_of_equals
 
 
 def _values(call: None, picked: Tensor, valid: Tensor | None) -> tuple[Tensor, ...]:
@@ -57,8 +57,5 @@ def logprobs(picked: Tensor, support: Tensor, ids: Tensor, valid: Tensor | None)
         ids: int64 `[*, tokens]`; one that is not kept has log q = −inf, and gradient 0.
     """
     log_q, entropy = transforms.apply(_KEPT, None, picked, valid)
-    ordered, order = support.sort(-1)
-    at = torch.searchsorted(ordered, ids).clamp_max(support.shape[-1] - 1)
-    here = (ordered.gather(-1, at) == ids) & (ids >= 0)
-    found: Tensor = transforms.apply(_SELECT, None, log_q, torch.where(here, order.gather(-1, at), -1))[0]
+    found: Tensor = transforms.apply(_SELECT, None, log_q, places_among(support, ids))[0]
     return found if valid is None else torch.where(valid[..., None], found, 0.0), entropy

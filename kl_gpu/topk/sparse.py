@@ -15,6 +15,7 @@ from ..backends.interface import wide_dtype
 from ..kinds import KINDS
 from . import formulas
 from .api import topk_values
+from .tokens import places_among
 
 SPARSE_TAILS = {tail: kinds for tail, kinds in formulas.TAIL_KINDS.items() if tail != "student_full"}
 
@@ -59,10 +60,7 @@ class _Side(NamedTuple):
 def _matched(student: _Side, teacher: _Side) -> tuple[Tensor, Tensor]:
     """Where the student's list has the teacher's ids, `[*, K_t]`, −1 for nowhere; which of the student's
     entries the teacher's list has, `[*, K_s]`."""
-    ordered, order = student.ids.sort(-1)
-    at = torch.searchsorted(ordered, teacher.ids).clamp_max(ordered.shape[-1] - 1)
-    here = (ordered.gather(-1, at) == teacher.ids) & (teacher.ids >= 0)
-    place = torch.where(here, order.gather(-1, at), -1)
+    place = places_among(student.ids, teacher.ids)
     columns = student.ids.shape[-1]
     taken = torch.zeros((*place.shape[:-1], columns + 1), dtype=torch.bool, device=place.device)
     return place, taken.scatter_(-1, torch.where(place < 0, columns, place), True)[..., :-1]

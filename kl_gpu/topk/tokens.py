@@ -38,6 +38,14 @@ class Places(NamedTuple):
         return cls(order, ordered, torch.where(again, -1, ordered), first.gather(-1, back))
 
 
+def places_among(listed: Tensor, ids: Tensor) -> Tensor:
+    """Where ids `[*, n]` stand in a list `[*, K]` that has each once, −1 for nowhere and for ids below 0."""
+    ordered, order = listed.sort(-1)
+    at = torch.searchsorted(ordered, ids).clamp_max(listed.shape[-1] - 1)
+    here = (ordered.gather(-1, at) == ids) & (ids >= 0)
+    return torch.where(here, order.gather(-1, at), -1)
+
+
 def sums_of_equals(given: Tensor, places: Places) -> Tensor:
     """What entries of one id hold together, at the first of them in the sorted order; `[*, K]`.
 
