@@ -41,7 +41,7 @@ class Places(NamedTuple):
 def places_among(listed: Tensor, ids: Tensor) -> Tensor:
     """Where ids `[*, n]` stand in a list `[*, K]` that has each once, −1 for nowhere and for ids below 0."""
     ordered, order = listed.sort(-1)
-    at = torch.searchsorted(ordered, ids).clamp_max(listed.shape[-1] - 1)
+    at = torch.searchsorted(ordered, ids.contiguous()).clamp_max(listed.shape[-1] - 1)
     here = (ordered.gather(-1, at) == ids) & (ids >= 0)
     return torch.where(here, order.gather(-1, at), -1)
 
