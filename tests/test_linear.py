@@ -432,7 +432,7 @@ def test_memory_does_not_grow_with_rows(dtype: torch.dtype) -> None:
         beyond.append(memory.peak_extra_bytes(step, DEVICE) - n * (h * dtype.itemsize + 64))
     logits = 256 * v * dtype.itemsize
     # Two chunks of logits, the weight's gradient and, for 16 bits, its sum's lower half and three blocks of
-    # numbers on their way into it (all of a weight as small as this); the rest is scratch of the products' own.
+    # numbers on their way into it (all of so small a weight); the rest is scratch of the products' own.
     assert beyond[0] < 1.2 * (2 * logits / 4 + v * h * (4 if dtype == torch.float32 else 2 + 2 + 2 + 4 + 4))
     assert beyond[1] <= beyond[0] * 1.01
     assert beyond[0] > logits / 4
