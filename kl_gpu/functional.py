@@ -95,9 +95,9 @@ def divergence(
             skew divergences [0, 1), 0.1 by default; 0 or at least 1e-30. A number at run time: a new value
             compiles no kernel.
         temperature: divides both logits; a float within [1e-6, 1e9], or a floating tensor `[N]` of each
-            row's, which gets no gradient. A new value compiles nothing. Where one tensor serves both sides, a row
-            has the bits that it has with its temperature as a float. With `shift` an entry belongs to the
-            logits at t. A row that counts with one out of range is refused on the CPU; on a device, where
+            row's, which gets no gradient. A new value compiles nothing. Where one tensor serves both sides, a
+            row has the bits that it has with its temperature as a float. With `shift` an entry belongs to
+            the logits at t. One out of range in a row that counts is refused on the CPU; on a device, where
             asking would wait, and under torch.compile or torch.func that row is NaN.
         teacher_temperature: overrides `temperature` on the teacher's side; a float or `[N]` likewise.
         t_squared: multiply value and gradient by T² (Hinton et al. 2015, section 2.1), each row by its own;

@@ -14,8 +14,8 @@ from kl_gpu import reference
 from realistic_rows import raised_token, tops_on_a_floor
 from support import DEVICE, check_gradients, check_value, is_slow, to_numpy
 
-# Of a student and of a teacher; no float32 kernel may tell a row of equal ones from others by its neighbours.
-STUDENT = (0.7, 1.0, 2.0, 0.3, 1.7, 1.0)
+# Of a student and of a teacher; no row has the same on both sides, which a float's kernel would know.
+STUDENT = (0.7, 1.0, 2.0, 0.6, 1.7, 1.0)
 TEACHER = (1.3, 0.6, 1.0, 0.5, 1.1, 2.5)
 N = len(STUDENT)
 
@@ -71,21 +71,18 @@ def test_within_the_promised_bounds(backend: str, kind: str, two: bool) -> None:
 def test_a_row_has_the_bits_that_it_has_with_a_float(
     backend: str, kind: str, dtype: torch.dtype, reduction: str, two: bool
 ) -> None:
+    if is_slow(backend) and kind not in ("forward_kl", "js", "tv"):
+        pytest.skip("Triton's interpreter is slow, and the other formulas are given their scales alike")
     student, teacher = sides(64, dtype)
     options = {"temperature": own(STUDENT)} | ({"teacher_temperature": own(TEACHER)} if two else {})
-    more = {"kind": kind, "reduction": reduction, "backend": backend}
-    got = with_gradients(kl_gpu.divergence, student, teacher, **options, **more)
-    want = (
-        row_by_row(kl_gpu.divergence, student, teacher, per_row=options, **more)
-        if reduction == "none"
-        else None
+    more = {"kind": kind, "backend": backend, "per_row": options}
+    value, *grads = with_gradients(
+        kl_gpu.divergence, student, teacher, kind=kind, backend=backend, reduction=reduction, **options
     )
-    if want is None:
-        want = row_by_row(
-            lambda *x, **o: kl_gpu.divergence(*x, **o)[None], student, teacher, per_row=options, **more
-        )
-        got, want = got[1:], want[1:]
-    same_bits(got, want)
+    want = row_by_row(kl_gpu.divergence, student, teacher, reduction="none", **more)
+    if reduction == "none":
+        same_bits([value], want[:1])
+    same_bits(grads, want[1:])
 
 
 def test_rows_split_over_threads_and_programs(backend: str) -> None:
@@ -93,7 +90,7 @@ def test_rows_split_over_threads_and_programs(backend: str) -> None:
     columns = 16384 + 40 if is_slow(backend) else 40_000
     student, teacher = sides(columns, rows=2)
     temperature = own((0.5, 2.0))
-    for kind in ("reverse_kl", "js"):
+    for kind in ("js",) if is_slow(backend) else ("reverse_kl", "js"):
         more = {"kind": kind, "backend": backend, "reduction": "none"}
         got = with_gradients(kl_gpu.divergence, student, teacher, temperature=temperature, **more)
         want = row_by_row(kl_gpu.divergence, student, teacher, per_row={"temperature": temperature}, **more)
@@ -167,7 +164,7 @@ def test_top_k(backend: str) -> None:
         one = slice(i, i + 1)
         same_bits(
             [x[one] for x in best],
-            kl_gpu.topk_logprobs(teacher[one], 5, temperature=TEACHER[i], backend=backend),
+            kl_gpu.topk_logprobs(teacher[one], 5, temperature=own(TEACHER)[i].item(), backend=backend),
         )
     logprobs, ids = torch.log_softmax(teacher, -1).topk(5)
     more = {"tail": "renormalize", "t_squared": True, "reduction": "none", "backend": backend}
@@ -263,6 +260,8 @@ def test_statistics_of_hidden_states(backend: str) -> None:
 
 @pytest.mark.parametrize("two", [False, True], ids=["one temperature", "two"])
 def test_compiled_once(backend: str, two: bool) -> None:
+    if is_slow(backend) and not two:
+        pytest.skip("Triton's interpreter is slow, and the graph is not its affair")
     student, teacher = sides(64)
     labels = torch.arange(N, device=DEVICE)
 
@@ -322,7 +321,7 @@ def test_one_out_of_range_is_nan_where_it_cannot_be_looked_at(backend: str) -> N
         mixture = kl_gpu.js_div(student, teacher, reduction="none", **more)
         return forward, mixture, kl_gpu.token_logprobs(student, labels, **more)
 
-    for bad in (0.0, -1.0, float("nan"), float("inf"), 1e-7):
+    for bad in (0.0, float("nan")) if is_slow(backend) else (0.0, -1.0, float("nan"), float("inf"), 1e-7):
         for found in values(own((*STUDENT[:3], bad, *STUDENT[4:]))):
             assert found.isnan().tolist() == [False, False, False, True, False, False], bad
 

@@ -62,6 +62,7 @@ void finalise_row(const Layout& layout, std::int64_t r, ComplementSums sums, boo
         const double scale = layout.row_scale(r), rounded = static_cast<double>(static_cast<float>(scale));
         exact += (scale / rounded - 1) * (sums.m + (entropy ? sums.t / sums.z : 0));
     }
+    sums.bad = sums.bad || std::isnan(layout.row_scale(r));
     if (sums.bad) lse = exact = std::nan("");
     // sum pi (log2 z - y): neither part is negative.
     *rest_entropy = !entropy || sums.z == 0 ? 0 : std::max(0.0, (std::log2(sums.z) - sums.t / sums.z) * kLn2);

@@ -75,6 +75,7 @@ RowResult one_column(const Layout& layout, const Row& row) {
 
 template <class StateOf>
 RowResult evaluate(const Layout& layout, const Row& row, StateOf state_of) {
+    if (!row.has_temperature()) return nan_result();
     if (row.columns == 1) return one_column(layout, row);
     if (!row.fits_fp32()) return layout.k.fallback(row);
     State state;
