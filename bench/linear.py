@@ -105,7 +105,7 @@ def products(heads: Heads) -> Callable[[], tuple[Tensor, ...]]:
     """The four products of every chunk, as `linear_div` calls them, into memory that exists already."""
     hidden, weight, teacher_hidden, teacher_weight = (x.detach() for x in heads)
     n, v, device = len(hidden), len(weight), hidden.device
-    rows = chunks.chosen_rows(n, 2 * v * hidden.dtype.itemsize, 0, device)
+    rows = chunks.chosen_rows(n, 2 * v * hidden.dtype.itemsize, hidden.dtype.itemsize, 0, device)
     buffers = [*(hidden.new_empty(rows, v) for _ in range(2)), torch.empty_like(weight)]
     if device.type == "cpu":
         buffers = [on_huge_pages(x) for x in buffers]

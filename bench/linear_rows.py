@@ -134,7 +134,8 @@ def products(entry: str, given: Given) -> Callable[[], None]:
     """The products of every chunk as the entry calls them."""
     hidden, weight, teacher_hidden, teacher_weight = (x.detach() for x in given[:4])
     n, v, two = len(hidden), len(weight), entry == "linear_token_stats"
-    rows = chunks.chosen_rows(n, (1 + two) * v * hidden.dtype.itemsize, 0, hidden.device)
+    itemsize = hidden.dtype.itemsize
+    rows = chunks.chosen_rows(n, (1 + two) * v * itemsize, itemsize, 0, hidden.device)
     buffers = [hidden.new_empty(rows, v), hidden.new_empty(rows, v) if two else torch.empty_like(weight)]
     if hidden.device.type == "cpu":
         buffers = [on_huge_pages(x) for x in buffers]

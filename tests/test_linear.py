@@ -526,7 +526,7 @@ def test_rows_of_a_chunk() -> None:
     cpu = torch.device("cpu")
 
     def rows(n: int, device: torch.device, columns: int = 128256, dtype: torch.dtype = torch.bfloat16) -> int:
-        return chunks.chosen_rows(n, 2 * columns * dtype.itemsize, 0, device)
+        return chunks.chosen_rows(n, 2 * columns * dtype.itemsize, dtype.itemsize, 0, device)
 
     assert rows(1, cpu) == 1
     assert rows(0, cpu) == 1
@@ -541,10 +541,10 @@ def test_rows_of_a_chunk() -> None:
 def test_fewer_rows_where_a_gpu_is_short_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     row_bytes = 2 * 128256 * 2
     monkeypatch.setattr(chunks, "_free_bytes", lambda device: float("inf"))
-    usual = chunks.chosen_rows(8192, row_bytes, 0, torch.device("cuda"))
+    usual = chunks.chosen_rows(8192, row_bytes, 2, 0, torch.device("cuda"))
     assert 1024 <= usual <= 4096
     monkeypatch.setattr(chunks, "_free_bytes", lambda device: 2**29)
-    few = chunks.chosen_rows(8192, row_bytes, 0, torch.device("cuda"))
+    few = chunks.chosen_rows(8192, row_bytes, 2, 0, torch.device("cuda"))
     assert few * 128256 * 4 <= 2**28
     assert few < usual
 

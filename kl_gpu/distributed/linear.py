@@ -98,7 +98,8 @@ def _fields(
 
 def _agreed(params: LinearParams, hidden: Tensor, group: Any) -> tuple[LinearParams, int]:
     """Chunks that all ranks agree on, whatever their shards and their memory; and the widest shard."""
-    rows = chunks.chosen_rows(len(hidden), params.row_bytes, params.chunk_rows, hidden.device)
+    sizes = params.row_bytes, params.student.dtype.itemsize, params.chunk_rows
+    rows = chunks.chosen_rows(len(hidden), *sizes, hidden.device)
     own = torch.tensor([params.vocab_size, rows], dtype=torch.int64, device=hidden.device)
     found = collectives.gather(own, group, "the sizes of the chunks").tolist()
     widest, rows = max(columns for columns, _ in found), min(rows for _, rows in found)

@@ -42,7 +42,8 @@ def over_chunks(
     if entropy:
         sweep_rows, fields = with_entropies(sweep_rows, split_rows), (2,)
     with torch.no_grad(), settled(hidden.device):
-        chunks = list(chunks_of(valid, n, params.row_bytes, params.chunk_rows, hidden.device))
+        sizes = params.row_bytes, params.student.dtype.itemsize, params.chunk_rows
+        chunks = list(chunks_of(valid, n, *sizes, hidden.device))
         value = memory_of_rows(chunks, hidden, (n, *fields), value_dtype(params))
         student = Head(student_side, params.student.dtype, params.vocab_size, chunks)
         teacher = Head(teacher_side, params.teacher.dtype, params.vocab_size, chunks)

@@ -56,7 +56,9 @@ class _Chunks:
         self, side: Any, ids: Tensor, valid: Tensor | None, scales: Tensor | None, params: LinearSplitParams
     ) -> None:
         device, self.ids, self.scales, head = side[0].device, ids, scales, params.head
-        self.all = list(chunks_of(valid, len(ids), params.row_bytes, params.chunk_rows, device))
+        self.all = list(
+            chunks_of(valid, len(ids), params.row_bytes, head.dtype.itemsize, params.chunk_rows, device)
+        )
         self.head = Head(side, head.dtype, params.vocab_size, self.all)
         logits = self.head.buffer
         self.at_once = capped_at_once(logits) if head.cap else max(1, len(logits))
