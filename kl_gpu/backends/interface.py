@@ -148,7 +148,7 @@ class Backend(Protocol):
         Args:
             local: `[N, STATS]`, those of the shard.
             log_a, ratio: `[N]`, log Σ e^a of the whole row, and log Σ e^b less that.
-            sums: float64 `[N, 3]`.
+            sums: float64 `[N, 4]`, what `formulas.finish` gives.
         """
 
     def shard_states(
