@@ -65,8 +65,13 @@ KINDS: dict[str, Kind] = {
         Kind("tv", "tv", "teacher", "½ Σ |p − q|"),
         Kind("nla", "nla", "teacher", "−log α, α = Σ min(p, q)"),
         Kind(
-            "lk", "lk", "teacher", "λ KL(p‖q) + (1−λ) ½ Σ |p − q|, λ = exp(−β α) detached", 3.0,
-            ("forward_kl", None), 1e6,
+            "lk",
+            "lk",
+            "teacher",
+            "λ KL(p‖q) + (1−λ) ½ Σ |p − q|, λ = exp(−β α) detached",
+            3.0,
+            ("forward_kl", None),
+            1e6,
         ),
     )
 }

@@ -52,9 +52,6 @@ struct RowScalars {
 // nla's beta of a row is -1/alpha over this, so that fp32 holds it wherever -log alpha < 100.
 constexpr double kNlaScale = 0x1p64;
 
-// The powers of 2 that probabilities come times where sums of the smallest count, so that fp32 holds those.
-inline int gain_of(Formula f) { return f == Formula::nla || f == Formula::comparison ? 31 : 0; }
-
 // What a row's columns of one block add up to in a formula other than KL.
 struct FormulaSums {
     double value = 0, mean_a = 0, mean_b = 0;
