@@ -12,6 +12,7 @@ from . import transforms
 from .arguments.params import DivergenceCall
 from .inference_tensors import keep, kept
 from .ops import pair as ops
+from .ops.memory import gradient_buffer
 from .transforms import forbid_double_backward
 
 Grads = tuple[Tensor | None, Tensor | None]
@@ -20,8 +21,8 @@ _NO_CHANGE = nullcontext()
 
 def _buffers(student: Tensor, teacher: Tensor, call: DivergenceCall, needs: tuple[bool, bool]) -> Grads:
     """Where the gradients go, with what does not count already 0."""
-    to_student = (student.detach() if call.inplace else torch.empty_like(student)) if needs[0] else None
-    return to_student, torch.empty_like(teacher) if needs[1] else None
+    to_student = (student.detach() if call.inplace else gradient_buffer(student)) if needs[0] else None
+    return to_student, gradient_buffer(teacher) if needs[1] else None
 
 
 # Since PyTorch 2.8.
