@@ -64,7 +64,7 @@ def normalisers(student: Tensor, teacher: Tensor, **options: float) -> tuple[np.
 
 
 def _total_variation_slack(student: Tensor, teacher: Tensor, **options: float) -> np.ndarray:
-    """The part of tv's bound, and of nla's and lk's, that does not shrink with D: 2e-7·(1 + |lse(s) − lse(t)|)."""
+    """The part 2e-7·(1 + |lse(s) − lse(t)|) that does not shrink with D, of tv, nla and lk."""
     log_q, log_p = normalisers(student, teacher, **options)
     temperature = options.get("temperature", 1.0)
     t_scale = options.get("teacher_temperature", temperature)

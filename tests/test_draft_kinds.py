@@ -41,12 +41,14 @@ def test_alpha_is_good_relative_to_itself(backend: str, gap: float, dtype: torch
     assert want.max() < 30
     assert gap < 35 or want.max() > 27
     assert np.abs(np.expm1(want - to_numpy(value))).max() < 2e-6
+    check_gradients(student, teacher, tuple(grads), "nla", backend, f"gap {gap}")
+    if dtype != torch.float32:
+        return  # tops of 16 bits lie a round number apart, and many a column is as good as a tie
     for grad, exact in zip(grads, reference.gradients(*sides, "nla"), strict=True):
         # Relative to the gradient itself; next to a column of p = q nobody can say on which side it lies.
         sure = np.abs(np.subtract(*map(reference.log_softmax, sides))) > 1e-5
-        rounding = torch.finfo(dtype).eps / 2
         error = np.abs(to_numpy(grad) - exact)[sure]
-        assert (error <= (2e-6 + rounding) * np.abs(exact)[sure] + 1e-30).all()
+        assert (error <= 2.1e-6 * np.abs(exact)[sure] + 1e-30).all()
         assert np.abs(exact).max() > 0.1
 
 
@@ -56,7 +58,7 @@ def test_alpha_near_1(backend: str, spread: float) -> None:
     value, *grads = evaluate(student, teacher, "nla", backend)
     check_value(value, student, teacher, "nla", backend, f"near {spread}")
     check_gradients(student, teacher, tuple(grads), "nla", backend, f"near {spread}")
-    assert (value > 0.01 * spread).all()
+    assert (value > 1e-3 * spread).all()
 
 
 @pytest.mark.parametrize("beta", [None, 0.5, 10.0])
@@ -113,7 +115,7 @@ def test_an_eta_of_lk_is_no_share() -> None:
 def test_k_tokens_say_nothing_of_alpha(kind: str) -> None:
     ids = torch.arange(3).expand(2, 3)
     logprobs = torch.full((2, 3), -2.0)
-    with pytest.raises(ValueError, match="kind.*every column"):
+    with pytest.raises(ValueError, match=r"kind.*every column"):
         kl_gpu.topk_div(torch.randn(2, 9), logprobs, ids, kind)
-    with pytest.raises(ValueError, match="kind.*every column"):
+    with pytest.raises(ValueError, match=r"kind.*every column"):
         kl_gpu.sparse_div(logprobs, ids, logprobs, ids, kind)

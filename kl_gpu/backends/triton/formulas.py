@@ -124,8 +124,8 @@ def _lk(a, b, r, beta, rest):
 def _comparison(a, b, r, beta, rest):
     """The terms of js at ½ and of tv, and min(a, b): three numbers of token_stats.
 
-    With x = min/max and t = (1 − x)/(1 + x) that of js is max/2 · ((1 + x) log(2/(1 + x)) + x log x), and that
-    is max/2 · (1 + x) Σ t^2k/(2k(2k − 1)).
+    With x = min/max and t = (1 − x)/(1 + x) that of js is max/2 · ((1 + x) log(2/(1 + x)) + x log x), or
+    max/2 · (1 + x) Σ t^2k/(2k(2k − 1)).
     """
     v = tl.abs(r)
     larger = tl.where(r > 0, b, a)
