@@ -92,8 +92,9 @@ def divergence(
         teacher_logits: `[N, V]`, on the same device; the dtype may differ.
         kind: a name in `kl_gpu.KINDS`.
         beta: the parameter of the kinds that have one: `jeffreys` and `js` take [0, 1], 0.5 by default, the
-            skew divergences [0, 1), 0.1 by default; 0 or at least 1e-30. A number at run time: a new value
-            compiles no kernel.
+            skew divergences [0, 1), 0.1 by default; `lk` takes the η of its weight exp(−η α), [0, 1e6], 3 by
+            default (Samarin et al. 2026, arXiv 2602.23881; 3 is the best setting there). 0 or at least
+            1e-30. A number at run time: a new value compiles no kernel.
         temperature: divides both logits; a float within [1e-6, 1e9].
         teacher_temperature: overrides `temperature` on the teacher's side.
         t_squared: multiply value and gradient by T² (Hinton et al. 2015, section 2.1).

@@ -112,7 +112,8 @@ def vocab_parallel_div(
 
     Each rank gives the columns it holds and gets the divergence of the whole rows: the same bits on every
     rank, within the bounds of the dense call. Shards may differ in width, and may be empty. The KLs and
-    `jeffreys` take one collective (24 and 32 bytes a row and rank), the others two (16 and 24 bytes);
+    `jeffreys` take one collective (24 and 32 bytes a row and rank), the others two (16 and 24 bytes; `lk` 24
+    and 24);
     backward takes none, and writes the gradient of this rank's columns. The mathematics is that of
     `docs/distributed.md`: the chain rule of relative entropy (Cover and Thomas, theorem 2.5.3).
 
