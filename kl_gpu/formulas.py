@@ -86,7 +86,7 @@ def _nla(a: Tensor, b: Tensor, r: Tensor, beta: Tensor) -> Terms:
 
 
 def _lk(a: Tensor, b: Tensor, r: Tensor, beta: Tensor) -> Terms:
-    """β of kl and 1 − β of tv."""
+    """The gradient of β of kl and 1 − β of tv."""
     kl, tv = _kl(a, b, r, 0.0), _tv(a, b, r, 0.0)
     to_a, to_b = (beta * k + (1 - beta) * t for k, t in zip(kl[1:], tv[1:], strict=True))
     return torch.zeros_like(a), to_a, to_b
@@ -136,4 +136,5 @@ def column_terms(
     formula: str, probabilities: tuple[Tensor, Tensor], r: Tensor, beta: float | Tensor
 ) -> Terms:
     """The terms and flows of any formula. With KL's the sums of a and of b need not be 1."""
-    return (_FORMULAS | _FOR_SUMS)[formula](*probabilities, r, beta)
+    formulas: dict[str, Callable[[Tensor, Tensor, Tensor, Any], Terms]] = _FORMULAS | _FOR_SUMS
+    return formulas[formula](*probabilities, r, beta)

@@ -90,7 +90,7 @@ class Entry:
         return problem, launch.configuration(problem, self._shapes, lanes)
 
 
-# Where not 3, of a formula's sums and of its gradient: nla has no fast path, and lk the one of tv for its sums.
+# Of sums and of gradients, where not 3: nla has no fast path, lk takes that of tv for its sums.
 _FORMS = {"nla": (1, 1), "lk": (3, 1)}
 
 
