@@ -8,13 +8,12 @@ from torch import Tensor
 from .direct import nobody_listens
 
 _CPU = torch.device("cpu")
+_PLAIN = (Tensor, torch.nn.Parameter)
 # Bytes below which PyTorch's own allocator keeps memory as well.
 _LARGE = 1 << 22
 
 
-def gradient_buffer(
-    like: Tensor, dtype: torch.dtype | None = None, memory_format: torch.memory_format = torch.preserve_format
-) -> Tensor:
+def gradient_buffer(like: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
     """`torch.empty_like`, for a gradient.
 
     The system takes freed memory of this size back and clears it before it gives it out again, which takes
@@ -22,24 +21,19 @@ def gradient_buffer(
     (`kernels/runtime/kept_memory.h`). Compiled programs, and whoever watches or replaces operators, among
     them the profiler with its account of memory, get what PyTorch's own allocator gives.
     """
-    if not torch.compiler.is_compiling() and _is_large_and_plain(like, dtype or like.dtype):
-        from ..backends.native import memory
+    if torch.compiler.is_compiling() or not (_is_large(like) and nobody_listens((like,))):
+        return torch.empty_like(like, memory_format=memory_format)
+    from ..backends.native import memory
 
-        if memory.keeps(dtype or like.dtype):
-            # The meta device tells shape, strides and dtype.
-            return memory.kept(
-                torch.empty_like(like, dtype=dtype, memory_format=memory_format, device="meta")
-            )
-    return torch.empty_like(like, dtype=dtype, memory_format=memory_format)
+    if not memory.keeps(like.dtype):
+        return torch.empty_like(like, memory_format=memory_format)
+    # The meta device tells shape and strides.
+    return memory.kept(torch.empty_like(like, memory_format=memory_format, device="meta"))
 
 
-def _is_large_and_plain(like: Tensor, dtype: torch.dtype) -> bool:
-    return (
-        like.device == _CPU
-        and like.numel() * dtype.itemsize >= _LARGE
-        and like.layout == torch.strided
-        and nobody_listens((like,))
-    )
+def _is_large(like: Tensor) -> bool:
+    # Others' sizes are not asked for: a traced one would become a condition of the trace.
+    return type(like) in _PLAIN and like.nbytes >= _LARGE and like.device == _CPU
 
 
 def empty_cache() -> None:
