@@ -129,7 +129,8 @@ struct nla {
     KL_INLINE static Terms<V> at(const Column<V>& c) {
         const Terms<V> t = overlap::at(c);
         const V scale = constant<V>(kNlaScale);
-        return {V{}, t.flow_a * c.beta * scale, t.flow_b * c.beta * scale};
+        // Up first: neither a probability of 2^-100 nor one of 1 leaves what fp32 holds this way.
+        return {V{}, t.flow_a * scale * c.beta, t.flow_b * scale * c.beta};
     }
 };
 

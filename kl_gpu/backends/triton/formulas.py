@@ -107,9 +107,9 @@ def _overlap(a, b, r, beta, rest):
 
 @triton.jit
 def _nla(a, b, r, beta, rest):
-    """The gradient of −log α, for β = −1/(α·NLA_SCALE): in two steps, of which neither overflows."""
+    """The gradient of −log α, for β = −1/(α·NLA_SCALE): up first, lest a probability of 2^-100 be lost."""
     terms, of_a, of_b = _overlap(a, b, r, beta, rest)
-    return terms, of_a * beta * _NLA_SCALE, of_b * beta * _NLA_SCALE
+    return terms, of_a * _NLA_SCALE * beta, of_b * _NLA_SCALE * beta
 
 
 @triton.jit
