@@ -62,10 +62,16 @@ def shown(x: Figure) -> str:
     if x.name.startswith("Tokens"):
         return f"{x.value:.0f}"
     factor, unit = (100, " %") if x.percent else (1, "")
-    text = f"{factor * x.value:.6f}" if not x.percent else f"{factor * x.value:.3f}"
+    text = _digits(factor * x.value, x.percent)
     if x.error is not None and not math.isnan(x.error):
-        text += f" ± {factor * x.error:.6f}" if not x.percent else f" ± {factor * x.error:.3f}"
+        text += f" ± {_digits(factor * x.error, x.percent)}"
     return text + unit
+
+
+def _digits(x: float, percent: bool) -> str:
+    places = 3 if percent else 6
+    # A model that was barely changed lies far below what llama.cpp's digits show.
+    return f"{x:.2e}" if 0 < abs(x) < 10.0 ** (1 - places) else f"{x:.{places}f}"
 
 
 def sections(comparison: Comparison) -> list[tuple[str, list[tuple[str, list[str]]]]]:
@@ -103,8 +109,8 @@ def error_note(comparison: Comparison) -> str:
         return "With one window there are no errors: they are taken over windows."
     return (
         f"Errors are taken over {len(comparison.windows.ids)} windows: a window's tokens depend on each "
-        f"other. Taken over tokens, that of the first mean KLD would be {of.token_error:.6f} in place of "
-        f"{of.error:.6f}."
+        f"other. Taken over tokens, that of the first mean KLD would be {_digits(of.token_error, False)} in "
+        f"place of {_digits(of.error, False)}."
     )
 
 

@@ -157,10 +157,11 @@ def _from_transformers(path: Path, where: str, dtype: str, device: str | None) -
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         raise ComparisonError("running a model needs transformers; pip install 'kl_gpu[compare]'") from None
+    # Names on a hub have one slash at most, and begin with neither.
+    if where.startswith(("/", ".")) and not path.exists():
+        raise ComparisonError(f"{path}: no such file or folder")
     options: dict[str, Any] = {}
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ComparisonError(f"{path}: no such file")
         where, options = str(path.parent), {"gguf_file": path.name}
     try:
         # A GGUF file's weights are dequantised to the dtype.

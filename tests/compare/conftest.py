@@ -24,7 +24,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, Path]:
-    """ "base", the same with noise in its weights as "near" and "far", and "other" with another tokenizer."""
+    """The folders of a base, of the same with noise in its weights, and of one with another tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     def tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:
@@ -39,7 +39,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, Pa
     torch.manual_seed(0)
     folder, same = tmp_path_factory.mktemp("models"), tokenizer(WORDS)
     config = transformers.LlamaConfig(
-        vocab_size=len(same), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(same), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128,
         initializer_range=0.2,
     )  # fmt: skip

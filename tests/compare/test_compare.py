@@ -253,7 +253,7 @@ def bad_inputs(models: dict[str, Path], text: Path, tmp: Path) -> dict[str, tupl
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (bare / name).unlink()
     return {
-        "no model": ([nothing, near, *with_text], "nothing"),
+        "no model": ([nothing, near, *with_text], "nothing: no such file or folder"),
         "no gguf": ([tmp / "a.gguf", near, *with_text], "a.gguf: no such file"),
         "no text": ([base, near], "--text"),
         "a missing text": ([base, near, "--text", nothing], "nothing: no such file or folder"),
