@@ -49,6 +49,7 @@ from .kl_pass import (
     BOTH_LACK,
     Reference,
     column_class,
+    exp2_over_offset,
     fallback_row,
     finish,
     is_held,
@@ -145,8 +146,7 @@ def _rebase_to_tile(a, b, top_a, top_b, reference, sums, scales, SAME_SCALE: tl.
     ea = mul_add(n - to_n, sums.z, sums.ea) * s
     eb = mul_add(n_b - to_n_b, sums.zb, sums.eb) * (tl.exp2(-h * LOG2E) * s)
     sums = _rebase_both(sums, ea, eb, h, s)
-    n_b_as_a = other_exp2_offset(to_n, to_n_b, to_c, scales, SAME_SCALE)
-    b_to_a = tl.exp2(to_n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
+    b_to_a = exp2_over_offset(to_n, to_n_b, to_c, scales, SAME_SCALE)
     return Reference(to_n, to_c, to_n_b, b_to_a), sums
 
 
@@ -445,7 +445,16 @@ def token_stats_merge_kernel(
         good = good & is_held(n.to(CT)) & is_held(n_b.to(CT))
         good = good & good_b & (entropy_a + entropy_b < float("inf"))
         if not good:
-            swapped = Scales(k_b, k_a, scales.shared, scales.b, scales.a)
+            swapped = Scales(
+                k_b,
+                k_a,
+                scales.shared,
+                scales.b,
+                scales.a,
+                scales.over_k_b,
+                scales.over_k_a,
+                scales.under_shared,
+            )
             f = fallback_row(a_row, b_row, V, scales, SAME_SCALE, False, CT, R, VEC, LAYOUT)
             r = fallback_row(b_row, a_row, V, swapped, SAME_SCALE, False, CT, R, VEC, LAYOUT)
             forward = f.value
