@@ -306,13 +306,13 @@ def _item(
 ):  # fmt: skip
     """One split of one row in one stage: a sweep, or behind the sweeps the gradient."""
     num_splits, V = launch.num_splits, launch.V
-    split = item % num_splits
+    row = item // num_splits  # the only division by a number that is not known as the kernel is compiled
+    split = item - row * num_splits
     if STAGE == ALL_STAGES:
-        stage = item % (num_splits * STAGES) // num_splits
-        row = item // (num_splits * STAGES) - stage * launch.lag
+        stage = row % STAGES
+        row = row // STAGES - stage * launch.lag
     else:
         stage = STAGE
-        row = item // num_splits
     if (row >= 0) & (row < launch.n_rows):
         valid = True
         if HAS_VALID:
