@@ -42,6 +42,7 @@ from .device_math import (
     sub_mul,
     tile_ahead,
     tile_offsets,
+    uniform,
     unpacked,
     weights,
 )
@@ -49,7 +50,6 @@ from .kl_pass import (
     BOTH_LACK,
     Reference,
     column_class,
-    exp2_over_offset,
     fallback_row,
     finish,
     is_held,
@@ -146,7 +146,8 @@ def _rebase_to_tile(a, b, top_a, top_b, reference, sums, scales, SAME_SCALE: tl.
     ea = mul_add(n - to_n, sums.z, sums.ea) * s
     eb = mul_add(n_b - to_n_b, sums.zb, sums.eb) * (tl.exp2(-h * LOG2E) * s)
     sums = _rebase_both(sums, ea, eb, h, s)
-    b_to_a = exp2_over_offset(to_n, to_n_b, to_c, scales, SAME_SCALE)
+    n_b_as_a = other_exp2_offset(to_n, to_n_b, to_c, scales, SAME_SCALE)
+    b_to_a = tl.exp2(to_n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
     return Reference(to_n, to_c, to_n_b, b_to_a), sums
 
 
@@ -318,7 +319,7 @@ def token_stats_splits_kernel(
         reference, sums, largest, fits = _fast_sweep(
             a_row, b_row, first, last, scales, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT
         )
-        if not fits:
+        if uniform(~fits, R):
             reference, sums, largest = _robust_sweep(
                 a_row, b_row, first, last, scales, SAME_SCALE, CT, R, VEC, LAYOUT
             )
@@ -505,8 +506,8 @@ def token_stats_merge_kernel(
         tl.store(out + 6 * n_rows, agree.to(CT))
 
 
-# By the wider logit's bytes, as in pair.py.
-SHAPES = {2: ProgramShape(8, 128), 4: ProgramShape(8, 128), 8: ProgramShape(4)}
+# By the wider logit's bytes, as in pair.py; float32 spills a register at 128 on sm_90.
+SHAPES = {2: ProgramShape(8, 128), 4: ProgramShape(8, 136), 8: ProgramShape(4)}
 
 
 class _Plan(NamedTuple):
