@@ -15,7 +15,7 @@ _DIRECTIONS = {"forward": "forward_kl", "reverse": "reverse_kl"}
 
 def kl_div(
     student_logits: Tensor, teacher_logits: Tensor, *, direction: str = "forward", **options: Any
-) -> Tensor:
+) -> Any:
     """KL divergence between two categorical distributions given by logits, per token, in nats.
 
     With p = softmax(teacher/T), q = softmax(student/T): "forward" is KL(p‖q) = Σ p (log p − log q),
@@ -38,7 +38,7 @@ def kl_div(
     return divergence(student_logits, teacher_logits, _DIRECTIONS[direction], **options)
 
 
-def js_div(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, **options: Any) -> Tensor:
+def js_div(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, **options: Any) -> Any:
     """Generalised Jensen-Shannon divergence of two categorical distributions given by logits, in nats.
 
     β KL(p‖m) + (1−β) KL(q‖m) with m = βp + (1−β)q; β = 0 gives KL(p‖q) and β = 1 gives KL(q‖p), as in
@@ -66,8 +66,8 @@ def divergence(
     kind: str = "forward_kl",
     *,
     beta: float | None = None,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
     t_squared: bool = False,
     mask: Tensor | None = None,
     labels: Tensor | None = None,
@@ -82,7 +82,8 @@ def divergence(
     support: Tensor | None = None,
     student_columns: Tensor | None = None,
     teacher_columns: Tensor | None = None,
-) -> Tensor:
+    return_entropy: bool = False,
+) -> Any:
     """Divergence of `kind` between softmax(teacher/T_t) and softmax(student/T_s), per token, in nats.
 
     Both sides are differentiable. Any view whose last dimension is contiguous is read without a copy.
@@ -94,9 +95,14 @@ def divergence(
         beta: the parameter of the kinds that have one: `jeffreys` and `js` take [0, 1], 0.5 by default, the
             skew divergences [0, 1), 0.1 by default; 0 or at least 1e-30. A number at run time: a new value
             compiles no kernel.
-        temperature: divides both logits; a float within [1e-6, 1e9].
-        teacher_temperature: overrides `temperature` on the teacher's side.
-        t_squared: multiply value and gradient by T² (Hinton et al. 2015, section 2.1).
+        temperature: divides both logits; a float within [1e-6, 1e9], or a floating tensor `[N]` of each
+            row's, which gets no gradient. A new value compiles nothing. Where one tensor serves both sides, a
+            row has the bits that it has with its temperature as a float. With `shift` an entry belongs to
+            the logits at t. One out of range in a row that counts is refused on the CPU; on a device, where
+            asking would wait, and under torch.compile or torch.func that row is NaN.
+        teacher_temperature: overrides `temperature` on the teacher's side; a float or `[N]` likewise.
+        t_squared: multiply value and gradient by T² (Hinton et al. 2015, section 2.1), each row by its own;
+            one temperature for both sides.
         mask: bool or integers 0 and 1, `[N]`; True or 1 counts. A row that does not count has value 0 and
             gradient 0, whatever it holds.
         labels: int `[N]`, signed or unsigned, compared as int64; a row counts where labels != ignore_index.
@@ -126,9 +132,12 @@ def divergence(
             target's. Each within its side's V, and named once, or it raises: looking at a map waits for the
             device the first time. `labels` and `support` count the columns of the comparison; `vocab_size`
             must be None.
+        return_entropy: also return the student's entropies −Σ q log q, in nats: an exact bonus or monitor.
 
     Returns:
-        float32 (float64 where both inputs are); `[N]` for reduction="none", else 0-d. Never negative.
+        float32 (float64 where both inputs are); `[N]` for reduction="none", else 0-d. Never negative. With
+        `return_entropy` a pair of that and the entropies `[N]`, detached, good to about 1e-6 of max(1, H), 0
+        in rows that do not count or have weight 0. They take one more read of the student's logits.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -141,6 +150,7 @@ def divergence(
         mask=mask, labels=labels, ignore_index=ignore_index, shift=shift, weight=weight, reduction=reduction,
         normalizer=normalizer, vocab_size=vocab_size, inplace=inplace, backend=backend, support=support,
         student_columns=student_columns, teacher_columns=teacher_columns,
+        return_entropy=return_entropy,
     )  # fmt: skip
     if validation.is_shared(student_logits) or validation.is_shared(teacher_logits):
         # DTensor takes a second to import, so only who has one pays for it.

@@ -20,7 +20,7 @@ from ..inference_tensors import keep
 from ..kinds import KINDS
 from ..ops import pair as ops
 from ..ops.views import two_at_least
-from . import collectives, consistency, shards, states
+from . import collectives, complement, consistency, shards, states
 
 
 class _Shards(transforms.Plain):
@@ -28,10 +28,10 @@ class _Shards(transforms.Plain):
 
     @staticmethod
     def forward(ctx: Any, group: Any, call: DivergenceCall, *tensors: Any) -> tuple[Tensor]:
-        *sides, valid = tensors
+        *sides, valid, scales = tensors
         student, teacher = call.window.of_each(*sides)
         needs_stats = any(ctx.needs_input_grad[2:4])
-        value, stats, backend = whole_rows(student, teacher, valid, call.params, group, needs_stats)
+        value, stats, backend = whole_rows(student, teacher, valid, scales, call.params, group, needs_stats)
         ctx.step = ROW_DIVERGENCE
         ctx.call = call._replace(params=call.params._replace(backend=backend))
         keep(ctx, *tensors, stats)
@@ -39,9 +39,10 @@ class _Shards(transforms.Plain):
 
 
 def _per_row(
-    student: Tensor, teacher: Tensor, valid: Tensor | None, call: DivergenceCall, *, group: Any
-) -> Tensor:
-    value: Tensor = _Shards.apply(group, call, student, teacher, valid)[0]
+    student: Tensor, teacher: Tensor, valid: Tensor | None, scales: Tensor | None, call: DivergenceCall, *,
+    group: Any,
+) -> Tensor:  # fmt: skip
+    value: Tensor = _Shards.apply(group, call, student, teacher, valid, scales)[0]
     return value
 
 
@@ -49,28 +50,30 @@ def whole_rows(
     student: Tensor,
     teacher: Tensor,
     valid: Tensor | None,
+    row_scales: Tensor | None,
     params: DivergenceParams,
     group: Any,
     needs_stats: bool,
 ) -> tuple[Tensor, Tensor, str]:
     """Value `[N]` and statistics `[N, STATS]` of whole rows, and the backend whose statistics these are.
 
-    The statistics are those of the shard where nobody needs others.
+    The statistics are those of the shard where nobody needs others. `row_scales` as `Scales.rows` has them.
     """
     of, backend = KINDS[params.kind], params.backend
-    order, scales = of.as_ab, of.as_ab(params.student_scale, params.teacher_scale)
+    order, scales = of.as_ab, of.as_ab(*states.sides_scales(params[2:4], row_scales))
     # The KL whose a and b are those of this kind, and the other.
     a_to_b, b_to_a = (params._replace(kind=kl, beta=0.0) for kl in of.as_ab("reverse_kl", "forward_kl"))
-    inside, local = ops.value(student, teacher, valid, *a_to_b)
+    inside, local = ops.value(student, teacher, valid, *a_to_b, row_scales)
     kls = [inside] if of.formula in ("kl", "jeffreys") else []
     if of.formula == "jeffreys":
-        kls.append(ops.divergence(student, teacher, valid, *b_to_a))
+        kls.append(ops.divergence(student, teacher, valid, *b_to_a, row_scales))
     own, _ = states.packed(*order(student, teacher), valid, local, kls, scales, backend)
     found = collectives.gather(own, group, f"{params.kind}'s row states")
     (log_a, ratio, *kls), fit = states.merged(found, backend)
     if not fit:
         # The kernels would look at such a row again, and see no more of it than this shard.
-        return whole_rows(student, teacher, valid, params._replace(backend="eager"), group, needs_stats)
+        eager = params._replace(backend="eager")
+        return whole_rows(student, teacher, valid, row_scales, eager, group, needs_stats)
 
     def of_whole_rows(of_shard: Tensor, *sums: Tensor) -> Tensor:
         whole = of_shard, *scales, of.formula, log_a, ratio, torch.stack(sums, -1)
@@ -86,7 +89,7 @@ def whole_rows(
         value = mean_a + mean_b
     else:
         local = of_whole_rows(local, nothing, nothing, nothing)
-        here = ops.formula_sums(student, teacher, valid, local, *params)
+        here = ops.formula_sums(student, teacher, valid, local, *params, row_scales)
         sums = collectives.gather(here, group, f"{params.kind}'s row sums").sum(0)
         sums = torch.where((ratio + log_a).isnan()[..., None], torch.nan, sums)
         value, mean_a, mean_b = sums.unbind(-1)
@@ -106,7 +109,7 @@ def vocab_parallel_div(
     vocab_start: int | None = None,
     check: str | None = None,
     **options: Any,
-) -> Tensor:
+) -> Any:
     """`kl_gpu.divergence` of logits whose columns are shared among the ranks of a group, in nats.
 
     Each rank gives the columns it holds and gets the divergence of the whole rows: the same bits on every
@@ -130,10 +133,11 @@ def vocab_parallel_div(
         **options: those of :func:`kl_gpu.divergence`, given alike on every rank, but for `student_columns`
             and `teacher_columns`, which must be None. `vocab_size` and `support` count the whole vocabulary;
             with `support` alone of the three, finding out where a shard lies costs a collective of 8 bytes
-            and waits for the device.
+            and waits for the device. `return_entropy` costs one collective of 24 bytes a row and rank.
 
     Returns:
-        float32 (float64 where both inputs are); `[N]` for reduction="none", else 0-d. Never negative.
+        float32 (float64 where both inputs are); `[N]` for reduction="none", else 0-d. Never negative. With
+        `return_entropy` a pair, as :func:`kl_gpu.divergence`.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -162,7 +166,10 @@ def vocab_parallel_div(
     if support is not None:
         own = shard.own(support_ids(support, student.shape[:-1], shard.total, None))
         student, teacher = (two_at_least(gather(side, own)) for side in (student, teacher))
-    return run_divergence(student, teacher, kind, Options(**options), partial(_per_row, group=group))
+    # Where its columns lie does not matter to an entropy.
+    split = partial(complement.split, shard=shards.Shard(0, student.shape[-1], 0), group=group)
+    rows_of = partial(_per_row, group=group)
+    return run_divergence(student, teacher, kind, Options(**options), rows_of, split)
 
 
 _OPTIONS = Options._fields

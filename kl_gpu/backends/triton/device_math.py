@@ -45,19 +45,39 @@ Sums = namedtuple("Sums", "z a1 a2")
 
 
 @triton.jit
-def scales_of(a_high, a_low, b_high, b_low, CT: tl.constexpr):
-    a = from_high_low(a_high, a_low)
-    b = from_high_low(b_high, b_low)
+def stored_scale(scale_ptr):
+    """A row's own 1/T: what `from_high_low` makes of a number that all rows share."""
+    scale = tl.load(scale_ptr).to(tl.float64)
+    high = scale.to(tl.float32)
+    return from_high_low(high, (scale - high.to(tl.float64)).to(tl.float32))
+
+
+@triton.jit
+def scales_of(row, scales_ptr, parts, HAS_SCALES: tl.constexpr, SAME_SCALE: tl.constexpr, CT: tl.constexpr):
+    """Of a row: its own, of `[A*B, 1]` or `[A*B, 2]`, or the two that all share, `parts` (high, low) each."""
+    if HAS_SCALES:
+        own = scales_ptr + tl.full([], row, tl.int64) * (1 if SAME_SCALE else 2)
+        a = stored_scale(own)
+        b = a if SAME_SCALE else stored_scale(own + 1)
+    else:
+        a = from_high_low(parts[0], parts[1])
+        b = from_high_low(parts[2], parts[3])
     k_a = (a * LOG2E).to(CT)
     k_b = (b * LOG2E).to(CT)
     shared = a.to(CT)
     if tl.float64 == CT:  # they are what they are taken for
         return Scales(k_a, k_b, shared, a, b, k_a * 0.0, k_b * 0.0, k_a * 0.0)
-    a_low = tl.full([], a_low, CT)
+    high_b = b.to(CT)
+    if HAS_SCALES:
+        low = (a - shared.to(tl.float64)).to(CT)
+        low_b = (b - high_b.to(tl.float64)).to(CT)
+    else:
+        low = tl.full([], parts[1], CT)
+        low_b = tl.full([], parts[3], CT)
     inverse = 1.0 / k_a
-    over_a = -log2e_times(shared, a_low, k_a) * inverse
-    over_b = -log2e_times(b.to(CT), tl.full([], b_low, CT), k_b) / k_b
-    return Scales(k_a, k_b, shared, a, b, over_a, over_b, a_low * inverse * LOG2E)
+    over_a = -log2e_times(shared, low, k_a) * inverse
+    over_b = -log2e_times(high_b, low_b, k_b) / k_b
+    return Scales(k_a, k_b, shared, a, b, over_a, over_b, low * inverse * LOG2E)
 
 
 @triton.jit
