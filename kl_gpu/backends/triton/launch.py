@@ -37,7 +37,8 @@ def high_low(x: float) -> tuple[float, float]:
 
 
 class ProgramShape(NamedTuple):
-    """Columns a thread holds, the registers ptxas may use for it (None: its own choice), warps of a program.
+    """Columns a thread holds, the registers ptxas may use for it (None: its own choice), warps of a program,
+    and the registers where a pair of columns lies in two words, if others.
 
     One warp reduces without barriers, and meets no other's new maximum.
     """
@@ -45,6 +46,7 @@ class ProgramShape(NamedTuple):
     columns: int
     registers: int | None = None
     warps: int = 1
+    of_pairs: int | None = None
 
 
 def warps_of(shape: ProgramShape) -> int:
@@ -175,9 +177,12 @@ def configuration(p: RowPair, shapes: dict[int, ProgramShape], lanes: int = LANE
         "LAYOUT": int(layout(a, b)),
         "num_warps": block // per_warp,
     }
+    registers = shape.registers
+    if found["LAYOUT"] == Layout.PAIRS and shape.of_pairs is not None:
+        registers = shape.of_pairs
     # Only NVIDIA's compiler knows the option.
-    if shape.registers is not None and a.device.type != "xpu" and not torch.version.hip:
-        found["maxnreg"] = shape.registers
+    if registers is not None and a.device.type != "xpu" and not torch.version.hip:
+        found["maxnreg"] = registers
     return found
 
 
