@@ -94,8 +94,9 @@ def divergence(
         teacher_logits: `[N, V]`, on the same device; the dtype may differ.
         kind: a name in `kl_gpu.KINDS`.
         beta: the parameter of the kinds that have one: `jeffreys` and `js` take [0, 1], 0.5 by default, the
-            skew divergences [0, 1), 0.1 by default; 0 or at least 1e-30. A number at run time: a new value
-            compiles no kernel.
+            skew divergences [0, 1), 0.1 by default; `lk` takes the η of its weight exp(−η α), [0, 1e6], 3 by
+            default (Samarin et al. 2026, arXiv 2602.23881; 3 is the best setting there). 0 or at least
+            1e-30. A number at run time: a new value compiles no kernel.
         temperature: divides both logits; a float within [1e-6, 1e9], or a floating tensor `[N]` of each
             row's, which gets no gradient. A new value compiles nothing. Where one tensor serves both sides, a
             row has the bits that it has with its temperature as a float. With `shift` an entry belongs to
