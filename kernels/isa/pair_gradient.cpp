@@ -20,7 +20,9 @@ bool need_fp64(const RowScalars& s) {
     if (s.formula == Formula::kl) return false;
     // top_r is +inf where the value's sweep did not trust its fp32, and past 2^20 r counts where b is.
     // A beta this close to an end has terms of second order that underflow.
-    return !(s.top_r < 0x1p20) || (s.formula != Formula::tv && !(s.beta > 0x1p-20 && s.beta < 1 - 0x1p-20));
+    const bool has_mixture =
+        s.formula == Formula::jeffreys || s.formula == Formula::js || s.formula == Formula::skew;
+    return !(s.top_r < 0x1p20) || (has_mixture && !(s.beta > 0x1p-20 && s.beta < 1 - 0x1p-20));
 }
 
 // The scalars of an out-of-range row as fp64 computes them: the stats, in fp32, could not hold them.

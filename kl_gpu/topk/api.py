@@ -151,10 +151,7 @@ def run_topk(
     options = Options(**shared)
     validation.name("tail", tail, TAILS)
     validation.name("kind", kind, KINDS)
-    allowed = formulas.TAIL_KINDS[tail]
-    if kind not in allowed:
-        names = ", ".join(map(repr, allowed))
-        raise ValueError(f"kind must be one of {names} for tail={tail!r}, got {kind!r}")
+    formulas.refuse_kind(kind, tail, formulas.TAIL_KINDS[tail])
     validation.name("reduction", options.reduction, REDUCTIONS)
     validation.beta(options.beta, kind)
     temperature, shift = options.temperature, options.shift

@@ -33,6 +33,7 @@ from .device_math import (
 )
 from .fast_formulas import beta_allows_fast_path, logarithm, near_coefficients
 from .formula_pass import fast_formula_sums, formula_sums
+from .formulas import finish, raised
 from .gradient_pass import Incoming, write_gradient
 from .kl_pass import FALLBACK, ONE_SIDED, PLAIN, merged, store_row, sweep
 from .launch import (
@@ -60,6 +61,8 @@ _ARRIVED = tl.constexpr(9)
 _COMPLETE = tl.constexpr(11)
 # Once the first sweep is complete: the row's path, of those in kl_pass.py.
 _PATH = _ARRIVED
+# Once the second is: the β of the row's flows, where they have one of their own.
+_ROW_BETA = tl.constexpr(10)
 # A launch that does all stages, taking its work from the queue.
 ALL_STAGES = tl.constexpr(-1)
 # The least KL of a row whose gradient to b, stored in 16 bits, is a difference of two exponentials.
@@ -198,7 +201,7 @@ def _takes_fast_path(
             # that matter, and would have fewer digits than it is stored with.
             small &= _statistic(stats, 6) >= _DIRECT
         return (_statistic(stats, _PATH) != FALLBACK) & small
-    elif LOG2 == "":
+    elif LOG2 == "" or FORMULA == "lk":
         return False
     else:
         path = _statistic(stats, _PATH)
@@ -217,21 +220,23 @@ def _second_sweep(
     if SPINS:
         _wait(work.stats, 1)
     kl = _statistic(work.stats, 6)
-    row = _load_row(work.stats, beta, rest, scales, 15, CT)
-    if _takes_fast_path(work.stats, 1.0, beta, rest, FORMULA, False, LOG2):
+    SUMS: tl.constexpr = "overlap" if FORMULA == "nla" else ("tv" if FORMULA == "lk" else FORMULA)
+    row = _load_row(work.stats, beta, rest, scales, 31 if SUMS == "overlap" else 15, CT)
+    row, unit = raised(row, SUMS)
+    if _takes_fast_path(work.stats, 1.0, beta, rest, SUMS, False, LOG2):
         if _statistic(work.stats, _PATH) == PLAIN:
             value, mean_a, mean_b = fast_formula_sums(
-                work.a, work.b, work.first, work.last, row, near, True, SAME_SCALE, EXACT, FORMULA, LOG2, CT,
+                work.a, work.b, work.first, work.last, row, near, True, SAME_SCALE, EXACT, SUMS, LOG2, CT,
                 R, VEC, LAYOUT,
             )  # fmt: skip
         else:
             value, mean_a, mean_b = fast_formula_sums(
-                work.a, work.b, work.first, work.last, row, near, False, SAME_SCALE, False, FORMULA, LOG2, CT,
+                work.a, work.b, work.first, work.last, row, near, False, SAME_SCALE, False, SUMS, LOG2, CT,
                 R, VEC, LAYOUT,
             )  # fmt: skip
     else:
         value, mean_a, mean_b = formula_sums(
-            work.a, work.b, work.first, work.last, row, SAME_SCALE, FORMULA, CT, R, VEC, LAYOUT
+            work.a, work.b, work.first, work.last, row, SAME_SCALE, SUMS, CT, R, VEC, LAYOUT
         )
     complete = True
     if SPLITS > 1:
@@ -242,6 +247,13 @@ def _second_sweep(
             value = tl.sum(_load_states(work, 8, SPLITS, 0.0))
             mean_a = tl.sum(_load_states(work, 9, SPLITS, 0.0))
             mean_b = tl.sum(_load_states(work, 10, SPLITS, 0.0))
+        if FORMULA == "nla" or FORMULA == "lk":
+            value, mean_a, mean_b, own = finish(
+                kl.to(tl.float64), value.to(tl.float64) * unit, mean_a.to(tl.float64) * unit,
+                mean_b.to(tl.float64) * unit, beta.to(tl.float64), FORMULA,
+            )  # fmt: skip
+            value, mean_a, mean_b = value.to(CT), mean_a.to(CT), mean_b.to(CT)
+            tl.store(work.stats + _ROW_BETA, own.to(CT))
         value = tl.where(value < 0, 0.0, value)
         value = tl.where(kl == kl, value, kl)  # a row without a distribution
         tl.store(work.value, value)
@@ -272,10 +284,15 @@ def _gradient(
     if FORMULA != "kl":
         has_b = has_b & (tl.abs(mean_b) < float("inf"))
     up_b = tl.where(has_b, upstream * scales.b.to(CT), nan)
+    if FORMULA == "nla" or FORMULA == "lk":
+        beta = _statistic(work.stats, _ROW_BETA)
+        rest = 1.0 - beta
     # The b − a of kl and tv subtracts exponentials that must be good far down; a (r + KL) multiplies one,
     # whose error near the top counts KL times.
-    FAR: tl.constexpr = 31 if FORMULA == "kl" or FORMULA == "tv" else 15
-    row = _load_row(work.stats, beta, rest, scales, FAR, CT)
+    FAR: tl.constexpr = 31 if FORMULA == "kl" or FORMULA == "tv" or FORMULA == "nla" else 15
+    row, unit = raised(_load_row(work.stats, beta, rest, scales, FAR, CT), FORMULA)
+    up_a *= unit
+    up_b *= unit
     near_a = _load_row(work.stats, beta, rest, scales, 15, CT).a
     to = Incoming(mean_a, mean_b, up_a, up_b)
     DIRECT: tl.constexpr = TO_B and SAME_SCALE and work.grad_b.dtype.element_ty.primitive_bitwidth == 16
