@@ -86,6 +86,17 @@ def backend(value: object) -> None:
         raise TypeError(f"backend must be a string or None, got {_type_name(value)}")
 
 
+def hard_weight(value: Any, labels: Any, support: Any) -> None:
+    if not _is_real(value):
+        raise TypeError(f"hard_weight must be a float, got {_type_name(value)}")
+    if not 0 <= _as_float(value) < math.inf:  # NaN fails every comparison
+        raise ValueError(f"hard_weight must be a finite number >= 0, got {value}")
+    if value > 0 and labels is None:
+        raise ValueError("hard_weight weighs the labels' negative log-probabilities: labels must be given")
+    if value > 0 and support is not None:
+        raise ValueError("hard_weight goes with whole rows: support must be None")
+
+
 def beta(value: Any, kind: str) -> None:
     if value is None:
         return
