@@ -162,16 +162,19 @@ def vocab_parallel_div(
                 "its counterpart lie on different ranks"
             )
     support = options.pop("support", None)
-    whole = support is not None
+    # Types are not checked yet.
+    hard = options.get("hard_weight", 0.0)
+    whole = support is not None or (isinstance(hard, (int, float)) and hard > 0)
     shard = shards.locate(sides, vocab_start, options.pop("vocab_size", None), group, whole)
     student, teacher = (shard.of(side) for side in sides.values())
     if support is not None:
         own = shard.own(support_ids(support, student.shape[:-1], shard.total, None))
         student, teacher = (two_at_least(gather(side, own)) for side in (student, teacher))
     # Where its columns lie does not matter to an entropy.
-    split = partial(complement.split, shard=shards.Shard(0, student.shape[-1], 0), group=group)
+    of = shard if whole and support is None else shards.Shard(0, student.shape[-1], 0)
+    split = partial(complement.split, shard=of, group=group)
     rows_of = partial(_per_row, group=group)
-    return run_divergence(student, teacher, kind, Options(**options), rows_of, split)
+    return run_divergence(student, teacher, kind, Options(**options), rows_of, split, shard.total)
 
 
 _OPTIONS = Options._fields

@@ -1,10 +1,11 @@
 """The main kernel: a queue of splits of rows, each swept for its state, its formula's sums or its gradients.
 
-A row longer than `launch.SPLIT_COLUMNS` is shared by several programs. Whoever finishes a row's last split
-merges all of them, in the order of their columns. Where value and gradient are asked for together, programs
-take their work from one counter: splits of a row's second and third sweep lie `lag` rows behind its first,
-early enough to find its logits in the L2 and late enough to find its sums. A program waits only for work with
-a smaller number, which a running program has taken, so the queue cannot lock whatever runs at once.
+A row longer than `launch.SPLIT_COLUMNS` is shared by several programs, each of one warp. Whoever finishes a
+row's last split merges all of them, in the order of their columns. Where value and gradient are asked for
+together, programs take their work from one counter: splits of a row's second and third sweep lie `lag` rows
+behind its first, early enough to find its logits in the L2 and late enough to find its sums. A program waits
+only for work with a smaller number, which a running program has taken, so the queue cannot lock whatever runs
+at once.
 """
 
 from __future__ import annotations
@@ -322,13 +323,13 @@ def _item(
 ):  # fmt: skip
     """One split of one row in one stage: a sweep, or behind the sweeps the gradient."""
     num_splits, V = launch.num_splits, launch.V
-    split = item % num_splits
+    row = item // num_splits  # the only division by a number that is not known as the kernel is compiled
+    split = item - row * num_splits
     if STAGE == ALL_STAGES:
-        stage = item % (num_splits * STAGES) // num_splits
-        row = item // (num_splits * STAGES) - stage * launch.lag
+        stage = row % STAGES
+        row = row // STAGES - stage * launch.lag
     else:
         stage = STAGE
-        row = item // num_splits
     if (row >= 0) & (row < launch.n_rows):
         valid = True
         if HAS_VALID:
@@ -425,10 +426,10 @@ def pair_kernel(
         )  # fmt: skip
 
 
-# By the wider logit's bytes. At 16 columns the kernel spills on sm_80; at 8 columns and 128 registers four
-# programs of four warps share an SM and cover one another's barriers. Left alone, ptxas holds the float32
-# form to 96 registers and spills.
-SHAPES = {2: ProgramShape(8, 128), 4: ProgramShape(8, 128), 8: ProgramShape(4)}
+# By the wider logit's bytes. At 16 columns the kernel spills on sm_80; at 8 columns and 128 registers sixteen
+# warps share an SM, as they do at 127, with which value and gradient in 16 bits spill nothing on sm_80. Left
+# alone, ptxas holds the float32 form to 96 registers and spills.
+SHAPES = {2: ProgramShape(8, 127, 1, 136), 4: ProgramShape(8, 128), 8: ProgramShape(4)}
 # Bound by arithmetic, and in need of more registers than four programs leave them.
 FORMULA_SHAPES = {2: ProgramShape(8, 168), 4: ProgramShape(8, 168), 8: ProgramShape(4)}
 
