@@ -86,6 +86,15 @@ def backend(value: object) -> None:
         raise TypeError(f"backend must be a string or None, got {_type_name(value)}")
 
 
+def outside_logprob(value: Any, tail: str) -> None:
+    if not _is_real(value):
+        raise TypeError(f"outside_logprob must be a float or None, got {_type_name(value)}")
+    if not -math.inf < _as_float(value) <= 0:  # NaN fails every comparison
+        raise ValueError(f"outside_logprob must be a finite number <= 0, got {value}")
+    if tail not in ("truncate", "student_full"):
+        raise ValueError(f"outside_logprob belongs to tail='truncate' and 'student_full', got tail={tail!r}")
+
+
 def hard_weight(value: Any, labels: Any, support: Any) -> None:
     if not _is_real(value):
         raise TypeError(f"hard_weight must be a float, got {_type_name(value)}")
@@ -575,7 +584,10 @@ def normalizer(value: Any, reduction: str, device: torch.device, shared: bool = 
     if value is None:
         return
     if reduction != "mean":
-        raise ValueError(f"normalizer is the denominator of reduction='mean', got reduction={reduction!r}")
+        of_batch = ": 'batchmean' has one, the first dimension's size" if reduction == "batchmean" else ""
+        raise ValueError(
+            f"normalizer is the denominator of reduction='mean', got reduction={reduction!r}{of_batch}"
+        )
     if isinstance(value, Tensor):
         _tensor("normalizer", value, (*LOGIT_DTYPES, *LABEL_DTYPES), "a real number", shared)
         if value.numel() != 1:
