@@ -7,7 +7,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..functional import divergence, js_div
 from ..logprobs import token_logprobs
 from ..stats import token_stats
 
@@ -15,7 +14,7 @@ TOP = 5
 # Numbers of a token, float32 each. "top5" is the share of either side's five likeliest tokens that the other
 # has among its own.
 NUMBERS = (
-    "forward_kl", "reverse_kl", "js", "tv", "base_entropy", "entropy", "base_logprob", "logprob", "same_top",
+    "forward_kl", "reverse_kl", "js", "acceptance", "base_entropy", "entropy", "base_logprob", "logprob", "same_top",
     "top5", "base_top_p",
 )  # fmt: skip
 
@@ -44,8 +43,8 @@ def scored(base: Tensor, model: Tensor, labels: Tensor) -> dict[str, Tensor]:
     found = {
         "forward_kl": stats.forward_kl,
         "reverse_kl": stats.reverse_kl,
-        "js": js_div(model, base, reduction="none"),
-        "tv": divergence(model, base, "tv", reduction="none"),
+        "js": stats.js,
+        "acceptance": stats.acceptance,
         "base_entropy": stats.teacher_entropy,
         "entropy": stats.student_entropy,
         "base_logprob": stats.teacher_logprob,
@@ -73,7 +72,7 @@ def scored_from_floor(base: Tensor, floor: float, model: Tensor, labels: Tensor)
         "forward_kl": torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1),
         "reverse_kl": unknown,
         "js": unknown.clone(),
-        "tv": unknown.clone(),
+        "acceptance": unknown.clone(),
         "base_entropy": -torch.where(p > 0, p * log_p, 0.0).sum(-1),
         "entropy": -torch.where(log_q > -torch.inf, log_q.exp() * log_q, 0.0).sum(-1),
         "base_logprob": log_p.gather(1, labels[:, None])[:, 0],
