@@ -95,7 +95,8 @@ def figures(scores: Scores, window: NDArray[np.int64]) -> list[Figure]:
             Figure(_OTHERS, name, *mean(x, window), percent)
             for name, x, percent in (
                 ("Mean    reverse KL", of["reverse_kl"], False), ("Mean    JS", of["js"], False),
-                ("Mean    acceptance (1 - TV)", of["acceptance"], True), ("Top-5 agreement", of["top5"], True),
+                ("Mean    acceptance (1 - TV)", of["acceptance"], True),
+                ("Top-5 agreement", of["top5"], True),
                 ("Mean    base entropy", of["base_entropy"], False),
                 ("Mean    entropy", of["entropy"], False),
             )

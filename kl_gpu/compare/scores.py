@@ -14,8 +14,8 @@ TOP = 5
 # Numbers of a token, float32 each. "top5" is the share of either side's five likeliest tokens that the other
 # has among its own.
 NUMBERS = (
-    "forward_kl", "reverse_kl", "js", "acceptance", "base_entropy", "entropy", "base_logprob", "logprob", "same_top",
-    "top5", "base_top_p",
+    "forward_kl", "reverse_kl", "js", "acceptance", "base_entropy", "entropy", "base_logprob", "logprob",
+    "same_top", "top5", "base_top_p",
 )  # fmt: skip
 
 
