@@ -146,7 +146,8 @@ def all_fields(
 
 
 def _fields(call: tuple[float, float, str, bool], *tensors: Any) -> tuple[Tensor, ...]:
-    return all_fields(*tensors, call=call[:3], overlap=call[3]).unbind(0)
+    student, teacher, valid, tokens, scales = tensors
+    return all_fields(student, teacher, valid, tokens, scales, call[:3], call[3]).unbind(0)
 
 
 def _no_gradient(*_: object) -> Any:
