@@ -145,11 +145,9 @@ def all_fields(
     return torch.cat((fields, ops.overlap(sums, valid, student.shape[-1]).to(fields.dtype)))
 
 
-def _fields(call: tuple[float, float, str, bool], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    student, teacher, *others = tensors
-    assert student is not None
-    assert teacher is not None
-    return all_fields(student, teacher, *others, call[:3], call[3]).unbind(0)
+def _fields(call: tuple[float, float, str, bool], *tensors: Any) -> tuple[Tensor, ...]:
+    student, teacher, valid, tokens, scales = tensors
+    return all_fields(student, teacher, valid, tokens, scales, call[:3], call[3]).unbind(0)
 
 
 def _no_gradient(*_: object) -> Any:
