@@ -11,6 +11,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "suite": ("suite.command", "kl_gpu beside plain PyTorch and torch.compile, on the device at hand"),
     "cpu": ("cpu.command", "the C++ kernels beside the machine's memory: README's CPU tables"),
+    "steps": ("steps", "loss and gradient on the CPU, every system in processes of its own"),
     "gpu": ("gpu.session", "a whole session on a GPU: tests, timings, sanitizer, plots"),
     "linear": ("linear", "linear_div beside its products and baselines, on the device at hand"),
     "linear-rows": (

@@ -11,7 +11,9 @@
 
 #include "api.h"
 #include "runtime/dispatch.h"
+#include "runtime/kept_memory.h"
 #include "runtime/memory.h"
+#include "runtime/tensor_memory.h"
 #include "testing/bandwidth.h"
 #include "testing/slow_rows.h"
 #include "shards/merge.h"
@@ -64,6 +66,14 @@ kl::ComplementArgs complement_args(const Complement& of) {
     const auto& [size_a, size_b, columns, threads] = sizes;
     return {logits(x), row_mask(valid), pointer<const std::int64_t>(ids), n_ids, size_a, size_b,
             columns,   threads};
+}
+
+// Whoever takes the tensor over renames the capsule.
+constexpr char kUnclaimed[] = "dltensor";
+
+void free_unclaimed(PyObject* capsule) {
+    if (PyCapsule_IsValid(capsule, kUnclaimed))
+        kl::free_tensor(static_cast<kl::DLManagedTensor*>(PyCapsule_GetPointer(capsule, kUnclaimed)));
 }
 
 }  // namespace
@@ -135,6 +145,21 @@ NB_MODULE(_native, m) {
     m.def("slow_rows", [] { return kl::slow_rows.load(); });
     m.def("prefer_huge_pages",
           [](Address data, std::int64_t bytes) { kl::prefer_huge_pages(pointer(data), bytes); });
+    // New memory as a DLPack capsule, kept when the last view of it goes.
+    m.def("kept_tensor", [](const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& strides,
+                            int dtype) {
+        kl::DLManagedTensor* made = kl::kept_tensor(
+            shape.data(), strides.data(), static_cast<int>(shape.size()), static_cast<kl::Dtype>(dtype));
+        PyObject* capsule = PyCapsule_New(made, kUnclaimed, free_unclaimed);
+        if (capsule == nullptr) kl::free_tensor(made);
+        return nb::steal(capsule);
+    });
+    m.def("limit_idle_bytes", [](std::int64_t bytes) { kl::limit_idle_bytes(bytes); });
+    m.def("release_idle_blocks", [] { kl::release_idle_blocks(); });
+    m.def("kept_use", [] {
+        const kl::KeptUse use = kl::kept_use();
+        return std::tuple(use.taken, use.idle, use.idle_blocks);
+    });
     // For bench/: what memory gives to code that only reads, or reads and writes.
     m.def("probe_read", [](Address a, Address b, std::int64_t bytes, int threads) {
         nb::gil_scoped_release unlocked;

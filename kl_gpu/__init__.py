@@ -8,6 +8,7 @@ from .functional import divergence, js_div, kl_div
 from .kinds import KINDS
 from .logprobs import token_logprobs
 from .nn import DivergenceLoss
+from .ops.memory import empty_cache
 from .rl import kl_penalty
 from .stats import TokenStats, token_stats
 from .topk.api import TAILS, topk_div
@@ -28,6 +29,7 @@ __all__ = [
     "TokenStats",
     "TopkLogprobs",
     "divergence",
+    "empty_cache",
     "js_div",
     "kl_div",
     "kl_penalty",

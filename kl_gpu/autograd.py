@@ -10,8 +10,10 @@ from torch import Tensor
 
 from . import transforms
 from .arguments.params import DivergenceCall
+from .arguments.validation import readable
 from .inference_tensors import keep, kept
 from .ops import pair as ops
+from .ops.memory import gradient_buffer
 from .transforms import forbid_double_backward
 
 Grads = tuple[Tensor | None, Tensor | None]
@@ -20,8 +22,8 @@ _NO_CHANGE = nullcontext()
 
 def _buffers(student: Tensor, teacher: Tensor, call: DivergenceCall, needs: tuple[bool, bool]) -> Grads:
     """Where the gradients go, with what does not count already 0."""
-    to_student = (student.detach() if call.inplace else torch.empty_like(student)) if needs[0] else None
-    return to_student, torch.empty_like(teacher) if needs[1] else None
+    to_student = (student.detach() if call.inplace else gradient_buffer(student)) if needs[0] else None
+    return to_student, gradient_buffer(teacher) if needs[1] else None
 
 
 # Since PyTorch 2.8.
@@ -99,7 +101,7 @@ class WeightedSum(torch.autograd.Function):
     The gradient is written in forward, while the rows are in cache, for the incoming gradient of 1 that
     `loss.backward()` brings, unless what forward saves is managed by others. Any other one gets it computed
     again from the logits: scaling what was rounded to 16 bits would round it twice. Which of the two it is,
-    the backend finds out where the number lies.
+    the backend finds out where the number lies, unless it can be looked at here.
     """
 
     @staticmethod
@@ -133,7 +135,7 @@ class WeightedSum(torch.autograd.Function):
         if grads is None:
             needs, tensors = ctx.needs_input_grad, (student, teacher, valid)
             *grads, _ = _row_gradients(call, needs, (incoming * row_scale,), tensors, (stats,))
-        else:
+        elif not (readable(incoming) and incoming.item() == 1):
             # A backward runs without gradients as it is, but under `create_graph`.
             with torch.no_grad() if torch.is_grad_enabled() else _NO_CHANGE:
                 sides, narrow = call.window.of_each(student, teacher), call.window.of_each(*grads)

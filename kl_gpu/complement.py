@@ -20,6 +20,7 @@ from .arguments.params import ComplementParams
 from .arguments.reduction import LogitsWindow, last_contiguous
 from .backends.interface import COMPLEMENT_STATS
 from .ops import complement as ops
+from .ops.memory import gradient_buffer
 
 
 def _constant(*_: object) -> Any:
@@ -59,7 +60,7 @@ def _to_logits(params: ComplementParams, needs: Any, incoming: Any, tensors: Any
     (logits, ids, valid), (stats,) = tensors, kept
     grad_picked, grad_rest, grad_entropy = incoming
     with torch.no_grad():
-        grad = logits.detach() if params.inplace else torch.empty_like(logits)
+        grad = logits.detach() if params.inplace else gradient_buffer(logits)
         ops.complement_gradient(
             params.window.of(logits), ids, valid, stats, grad_picked, grad_rest,
             grad_entropy if params.entropy else None, params.scale, params.backend, params.window.of(grad),

@@ -67,6 +67,11 @@ def table(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Race]:
     leaf = student.clone().requires_grad_()
     problem = RowPair.of(student[None], teacher[None], None, "forward_kl", 0.0, 1.0, 1.0)
     compiled = torch.compile(_plain_kl, dynamic=False)
+    weight = torch.zeros((), requires_grad=True)
+
+    def output() -> Tensor:
+        return _Output.apply(weight, grad)
+
     s, t, g = student.data_ptr(), teacher.data_ptr(), grad.data_ptr()
     calls: Calls = {
         "memory": lambda: _native.probe_read(s, t, student.nbytes, options.threads),
@@ -80,10 +85,12 @@ def table(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Race]:
         "memory": lambda: _native.probe_write(s, t, g, student.nbytes, options.threads),
         "kernel": lambda: native.value_and_gradient(problem, row_scale, None, grad[None]),
         "kl_div": _backward(leaf, lambda: kl_gpu.kl_div(leaf, teacher)),
+        "kl_div, inplace": _backward(leaf, lambda: kl_gpu.kl_div(output(), teacher, inplace=True)),
         "torch.compile": _backward(leaf, lambda: compiled(leaf, teacher).mean()),
         "plain PyTorch": _backward(leaf, lambda: _plain_kl(leaf, teacher).mean()),
     }
-    yield Race("value + gradient, 3 U", calls, ("kernel", "kl_div"))
+    before = {"kl_div, inplace": lambda: grad.copy_(student)}
+    yield Race("value + gradient, 3 U", calls, ("kernel", "kl_div"), before)
 
 
 def _plain_stats(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, ...]:

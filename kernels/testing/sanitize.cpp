@@ -9,8 +9,9 @@
 #include <vector>
 
 #include "api.h"
-#include "shards/merge.h"
 #include "complement/complement.h"
+#include "runtime/kept_memory.h"
+#include "shards/merge.h"
 
 namespace {
 
@@ -122,6 +123,30 @@ void merge_halves(bool wide, kl::Dtype dtype, std::int64_t rows, std::int64_t co
                         sums.data(), out.data());
 }
 
+// Blocks that come and go in several threads: whether what one of them wrote was found changed by another.
+bool share_a_block() {
+    std::atomic<bool> shared{false};
+    std::vector<std::thread> callers;
+    for (int i = 0; i < 4; ++i)
+        callers.emplace_back([&, i] {
+            kl::KeptBlock* held = nullptr;
+            for (std::int64_t step = 0; step < 200; ++step) {
+                kl::KeptBlock* block = kl::take_block((2 + (step * 7 + i) % 5) << 20);
+                auto* data = static_cast<std::int64_t*>(block->data);
+                const std::int64_t n = block->bytes / 8;
+                for (std::int64_t j = 0; j < n; j += 511) data[j] = i;
+                for (std::int64_t j = 0; j < n; j += 511) shared = shared || data[j] != i;
+                if (held != nullptr) kl::give_back(held);
+                held = block;
+                if (step % 50 == i) kl::release_idle_blocks();
+            }
+            kl::give_back(held);
+        });
+    for (std::thread& t : callers) t.join();
+    const kl::KeptUse use = kl::kept_use();
+    return shared || use.taken != 0 || use.idle_blocks > 2;
+}
+
 }  // namespace
 
 int main() {
@@ -166,6 +191,10 @@ int main() {
     for (int i = 0; i < 4; ++i)
         callers.emplace_back([&] { check(kl::Dtype::f32, kl::Dtype::f32, 40, 5003); });
     for (std::thread& t : callers) t.join();
+    if (share_a_block()) {
+        ++wrong;
+        std::printf("kept memory: a block was in two hands, or too many lie idle\n");
+    }
     std::printf("%s: %s\n", kl::isa(), wrong == 0 ? "clean" : "WRONG");
     return wrong == 0 ? 0 : 1;
 }

@@ -31,8 +31,10 @@ class LogitsWindow(NamedTuple):
 
     def of_each(self, *tensors: Tensor | None) -> list[Any]:
         """That part of every tensor that there is."""
-        of = self.of
-        return [None if x is None else of(x) for x in tensors]
+        of, columns = self.of, self.vocab_size
+        if self.shift:
+            return [None if x is None else of(x) for x in tensors]
+        return [x if x is None or x.shape[-1] == columns else of(x) for x in tensors]
 
     def zero_rest(self, *grads: Tensor | None) -> None:
         """Zero what `of` leaves out."""
