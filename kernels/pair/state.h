@@ -43,7 +43,7 @@ struct Reference {
 };
 
 // The x at which a column counts as one that b lacks.
-constexpr double kLoneX = -100;
+constexpr double kLoneX = -64;
 
 struct State {
     Reference reference;
@@ -117,7 +117,7 @@ struct RowResult {
     double shift = 0;       // log2 sum 2^b - lse_a
     double lse_b = 0;       // from the fallback only: where both are too large for their sum to keep it
     RowClass row_class = RowClass::all_finite;
-    bool trusted = true;    // false: cancellation may have lost the result, and the fallback computes it again
+    bool trusted = true;  // false: cancellation may have lost the result, and the fallback computes it again
     double top_r = std::numeric_limits<double>::infinity();  // no log2 q - log2 p is larger
 };
 

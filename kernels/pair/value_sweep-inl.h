@@ -20,9 +20,10 @@ namespace kl::KL_ISA {
 
 // Past this |x| a column is far: there b's weight beside a's, or a's beside b's, is nothing.
 constexpr float kFarX = static_cast<float>(-kLoneX);
-// Past this x the rounding of 2^x shows in lse(b), where such a column holds more of b's mass than 2^-8 (of
-// a's); less is one of very many.
-constexpr float kNearX = 16, kLittle = -8;
+// Past this x the rounding of 2^x shows in lse(b) where a column holds more of b's mass than this part of it;
+// less is one of very many.
+constexpr float kNearX = 16;
+constexpr double kLittle = 0x1p-8;
 // g2(kNearX), which g2 reaches at an x of -2^16 as well; and g2(-kFarX).
 constexpr double kTailG = 0x1p16 * kLog2e, kLowG = -kLoneX;
 // For the sweep of token statistics.
@@ -34,7 +35,8 @@ constexpr float kOutOfRange = 0x1p100f;  // beyond it products with log2(e) / te
 
 struct Sums {
     double z, a1, a2, largest_g;
-    std::uint64_t far_steps;  // a bit for each step that holds far columns, the copy's not among them
+    std::uint64_t far_steps;  // a bit for each step that holds columns for sweep_far(), but for the copy
+    bool masked;              // -inf on both sides in a column outside the copy
 };
 
 struct VectorSums {
@@ -61,9 +63,15 @@ KL_INLINE Place place(VF a, VF b, VF k, VF m, VF c) {
     return {fma(a, k, -m), g2_domain(x)};
 }
 
-KL_INLINE VI is_far(const Place& s) {
+KL_INLINE VI is_far(const Place& s, float little) {
     return ~(abs(s.x) <= splat<VF>(kFarX)) |
-           ((s.x > splat<VF>(kNearX)) & (s.log_w + s.x > splat<VF>(kLittle)));
+           ((s.x > splat<VF>(kNearX)) & (s.log_w + s.x > splat<VF>(little)));
+}
+// False only where no column of both vectors is.
+KL_INLINE bool may_be_far(const Place& s, const Place& t, float little) {
+    const VF most = splat<VF>(kFarX), b = max(s.log_w + s.x, t.log_w + t.x);
+    return any<VF>(~(abs(s.x) <= most) | ~(abs(t.x) <= most) |
+                   ((max(s.x, t.x) > splat<VF>(kNearX)) & (b > splat<VF>(little))));
 }
 
 // Both after the range reduction: a column before the polynomials.
@@ -122,18 +130,22 @@ struct ColumnMask {
 // The fast path. A NaN or an infinity anywhere makes a sum that is not finite, which is_usable() finds; where
 // SkipFar they are far columns, and weigh nothing here.
 template <bool Exact, bool SkipFar, class T>
-inline Sums sweep(const ColumnSpan<T>& in, float scale, Reference reference) {
+inline Sums sweep(const ColumnSpan<T>& in, float scale, Reference reference, [[maybe_unused]] float little) {
     const VF k = splat<VF>(scale), m = splat<VF>(reference.m), c = splat<VF>(reference.c);
     VectorSums s, total;
     std::uint64_t far_steps = 0;
+    bool masked = false;
     const auto prepare_step = [&](const T* at_a, const T* at_b, std::uint64_t step) KL_INLINE_LAMBDA {
         const auto a = load_pair(at_a), b = load_pair(at_b);
         Place s = place<Exact>(a.x, b.x, k, m, c), t = place<Exact>(a.y, b.y, k, m, c);
         if constexpr (SkipFar) {
-            const VI far_s = is_far(s), far_t = is_far(t);
-            if (any<VF>(far_s | far_t)) [[unlikely]] {
-                far_steps |= step;
-                const VF nothing = splat<VF>(-1000), zero{};
+            if (may_be_far(s, t, little)) [[unlikely]] {
+                const VI far_s = is_far(s, little), far_t = is_far(t, little);
+                const VF nothing = splat<VF>(-1000), zero{}, minus_inf = splat<VF>(-__builtin_inff());
+                const VI no_s = (a.x == minus_inf) & (b.x == minus_inf),
+                         no_t = (a.y == minus_inf) & (b.y == minus_inf);
+                if (any<VF>((far_s & ~no_s) | (far_t & ~no_t))) far_steps |= step;
+                if (any<VF>(no_s | no_t)) masked = masked || step != 0;
                 s = {far_s ? nothing : s.log_w, far_s ? zero : s.x};
                 t = {far_t ? nothing : t.log_w, far_t ? zero : t.x};
             }
@@ -151,7 +163,8 @@ inline Sums sweep(const ColumnSpan<T>& in, float scale, Reference reference) {
         [&]() KL_INLINE_LAMBDA { total.take(s); });
     if (in.rest > 0) accumulate(prepare_step(in.last_a, in.last_b, 0), s);
     total.take(s);
-    return {sum(total.z), sum(total.a1), sum(total.a2), static_cast<double>(largest(s.largest_g)), far_steps};
+    return {sum(total.z), sum(total.a1), sum(total.a2), static_cast<double>(largest(s.largest_g)),
+            far_steps,    masked};
 }
 
 // Columns whose b - a may not be exact in fp32: the difference of two 16-bit logits of bf16 is, or of fp16,
@@ -236,10 +249,12 @@ inline bool is_usable(const State& s) {
            std::isfinite(s.lone_x);
 }
 
-// The far columns of a span whose other columns are in `out`. Above c the term w g(x) is taken as
-// 2^(b - c - m) - w (1 + x), which is right for a missing a too; below it b has nothing here.
-template <bool Exact, class T>
-inline void sweep_far(const ColumnSpan<T>& in, float scale, std::uint64_t steps, State& out) {
+// The far columns of some steps, to be added to `out`, and in Whole the near ones too. Above c the term w
+// g(x) is taken as 2^(b - c - m) - w (1 + x), which is right for a missing a too; below it b has nothing
+// here. Gives the number of vectors that hold near ones.
+template <bool Exact, bool Whole, class T>
+KL_NOINLINE int sweep_far(const ColumnSpan<T>& in, float scale, float little, std::uint64_t steps,
+                          State& out) {
     const VF inf = splat<VF>(__builtin_inff()), zero{}, out_of_range = splat<VF>(kOutOfRange);
     const VF log2e = splat<VF>(static_cast<float>(kLog2e)), deepest = splat<VF>(-1000);
     const VF k = splat<VF>(scale), m = splat<VF>(out.reference.m), c = splat<VF>(out.reference.c);
@@ -250,32 +265,54 @@ inline void sweep_far(const ColumnSpan<T>& in, float scale, std::uint64_t steps,
 
     VF z{}, a1{}, a2{}, lone_z{}, lone_x{}, high = -inf, low{};
     VF run_z{}, run_a1{}, run_a2{}, run_lone_z{}, run_lone_x{};
-    VI bad{}, infinite{}, one_sided{}, neither{}, seen_b{}, large{};
+    VI bad{}, infinite{}, lone_b{}, neither{}, seen_b{}, large{};
+    int vectors = 0;
     const auto column = [&](VF a, VF b) KL_INLINE_LAMBDA {
-        const VF d = b - a, x = fma(d, k, -c);
-        const VI far = is_far(place<Exact>(a, b, k, m, c)), no_a = a == -inf, no_b = b == -inf;
-        const VI above = far & (x > zero), below = far & (x < zero), far_out = below & ~no_b;
+        const VI no_a = a == -inf, no_b = b == -inf;
         bad |= ~((a < inf) & (b < inf));
         neither -= no_a & no_b;
         infinite |= ~no_a & no_b;
-        one_sided |= no_a ^ no_b;
+        lone_b |= no_a & ~no_b;
         seen_b |= ~no_b;
-        large |= (above | far_out) & ((abs(a) > out_of_range) | (abs(b) > out_of_range)) & ~no_a;
         const VF log_w = max(fma(a, k, -m), deepest);
         VF w{};
-        if (any<VF>((above | below) & ~no_a)) w = exp2(log_w);
-        run_lone_z += below ? w : zero;
+        if (any<VF>(~no_a)) w = no_a ? zero : exp2(log_w);
+        if (!any<VF>(~(no_a | no_b))) {  // rows cut to a few tokens have little else
+            run_lone_z += w;
+            if (any<VF>(~no_b)) run_a2 += no_b ? zero : weight_of_b.of(b) * log2e;
+            return;
+        }
+        const VF d = b - a, x = fma(d, k, -c);
+        const Place s = place<Exact>(a, b, k, m, c);
+        const VI far = is_far(s, little), above = far & (x > zero), below = far & (x < zero),
+                 far_out = below & ~no_b;
+        const auto note = [&](VI columns) KL_INLINE_LAMBDA {
+            large |= columns & ((abs(a) > out_of_range) | (abs(b) > out_of_range));
+        };
+        if constexpr (Whole) {
+            if (any<VF>(~far)) {
+                ++vectors;
+                const VF near_w = far ? zero : w, near_x = far ? zero : s.x;
+                run_z += near_w;
+                run_a1 = mad(near_w, near_x, run_a1);
+                run_a2 = mad(near_w, g2(near_x), run_a2);
+                high = far ? high : max(s.x, high);
+            }
+        }
         if (any<VF>(above)) {
             const VF u = weight_of_b.of(b), wx = w * min(x, -deepest);
             run_z += above ? w : zero;
             run_a1 += above ? wx : zero;
             run_a2 += above ? (u - w) * log2e - wx : zero;
             high = (above & ~no_a) ? max(x, high) : high;
+            note(above & ~no_a);
         }
+        if (any<VF>(below)) run_lone_z += below ? w : zero;
         if (any<VF>(far_out)) {
             const VF raised_w = exp2(log_w + raised);
             run_lone_x -= far_out ? raised_w * fma(d, small_k, -small_c) : zero;
             low = (far_out & (raised_w > zero)) ? min(x, low) : low;
+            note(far_out);
         }
     };
     const auto step = [&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
@@ -294,34 +331,36 @@ inline void sweep_far(const ColumnSpan<T>& in, float scale, std::uint64_t steps,
     for (int n = 1; steps != 0; steps &= steps - 1, ++n) {
         const std::int64_t i = __builtin_ctzll(steps) * kStep<T>;
         step(in.a + i, in.b + i);
-        if (n % kRun == 0) end_run();
+        if (n % kRun == 0) [[unlikely]]
+            end_run();
     }
     if (in.rest > 0) step(in.last_a, in.last_b);
     end_run();
 
-    const double of_a2 = sum(a2), of_z = sum(z);
-    out.z += of_z;
-    out.a1 += sum(a1);
-    out.a2 += of_a2;
+    const auto total = [](VF v) { return any<VF>(bits<VI>(v)) ? sum(v) : 0.0; };
+    out.z += total(z);
+    out.a1 += total(a1);
+    out.a2 += total(a2);
     out.fp32_sum_z = out.z;
     out.fp32_sum = out.a2;
-    out.lone_z = sum(lone_z);
-    out.lone_x = sum(lone_x) * rescale;
+    out.lone_z = total(lone_z);
+    out.lone_x = total(lone_x) * rescale;
     const double top_d = static_cast<double>(out.reference.c + largest(high));
     out.top_d = top_d > out.top_d ? top_d : out.top_d;
     std::int64_t missing = -in.padding();
     for (int i = 0; i < lanes<VF>; ++i) missing += neither[i];
     if (missing > 0) out.flags |= kSawMasked;
-    if (any<VF>(one_sided)) out.flags |= kSawNegInf;
+    if (any<VF>(infinite | lone_b)) out.flags |= kSawNegInf;
     if (any<VF>(large)) out.flags |= kSawOutOfRange;
     if (any<VF>(bad)) out.flags |= kSawNan;
     if (any<VF>(infinite)) out.flags |= kSawInfinite;
     if (any<VF>(seen_b)) out.flags |= kSawB;
     if (largest(-low) > -kFarB) out.flags |= kSawFarB;
+    return vectors;
 }
 
-// A reference for a span of any columns: the largest finite a, or b's where a has no finite logit; and b - a at
-// the first column that carries weight on both sides, which is near enough to E_a[d] to begin with.
+// A reference for a span of any columns: the largest finite a, or b's where a has no finite logit; and b - a
+// at the first column that carries weight on both sides, which is near enough to E_a[d] to begin with.
 template <class T>
 inline Reference reference_for(const ColumnSpan<T>& in, float scale) {
     VF top_a = splat<VF>(-__builtin_inff()), top_b = top_a;
@@ -404,21 +443,28 @@ private:
         // From so large a reference bf16 could not place the padding well below m.
         const bool far_out = std::fabs(reference.m) > 8192 || std::fabs(reference.c) > 8192;
         State out;
-        if (!skips_far_ && !(in.rest > 0 && far_out)) {
+        if (expected_ == Loop::near && !(in.rest > 0 && far_out)) {
             // Where the format cannot place the padding, the sums become inf.
             Weightless(reference, scale_).pad(in);
-            if (sweep_near<false>(in, reference, out)) return out;
+            if (sweep_as<Loop::near>(in, reference, out)) return out;
         }
         if (in.rest > 0) in.fill(minus_infinity<T>(), minus_infinity<T>());
+        const auto take = [&](Reference from) {
+            return expected_ == Loop::whole ? sweep_as<Loop::whole>(in, from, out)
+                                            : sweep_as<Loop::skip_far>(in, from, out);
+        };
         // The second reference is the span's own.
-        if (!sweep_near<true>(in, reference, out) && !sweep_near<true>(in, reference_for(in, scale_), out))
-            out.a2 = __builtin_inf();
+        if (!take(reference) && !take(reference_for(in, scale_))) out.a2 = __builtin_inf();
         return out;
     }
 
+    // What the next tile is expected to need: the loop for near columns; the same, which leaves far ones to
+    // sweep_far(); or sweep_far() for all, where most are far.
+    enum class Loop { near, skip_far, whole };
+
     // False where fp32 sums cannot do this span this way.
-    template <bool SkipFar, class T>
-    bool sweep_near(const ColumnSpan<T>& in, Reference reference, State& out) {
+    template <Loop loop, class T>
+    bool sweep_as(const ColumnSpan<T>& in, Reference reference, State& out) {
         // The error of fl(b - a) is at most 2^-24 |c|: nothing beside an x that is usually over |c| / 16.
         const auto is_nothing = [&](double share) {
             return 512 * total_.a2 > kLn2 * total_.z * static_cast<double>(reference.c * reference.c) * share;
@@ -433,24 +479,45 @@ private:
             };
             coarse = any || fits(in.columns + in.rest) || fits(rounded_columns(in));
         }
-        const Sums s = coarse ? sweep<false, SkipFar>(in, scale_, reference)
-                              : sweep<true, SkipFar>(in, scale_, reference);
-        // 2^x = 1 + (x + g) ln 2, and no x is past 48.
-        const double top_x = log2_above(kLn2 * s.largest_g + 35);
-        out = {reference, s.z, s.a1, s.a2, static_cast<double>(reference.c) + top_x, s.z, s.a2};
-        if (coarse && !any) out.rounded = so_far.rounded - total_.rounded;
-        if (any) out.flags |= kSawRounding;
-        if (reference.m > kHugeA) out.flags |= kSawHugeA;
-        if (s.z > 0) out.flags |= kSawB;
-        if constexpr (SkipFar) {
-            skips_far_ = s.far_steps != 0;
-            if (skips_far_ || in.rest > 0)
-                coarse ? sweep_far<false>(in, scale_, s.far_steps, out)
-                       : sweep_far<true>(in, scale_, s.far_steps, out);
-            return (out.flags & kSawNan) || is_usable(out);
+        return coarse ? sweep_as<loop, false>(in, reference, any, so_far.rounded, out)
+                      : sweep_as<loop, true>(in, reference, any, 0, out);
+    }
+
+    template <Loop loop, bool Exact, class T>
+    bool sweep_as(const ColumnSpan<T>& in, Reference reference, bool is_rounded, double rounded, State& out) {
+        // A tile's column may hold this much of b's mass: the row's so far, or a's.
+        const double mass_b = reference == total_.reference ? total_.z + kLn2 * (total_.a1 + total_.a2) : 1;
+        const float little = mass_b > 1 ? static_cast<float>(std::ilogb(kLittle * mass_b)) : -8;
+        std::uint64_t far_steps = 0;
+        bool skips = false;
+        out = {};
+        out.reference = reference;
+        if constexpr (loop != Loop::whole) {
+            const Sums s = sweep<Exact, loop == Loop::skip_far>(in, scale_, reference, little);
+            // 2^x = 1 + (x + g) ln 2, and no x is past 64.
+            const double top_x = log2_above(kLn2 * s.largest_g + 46);
+            out = {reference, s.z, s.a1, s.a2, static_cast<double>(reference.c) + top_x, s.z, s.a2};
+            // Columns that b nearly lacks pull the mean away from all others.
+            if (loop == Loop::near &&
+                (s.largest_g > kTailG || (s.largest_g > kLowG && !(s.a1 > -kNearMean * s.z))))
+                return false;
+            far_steps = s.far_steps;
+            skips = s.masked || far_steps != 0 || s.largest_g > kTailG;
+            if (s.masked) out.flags |= kSawMasked;
         }
-        // Columns that b nearly lacks pull the mean away from all others.
-        return is_usable(out) && s.largest_g < kTailG && (s.largest_g < kLowG || s.a1 > -kNearMean * s.z);
+        if (!Exact && !is_rounded) out.rounded = rounded - total_.rounded;
+        if (is_rounded) out.flags |= kSawRounding;
+        if (reference.m > kHugeA) out.flags |= kSawHugeA;
+        if (out.z > 0) out.flags |= kSawB;
+        const std::int64_t n = in.columns / kStep<T>;
+        if (loop == Loop::whole) {
+            const std::uint64_t all = n == 0 ? 0 : ~std::uint64_t{0} >> (64 - n);
+            if (sweep_far<Exact, true>(in, scale_, little, all, out) > n / 2) expected_ = Loop::skip_far;
+        } else if (loop == Loop::skip_far) {
+            expected_ = out.z == 0 ? Loop::whole : skips ? Loop::skip_far : Loop::near;
+            if (far_steps != 0 || in.rest > 0) sweep_far<Exact, false>(in, scale_, little, far_steps, out);
+        }
+        return (out.flags & kSawNan) || is_usable(out);
     }
 
     State add(const State& tile) const {
@@ -471,7 +538,7 @@ private:
     float scale_;
     Reference reference_;
     State total_;
-    bool skips_far_ = false;  // the last tile held far columns
+    Loop expected_ = Loop::near;
 };
 
 }  // namespace kl::KL_ISA
