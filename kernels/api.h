@@ -27,6 +27,18 @@ struct Gradient {
     Dtype dtype;
 };
 
+// 1 / temperature of each row, [A*B, columns]: one column of both sides, or a's and b's. data == nullptr:
+// every row has that of `Logits`, which play no part otherwise.
+struct RowScales {
+    const double* data = nullptr;
+    std::int64_t columns = 0;
+
+    double first(std::int64_t r, const Logits& of) const { return data ? data[r * columns] : of.scale; }
+    double last(std::int64_t r, const Logits& of) const {
+        return data ? data[(r + 1) * columns - 1] : of.scale;
+    }
+};
+
 // bool [A, B]; data == nullptr means every row counts.
 struct RowMask {
     const std::uint8_t* data;
@@ -58,6 +70,10 @@ struct RowPair {
     int threads;
     Formula formula;
     double beta;  // between 0 and 1 and neither, where the formula has one
+    RowScales scales{};
+
+    double a_scale(std::int64_t r) const { return scales.first(r, a); }
+    double b_scale(std::int64_t r) const { return scales.last(r, b); }
 };
 
 // Numbers kept per row between value and gradient. Exponents and differences are in units of ln 2

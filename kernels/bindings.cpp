@@ -24,12 +24,14 @@ namespace nb = nanobind;
 namespace {
 
 using Address = std::uintptr_t;
-using Side = std::tuple<Address, std::int64_t, std::int64_t, int, double>;     // data, strides, dtype, scale
-using Target = std::tuple<Address, std::int64_t, std::int64_t, int>;           // data or 0, strides, dtype
-using Valid = std::tuple<Address, std::int64_t, std::int64_t>;                 // data or 0, strides
-using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t, int>;       // A, B, V, threads
-using Pair = std::tuple<Side, Side, Valid, Sizes, std::string, double, bool>;  // formula, beta, fp64
-using Complement = std::tuple<Side, Valid, Sizes, Address, std::int64_t>;      // ids, ids per row
+using Side = std::tuple<Address, std::int64_t, std::int64_t, int, double>;  // data, strides, dtype, scale
+using Target = std::tuple<Address, std::int64_t, std::int64_t, int>;        // data or 0, strides, dtype
+using Valid = std::tuple<Address, std::int64_t, std::int64_t>;              // data or 0, strides
+using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t, int>;    // A, B, V, threads
+using Scales = std::tuple<Address, std::int64_t>;                           // data or 0, columns
+using Pair = std::tuple<Side, Side, Valid, Sizes, std::string, double, bool, Scales>;  // formula, beta, fp64
+using Complement = std::tuple<Side, Valid, Sizes, Address, std::int64_t, Scales>;      // ids, ids per row
+using Units = std::tuple<double, Address>;  // of all, or of each row
 
 template <class T = void>
 T* pointer(Address address) {
@@ -51,21 +53,29 @@ kl::RowMask row_mask(const Valid& valid) {
     return {pointer<const std::uint8_t>(data), stride_a, stride_b};
 }
 
+kl::RowScales row_scales(const Scales& scales) {
+    return {pointer<const double>(std::get<0>(scales)), std::get<1>(scales)};
+}
+
+kl::Units units_of(const Units& units) {
+    return {std::get<0>(units), pointer<const double>(std::get<1>(units))};
+}
+
 kl::RowPair row_pair(const Pair& of) {
-    const auto& [a, b, valid, sizes, formula, beta, wide] = of;
+    const auto& [a, b, valid, sizes, formula, beta, wide, scales] = of;
     const auto& [size_a, size_b, columns, threads] = sizes;
-    return {logits(a), logits(b), row_mask(valid), size_a,
-            size_b,    columns,   threads,         kl::formula_named(formula.c_str()),
-            beta};
+    return {logits(a), logits(b),         row_mask(valid), size_a,
+            size_b,    columns,           threads,         kl::formula_named(formula.c_str()),
+            beta,      row_scales(scales)};
 }
 
 bool is_wide(const Pair& of) { return std::get<6>(of); }
 
 kl::ComplementArgs complement_args(const Complement& of) {
-    const auto& [x, valid, sizes, ids, n_ids] = of;
+    const auto& [x, valid, sizes, ids, n_ids, scales] = of;
     const auto& [size_a, size_b, columns, threads] = sizes;
-    return {logits(x), row_mask(valid), pointer<const std::int64_t>(ids), n_ids, size_a, size_b,
-            columns,   threads};
+    return {logits(x), row_mask(valid),   pointer<const std::int64_t>(ids), n_ids, size_a, size_b, columns,
+            threads,   row_scales(scales)};
 }
 
 // Whoever takes the tensor over renames the capsule.
@@ -118,25 +128,26 @@ NB_MODULE(_native, m) {
                                 pointer<const double>(grad_picked), pointer<const double>(grad_rest_lse),
                                 pointer<const double>(grad_rest_entropy), target(to));
     });
-    m.def("shard_states", [](Address stats, bool wide, double unit, std::int64_t rows,
+    m.def("shard_states", [](Address stats, bool wide, const Units& units, std::int64_t rows,
                              const std::vector<Address>& inside, Address out) {
         std::vector<const void*> values;
         for (const Address value : inside) values.push_back(pointer<const void>(value));
         nb::gil_scoped_release unlocked;
-        return kl::shard_states(pointer(stats), wide, unit, rows, values.data(),
+        return kl::shard_states(pointer(stats), wide, units_of(units), rows, values.data(),
                                 static_cast<int>(values.size()), pointer<double>(out));
     });
     m.def("merge_shards", [](Address found, std::int64_t shards, std::int64_t rows, int n, Address out) {
         nb::gil_scoped_release unlocked;
         return kl::merge_shards(pointer<const double>(found), shards, rows, n, pointer<double>(out));
     });
-    m.def("whole_row_stats", [](Address local, bool wide, double unit, std::int64_t rows, const char* formula,
-                                Address log_a, Address ratio, Address sums, Address out) {
-        nb::gil_scoped_release unlocked;
-        kl::whole_row_stats(pointer(local), wide, unit, rows, kl::formula_named(formula),
-                            pointer<const double>(log_a), pointer<const double>(ratio),
-                            pointer<const double>(sums), pointer(out));
-    });
+    m.def("whole_row_stats",
+          [](Address local, bool wide, const Units& units, std::int64_t rows, const char* formula,
+             Address log_a, Address ratio, Address sums, Address out) {
+              nb::gil_scoped_release unlocked;
+              kl::whole_row_stats(pointer(local), wide, units_of(units), rows, kl::formula_named(formula),
+                                  pointer<const double>(log_a), pointer<const double>(ratio),
+                                  pointer<const double>(sums), pointer(out));
+          });
     // For the test of their error bounds; testing/probes-inl.h says which is which. n is a multiple of 16.
     m.def("elementary", [](int which, Address x, Address y, std::int64_t n) {
         nb::gil_scoped_release unlocked;

@@ -6,8 +6,10 @@ _Side = tuple[int, int, int, int, float]
 _Valid = tuple[int, int, int]
 _Sizes = tuple[int, int, int, int]
 _Target = tuple[int, int, int, int]
-_Pair = tuple[_Side, _Side, _Valid, _Sizes, str, float, bool]
-_Complement = tuple[_Side, _Valid, _Sizes, int, int]
+_Scales = tuple[int, int]
+_Pair = tuple[_Side, _Side, _Valid, _Sizes, str, float, bool, _Scales]
+_Complement = tuple[_Side, _Valid, _Sizes, int, int, _Scales]
+_Units = tuple[float, int]
 
 def isa() -> str: ...
 def supported_isas() -> str: ...
@@ -63,12 +65,14 @@ def complement_gradient(
     to: _Target,
     /,
 ) -> None: ...
-def shard_states(stats: int, wide: bool, unit: float, rows: int, inside: list[int], out: int, /) -> bool: ...
+def shard_states(
+    stats: int, wide: bool, units: _Units, rows: int, inside: list[int], out: int, /
+) -> bool: ...
 def merge_shards(found: int, shards: int, rows: int, n: int, out: int, /) -> bool: ...
 def whole_row_stats(
     local: int,
     wide: bool,
-    unit: float,
+    units: _Units,
     rows: int,
     formula: str,
     log_a: int,

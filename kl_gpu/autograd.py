@@ -50,26 +50,28 @@ def are_saved_tensors_managed() -> bool:
 
 
 def _row_values(
-    call: DivergenceCall, student: Tensor, teacher: Tensor, valid: Tensor | None
+    call: DivergenceCall, student: Tensor, teacher: Tensor, valid: Tensor | None, scales: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Values `[N]`, and the statistics that their gradient needs."""
-    found: tuple[Tensor, Tensor] = ops.value(*call.window.of_each(student, teacher), valid, *call.params)
+    found: tuple[Tensor, Tensor] = ops.value(
+        *call.window.of_each(student, teacher), valid, *call.params, scales
+    )
     return found
 
 
 def _row_gradients(call: DivergenceCall, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
     """row_scale · ∂value/∂logits of whole tensors, from the saved row statistics."""
-    student, teacher, valid = tensors
+    student, teacher, valid, scales = tensors
     (row_scale,), (stats,) = incoming, kept
     with torch.no_grad():
         grads = _buffers(student, teacher, call, needs[:2])
         sides, narrow = call.window.of_each(student, teacher), call.window.of_each(*grads)
-        ops.gradient(*sides, valid, stats, row_scale.to(stats.dtype), None, *call.params, *narrow)
+        ops.gradient(*sides, valid, stats, row_scale.to(stats.dtype), None, *call.params, *narrow, scales)
         call.window.zero_rest(*grads)
         if needs[0] and call.inplace:
             # A second backward would read gradients as logits: the version counter makes it raise.
             torch.autograd.graph.increment_version(student)
-    return *grads, None
+    return *grads, None, None
 
 
 # Per-row divergence `[N]` of logits `[N, V]`. It takes the whole tensors and narrows them inside, so that the
@@ -78,9 +80,11 @@ def _row_gradients(call: DivergenceCall, needs: Any, incoming: Any, tensors: Any
 ROW_DIVERGENCE = transforms.Step(_row_values, _row_gradients)
 
 
-def per_row(student: Tensor, teacher: Tensor, valid: Tensor | None, call: DivergenceCall) -> Tensor:
+def per_row(
+    student: Tensor, teacher: Tensor, valid: Tensor | None, scales: Tensor | None, call: DivergenceCall
+) -> Tensor:
     """Per-row divergence `[N]`, differentiable; its value alone where nobody will ask for a derivative, for
-    a Function costs 10 µs.
+    a Function costs 10 µs. `scales` as `Scales.rows` has them.
 
     Forward mode and torch.func need no requires_grad to differentiate. Called past a Function, the operator
     would answer them with a derivative of 0.
@@ -89,9 +93,9 @@ def per_row(student: Tensor, teacher: Tensor, valid: Tensor | None, call: Diverg
     if transforms.are_active() or (
         torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)
     ):
-        (value,) = transforms.apply(ROW_DIVERGENCE, call, student, teacher, valid)
+        (value,) = transforms.apply(ROW_DIVERGENCE, call, student, teacher, valid, scales)
     else:
-        value = ops.divergence(*call.window.of_each(student, teacher), valid, *call.params)
+        value = ops.divergence(*call.window.of_each(student, teacher), valid, *call.params, scales)
     return value
 
 
@@ -110,34 +114,35 @@ class WeightedSum(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         valid: Tensor | None,
+        scales: Tensor | None,
         row_scale: Tensor,
         call: DivergenceCall,
     ) -> Tensor:
         grads: Grads | None = None
         if are_saved_tensors_managed():
-            value, stats = _row_values(call, student, teacher, valid)
+            value, stats = _row_values(call, student, teacher, valid, scales)
         else:
             grads = _buffers(student, teacher, call, ctx.needs_input_grad[:2])
             sides, narrow = call.window.of_each(student, teacher), call.window.of_each(*grads)
-            value, stats = ops.value_and_gradient(*sides, valid, row_scale, *call.params, *narrow)
+            value, stats = ops.value_and_gradient(*sides, valid, row_scale, *call.params, *narrow, scales)
             call.window.zero_rest(*grads)
         # The logits too: modifying them before backward must raise, as it does everywhere else.
-        keep(ctx, student, teacher, valid, row_scale, stats)
+        keep(ctx, student, teacher, valid, scales, row_scale, stats)
         ctx.call, ctx.grads = call, grads
         return (value * row_scale).sum()
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, valid, row_scale, stats = kept(ctx)
+        student, teacher, valid, scales, row_scale, stats = kept(ctx)
         call = ctx.call
         # Given away once: a second backward must not write over what the first one returned.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            needs, tensors = ctx.needs_input_grad, (student, teacher, valid)
-            *grads, _ = _row_gradients(call, needs, (incoming * row_scale,), tensors, (stats,))
+            needs, tensors = ctx.needs_input_grad, (student, teacher, valid, scales)
+            *grads, _, _ = _row_gradients(call, needs, (incoming * row_scale,), tensors, (stats,))
         elif not (readable(incoming) and incoming.item() == 1):
             # A backward runs without gradients as it is, but under `create_graph`.
             with torch.no_grad() if torch.is_grad_enabled() else _NO_CHANGE:
                 sides, narrow = call.window.of_each(student, teacher), call.window.of_each(*grads)
-                ops.gradient(*sides, valid, stats, row_scale, incoming, *call.params, *narrow)
-        return (*forbid_double_backward(grads, incoming, student, teacher), None, None, None)
+                ops.gradient(*sides, valid, stats, row_scale, incoming, *call.params, *narrow, scales)
+        return (*forbid_double_backward(grads, incoming, student, teacher), None, None, None, None)

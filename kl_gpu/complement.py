@@ -45,53 +45,58 @@ unpadded = _of_the_teacher(ops.without_padding)
 
 
 def _split(
-    params: ComplementParams, logits: Tensor, ids: Tensor, valid: Tensor | None
+    params: ComplementParams, logits: Tensor, ids: Tensor, valid: Tensor | None, scales: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `split` gives, and the row statistics."""
     x = params.window.of(logits)
-    picked = ops.picked_logits(x, ids, valid, params.validate, params.argument) * params.scale
+    picked = ops.picked_logits(x, ids, valid, params.validate, params.argument)
+    picked = picked * (params.scale if scales is None else scales)
     if params.sweeps:
-        return picked, *ops.complement(x, ids, valid, params.scale, params.entropy, params.backend)
+        return picked, *ops.complement(x, ids, valid, params.scale, params.entropy, params.backend, scales)
     rest_lse, rest_entropy = (picked.new_zeros(x.shape[:-1]) for _ in range(2))
     return picked, rest_lse, rest_entropy, picked.new_zeros((*x.shape[:-1], COMPLEMENT_STATS))
 
 
 def _to_logits(params: ComplementParams, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
-    (logits, ids, valid), (stats,) = tensors, kept
+    (logits, ids, valid, scales), (stats,) = tensors, kept
     grad_picked, grad_rest, grad_entropy = incoming
     with torch.no_grad():
         grad = logits.detach() if params.inplace else gradient_buffer(logits)
         ops.complement_gradient(
             params.window.of(logits), ids, valid, stats, grad_picked, grad_rest,
             grad_entropy if params.entropy else None, params.scale, params.backend, params.window.of(grad),
+            scales,
         )  # fmt: skip
         params.window.zero_rest(grad)
         if params.inplace:
             # A second backward would read gradients as logits: the version counter makes it raise.
             torch.autograd.graph.increment_version(logits)
-    return grad, None, None
+    return grad, None, None, None
 
 
 _STEP = transforms.Step(_split, _to_logits, values=3)
 
 
 def split(
-    logits: Tensor, ids: Tensor, valid: Tensor | None, params: ComplementParams
+    logits: Tensor, ids: Tensor, valid: Tensor | None, scales: Tensor | None, params: ComplementParams
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From logits `[*, V]` and ids `[*, K]` to the picked scaled logits, and the complement's log-sum-exp and
     entropy.
 
     In float64. −inf for an absent id, and for the log-sum-exp where no other column has mass. Without
-    `sweeps` it and the entropy are 0.
+    `sweeps` it and the entropy are 0. `scales` `[*, 1]` are 1/temperature of each row, in place of the
+    parameters'.
     """
     found: tuple[Tensor, Tensor, Tensor] = transforms.apply(
-        _STEP, params, last_contiguous(logits), ids, valid
+        _STEP, params, last_contiguous(logits), ids, valid, scales
     )
     return found
 
 
-# What computes `split`, from logits, ids, the rows that count and the parameters.
-SplitRows = Callable[[Tensor, Tensor, "Tensor | None", ComplementParams], "tuple[Tensor, Tensor, Tensor]"]
+# What computes `split`, from logits, ids, the rows that count, their scales and the parameters.
+SplitRows = Callable[
+    [Tensor, Tensor, "Tensor | None", "Tensor | None", ComplementParams], "tuple[Tensor, Tensor, Tensor]"
+]
 
 
 class Rows(NamedTuple):

@@ -17,8 +17,8 @@ from .backends import registry
 from .columns import selected
 from .kinds import KINDS
 
-# What turns logits `[N, V]`, the rows that count and the call into values `[N]`.
-PerRow = Callable[[Tensor, Tensor, "Tensor | None", DivergenceCall], Tensor]
+# What turns logits `[N, V]`, the rows that count, their scales and the call into values `[N]`.
+PerRow = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None", DivergenceCall], Tensor]
 
 
 def run_divergence(
@@ -27,16 +27,16 @@ def run_divergence(
     """`divergence`, with the rows' values from `rows_of` where it is given."""
     if options.selects:
         student_logits, teacher_logits, options = selected(student_logits, teacher_logits, options)
-    teacher_temperature = options.check(kind)
+    options.check(kind)
     vocab_size = validation.logits(student_logits, teacher_logits, options.vocab_size, options.shift)
     reduction = options.reduction_of(student_logits)
+    scales = options.scales(student_logits, reduction.valid)
     chosen = registry.resolve(options.backend, student_logits.device)
     inplace = options.overwrites("student_logits", student_logits, "teacher_logits", teacher_logits)
 
     student, teacher = last_contiguous(student_logits), last_contiguous(teacher_logits)
-    scales = 1.0 / float(options.temperature), 1.0 / float(teacher_temperature)
     window = LogitsWindow(vocab_size, options.shift)
-    params = DivergenceParams(*KINDS[kind].at(options.beta), *scales, chosen)
+    params = DivergenceParams(*KINDS[kind].at(options.beta), scales.student, scales.teacher, chosen)
     call = DivergenceCall(params, window, inplace)
     # float64 with a narrower side: computed in float64, returned in float32.
     mixed = student.dtype != teacher.dtype
@@ -45,12 +45,12 @@ def run_divergence(
         row_scale = reduction.scale(
             window.of(student).shape[:-1], compute_dtype(student.dtype, teacher.dtype), student.device
         )
-        total = WeightedSum.apply(student, teacher, reduction.computed, row_scale, call)
+        total = WeightedSum.apply(student, teacher, reduction.computed, scales.rows, row_scale, call)
         return total.float() if mixed else total
 
     of = rows_of or per_row
-    value = of(student, teacher, reduction.computed, call)
-    value = reduction.completed(value, lambda others: of(student, teacher, others, call))
+    value = of(student, teacher, reduction.computed, scales.rows, call)
+    value = reduction.completed(value, lambda others: of(student, teacher, others, scales.rows, call))
     return reduction.reduced(value.float() if mixed else value)
 
 

@@ -66,8 +66,8 @@ def divergence(
     kind: str = "forward_kl",
     *,
     beta: float | None = None,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
     t_squared: bool = False,
     mask: Tensor | None = None,
     labels: Tensor | None = None,
@@ -94,9 +94,14 @@ def divergence(
         beta: the parameter of the kinds that have one: `jeffreys` and `js` take [0, 1], 0.5 by default, the
             skew divergences [0, 1), 0.1 by default; 0 or at least 1e-30. A number at run time: a new value
             compiles no kernel.
-        temperature: divides both logits; a float within [1e-6, 1e9].
-        teacher_temperature: overrides `temperature` on the teacher's side.
-        t_squared: multiply value and gradient by T² (Hinton et al. 2015, section 2.1).
+        temperature: divides both logits; a float within [1e-6, 1e9], or a floating tensor `[N]` of each
+            row's, which gets no gradient. A new value compiles nothing. Where one tensor serves both sides, a
+            row has the bits that it has with its temperature as a float. With `shift` an entry belongs to
+            the logits at t. One out of range in a row that counts is refused on the CPU; on a device, where
+            asking would wait, and under torch.compile or torch.func that row is NaN.
+        teacher_temperature: overrides `temperature` on the teacher's side; a float or `[N]` likewise.
+        t_squared: multiply value and gradient by T² (Hinton et al. 2015, section 2.1), each row by its own;
+            one temperature for both sides.
         mask: bool or integers 0 and 1, `[N]`; True or 1 counts. A row that does not count has value 0 and
             gradient 0, whatever it holds.
         labels: int `[N]`, signed or unsigned, compared as int64; a row counts where labels != ignore_index.

@@ -51,7 +51,7 @@ def token_logprobs(
     logits: Tensor,
     token_ids: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     entropy: bool = False,
     mask: Tensor | None = None,
     ignore_index: int = -100,
@@ -72,7 +72,8 @@ def token_logprobs(
         token_ids: int `[N]`, or `[N, K]`, within [0, V). On the CPU another id raises; on a GPU, where asking
             would wait for the device, it is NaN. Of K ids one may stand more than once, and −1 or
             `ignore_index` marks an absent entry, which is 0.
-        temperature: divides the logits; a float within [1e-6, 1e9].
+        temperature: divides the logits; a float within [1e-6, 1e9], or `[N]` of each row's, as in
+            :func:`kl_gpu.divergence`.
         entropy: also return the entropy of each row.
         mask: bool or integers 0 and 1, `[N]`; True or 1 counts. A row that does not count is 0, with gradient
             0, whatever it holds.
@@ -112,11 +113,12 @@ def run_token_logprobs(rows: Rows, options: Options, entropy: bool) -> Tensor | 
     several = validation.token_ids(rows.tensor, ids)
     of_rows = options._replace(labels=None) if several else options
     valid = of_rows.reduction_of(rows.tensor).computed
+    scale, _, scales = options.scales(rows.tensor, valid)
     chosen = registry.resolve(options.backend, rows.tensor.device)
     inplace = options.overwrites(rows.argument, rows.tensor)
 
     ids = (ordinary_rows(ids)[:, 1:] if options.shift else ids).long()
-    validate, scale = rows.tensor.device.type == "cpu" and not several, 1.0 / float(options.temperature)
+    validate = rows.tensor.device.type == "cpu" and not several
     params = ComplementParams(scale, True, entropy, validate, "token_ids", chosen, rows.window, inplace)
     if options.support is not None:
         support = support_ids(options.support, rows.tensor.shape[:-1], rows.columns, None)
@@ -124,7 +126,7 @@ def run_token_logprobs(rows: Rows, options: Options, entropy: bool) -> Tensor | 
         tokens = ids if several else ids[..., None]
         validation.tokens_are_columns(tokens, valid, rows.columns, -1 if several else 0)
         picked, _, _ = rows.split(
-            rows.tensor, support, valid, params._replace(sweeps=False, entropy=False, validate=False)
+            rows.tensor, support, valid, scales, params._replace(sweeps=False, entropy=False, validate=False)
         )
         absent = (tokens == options.ignore_index) | (tokens == -1)
         logprob, spread = kept.logprobs(picked, support, tokens, valid)
@@ -134,10 +136,10 @@ def run_token_logprobs(rows: Rows, options: Options, entropy: bool) -> Tensor | 
         ids = torch.where(ids == options.ignore_index, -1, ids)
         validation.tokens_are_columns(ids, valid, rows.columns)
         places = Places.of(ids)
-        parts = rows.split(rows.tensor, places.picked, valid, params)
+        parts = rows.split(rows.tensor, places.picked, valid, scales, params)
         logprob, spread = transforms.apply(SEVERAL, rows.columns, *parts, valid, *places)
     else:
-        picked, *rest = rows.split(rows.tensor, ids[..., None], valid, params)
+        picked, *rest = rows.split(rows.tensor, ids[..., None], valid, scales, params)
         logprob, spread = transforms.apply(_STEP, rows.columns, picked[..., 0], *rest, ids, valid)
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
     return (logprob.to(dtype), spread.to(dtype)) if entropy else logprob.to(dtype)

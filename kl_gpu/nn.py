@@ -50,12 +50,17 @@ class DivergenceLoss(nn.Module):
         weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
         support: Tensor | None = None,
+        temperature: float | Tensor | None = None,
+        teacher_temperature: float | Tensor | None = None,
     ) -> Tensor:
-        """Arguments, result and errors as :func:`kl_gpu.divergence`."""
+        """Arguments, result and errors as :func:`kl_gpu.divergence`.
+
+        Temperatures given here, such as those of each row, take the place of those given at construction.
+        """
         return divergence(
             student_logits, teacher_logits, self.kind, mask=mask, labels=labels, weight=weight,
             normalizer=normalizer, support=support, student_columns=self.student_columns,
-            teacher_columns=self.teacher_columns, **self.options,
+            teacher_columns=self.teacher_columns, **self._options(temperature, teacher_temperature),
         )  # fmt: skip
 
     def linear(
@@ -69,6 +74,8 @@ class DivergenceLoss(nn.Module):
         labels: Tensor | None = None,
         weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
+        temperature: float | Tensor | None = None,
+        teacher_temperature: float | Tensor | None = None,
         **heads: Any,
     ) -> Tensor:
         """The same loss from hidden states and LM heads, as :func:`kl_gpu.linear_div`.
@@ -79,12 +86,17 @@ class DivergenceLoss(nn.Module):
         """
         from .linear.api import linear_div  # later: a fifth of the package's import time
 
-        options = {name: value for name, value in self.options.items() if name != "inplace"}
+        options = self._options(temperature, teacher_temperature)
+        options.pop("inplace", None)
         return linear_div(
             student_hidden, student_weight, teacher_hidden, teacher_weight, self.kind, mask=mask,
             labels=labels, weight=weight, normalizer=normalizer, student_columns=self.student_columns,
             teacher_columns=self.teacher_columns, **heads, **options,
         )  # fmt: skip
+
+    def _options(self, temperature: Any, teacher_temperature: Any) -> dict[str, Any]:
+        given = {"temperature": temperature, "teacher_temperature": teacher_temperature}
+        return self.options | {name: value for name, value in given.items() if value is not None}
 
     def extra_repr(self) -> str:
         return ", ".join([repr(self.kind), *(f"{name}={value!r}" for name, value in self.options.items())])

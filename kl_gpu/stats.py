@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -121,7 +120,8 @@ def _quantile(ordered: Tensor, share: float) -> float:
 
 
 def _fields(call: tuple[float, float, str], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    return ops.token_stats(*tensors, *call).unbind(0)
+    *others, scales = tensors
+    return ops.token_stats(*others, *call, scales).unbind(0)
 
 
 def _no_gradient(*_: object) -> Any:
@@ -136,8 +136,8 @@ def token_stats(
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     *,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
     mask: Tensor | None = None,
     ignore_index: int = -100,
     shift: bool = False,
@@ -157,7 +157,8 @@ def token_stats(
         teacher_logits: `[N, V]`, on the same device; the dtype may differ.
         labels: int `[N]`, tokens; a row counts where labels != ignore_index. On the CPU other labels outside
             [0, V) raise; elsewhere, and under torch.compile or torch.func, their log-probabilities are NaN.
-        temperature: divides both logits; a float within [1e-6, 1e9].
+        temperature: divides both logits; a float within [1e-6, 1e9], or `[N]` of each row's, as in
+            :func:`kl_gpu.divergence`.
         teacher_temperature: overrides `temperature` on the teacher's side.
         mask: bool or integers 0 and 1, `[N]`; True or 1 counts; combines with `labels` by and. The logits of
             a row that does not count do not matter.
@@ -178,9 +179,10 @@ def token_stats(
     """
     validation.of_one_rank("token_stats", student_logits, teacher_logits)
     validation.booleans(shift=shift)
-    scales = validation.scales(temperature, teacher_temperature)
+    validation.temperatures(temperature, teacher_temperature)
     options = Options(
-        mask=mask, labels=labels, ignore_index=ignore_index, shift=shift, vocab_size=vocab_size,
+        temperature=temperature, teacher_temperature=teacher_temperature, mask=mask, labels=labels,
+        ignore_index=ignore_index, shift=shift, vocab_size=vocab_size,
         student_columns=student_columns, teacher_columns=teacher_columns,
     )  # fmt: skip
     if options.selects:
@@ -188,9 +190,15 @@ def token_stats(
         student_logits, teacher_logits, options = selected(*sides, options)
     columns = validation.logits(student_logits, teacher_logits, options.vocab_size, shift)
     validation.rows(student_logits, mask, labels, ignore_index, None)
-    call = (*scales, registry.resolve(backend, student_logits.device))
+    chosen = registry.resolve(backend, student_logits.device)
     student, teacher = of_sides(student_logits, teacher_logits, columns, shift)
-    fields_of = partial(transforms.apply, _STEP, call, student, teacher)
+
+    def fields_of(valid: Tensor | None, tokens: Tensor | None) -> tuple[Tensor, ...]:
+        *scales, of_rows = options.scales(student_logits, valid)
+        tensors = student, teacher, valid, tokens, of_rows
+        found: tuple[Tensor, ...] = transforms.apply(_STEP, (*scales, chosen), *tensors)
+        return found
+
     return run_token_stats(fields_of, options, columns, student.dtype, teacher.dtype)
 
 

@@ -172,6 +172,46 @@ def edges(rank: int, ranks: int, kind: str, backend: str) -> bytes:
     return bits(value)
 
 
+def row_temperatures(rank: int, ranks: int, backend: str) -> bytes:
+    """Temperatures of each row's own: within the dense call's bounds, whichever backend merges the shards."""
+    columns = 70
+    student, teacher = pair(4, columns)
+    mine = span(rank, ranks, columns)
+    one, other = (torch.tensor(x, device=DEVICE) for x in ((0.7, 1.0, 2.0, 1.3), (1.1, 0.8, 1.0, 2.5)))
+    results = []
+    for kind, options in (
+        ("forward_kl", {"temperature": one}),
+        ("js", {"temperature": one, "teacher_temperature": other}),
+        ("jeffreys", {"teacher_temperature": other}),
+    ):
+        shards = leaves(rank, ranks, student, teacher)
+        value = vocab_parallel_div(*shards, kind, reduction="none", backend=backend, **options)
+        value.sum().backward()
+        grads = tuple(together(shard.grad, mine, columns) for shard in shards)
+        numbers: Any = {name: to_numpy(x)[:, None] for name, x in options.items()}
+        check_value(value, student, teacher, kind, backend, "row temperatures", **numbers)
+        check_gradients(student, teacher, grads, kind, backend, "row temperatures", **numbers)
+        results.append(value)
+    both = {"temperature": one, "teacher_temperature": other, "backend": backend}
+    labels = torch.tensor([0, 69, 20, 30], device=DEVICE)
+    shards = [x.detach() for x in leaves(rank, ranks, student, teacher)]
+    stats = distributed.vocab_parallel_token_stats(*shards, labels, **both)
+    torch.testing.assert_close(tuple(stats), tuple(kl_gpu.token_stats(student, teacher, labels, **both)))
+    own = {"temperature": one, "entropy": True, "backend": backend}
+    logprobs = distributed.vocab_parallel_token_logprobs(shards[0], labels, **own)
+    torch.testing.assert_close(logprobs, kl_gpu.token_logprobs(student, labels, **own))
+    hidden, weights = (
+        student[:, :8].contiguous(),
+        (student[:, :columns].t() @ student)[:, :8].contiguous() / 50,
+    )
+    heads = hidden, weights[mine], hidden.flip(0).contiguous(), weights[mine]
+    whole = hidden, weights, hidden.flip(0).contiguous(), weights
+    got = distributed.vocab_parallel_linear_div(*heads, "js", chunk_rows=3, **both)
+    torch.testing.assert_close(got, kl_gpu.linear_div(*whole, "js", **both), rtol=1e-4, atol=1e-7)
+    assert got > 1e-3
+    return bits(*results, *stats, *logprobs, got)
+
+
 def reductions(rank: int, ranks: int, kind: str, backend: str) -> bytes:
     student, teacher = pair(3, 5, 70)
     mask, weight = torch.rand(3, 5, device=DEVICE) > 0.4, torch.rand(3, 5, device=DEVICE) - 0.2

@@ -8,9 +8,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from kl_gpu.arguments.reduction import wide_dtype
 from kl_gpu.backends import registry
 from kl_gpu.backends.eager.pair import worker_for
-from kl_gpu.backends.interface import Backend, wide_dtype
+from kl_gpu.backends.interface import Backend
 from kl_gpu.kinds import KINDS
 
 MEMBERS = [name for name in vars(Backend) if not name.startswith("_")]

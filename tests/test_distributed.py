@@ -68,6 +68,10 @@ def test_unequal_temperatures(world: World, kind: str, backend: str) -> None:
     )  # fmt: skip
 
 
+def test_temperatures_of_each_row(world: World, backend: str) -> None:
+    same_on_all_ranks(world.run("row_temperatures", backend=backend))
+
+
 def test_edges(world: World, kind: str, backend: str) -> None:
     same_on_all_ranks(world.run("edges", kind=kind, backend=backend))
 

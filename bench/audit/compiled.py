@@ -53,6 +53,8 @@ def signature(entry: Entry, dtype: str) -> dict[str, str]:
             types[name] = entry.types[name]
         elif name == "valid_ptr":
             types[name] = "*i1"
+        elif name == "scales_ptr":  # None, as all rows share their temperatures
+            types[name] = "constexpr"
         elif name in _LOGITS:
             types[name] = f"*{dtype}"
         elif name.endswith("_ptr"):
@@ -81,7 +83,11 @@ def compile_entry(entry: Entry, dtype: str, arch: str, V_class: str) -> Compiled
     source = ASTSource(
         fn=entry.function,
         signature=types,
-        constexprs={(names.index(n),): value for n, value in configuration.items() if n in names},
+        constexprs={
+            (names.index(n),): value
+            for n, value in {"scales_ptr": None, **configuration}.items()
+            if n in names
+        },
     )
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     built = triton_compile(source, target=target, options=options)

@@ -148,7 +148,7 @@ class ComplementEntry(Entry):
         config = program(logits, 64, lanes)
         if not self.sweeps_value:
             config["LAYOUT"] = launch.gradient_layout(config["LAYOUT"], logits)
-        return {**config, "HAS_VALID": True, "ENTROPY": self.kind.endswith("entropy")}
+        return {**config, "HAS_VALID": True, "HAS_SCALES": False, "ENTROPY": self.kind.endswith("entropy")}
 
     def programs(self, logits: torch.Tensor, lanes: int) -> int:
         return 1 if self.sweeps_value else super().programs(logits, lanes)

@@ -31,7 +31,7 @@ namespace {
 struct Layout : RowBlocks<ComplementArgs> {
     const ComplementKernels& kernels_of_set() const { return *k.complement; }
     ComplementRow row(std::int64_t r) const {
-        return {row_of(p.x, r), p.x.dtype, p.x.scale, p.columns, p.ids + r * p.n_ids, p.n_ids, scratch()};
+        return {row_of(p.x, r), p.x.dtype, p.scale(r), p.columns, p.ids + r * p.n_ids, p.n_ids, scratch()};
     }
     // The thread's own: an allocation a row would cost as much as a small row.
     std::int64_t* scratch() const {
@@ -39,12 +39,12 @@ struct Layout : RowBlocks<ComplementArgs> {
         numbers.resize(static_cast<std::size_t>(p.n_ids));
         return numbers.data();
     }
-    // Whether 2^exponents of this call fit fp32 at all; single rows may turn out not to.
-    bool fits_fp32() const {
-        const double scale = row_scale();
+    // Whether 2^exponents at this temperature fit fp32 at all; single rows may turn out not to.
+    bool fits_fp32(std::int64_t r) const {
+        const double scale = row_scale(r);
         return p.x.dtype != Dtype::f64 && scale > 0x1p-60 && scale < 0x1p60;
     }
-    double row_scale() const { return p.x.scale * Row::kLog2e; }
+    double row_scale(std::int64_t r) const { return p.scale(r) * Row::kLog2e; }
 };
 
 void finalise_row(const Layout& layout, std::int64_t r, ComplementSums sums, bool entropy, double* rest_lse,
@@ -52,16 +52,17 @@ void finalise_row(const Layout& layout, std::int64_t r, ComplementSums sums, boo
     ComplementForm form = ComplementForm::fp32;
     // fp64 decides what is a NaN, and takes rows so large that the rounding of m shows in the result.
     const bool has_mass = sums.m > -__builtin_inf();
-    if (!layout.fits_fp32() || sums.bad || (has_mass && !(std::fabs(sums.m) < 0x1p20))) {
+    if (!layout.fits_fp32(r) || sums.bad || (has_mass && !(std::fabs(sums.m) < 0x1p20))) {
         form = ComplementForm::fp64;
         sums = layout.kernels_of_set().sum_in_fp64(layout.row(r));
     }
     double lse = sums.z == 0 ? -__builtin_inf() : sums.m + std::log2(sums.z), exact = lse;
     if (form == ComplementForm::fp32 && sums.z > 0) {
         // The sums were taken with the scale rounded to fp32. That shows where all logits are large.
-        const double scale = layout.row_scale(), rounded = static_cast<double>(static_cast<float>(scale));
+        const double scale = layout.row_scale(r), rounded = static_cast<double>(static_cast<float>(scale));
         exact += (scale / rounded - 1) * (sums.m + (entropy ? sums.t / sums.z : 0));
     }
+    sums.bad = sums.bad || std::isnan(layout.row_scale(r));
     if (sums.bad) lse = exact = std::nan("");
     // sum pi (log2 z - y): neither part is negative.
     *rest_entropy = !entropy || sums.z == 0 ? 0 : std::max(0.0, (std::log2(sums.z) - sums.t / sums.z) * kLn2);
@@ -77,7 +78,7 @@ void finalise_row(const Layout& layout, std::int64_t r, ComplementSums sums, boo
 void complement(const ComplementArgs& p, bool entropy, double* rest_lse, double* rest_entropy,
                 double* stats) {
     const Layout layout{p, kernels()};
-    const bool fp32 = layout.fits_fp32();
+    const bool fp32 = layout.rows() > 0 && layout.fits_fp32(0);
     const auto block = [&](std::int64_t r, std::int64_t n) {
         return layout.kernels_of_set().sum(layout.row(r), layout.first(n), layout.last(n), entropy);
     };
@@ -89,7 +90,7 @@ void complement(const ComplementArgs& p, bool entropy, double* rest_lse, double*
             return;
         }
         ComplementSums total;
-        for (std::int64_t n = 0; fp32 && n < layout.blocks(); ++n) total += sums_of(n);
+        for (std::int64_t n = 0; layout.fits_fp32(r) && n < layout.blocks(); ++n) total += sums_of(n);
         finalise_row(layout, r, total, entropy, rest_lse + r, rest_entropy + r, row_stats);
     });
 }
@@ -106,8 +107,8 @@ void complement_gradient(const ComplementArgs& p, const double* stats, const dou
         const double* const s = stats + r * kComplementStats;
         const ComplementScalars scalars{s[kRestLse],
                                         static_cast<ComplementForm>(static_cast<int>(s[kRestForm])),
-                                        s[kRestEntropy], grad_rest_lse[r] * p.x.scale,
-                                        grad_rest_entropy == nullptr ? 0 : grad_rest_entropy[r] * p.x.scale};
+                                        s[kRestEntropy], grad_rest_lse[r] * p.scale(r),
+                                        grad_rest_entropy == nullptr ? 0 : grad_rest_entropy[r] * p.scale(r)};
         const bool is_zero =
             (scalars.grad_rest_lse == 0 && scalars.grad_rest_entropy == 0) || scalars.lse == -__builtin_inf();
         const bool is_nan = !std::isfinite(scalars.grad_rest_lse) ||
@@ -118,7 +119,7 @@ void complement_gradient(const ComplementArgs& p, const double* stats, const dou
             of_set.fill(out, first, last, is_zero ? 0 : std::nan(""));
         else
             of_set.gradient(row, scalars, out, first, last, non_temporal);
-        of_set.place(out, row.ids, grad_picked + r * p.n_ids, p.n_ids, p.x.scale, first, last);
+        of_set.place(out, row.ids, grad_picked + r * p.n_ids, p.n_ids, p.scale(r), first, last);
     };
     if (layout.splits_rows()) return for_each_block(layout, block);
     for_each_row(layout, [&](std::int64_t r) {

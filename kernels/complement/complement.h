@@ -15,6 +15,9 @@ struct ComplementArgs {
     const std::int64_t* ids;
     std::int64_t n_ids, size_a, size_b, columns;
     int threads;
+    RowScales scales{};
+
+    double scale(std::int64_t r) const { return scales.first(r, x); }
 };
 
 enum ComplementStat : int {

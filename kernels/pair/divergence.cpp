@@ -29,7 +29,7 @@ void write(const RowResult& result, R* value, R* stats) {
 }
 
 template <class R>
-RowScalars read(const RowPair& p, const R* stats, R row_scale) {
+RowScalars read(const RowPair& p, std::int64_t r, const R* stats, R row_scale) {
     RowScalars s;
     s.lse_a = static_cast<double>(stats[kLseHi]) + static_cast<double>(stats[kLseLo]);
     s.shift = static_cast<double>(stats[kShiftHi]) + static_cast<double>(stats[kShiftLo]);
@@ -37,8 +37,8 @@ RowScalars read(const RowPair& p, const R* stats, R row_scale) {
     s.divergence = static_cast<double>(stats[kDivergence]);
     s.row_class = static_cast<RowClass>(static_cast<int>(stats[kRowClass]));
     s.top_r = static_cast<double>(stats[kTopR]);
-    s.coefficient_a = static_cast<double>(row_scale) * p.a.scale;
-    s.coefficient_b = static_cast<double>(row_scale) * p.b.scale;
+    s.coefficient_a = static_cast<double>(row_scale) * p.a_scale(r);
+    s.coefficient_b = static_cast<double>(row_scale) * p.b_scale(r);
     s.formula = p.formula;
     s.beta = p.beta;
     s.mean_a = static_cast<double>(stats[kMeanA]);
@@ -64,6 +64,7 @@ RowResult one_column(const Layout& layout, const Row& row) {
 
 template <class StateOf>
 RowResult evaluate(const Layout& layout, const Row& row, StateOf state_of) {
+    if (!row.has_temperature()) return nan_result();
     if (row.columns == 1) return one_column(layout, row);
     if (!row.fits_fp32()) return layout.k.fallback(row);
     State state;
@@ -87,7 +88,7 @@ struct Value {
 
     State kl_block(std::int64_t r, std::int64_t n) const { return layout.block(layout.row(r), n); }
     FormulaSums formula_block(std::int64_t r, std::int64_t n) const {
-        return layout.formula_block(layout.row(r), read(layout.p, stats + r * kStats, R{1}), n);
+        return layout.formula_block(layout.row(r), read(layout.p, r, stats + r * kStats, R{1}), n);
     }
     template <class StateOf>
     void finish_kl(std::int64_t r, StateOf state_of) const {
@@ -142,7 +143,7 @@ struct GradientOf {
     void of_row(std::int64_t r, std::int64_t first, std::int64_t last) const {
         RowScalars scalars{};
         scalars.row_class = RowClass::zero;
-        if (layout.is_valid(r)) scalars = read(layout.p, stats + r * kStats, row_scale[r]);
+        if (layout.is_valid(r)) scalars = read(layout.p, r, stats + r * kStats, row_scale[r]);
         layout.k.gradient(layout.row(r), scalars, layout.row_of(to_a, r), layout.row_of(to_b, r), first, last,
                           non_temporal);
     }
@@ -204,7 +205,7 @@ void formula_sums(const RowPair& p, bool wide, const void* stats, double* out) {
         const auto block = [&](std::int64_t r, std::int64_t n) {
             if (!layout.is_valid(r)) return FormulaSums{};
             return layout.formula_block(layout.row(r),
-                                        read(p, static_cast<const R*>(stats) + r * kStats, R{1}), n);
+                                        read(p, r, static_cast<const R*>(stats) + r * kStats, R{1}), n);
         };
         fold_blocks(layout, layout.splits_rows(), block, [&](std::int64_t r, auto sums_of) {
             const FormulaSums sums = total(layout, sums_of);

@@ -8,7 +8,7 @@ namespace kl {
 
 struct Layout : RowBlocks<RowPair> {
     Row row(std::int64_t r) const {
-        return {row_of(p.a, r), row_of(p.b, r), p.a.dtype, p.b.dtype, p.a.scale, p.b.scale, p.columns};
+        return {row_of(p.a, r), row_of(p.b, r), p.a.dtype, p.b.dtype, p.a_scale(r), p.b_scale(r), p.columns};
     }
     State block(const Row& row, std::int64_t n) const { return k.sweep_block(row, first(n), last(n)); }
     FormulaSums formula_block(const Row& row, const RowScalars& scalars, std::int64_t n) const {

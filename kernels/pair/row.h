@@ -25,6 +25,11 @@ struct Row {
         return dtype_a != Dtype::f64 && dtype_b != Dtype::f64 &&
                inverse_temperature_a == inverse_temperature_b;
     }
+    // A row whose temperature is no number has no distribution.
+    bool has_temperature() const {
+        const double both = inverse_temperature_a + inverse_temperature_b;
+        return both == both;
+    }
     double exact_scale() const { return inverse_temperature_a * kLog2e; }
     float scale() const { return static_cast<float>(exact_scale()); }
 

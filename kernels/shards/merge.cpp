@@ -100,14 +100,15 @@ struct Merged {
 };
 
 template <class R>
-bool pack(const R* stats, double unit, std::int64_t rows, const void* const* inside, int n, double* out) {
+bool pack(const R* stats, const Units& units, std::int64_t rows, const void* const* inside, int n,
+          double* out) {
     const auto whole = [](const R* parts) {
         return static_cast<double>(parts[0]) + static_cast<double>(parts[1]);
     };
     bool finite = true;
     for (std::int64_t i = 0; i < rows; ++i) {
         const R* const row = stats + i * kStats;
-        const double log_a = whole(row + kLseHi) * unit, ratio = whole(row + kShiftHi) * unit;
+        const double log_a = whole(row + kLseHi) * units[i], ratio = whole(row + kShiftHi) * units[i];
         out[i] = log_a;
         out[rows + i] = ratio;
         finite = finite && std::isfinite(log_a + ratio);
@@ -148,10 +149,10 @@ void unpack(const R* local, double unit, Formula formula, double log_a, double r
 
 }  // namespace
 
-bool shard_states(const void* stats, bool wide, double unit, std::int64_t rows, const void* const* inside,
-                  int n, double* out) {
-    return wide ? pack(static_cast<const double*>(stats), unit, rows, inside, n, out)
-                : pack(static_cast<const float*>(stats), unit, rows, inside, n, out);
+bool shard_states(const void* stats, bool wide, const Units& units, std::int64_t rows,
+                  const void* const* inside, int n, double* out) {
+    return wide ? pack(static_cast<const double*>(stats), units, rows, inside, n, out)
+                : pack(static_cast<const float*>(stats), units, rows, inside, n, out);
 }
 
 bool merge_shards(const double* found, std::int64_t shards, std::int64_t rows, int n, double* out) {
@@ -169,13 +170,13 @@ bool merge_shards(const double* found, std::int64_t shards, std::int64_t rows, i
     return all_fit;
 }
 
-void whole_row_stats(const void* local, bool wide, double unit, std::int64_t rows, Formula formula,
+void whole_row_stats(const void* local, bool wide, const Units& units, std::int64_t rows, Formula formula,
                      const double* log_a, const double* ratio, const double* sums, void* out) {
     in_compute_type(wide, [&]<class R>() {
         const R* const from = static_cast<const R*>(local);
         R* const to = static_cast<R*>(out);
         for (std::int64_t i = 0; i < rows; ++i)
-            unpack(from + i * kStats, unit, formula, log_a[i], ratio[i], sums + 3 * i, to + i * kStats);
+            unpack(from + i * kStats, units[i], formula, log_a[i], ratio[i], sums + 3 * i, to + i * kStats);
     });
 }
 

@@ -85,8 +85,11 @@ void token_stats(const RowPair& p, bool wide, const std::int64_t* tokens, void* 
             layout, split, [&](std::int64_t r, std::int64_t n) { return block(layout, layout.row(r), n); },
             [&](std::int64_t r, auto state_of) {
                 std::array<double, kTokenStats> all{};
-                if (layout.is_valid(r)) {
-                    const Row row = layout.row(r);
+                const bool valid = layout.is_valid(r);
+                const Row row = layout.row(r);
+                if (valid && !row.has_temperature()) {
+                    all.fill(kNan);
+                } else if (valid) {
                     const RowStats s = evaluate(layout, row, state_of);
                     const std::int64_t token = tokens == nullptr ? -1 : tokens[r];
                     double token_b = kNan, token_a = kNan;

@@ -10,8 +10,9 @@ from torch import Tensor
 from .. import transforms
 from ..inference_tensors import ordinary_rows
 from ..kinds import KINDS
-from . import validation
+from . import temperatures, validation
 from .reduction import Reduction, valid_rows
+from .temperatures import Scales, Temperature
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
@@ -20,8 +21,8 @@ class Options(NamedTuple):
     """Those of :func:`kl_gpu.divergence`, as given. What an entry does not take keeps its default."""
 
     beta: float | None = None
-    temperature: float = 1.0
-    teacher_temperature: float | None = None
+    temperature: Temperature = 1.0
+    teacher_temperature: Temperature | None = None
     t_squared: bool = False
     mask: Tensor | None = None
     labels: Tensor | None = None
@@ -42,20 +43,24 @@ class Options(NamedTuple):
         """Whether only some columns count, and not the first ones."""
         return not (self.support is None and self.student_columns is None and self.teacher_columns is None)
 
-    def check(self, kind: str) -> float:
-        """Check what needs no tensor, of two sides compared by `kind`; returns the teacher's temperature."""
+    def check(self, kind: str) -> None:
+        """Check what needs no logits, of two sides compared by `kind`."""
         validation.name("kind", kind, KINDS)
         validation.name("reduction", self.reduction, REDUCTIONS)
         validation.beta(self.beta, kind)
         validation.booleans(shift=self.shift, inplace=self.inplace, t_squared=self.t_squared)
-        return validation.temperatures(self.temperature, self.teacher_temperature, self.t_squared)
+        validation.temperatures(self.temperature, self.teacher_temperature, self.t_squared)
+
+    def scales(self, rows: Tensor, valid: Tensor | None, factors: tuple[float, float] = (1.0, 1.0)) -> Scales:
+        """What multiplies both sides' logits, as `temperatures.scales` has it."""
+        both = self.temperature, self.teacher_temperature
+        return temperatures.scales(*both, rows, valid, self.shift, factors)
 
     def reduction_of(self, logits: Tensor) -> Reduction:
         """Check what is given per row against the logits; returns what becomes of their divergences."""
         validation.rows(logits, self.mask, self.labels, self.ignore_index, self.weight)
-        factor = float(self.temperature) ** 2 if self.t_squared else None
         if self.mask is None and self.labels is None and self.weight is None and self.normalizer is None:
-            return Reduction(None, None, factor, self.reduction, None)
+            return Reduction(None, None, self._factor(logits, None), self.reduction, None)
         validation.normalizer(self.normalizer, self.reduction, logits.device)
         weight, normalizer = ordinary_rows(self.weight), self.normalizer
         if isinstance(normalizer, Tensor):
@@ -64,7 +69,16 @@ class Options(NamedTuple):
         mask = ordinary_rows(self.mask) if self.shift else self.mask
         valid, weight = valid_rows(mask, self.labels, self.ignore_index, weight, self.shift)
         validation.divides(normalizer, valid, logits.shape[:-1], self.shift)
-        return Reduction(valid, weight, factor, self.reduction, normalizer)
+        return Reduction(valid, weight, self._factor(logits, valid), self.reduction, normalizer)
+
+    def _factor(self, logits: Tensor, valid: Tensor | None) -> float | Tensor | None:
+        """T² where it is asked for, of all rows or of each."""
+        if not self.t_squared:
+            return None
+        if isinstance(self.temperature, Tensor):
+            own = temperatures.of_rows("temperature", self.temperature, logits, valid, self.shift)
+            return own.square()
+        return float(self.temperature) ** 2
 
     def overwrites(self, argument: str, logits: Tensor, *also_needed: Any) -> bool:
         """Whether the gradient goes over the logits' memory; `also_needed` as in `validation.inplace`."""

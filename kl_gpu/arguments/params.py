@@ -8,8 +8,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .reduction import LogitsWindow
+from .temperatures import Scales
 
 
 class DivergenceParams(NamedTuple):
@@ -18,7 +20,7 @@ class DivergenceParams(NamedTuple):
     Attributes:
         kind: a name in `KINDS`, β's limits already resolved (`Kind.at`).
         beta: the kind's parameter, strictly between its limits; 0 where it has none.
-        student_scale, teacher_scale: 1/temperature of each side.
+        student_scale, teacher_scale: 1/temperature of each side, where rows do not have their own.
         backend: a name in `BACKENDS`.
     """
 
@@ -46,7 +48,7 @@ class ComplementParams(NamedTuple):
     """How a row is split into picked columns and their complement.
 
     Attributes:
-        scale: 1/temperature.
+        scale: 1/temperature, where rows do not have their own.
         sweeps: whether the complement counts; without it only the picked columns are read.
         entropy: whether the complement's entropy is asked for.
         validate: whether ids that are out of range or given twice are refused, in the name of `argument`.
@@ -71,7 +73,7 @@ class TopkParams(NamedTuple):
     Attributes:
         kind, beta: as in `DivergenceParams`.
         tail: what stands for the tokens that are not known.
-        scale: 1/temperature, for "renormalize".
+        scale: 1/temperature, for "renormalize"; the teacher comes with it where rows have their own.
         resolution: half an ulp of the teacher's log-probabilities at 1.
     """
 
@@ -117,16 +119,24 @@ class LinearParams(NamedTuple):
         """Of the logits of one row, both sides."""
         return self.vocab_size * (self.student.dtype.itemsize + self.teacher.dtype.itemsize)
 
+    def scaled(self, scales: Scales) -> LinearParams:
+        """With what multiplies the logits."""
+        student, teacher, _ = scales
+        divergence = self.divergence._replace(student_scale=student, teacher_scale=teacher)
+        return self._replace(divergence=divergence)
+
     def as_arguments(self) -> tuple[Any, ...]:
         """The operator's arguments behind its tensors: schemas know no nesting."""
         student, teacher, *sizes, divergence = self
         return *student, *teacher, *sizes, *divergence
 
     @classmethod
-    def from_arguments(cls, *arguments: Any) -> LinearParams:
+    def from_arguments(cls, *arguments: Any) -> tuple[LinearParams, Tensor | None]:
+        """The parameters, and 1/temperature of each row where the operator's arguments end with them."""
         student, teacher = HeadParams(*arguments[:3]), HeadParams(*arguments[3:6])
         vocab_size, chunk_rows = arguments[6:8]
-        return cls(student, teacher, vocab_size, chunk_rows, DivergenceParams(*arguments[8:]))
+        params = cls(student, teacher, vocab_size, chunk_rows, DivergenceParams(*arguments[8:13]))
+        return params, arguments[13] if len(arguments) > 13 else None
 
 
 class LinearSplitParams(NamedTuple):
@@ -158,5 +168,8 @@ class LinearSplitParams(NamedTuple):
         return *head, *others
 
     @classmethod
-    def from_arguments(cls, *arguments: Any) -> LinearSplitParams:
-        return cls(HeadParams(*arguments[:3]), *arguments[3:])
+    def from_arguments(cls, *arguments: Any) -> tuple[LinearSplitParams, Tensor | None]:
+        """As `LinearParams.from_arguments`."""
+        n = 2 + len(cls._fields)
+        params = cls(HeadParams(*arguments[:3]), *arguments[3:n])
+        return params, arguments[n] if len(arguments) > n else None

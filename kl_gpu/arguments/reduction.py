@@ -16,6 +16,18 @@ def compute_dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in (a, b) else torch.float32
 
 
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64: Apple's do not, nor do some of Intel's."""
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type != "mps"
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """What is computed per row or picked column: float64 wherever the device has it."""
+    return torch.float64 if has_float64(device) else torch.float32
+
+
 class LogitsWindow(NamedTuple):
     """The part of a whole tensor of logits that counts: columns below vocab_size, and with shift all times
     but the last."""
@@ -75,12 +87,12 @@ class Reduction(NamedTuple):
     Attributes:
         valid: which rows count, as the result has them, for a mean to divide by; None: all.
         weight: what each is multiplied by, 0 where a row does not count; None: 1.
-        factor: what all are multiplied by; None: 1.
+        factor: what all are multiplied by, or each; None: 1.
     """
 
     valid: Tensor | None
     weight: Tensor | None
-    factor: float | None
+    factor: float | Tensor | None
     reduction: str
     normalizer: float | Tensor | None
 
@@ -113,7 +125,11 @@ class Reduction(NamedTuple):
         """These constants, `[*lead]`."""
         factor = 1.0 if self.factor is None else self.factor
         denominator = self._denominator(lead, dtype)
-        if self.weight is None and not isinstance(denominator, Tensor):
+        if isinstance(factor, Tensor):
+            if self.weight is None and not isinstance(denominator, Tensor):
+                return (factor / denominator).to(dtype)
+            factor = factor.to(dtype)
+        elif self.weight is None and not isinstance(denominator, Tensor):
             share = factor / denominator
             if is_dynamo_compiling():  # `full` would make a constant of a normalizer that changes
                 return torch.ones(lead, dtype=dtype, device=device) * share
@@ -127,7 +143,9 @@ class Reduction(NamedTuple):
     def reduced(self, value: Tensor) -> Tensor:
         """The result from the rows' divergences `[N]`, differentiable in all of them."""
         # torch.compile is not asked, here and below: where the answer is 1, it would make a constant of it.
-        if self.factor is not None and (is_dynamo_compiling() or self.factor != 1):
+        if isinstance(self.factor, Tensor):
+            value = value * self.factor.to(value.dtype)
+        elif self.factor is not None and (is_dynamo_compiling() or self.factor != 1):
             value = value * self.factor
         if self.weight is not None:
             value = value * self.weight.to(value.dtype)

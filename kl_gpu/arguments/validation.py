@@ -102,11 +102,43 @@ def beta(value: Any, kind: str) -> None:
 
 
 def temperature(argument: str, value: Any) -> None:
+    """Check a temperature; of a tensor, what can be said without its rows."""
     if not _is_real(value):
-        raise TypeError(f"{argument} must be a float, got {_type_name(value)}")
+        if not isinstance(value, Tensor) or value.dtype not in LOGIT_DTYPES:
+            raise TypeError(f"{argument} must be a float or a floating tensor [N], got {_type_name(value)}")
+        _tensor(argument, value, LOGIT_DTYPES, _FLOATS)
+        if value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{argument} gets no gradient, got a tensor that requires one: give {argument}.detach()"
+            )
+        return
     low, high = TEMPERATURE_RANGE
     if not low <= _as_float(value) <= high:  # NaN fails every comparison
         raise ValueError(f"{argument} must be a number > 0, within [{low:g}, {high:g}], got {value}")
+
+
+def shown_temperature(value: float | Tensor) -> str:
+    """A temperature as a message says it."""
+    return (
+        f"a temperature of shape {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"temperature={value}"
+    )
+
+
+def temperature_of_rows(argument: str, value: Tensor, rows: Tensor) -> None:
+    """Check a temperature of each row against the rows, before any shift."""
+    _beside(argument, value, tuple(rows.shape[:-1]), "one number, or the rows' leading shape", rows.device)
+
+
+def temperatures_in_range(argument: str, value: Tensor, good: Tensor) -> None:
+    """Refuse temperatures of which some are not good."""
+    if not bool(good.all()):
+        low, high = TEMPERATURE_RANGE
+        raise ValueError(
+            f"{argument} must be > 0, within [{low:g}, {high:g}], in rows that count, also over logit_scale, "
+            f"got {value[~good][0].item()}"
+        )
 
 
 def autocasts(device: torch.device) -> bool:
@@ -114,19 +146,25 @@ def autocasts(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
-def temperatures(temperature_: Any, teacher_temperature: Any, t_squared: bool = False) -> float:
-    """Check both sides' temperatures and what T² means for them; returns the teacher's."""
+def temperatures(temperature_: Any, teacher_temperature: Any, t_squared: bool = False) -> None:
+    """Check both sides' temperatures and what T² means for them."""
     temperature("temperature", temperature_)
     if teacher_temperature is None:
-        return temperature_
+        return
     temperature("teacher_temperature", teacher_temperature)
+    if isinstance(temperature_, Tensor) or isinstance(teacher_temperature, Tensor):
+        if t_squared and teacher_temperature is not temperature_:
+            raise ValueError(
+                "t_squared needs one temperature: where it is a tensor, teacher_temperature must be None or "
+                "that same tensor"
+            )
+        return
     # Not `!=`: torch.compile would take two symbols that are equal once for two constants.
     if t_squared and (temperature_ < teacher_temperature or temperature_ > teacher_temperature):
         raise ValueError(
             "t_squared needs one temperature: T² has no meaning for "
             f"temperature={temperature_} with teacher_temperature={teacher_temperature}"
         )
-    return teacher_temperature
 
 
 def _integer(argument: str, value: object) -> None:
@@ -134,12 +172,6 @@ def _integer(argument: str, value: object) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
         raise TypeError(f"{argument} must be an int, got {_type_name(value)}")
-
-
-def scales(student: Any, teacher: Any) -> tuple[float, float]:
-    """Check both temperatures, a teacher's None being the student's; returns what multiplies each side."""
-    teacher = temperatures(student, teacher)
-    return 1.0 / float(student), 1.0 / float(teacher)
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, Any]:
@@ -330,8 +362,11 @@ def softcap(argument: str, value: Any) -> float:
     return float(value)
 
 
-def logit_scale(argument: str, value: Any, temperature: float) -> float:
+def logit_scale(argument: str, value: Any, temperature: float | Tensor) -> float:
+    """Check a factor of the logits against the temperature, but for that of each row."""
     positive(argument, value)
+    if isinstance(temperature, Tensor):
+        return float(value)
     low, high = TEMPERATURE_RANGE
     if not low <= float(temperature) / float(value) <= high:
         raise ValueError(

@@ -26,16 +26,8 @@ COMPLEMENT_STATS = 4
 TOKEN_STATS = 7
 
 
-def has_float64(device: torch.device) -> bool:
-    """Whether a device computes in float64: Apple's do not, nor do some of Intel's."""
-    if device.type == "xpu":
-        return bool(torch.xpu.get_device_properties(device).has_fp64)
-    return device.type != "mps"
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """What is computed per picked column: float64 wherever the device has it."""
-    return torch.float64 if has_float64(device) else torch.float32
+# What multiplies logits, of all rows or `[N]` of each.
+Scale = float | Tensor
 
 
 class RowPair(NamedTuple):
@@ -47,8 +39,10 @@ class RowPair(NamedTuple):
             gradient 0.
         formula: its name, as `kl_gpu.kinds` has it.
         beta: its parameter, strictly between 0 and 1; 0 where it has none.
-        a_scale, b_scale: 1/temperature of each side.
+        a_scale, b_scale: 1/temperature of each side, but for `scales`.
         dtype: what its rows are computed in, as `compute_dtype` has it.
+        scales: 1/temperature of each row in `wide_dtype`, contiguous: `[A*B, 1]` of both sides, or
+            `[A*B, 2]`, a's and b's; None where all rows share `a_scale` and `b_scale`.
     """
 
     a: Tensor
@@ -59,14 +53,39 @@ class RowPair(NamedTuple):
     a_scale: float
     b_scale: float
     dtype: torch.dtype
+    scales: Tensor | None = None
 
     @classmethod
-    def of(cls, student: Tensor, teacher: Tensor, valid: Tensor | None, *params: Any) -> RowPair:
-        """From the caller's two sides, and what `DivergenceParams` begins with."""
+    def of(
+        cls,
+        student: Tensor,
+        teacher: Tensor,
+        valid: Tensor | None,
+        *params: Any,
+        scales: Tensor | None = None,
+    ) -> RowPair:
+        """From the caller's two sides, and what `DivergenceParams` begins with.
+
+        The `scales` `[A*B, 1]` or `[A*B, 2]` are of the student and the teacher.
+        """
         kind, beta, student_scale, teacher_scale, *_ = params
         of, dtype = KINDS[kind], compute_dtype(student.dtype, teacher.dtype)
         (a, a_scale), (b, b_scale) = of.as_ab((student, student_scale), (teacher, teacher_scale))
-        return cls(a, b, valid, of.formula, beta, a_scale, b_scale, dtype)
+        if scales is not None and of.as_ab(True, False)[1]:  # a is the teacher
+            scales = scales.flip(-1)
+        return cls(a, b, valid, of.formula, beta, a_scale, b_scale, dtype, scales)
+
+    @property
+    def same_scale(self) -> bool:
+        """Whether both sides are known to have one temperature."""
+        return self.a_scale == self.b_scale if self.scales is None else self.scales.shape[-1] == 1
+
+    def scales_at(self, rows: slice, like: Tensor) -> tuple[Any, Any]:
+        """What multiplies both sides in some of the flat rows: numbers, or `[R, 1]` as `like`."""
+        if self.scales is None:
+            return self.a_scale, self.b_scale
+        own = self.scales[rows].to(like)
+        return own[:, :1], own[:, -1:]
 
     @property
     def n_rows(self) -> int:
@@ -80,13 +99,16 @@ class ComplementArgs(NamedTuple):
         logits: `[A, B, V]`, last stride 1, the other two anything.
         ids: int64 `[A*B, K]`, contiguous; what lies outside [0, V) names no column.
         valid: bool `[A, B]`, or None where every row counts. A row that is False has gradient 0.
-        scale: 1/temperature.
+        scale: 1/temperature, but for `scales`.
+        scales: 1/temperature of each row in `wide_dtype`, contiguous `[A*B, 1]`; None where all share
+            `scale`.
     """
 
     logits: Tensor
     ids: Tensor
     valid: Tensor | None
     scale: float
+    scales: Tensor | None = None
 
     @property
     def n_rows(self) -> int:
@@ -140,19 +162,21 @@ class Backend(Protocol):
         """The formula's terms and its two flows, summed over the columns: float64 `[A*B, 3]`."""
 
     def statistics(
-        self, local: Tensor, a_scale: float, b_scale: float, formula: str, log_a: Tensor, ratio: Tensor,
+        self, local: Tensor, a_scale: Scale, b_scale: Scale, formula: str, log_a: Tensor, ratio: Tensor,
         sums: Tensor,
     ) -> Tensor:  # fmt: skip
         """Row statistics of whole rows from a shard's own and the whole rows' normalisers and formula sums.
 
         Args:
             local: `[N, STATS]`, those of the shard.
+            a_scale, b_scale: 1/temperature; tensors `[N]` where rows have their own. One tensor for both says
+                that both sides have one temperature.
             log_a, ratio: `[N]`, log Σ e^a of the whole row, and log Σ e^b less that.
             sums: float64 `[N, 3]`.
         """
 
     def shard_states(
-        self, stats: Tensor, inside: Sequence[Tensor], a_scale: float, b_scale: float
+        self, stats: Tensor, inside: Sequence[Tensor], a_scale: Scale, b_scale: Scale
     ) -> tuple[Tensor, bool]:
         """A shard's state, float64 `[2 + len(inside), N]`: log Σ e^a, log Σ e^b less that, and `inside`.
 

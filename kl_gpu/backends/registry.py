@@ -14,7 +14,8 @@ from typing import cast
 import torch
 
 from ..arguments import validation
-from .interface import Backend, has_float64
+from ..arguments.reduction import has_float64
+from .interface import Backend
 
 BACKENDS = ("triton", "native", "eager")
 _TRITON_DEVICES = frozenset({"cuda", "xpu"})

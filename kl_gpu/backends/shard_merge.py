@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..formulas import column_terms
+from .interface import Scale
 
 
 def log_sum(x: Tensor) -> Tensor:
@@ -27,11 +28,11 @@ def log_sum(x: Tensor) -> Tensor:
 
 
 def shard_states_from(
-    normalisers: Callable[[Tensor, float, float], tuple[Tensor, Tensor]],
+    normalisers: Callable[[Tensor, Scale, Scale], tuple[Tensor, Tensor]],
     stats: Tensor,
     inside: Sequence[Tensor],
-    a_scale: float,
-    b_scale: float,
+    a_scale: Scale,
+    b_scale: Scale,
 ) -> tuple[Tensor, bool]:
     """As `Backend.shard_states`, from the normalisers that a backend reads off its statistics."""
     state = torch.stack([*normalisers(stats, a_scale, b_scale), *(x.double() for x in inside)])

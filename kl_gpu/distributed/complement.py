@@ -59,13 +59,13 @@ class _Merged(torch.autograd.Function):
 
 
 def split(
-    rows: Tensor, ids: Tensor, valid: Tensor | None, params: ComplementParams, *, shard: Shard, group: Any,
-    own_split: complement.SplitRows = complement.split,
+    rows: Tensor, ids: Tensor, valid: Tensor | None, scales: Tensor | None, params: ComplementParams, *,
+    shard: Shard, group: Any, own_split: complement.SplitRows = complement.split,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `complement.split`, ids being those of the whole vocabulary. `own_split` splits the columns here."""
     if params.validate:
         check_ids(ids, valid, shard.total, params.argument)
     local = params._replace(validate=False)
-    parts = own_split(rows, shard.own(ids), valid, local)
+    parts = own_split(rows, shard.own(ids), valid, scales, local)
     merged: tuple[Tensor, Tensor, Tensor] = _Merged.apply(*parts, params.entropy, group)
     return merged

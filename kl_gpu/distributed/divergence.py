@@ -28,10 +28,10 @@ class _Shards(transforms.Plain):
 
     @staticmethod
     def forward(ctx: Any, group: Any, call: DivergenceCall, *tensors: Any) -> tuple[Tensor]:
-        *sides, valid = tensors
+        *sides, valid, scales = tensors
         student, teacher = call.window.of_each(*sides)
         needs_stats = any(ctx.needs_input_grad[2:4])
-        value, stats, backend = whole_rows(student, teacher, valid, call.params, group, needs_stats)
+        value, stats, backend = whole_rows(student, teacher, valid, scales, call.params, group, needs_stats)
         ctx.step = ROW_DIVERGENCE
         ctx.call = call._replace(params=call.params._replace(backend=backend))
         keep(ctx, *tensors, stats)
@@ -39,9 +39,10 @@ class _Shards(transforms.Plain):
 
 
 def _per_row(
-    student: Tensor, teacher: Tensor, valid: Tensor | None, call: DivergenceCall, *, group: Any
-) -> Tensor:
-    value: Tensor = _Shards.apply(group, call, student, teacher, valid)[0]
+    student: Tensor, teacher: Tensor, valid: Tensor | None, scales: Tensor | None, call: DivergenceCall, *,
+    group: Any,
+) -> Tensor:  # fmt: skip
+    value: Tensor = _Shards.apply(group, call, student, teacher, valid, scales)[0]
     return value
 
 
@@ -49,28 +50,30 @@ def whole_rows(
     student: Tensor,
     teacher: Tensor,
     valid: Tensor | None,
+    row_scales: Tensor | None,
     params: DivergenceParams,
     group: Any,
     needs_stats: bool,
 ) -> tuple[Tensor, Tensor, str]:
     """Value `[N]` and statistics `[N, STATS]` of whole rows, and the backend whose statistics these are.
 
-    The statistics are those of the shard where nobody needs others.
+    The statistics are those of the shard where nobody needs others. `row_scales` as `Scales.rows` has them.
     """
     of, backend = KINDS[params.kind], params.backend
-    order, scales = of.as_ab, of.as_ab(params.student_scale, params.teacher_scale)
+    order, scales = of.as_ab, of.as_ab(*states.sides_scales(params[2:4], row_scales))
     # The KL whose a and b are those of this kind, and the other.
     a_to_b, b_to_a = (params._replace(kind=kl, beta=0.0) for kl in of.as_ab("reverse_kl", "forward_kl"))
-    inside, local = ops.value(student, teacher, valid, *a_to_b)
+    inside, local = ops.value(student, teacher, valid, *a_to_b, row_scales)
     kls = [inside] if of.formula in ("kl", "jeffreys") else []
     if of.formula == "jeffreys":
-        kls.append(ops.divergence(student, teacher, valid, *b_to_a))
+        kls.append(ops.divergence(student, teacher, valid, *b_to_a, row_scales))
     own, _ = states.packed(*order(student, teacher), valid, local, kls, scales, backend)
     found = collectives.gather(own, group, f"{params.kind}'s row states")
     (log_a, ratio, *kls), fit = states.merged(found, backend)
     if not fit:
         # The kernels would look at such a row again, and see no more of it than this shard.
-        return whole_rows(student, teacher, valid, params._replace(backend="eager"), group, needs_stats)
+        eager = params._replace(backend="eager")
+        return whole_rows(student, teacher, valid, row_scales, eager, group, needs_stats)
 
     def of_whole_rows(of_shard: Tensor, *sums: Tensor) -> Tensor:
         whole = of_shard, *scales, of.formula, log_a, ratio, torch.stack(sums, -1)
@@ -86,7 +89,7 @@ def whole_rows(
         value = mean_a + mean_b
     else:
         local = of_whole_rows(local, nothing, nothing, nothing)
-        here = ops.formula_sums(student, teacher, valid, local, *params)
+        here = ops.formula_sums(student, teacher, valid, local, *params, row_scales)
         sums = collectives.gather(here, group, f"{params.kind}'s row sums").sum(0)
         sums = torch.where((ratio + log_a).isnan()[..., None], torch.nan, sums)
         value, mean_a, mean_b = sums.unbind(-1)

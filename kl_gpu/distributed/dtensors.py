@@ -15,7 +15,7 @@ from ..arguments.reduction import Reduction, valid_rows
 from ..dense import run_divergence
 from .divergence import vocab_parallel_div
 
-_PER_ROW = ("mask", "labels", "weight", "support")
+_PER_ROW = ("mask", "labels", "weight", "support", "temperature", "teacher_temperature")
 
 
 def _mesh_of_columns(placements: tuple[Placement, ...], columns: int) -> int | None:

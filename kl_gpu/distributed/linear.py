@@ -12,6 +12,7 @@ from torch import Tensor
 from ..arguments import validation
 from ..arguments.options import Options
 from ..arguments.params import LinearParams
+from ..arguments.temperatures import Scales
 from ..linear import api, chunks, op, stats
 from ..ops import pair as ops
 from ..ops.views import two_at_least
@@ -68,29 +69,29 @@ def _sum_over_ranks(gradient: Tensor, group: Any) -> Tensor:
 
 
 def _sweep_rows(
-    params: LinearParams, student: Tensor, teacher: Tensor, keep: Tensor | None,
+    params: LinearParams, student: Tensor, teacher: Tensor, keep: Tensor | None, scales: Tensor | None,
     row_scale: Tensor | None, *, group: Any,
 ) -> Tensor:  # fmt: skip
     """`linear.heads.SweepRows` of rows of which this rank has some columns."""
     s, t = two_at_least(student), two_at_least(teacher)
-    value, stats, backend = whole_rows(s, t, keep, params.divergence, group, row_scale is not None)
+    value, stats, backend = whole_rows(s, t, keep, scales, params.divergence, group, row_scale is not None)
     if row_scale is not None:
         of = params.divergence._replace(backend=backend)
-        ops.gradient(s, t, keep, stats, row_scale, None, *of, s, None)
+        ops.gradient(s, t, keep, stats, row_scale, None, *of, s, None, scales)
         if s is not student:
             student.copy_(s[:, : student.shape[1]])
     return value
 
 
 def _fields(
-    params: LinearParams, student: Tensor, teacher: Tensor, keep: Tensor | None, labels: Tensor | None, *,
-    shard: shards.Shard, group: Any,
+    params: LinearParams, student: Tensor, teacher: Tensor, keep: Tensor | None, scales: Tensor | None,
+    labels: Tensor | None, *, shard: shards.Shard, group: Any,
 ) -> Tensor:  # fmt: skip
     """`linear.heads.SweepRows` of statistics, of rows of which this rank has some columns."""
     of = params.divergence
     found = merged_fields(
         two_at_least(student), two_at_least(teacher), keep, labels, shard=shard,
-        scales=(of.student_scale, of.teacher_scale), backend=of.backend, group=group,
+        scales=Scales(of.student_scale, of.teacher_scale, scales), backend=of.backend, group=group,
     )  # fmt: skip
     return torch.stack(found, -1)
 
@@ -106,18 +107,20 @@ def _agreed(params: LinearParams, hidden: Tensor, group: Any) -> tuple[LinearPar
 
 def _linear(*arguments: Any, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator `linear` of shards."""
-    heads, params = arguments[:9], LinearParams.from_arguments(*arguments[9:])
+    heads, (params, scales) = arguments[:9], LinearParams.from_arguments(*arguments[9:])
     params, widest = _agreed(params, heads[0], group)
     sweep_rows = partial(_sweep_rows, group=group)
-    return op.over_chunks(*heads, *params.as_arguments(), sweep_rows=sweep_rows, widest=widest)
+    return op.over_chunks(*heads, *params.as_arguments(), scales, sweep_rows=sweep_rows, widest=widest)
 
 
 def _token_stats(*arguments: Any, shard: shards.Shard, group: Any) -> Tensor:
     """The operator `linear_token_stats` of shards."""
-    heads, params = arguments[:8], LinearParams.from_arguments(*arguments[8:])
+    heads, (params, scales) = arguments[:8], LinearParams.from_arguments(*arguments[8:])
     params, widest = _agreed(params, heads[0], group)
     sweep_rows = partial(_fields, shard=shard, group=group)
-    return stats.fields_over_chunks(*heads, *params.as_arguments(), sweep_rows=sweep_rows, widest=widest)
+    return stats.fields_over_chunks(
+        *heads, *params.as_arguments(), scales, sweep_rows=sweep_rows, widest=widest
+    )
 
 
 def vocab_parallel_linear_div(

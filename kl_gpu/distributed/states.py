@@ -8,13 +8,23 @@ import torch
 from torch import Tensor
 
 from ..backends import registry
+from ..backends.interface import Scale
 from ..backends.shard_merge import log_sum
 from ..ops import complement
 
 
+def sides_scales(shared: tuple[float, float], rows: Tensor | None) -> tuple[Scale, Scale]:
+    """What multiplies the student and the teacher, as backends ask for it: numbers, or `[N]` each, the same
+    tensor where both sides have one temperature."""
+    if rows is None:
+        return shared
+    student, *teacher = (x.contiguous() for x in rows.unbind(-1))
+    return student, teacher[0] if teacher else student
+
+
 def packed(
     a: Tensor, b: Tensor, rows: Tensor | None, stats: Tensor, inside: Sequence[Tensor],
-    scales: tuple[float, float], backend: str,
+    scales: tuple[Scale, Scale], backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A shard's state, float64 `[2 + len(inside), N]`: log Σ e^a, log Σ e^b less that, and `inside`.
 
@@ -31,7 +41,16 @@ def packed(
         odd = odd & rows
     none = torch.full((*a.shape[:-1], 1), -1, dtype=torch.int64, device=a.device)
     own_a, own_b = (
-        complement.complement(x, none, odd, scale, False, backend)[0]
+        complement.complement(
+            x,
+            none,
+            odd,
+            *(
+                (1.0, False, backend, scale[..., None])
+                if isinstance(scale, Tensor)
+                else (scale, False, backend)
+            ),
+        )[0]
         for x, scale in zip((a, b), scales, strict=True)
     )
     own_ratio = torch.where(own_a.isneginf(), own_b, own_b - own_a)

@@ -12,6 +12,7 @@ from .. import logprobs
 from ..arguments import validation
 from ..arguments.options import Options
 from ..arguments.reduction import compute_dtype
+from ..arguments.temperatures import Scales
 from ..backends import registry
 from ..backends.shard_merge import log_sum
 from ..complement import logits_rows
@@ -87,13 +88,13 @@ def _leader(tops: Tensor, columns: Tensor) -> Tensor:
 
 def merged_fields(
     student: Tensor, teacher: Tensor, valid: Tensor | None, labels: Tensor | None, *, shard: shards.Shard,
-    scales: tuple[float, float], backend: str, group: Any,
+    scales: Scales, backend: str, group: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The seven fields of whole rows, in the order of `backends.interface.TOKEN_STATS`."""
-    own = None if labels is None else shard.own(labels)
-    inside = ops.token_stats(student, teacher, valid, own, *scales, backend)
-    local = ops.value(student, teacher, valid, "forward_kl", 0.0, *scales, backend)[1]
-    state, log_q = states.packed(teacher, student, valid, local, inside[:2], scales[::-1], backend)
+    own, both = None if labels is None else shard.own(labels), states.sides_scales(scales[:2], scales.rows)
+    inside = ops.token_stats(student, teacher, valid, own, *scales[:2], backend, scales.rows)
+    local = ops.value(student, teacher, valid, "forward_kl", 0.0, *scales[:2], backend, scales.rows)[1]
+    state, log_q = states.packed(teacher, student, valid, local, inside[:2], both[::-1], backend)
     inside = inside.double()
     tokens = [_scaled_logit(inside[4], log_q, own), _scaled_logit(inside[5], state[0], own)]
     leaders = [x for side in (student, teacher) for x in _first_largest(side, shard.start)]
@@ -129,8 +130,8 @@ def vocab_parallel_token_stats(
     group: Any = None,
     vocab_start: int | None = None,
     check: str | None = None,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
     mask: Tensor | None = None,
     ignore_index: int = -100,
     shift: bool = False,
@@ -167,7 +168,7 @@ def vocab_parallel_token_stats(
         ignore_index=ignore_index, shift=shift, vocab_size=vocab_size, backend=backend,
     )  # fmt: skip
     validation.booleans(shift=shift)
-    scales = validation.scales(temperature, teacher_temperature)
+    validation.temperatures(temperature, teacher_temperature)
     validation.beside_each_other(sides, columns=0)
     validation.shifted("shards [batch, time, V]", student_shard, shift)
     validation.rows(student_shard, mask, labels, ignore_index, None)
@@ -175,10 +176,17 @@ def vocab_parallel_token_stats(
     shard = shards.locate(sides, vocab_start, vocab_size, group, whole=True)
     student, teacher = (shard.of(x.detach()) for x in sides.values())
     student, teacher = of_sides(student, teacher, student.shape[-1], shift)
-    options = Options(mask=mask, labels=labels, ignore_index=ignore_index, shift=shift)
-    fields_of = partial(
-        merged_fields, student, teacher, shard=shard, scales=scales, backend=chosen, group=group
-    )
+    options = Options(
+        temperature=temperature, teacher_temperature=teacher_temperature, mask=mask, labels=labels,
+        ignore_index=ignore_index, shift=shift,
+    )  # fmt: skip
+
+    def fields_of(valid: Tensor | None, tokens: Tensor | None) -> tuple[Tensor, ...]:
+        scales = options.scales(student_shard, valid)
+        return merged_fields(
+            student, teacher, valid, tokens, shard=shard, scales=scales, backend=chosen, group=group
+        )
+
     return run_token_stats(fields_of, options, shard.total, student.dtype, teacher.dtype)
 
 

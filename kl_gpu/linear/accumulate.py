@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..backends.native.memory import on_huge_pages
-from ..ops.memory import gradient_buffer
 from .chunks import Chunk, memory_of_rows
 from .heads import Head
 
@@ -48,7 +47,7 @@ class WeightGradient:
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, columns: int, chunks: int) -> None:
-        self.grad = gradient_buffer(weight, memory_format=torch.contiguous_format)
+        self.grad = on_huge_pages(torch.empty_like(weight, memory_format=torch.contiguous_format))
         self.grad[columns:].zero_()
         counted = self.grad[:columns]
         # One chunk needs no sum: the product itself rounds once.

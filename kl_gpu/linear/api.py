@@ -18,7 +18,7 @@ from ..inference_tensors import keep, kept
 from ..kinds import KINDS
 from ..transforms import forbid_double_backward
 from . import op
-from .rows import rows_of_heads, two_heads, without_last_time
+from .rows import flat_scales, rows_of_heads, two_heads, without_last_time
 
 _NO_GRADIENTS = [False, False, False]
 
@@ -32,20 +32,21 @@ Linear = Callable[..., "tuple[Tensor, Tensor, Tensor, Tensor]"]
 
 
 def _values(how: tuple[LinearParams, Linear], *tensors: Tensor | None) -> tuple[Tensor]:
-    params, linear = how
-    return (linear(*tensors, None, _NO_GRADIENTS, *params.as_arguments())[0],)
+    (params, linear), (*heads, scales) = how, tensors
+    return (linear(*heads, None, _NO_GRADIENTS, *params.as_arguments(), scales)[0],)
 
 
 def _gradients(
     how: tuple[LinearParams, Linear], tensors: Any, row_scale: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
     """Of the student's three tensors; from the logits, computed again."""
-    params, linear = how
-    return _asked_for(linear(*tensors, row_scale.contiguous(), needs, *params.as_arguments())[1:], needs)
+    (params, linear), (*heads, scales) = how, tensors
+    found = linear(*heads, row_scale.contiguous(), needs, *params.as_arguments(), scales)
+    return _asked_for(found[1:], needs)
 
 
 def _pull(how: tuple[LinearParams, Linear], needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
-    return *_gradients(how, tensors, incoming[0], list(needs[:3])), *(None,) * 4
+    return *_gradients(how, tensors, incoming[0], list(needs[:3])), *(None,) * 5
 
 
 # Per-row divergence `[N]`. Backward computes the logits again, chunk by chunk. Weights have no rows: the
@@ -67,7 +68,8 @@ class _Sum(torch.autograd.Function):
         if are_saved_tensors_managed():
             (value,) = _values(how, *tensors[:-1])
         else:
-            value, *found = linear(*tensors, needs, *params.as_arguments())
+            *heads, scales = tensors[:-1]
+            value, *found = linear(*heads, row_scale, needs, *params.as_arguments(), scales)
             grads = _asked_for(found, needs)
         # The inputs too: modifying them before backward must raise, as it does everywhere else.
         keep(ctx, *tensors)
@@ -84,7 +86,7 @@ class _Sum(torch.autograd.Function):
                 grads = _gradients(ctx.how, tensors, incoming * row_scale, ctx.needs)
             elif not validation.readable(incoming) or incoming.item() != 1:
                 grads = [None if grad is None else grad.mul_(incoming) for grad in grads]
-        return (*forbid_double_backward(tuple(grads), incoming, *tensors), *(None,) * 7)
+        return (*forbid_double_backward(tuple(grads), incoming, *tensors), *(None,) * 8)
 
 
 class _CompiledSum(torch.autograd.Function):
@@ -93,10 +95,11 @@ class _CompiledSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, (params, linear), needs = arguments
-        value, *grads = linear(*tensors, needs, *params.as_arguments())
+        *heads, scales, row_scale = tensors
+        value, *grads = linear(*heads, row_scale, needs, *params.as_arguments(), scales)
         ctx.save_for_backward(*grads)
         ctx.needs = needs
-        return (value * tensors[-1]).sum()
+        return (value * row_scale).sum()
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
@@ -104,7 +107,7 @@ class _CompiledSum(torch.autograd.Function):
             (grad * incoming).to(grad.dtype) if need else None
             for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
         ]
-        return (*grads, *(None,) * 7)
+        return (*grads, *(None,) * 8)
 
 
 def linear_div(
@@ -122,8 +125,8 @@ def linear_div(
     teacher_logit_scale: float = 1.0,
     chunk_rows: int | None = None,
     beta: float | None = None,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
     t_squared: bool = False,
     mask: Tensor | None = None,
     labels: Tensor | None = None,
@@ -212,13 +215,12 @@ def run_linear(
         columns: how many rows of the weights count, where they are a shard's.
         products: what makes the logits, as `rows.two_heads` has it.
     """
-    temperatures = options.temperature, options.check(kind)
-    heads, params = two_heads(
-        sides, temperatures, KINDS[kind].at(options.beta), options.backend, columns, shift=options.shift,
-        vocab_size=options.vocab_size, **products,
-    )  # fmt: skip
+    options.check(kind)
+    heads, params, factors = two_heads(sides, KINDS[kind].at(options.beta), options, columns, **products)
     student_hidden, student_weight = sides[:2]
     reduction, device = options.reduction_of(student_hidden), student_hidden.device
+    scales = options.scales(student_hidden, reduction.valid, factors)
+    params, row_scales = params.scaled(scales), flat_scales(scales)
     lead = without_last_time(student_hidden, options.shift).shape[:-1]
     dtypes = params.student.dtype, params.teacher.dtype
     if torch.compiler.is_compiling():
@@ -235,11 +237,11 @@ def run_linear(
         row_scale = reduction.scale(lead, compute_dtype(*dtypes), device)
         valid = _flat(reduction.computed)
         function = _CompiledSum if torch.compiler.is_compiling() else _Sum
-        total = function.apply(*heads, valid, row_scale.reshape(-1), (params, linear), needs)
+        total = function.apply(*heads, valid, row_scales, row_scale.reshape(-1), (params, linear), needs)
         return total.float() if mixed else total
 
     def of(some: Tensor | None) -> Tensor:
-        found: Tensor = transforms.apply(_STEP, (params, linear), *heads, _flat(some))[0]
+        found: Tensor = transforms.apply(_STEP, (params, linear), *heads, _flat(some), row_scales)[0]
         return found.view(lead)
 
     value = reduction.completed(of(reduction.computed), of)

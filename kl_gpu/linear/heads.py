@@ -79,23 +79,27 @@ def blocks_of(rows: int, at_once: int) -> Iterator[slice]:
         yield slice(start, min(start + at_once, rows))
 
 
-# What rows of logits `[n, V]` come to, of which a bool `[n]` says which count. Either divergences `[n]`, and
-# with factors `[n]` of the rows their gradient in place of the student's logits; or statistics `[n, ...]`,
-# some of them of the rows' labels `[n]`.
-SweepRows = Callable[[LinearParams, Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
+# What rows of logits `[n, V]` come to, of which a bool `[n]` says which count, and `[n, 1]` or `[n, 2]` what
+# each one's 1/temperature is, where they have their own. Either divergences `[n]`, and with factors `[n]` of
+# the rows their gradient in place of the student's logits; or statistics `[n, ...]`, some of them of the
+# rows' labels `[n]`.
+SweepRows = Callable[
+    [LinearParams, Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None"], Tensor
+]
 
 
 def sweep_rows(
-    params: LinearParams, student: Tensor, teacher: Tensor, keep: Tensor | None, row_scale: Tensor | None
-) -> Tensor:
+    params: LinearParams, student: Tensor, teacher: Tensor, keep: Tensor | None, scales: Tensor | None,
+    row_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
     """`SweepRows` of rows that are all here."""
     of = params.divergence
     if row_scale is None:
-        return ops.divergence(student, teacher, keep, *of)
+        return ops.divergence(student, teacher, keep, *of, scales)
     if registry.load(of.backend).fuses:
-        return ops.value_and_gradient(student, teacher, keep, row_scale, *of, student, None)[0]
-    value, stats = ops.value(student, teacher, keep, *of)
-    ops.gradient(student, teacher, keep, stats, row_scale, None, *of, student, None)
+        return ops.value_and_gradient(student, teacher, keep, row_scale, *of, student, None, scales)[0]
+    value, stats = ops.value(student, teacher, keep, *of, scales)
+    ops.gradient(student, teacher, keep, stats, row_scale, None, *of, student, None, scales)
     return value
 
 
@@ -122,22 +126,24 @@ class Sweep:
         self.teacher_cap = Cap(params.teacher, teacher, dtype, at_once)
 
     def __call__(
-        self, student: Tensor, teacher: Tensor, keep: Tensor | None, per_row: Tensor | None
-    ) -> Tensor:
+        self, student: Tensor, teacher: Tensor, keep: Tensor | None, scales: Tensor | None,
+        per_row: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         if not (self.cap.cap or self.teacher_cap.cap):
-            return self.rows(self.params, student, teacher, keep, per_row)
+            return self.rows(self.params, student, teacher, keep, scales, per_row)
         # A few rows at a time: what the caps make of them stays in a cache.
         found = []
         for part in blocks_of(len(student), self.at_once):
-            some = (None if x is None else x[part] for x in (keep, per_row))
+            some = (None if x is None else x[part] for x in (keep, scales, per_row))
             found.append(self._capped(student[part], teacher[part], *some))
         return torch.cat(found)
 
     def _capped(
-        self, student: Tensor, teacher: Tensor, keep: Tensor | None, per_row: Tensor | None
-    ) -> Tensor:
+        self, student: Tensor, teacher: Tensor, keep: Tensor | None, scales: Tensor | None,
+        per_row: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         s, t = self.cap.of(student), self.teacher_cap.of(teacher)
-        value = self.rows(self.params, s, t, keep, per_row)
+        value = self.rows(self.params, s, t, keep, scales, per_row)
         if self.writes:
             self.cap.pull_back(s, student)
         return value

@@ -34,7 +34,7 @@ def over_chunks(
     `widest` as in `Sweep`; `fields` is the shape of what `sweep_rows` finds for a row.
     """
     student_side, teacher_side, (valid, per_row, needs) = arguments[:3], arguments[3:6], arguments[6:9]
-    params = LinearParams.from_arguments(*arguments[9:])
+    params, scales = LinearParams.from_arguments(*arguments[9:])
     hidden, n = student_side[0], len(student_side[0])
     with torch.no_grad(), settled(hidden.device):
         chunks = list(chunks_of(valid, n, params.row_bytes, params.chunk_rows, hidden.device))
@@ -46,7 +46,8 @@ def over_chunks(
         for chunk in chunks:
             states = student.states(chunk)
             s, t = student.logits(states), teacher.logits(teacher.states(chunk))
-            chunk.put(value, sweep(s, t, chunk.keep, None if per_row is None else chunk.take(per_row)))
+            own = (None if x is None else chunk.take(x) for x in (scales, per_row))
+            chunk.put(value, sweep(s, t, chunk.keep, *own))
             grads.add(chunk, s, states)
         return value, *grads.results()
 
@@ -56,7 +57,7 @@ def value_dtype(params: LinearParams) -> torch.dtype:
 
 
 def _linear_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    params, hidden = LinearParams.from_arguments(*arguments[9:]), arguments[0]
+    (params, _), hidden = LinearParams.from_arguments(*arguments[9:]), arguments[0]
     value = hidden.new_empty(len(hidden), dtype=value_dtype(params))
     weight, bias, needs = arguments[1], arguments[2], arguments[8]
     return value, *gradient_outputs(hidden, weight, bias, needs)
@@ -69,7 +70,7 @@ HEADS = (
 PARAMS = (
     "ScalarType student_dtype, float student_inner, float student_cap, ScalarType teacher_dtype, "
     "float teacher_inner, float teacher_cap, SymInt vocab_size, SymInt chunk_rows, str kind, float beta, "
-    "float student_scale, float teacher_scale, str backend"
+    "float student_scale, float teacher_scale, str backend, Tensor? scales=None"
 )
 
 linear = operator(

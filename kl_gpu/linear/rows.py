@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import validation
+from ..arguments.options import Options
 from ..arguments.params import (
     ComplementParams,
     DivergenceParams,
@@ -17,6 +18,7 @@ from ..arguments.params import (
     LinearSplitParams,
 )
 from ..arguments.reduction import LogitsWindow
+from ..arguments.temperatures import Scales, Temperature
 from ..backends import registry
 from ..columns import check_map
 from ..complement import Rows
@@ -36,7 +38,7 @@ def _logits_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _products(
-    hidden: Tensor, cap: tuple[str, Any], factor: tuple[str, Any], temperature: float
+    hidden: Tensor, cap: tuple[str, Any], factor: tuple[str, Any], temperature: Temperature
 ) -> tuple[HeadParams, float]:
     """What makes the logits, and what multiplies them behind their cap, but for the temperature.
 
@@ -76,8 +78,8 @@ def one_head(
 
 
 def _split(
-    hidden: Tensor, ids: Tensor, valid: Tensor | None, params: ComplementParams, *, weight: Tensor,
-    bias: Tensor | None, how: tuple[HeadParams, float], chunk_rows: int,
+    hidden: Tensor, ids: Tensor, valid: Tensor | None, scales: Tensor | None, params: ComplementParams, *,
+    weight: Tensor, bias: Tensor | None, how: tuple[HeadParams, float], chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`complement.SplitRows` of hidden states."""
     head, factor = how
@@ -86,7 +88,8 @@ def _split(
         params.validate, params.argument, params.backend,
     )  # fmt: skip
     states = without_last_time(hidden, params.window.shift)
-    return split.split(states, weight, bias, ids, valid, of)
+    own = None if scales is None else scales * factor
+    return split.split(states, weight, bias, ids, valid, own, of)
 
 
 def rows_of_heads(
@@ -118,31 +121,37 @@ def rows_of_heads(
 
 
 def two_heads(
-    sides: tuple[Any, ...], temperatures: tuple[float, float], kind: tuple[str, float], backend: Any,
-    columns: int | None = None, *, softcap: Any, teacher_softcap: Any, logit_scale: Any,
-    teacher_logit_scale: Any, chunk_rows: Any, shift: bool, vocab_size: Any,
-) -> tuple[list[Tensor | None], LinearParams]:  # fmt: skip
-    """Both models' hidden states `[rows, H]`, weights and biases, checked, and what to make of them.
+    sides: tuple[Any, ...], kind: tuple[str, float], options: Options, columns: int | None = None, *,
+    softcap: Any, teacher_softcap: Any, logit_scale: Any, teacher_logit_scale: Any, chunk_rows: Any,
+) -> tuple[list[Tensor | None], LinearParams, tuple[float, float]]:  # fmt: skip
+    """Both models' hidden states `[rows, H]`, weights and biases, checked; what to make of them but for their
+    temperatures, which are checked; and the factors of both sides' logits.
 
     Args:
         sides: hidden states, weight and bias, of the student and then of the teacher.
         kind: what compares the logits, as `Kind.at` has it.
         columns: how many rows of the weights count, where they are a shard's; else `vocab_size` says it.
     """
+    shift, temperature, other = options.shift, options.temperature, options.teacher_temperature
     validation.heads(sides, shift, least=1 if columns is None else 0)
     student, student_factor = _products(
-        sides[0], ("softcap", softcap), ("logit_scale", logit_scale), temperatures[0]
+        sides[0], ("softcap", softcap), ("logit_scale", logit_scale), temperature
     )
     teacher, teacher_factor = _products(
         sides[3], ("teacher_softcap", teacher_softcap), ("teacher_logit_scale", teacher_logit_scale),
-        temperatures[1],
+        temperature if other is None else other,
     )  # fmt: skip
     chunk = _rows_per_chunk(chunk_rows)
     if columns is None:
         sizes = {"student_weight": len(sides[1]), "teacher_weight": len(sides[4])}
-        columns = validation.vocabulary(sizes, "rows", vocab_size)
-    scales = student_factor / float(temperatures[0]), teacher_factor / float(temperatures[1])
-    divergence = DivergenceParams(*kind, *scales, registry.resolve(backend, sides[0].device))
+        columns = validation.vocabulary(sizes, "rows", options.vocab_size)
+    divergence = DivergenceParams(*kind, 1.0, 1.0, registry.resolve(options.backend, sides[0].device))
     hidden = (without_last_time(x, shift).reshape(-1, x.shape[-1]) for x in (sides[0], sides[3]))
     flat = [next(hidden), *sides[1:3], next(hidden), *sides[4:6]]
-    return flat, LinearParams(student, teacher, columns, chunk, divergence)
+    params = LinearParams(student, teacher, columns, chunk, divergence)
+    return flat, params, (student_factor, teacher_factor)
+
+
+def flat_scales(scales: Scales) -> Tensor | None:
+    """1/temperature of each row, `[rows, 1]` or `[rows, 2]`."""
+    return None if scales.rows is None else scales.rows.reshape(-1, scales.rows.shape[-1])

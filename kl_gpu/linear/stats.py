@@ -16,21 +16,22 @@ from ..ops import pair as ops
 from ..ops.register import operator
 from ..stats import TokenStats, run_token_stats
 from .op import HEADS, PARAMS, over_chunks, value_dtype
-from .rows import two_heads, without_last_time
+from .rows import flat_scales, two_heads, without_last_time
 
 _NO_GRADIENTS = [False, False, False]
 
 
 def sweep_rows(
-    params: LinearParams, student: Tensor, teacher: Tensor, keep: Tensor | None, labels: Tensor | None
-) -> Tensor:
+    params: LinearParams, student: Tensor, teacher: Tensor, keep: Tensor | None, scales: Tensor | None,
+    labels: Tensor | None,
+) -> Tensor:  # fmt: skip
     """`heads.SweepRows` of rows that are all here: statistics `[n, TOKEN_STATS]`."""
     _, _, *scales_and_backend = params.divergence
-    return ops.token_stats(student, teacher, keep, labels, *scales_and_backend).t()
+    return ops.token_stats(student, teacher, keep, labels, *scales_and_backend, scales).t()
 
 
 def _fake(*arguments: Any) -> Tensor:
-    dtype = value_dtype(LinearParams.from_arguments(*arguments[8:]))
+    dtype = value_dtype(LinearParams.from_arguments(*arguments[8:])[0])
     return arguments[0].new_empty((len(arguments[0]), TOKEN_STATS), dtype=dtype)
 
 
@@ -53,7 +54,7 @@ def _no_gradient(*_: object) -> Any:
 # What computes the fields `[N, TOKEN_STATS]`, and its parameters. Weights have no rows.
 Fields = Callable[..., Tensor]
 _STEP = transforms.Step(
-    lambda call, *tensors: (call[0](*tensors, *call[1].as_arguments()),),
+    lambda call, *tensors: (call[0](*tensors[:-1], *call[1].as_arguments(), tensors[-1]),),
     _no_gradient,
     values=0,
     rowwise=False,
@@ -74,8 +75,8 @@ def linear_token_stats(
     logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,
     chunk_rows: int | None = None,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
     mask: Tensor | None = None,
     ignore_index: int = -100,
     shift: bool = False,
@@ -130,20 +131,16 @@ def run_linear_token_stats(
         products: what makes the logits, as `rows.two_heads` has it.
     """
     validation.booleans(shift=options.shift)
-    temperatures = (
-        options.temperature, validation.temperatures(options.temperature, options.teacher_temperature)
-    )  # fmt: skip
+    validation.temperatures(options.temperature, options.teacher_temperature)
     sides = tuple(x.detach() if isinstance(x, Tensor) else x for x in sides)
-    flat, params = two_heads(
-        sides, temperatures, ("forward_kl", 0.0), options.backend, columns, shift=options.shift,
-        vocab_size=options.vocab_size, **products,
-    )  # fmt: skip
+    flat, params, factors = two_heads(sides, ("forward_kl", 0.0), options, columns, **products)
     validation.rows(sides[0], options.mask, options.labels, options.ignore_index, None)
     lead = without_last_time(sides[0], options.shift).shape[:-1]
 
     def fields_of(valid: Tensor | None, labels: Tensor | None) -> tuple[Tensor, ...]:
+        scales = options.scales(sides[0], valid, factors)
         rows = (None if x is None else x.reshape(-1) for x in (valid, labels))
-        (found,) = transforms.apply(_STEP, (fields, params), *flat, *rows)
+        (found,) = transforms.apply(_STEP, (fields, params.scaled(scales)), *flat, *rows, flat_scales(scales))
         return tuple(x.view(lead) for x in found.t().contiguous().unbind(0))
 
     dtypes = params.student.dtype, params.teacher.dtype

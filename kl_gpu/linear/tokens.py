@@ -19,7 +19,7 @@ def linear_token_logprobs(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     chunk_rows: int | None = None,
     mask: Tensor | None = None,
     ignore_index: int = -100,

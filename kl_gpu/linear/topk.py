@@ -23,7 +23,7 @@ def linear_topk_div(
     logit_scale: float = 1.0,
     chunk_rows: int | None = None,
     beta: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     t_squared: bool = False,
     mask: Tensor | None = None,
     labels: Tensor | None = None,

@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments.reduction import wide_dtype
 from ..backends import registry
-from ..backends.interface import COMPLEMENT_STATS, ComplementArgs, wide_dtype
+from ..backends.interface import COMPLEMENT_STATS, ComplementArgs
 from .register import like_first, no_output, operator
 from .views import blocks, each_whole, flat_rows
 
 _MOST = 1.05  # a row's probability: 16-bit rounding may add 2 %
 
 _ROWS = "Tensor logits, Tensor ids, Tensor? rows"
+# 1/temperature of each row, `[N, 1]`, in place of `scale`.
+_ROW_SCALES = "Tensor? scales=None"
 
 
 def present(ids: Tensor, columns: int) -> Tensor:
@@ -116,36 +119,42 @@ def _complement_outputs(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Ten
 
 
 @operator(
-    f"remainder({_ROWS}, float scale, bool entropy, str backend) -> (Tensor, Tensor, Tensor)",
+    f"remainder({_ROWS}, float scale, bool entropy, str backend, {_ROW_SCALES}) -> (Tensor, Tensor, Tensor)",
     _complement_outputs,
     of_rows=True,
 )
 def complement(
-    logits: Tensor, ids: Tensor, rows: Tensor | None, scale: float, entropy: bool, backend: str
-) -> tuple[Tensor, ...]:
+    logits: Tensor, ids: Tensor, rows: Tensor | None, scale: float, entropy: bool, backend: str,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The complement's log-sum-exp and entropy `[N]`, and row statistics `[N, COMPLEMENT_STATS]`."""
     run, lead = registry.load(backend).complement, logits.shape[:-1]
     rows = None if rows is None else rows.contiguous()
     found = [
-        run(ComplementArgs(x, some_ids, keep, scale), entropy)
-        for (x, keep), (some_ids,) in blocks(lead, [logits, rows], [flat_rows(ids, lead)])
+        run(ComplementArgs(x, some_ids, keep, scale, own), entropy)
+        for (x, keep), (some_ids, own) in blocks(
+            lead, [logits, rows], [flat_rows(ids, lead), flat_rows(scales, lead)]
+        )
     ]
     return each_whole(found, lead)
 
 
 @operator(
     f"remainder_gradient({_ROWS}, Tensor stats, Tensor to_given, Tensor to_rest, Tensor? to_entropy, "
-    "float scale, str backend, Tensor(a!) grad) -> ()",
+    f"float scale, str backend, Tensor(a!) grad, {_ROW_SCALES}) -> ()",
     no_output,
     of_rows=True,
 )
 def complement_gradient(
     logits: Tensor, ids: Tensor, rows: Tensor | None, stats: Tensor, grad_picked: Tensor, grad_rest: Tensor,
     grad_entropy: Tensor | None, scale: float, backend: str, grad: Tensor,
+    scales: Tensor | None = None,
 ) -> None:  # fmt: skip
     """As `Backend.complement_gradient` has it."""
     run, lead = registry.load(backend).complement_gradient, logits.shape[:-1]
     rows = None if rows is None else rows.contiguous()
-    flat = [flat_rows(x, lead) for x in (ids, stats, grad_picked, grad_rest, grad_entropy)]
-    for (x, keep, to), (some_ids, own, to_picked, to_rest, turn) in blocks(lead, [logits, rows, grad], flat):
-        run(ComplementArgs(x, some_ids, keep, scale), own, to_picked, to_rest, turn, to)
+    flat = [flat_rows(x, lead) for x in (ids, scales, stats, grad_picked, grad_rest, grad_entropy)]
+    for (x, keep, to), (some_ids, of_rows, own, to_picked, to_rest, turn) in blocks(
+        lead, [logits, rows, grad], flat
+    ):
+        run(ComplementArgs(x, some_ids, keep, scale, of_rows), own, to_picked, to_rest, turn, to)

@@ -13,8 +13,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _LARGE = 1 << 22
 
 
-def gradient_buffer(like: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
-    """`torch.empty_like`, for a gradient.
+def gradient_buffer(like: Tensor) -> Tensor:
+    """`torch.empty_like`, for the gradient of logits.
 
     The system takes freed memory of this size back and clears it before it gives it out again, which takes
     longer than a gradient. So large ones on the CPU come from blocks that are kept when their last view goes
@@ -22,13 +22,13 @@ def gradient_buffer(like: Tensor, memory_format: torch.memory_format = torch.pre
     them the profiler with its account of memory, get what PyTorch's own allocator gives.
     """
     if torch.compiler.is_compiling() or not (_is_large(like) and nobody_listens((like,))):
-        return torch.empty_like(like, memory_format=memory_format)
+        return torch.empty_like(like)
     from ..backends.native import memory
 
     if not memory.keeps(like.dtype):
-        return torch.empty_like(like, memory_format=memory_format)
+        return torch.empty_like(like)
     # The meta device tells shape and strides.
-    return memory.kept(torch.empty_like(like, memory_format=memory_format, device="meta"))
+    return memory.kept(torch.empty_like(like, device="meta"))
 
 
 def _is_large(like: Tensor) -> bool:

@@ -25,27 +25,37 @@ _INPUTS = "Tensor student, Tensor teacher, Tensor? rows"
 _SCALES = "float student_scale, float teacher_scale, str backend"
 _PARAMS = f"str kind, float beta, {_SCALES}"  # DivergenceParams
 _GRADS = "Tensor(a!)? grad_student, Tensor(b!)? grad_teacher"
+# 1/temperature of each row, `[N, 1]` or `[N, 2]`, as `arguments.temperatures.Scales` has it.
+_ROW_SCALES = "Tensor? scales=None"
 
 _operator = partial(operator, of_rows=True)
 
 
 def _ask(
     member: str, student: Tensor, teacher: Tensor, valid: Tensor | None, params: DivergenceParams,
-    per_row: Sequence[Tensor] = (), strided: Sequence[Tensor | None] = (), last: tuple[Any, ...] = (),
+    scales: Tensor | None, per_row: Sequence[Tensor] = (), strided: Sequence[Tensor | None] = (),
+    last: tuple[Any, ...] = (),
 ) -> list[Any]:  # fmt: skip
     """What the backend's `member(row_pair, *per_row, *strided, *last)` answers for each block of rows.
 
     A block has its own rows of what is given `per_row`, flat, and of the `strided` tensors as views.
     """
     backend, lead = registry.load(params.backend), student.shape[:-1]
-    run, flat = getattr(backend, member), [flat_rows(x, lead) for x in per_row]
+    run, flat = getattr(backend, member), [flat_rows(x, lead) for x in (scales, *per_row)]
     valid = None if valid is None else valid.contiguous()
     if backend.viewless and 1 <= len(lead) <= 2:
-        return [run(RowPair.of(student, teacher, valid, *params), *flat, *strided, *last)]
+        scales, *flat = flat
+        return [run(RowPair.of(student, teacher, valid, *params, scales=scales), *flat, *strided, *last)]
     found = []
-    for (s, t, keep, *others), rows in blocks(lead, [student, teacher, valid, *strided], flat):
-        found.append(run(RowPair.of(s, t, keep, *params), *rows, *others, *last))
+    for (s, t, keep, *others), (own, *rows) in blocks(lead, [student, teacher, valid, *strided], flat):
+        found.append(run(RowPair.of(s, t, keep, *params, scales=own), *rows, *others, *last))
     return found
+
+
+def _params(arguments: tuple[Any, ...]) -> tuple[DivergenceParams, Tensor | None]:
+    """What an operator's arguments end with: its parameters, and the scales of rows where they are given."""
+    params, scales = arguments[: len(DivergenceParams._fields)], arguments[len(DivergenceParams._fields) :]
+    return DivergenceParams(*params), scales[0] if scales else None
 
 
 def _value_outputs(student: Tensor, teacher: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -53,27 +63,37 @@ def _value_outputs(student: Tensor, teacher: Tensor, *_: object) -> tuple[Tensor
     return value, value.new_empty((*value.shape, STATS))
 
 
-@_operator(f"value({_INPUTS}, {_PARAMS}) -> (Tensor, Tensor)", _value_outputs)
+@_operator(f"value({_INPUTS}, {_PARAMS}, {_ROW_SCALES}) -> (Tensor, Tensor)", _value_outputs)
 def value(student: Tensor, teacher: Tensor, rows: Tensor | None, *params: Any) -> tuple[Tensor, Tensor]:
     """Values `[N]`, and the statistics `[N, STATS]` that `gradient` needs."""
-    found = _ask("value", student, teacher, rows, DivergenceParams(*params))
+    found = _ask("value", student, teacher, rows, *_params(params))
     values, stats = each_whole(found, student.shape[:-1])
     return values, stats
+
+
+def _params_and_grads(
+    arguments: tuple[Any, ...],
+) -> tuple[DivergenceParams, Tensor | None, tuple[Tensor | None, Tensor | None]]:
+    """`_params`, with the gradients' buffers, a's and b's, that stand between the two."""
+    n = len(DivergenceParams._fields)
+    of, scales = _params((*arguments[:n], *arguments[n + 2 :]))
+    return of, scales, KINDS[of.kind].as_ab(*arguments[n : n + 2])
 
 
 def _divergence_output(student: Tensor, teacher: Tensor, *_: object) -> Tensor:
     return student.new_empty(student.shape[:-1], dtype=compute_dtype(student.dtype, teacher.dtype))
 
 
-@_operator(f"divergence({_INPUTS}, {_PARAMS}) -> Tensor", _divergence_output)
+@_operator(f"divergence({_INPUTS}, {_PARAMS}, {_ROW_SCALES}) -> Tensor", _divergence_output)
 def divergence(student: Tensor, teacher: Tensor, rows: Tensor | None, *params: Any) -> Tensor:
     """`value` for callers who will ask for no gradient."""
-    found = _ask("divergence", student, teacher, rows, DivergenceParams(*params))
+    found = _ask("divergence", student, teacher, rows, *_params(params))
     return whole(found, student.shape[:-1])
 
 
 @_operator(
-    f"gradient({_INPUTS}, Tensor stats, Tensor row_scale, Tensor? incoming, {_PARAMS}, {_GRADS}) -> ()",
+    f"gradient({_INPUTS}, Tensor stats, Tensor row_scale, Tensor? incoming, {_PARAMS}, {_GRADS}, "
+    f"{_ROW_SCALES}) -> ()",
     no_output,
 )
 def gradient(
@@ -81,24 +101,21 @@ def gradient(
     incoming: Tensor | None, *params_and_grads: Any,
 ) -> None:  # fmt: skip
     """As `Backend.gradient` has it."""
-    *params, to_student, to_teacher = params_and_grads
-    of = DivergenceParams(*params)
-    grads = KINDS[of.kind].as_ab(to_student, to_teacher)
-    _ask("gradient", student, teacher, rows, of, (stats, row_scale), grads, (incoming,))
+    of, scales, grads = _params_and_grads(params_and_grads)
+    _ask("gradient", student, teacher, rows, of, scales, (stats, row_scale), grads, (incoming,))
 
 
 @_operator(
-    f"value_and_gradient({_INPUTS}, Tensor row_scale, {_PARAMS}, {_GRADS}) -> (Tensor, Tensor)",
+    f"value_and_gradient({_INPUTS}, Tensor row_scale, {_PARAMS}, {_GRADS}, {_ROW_SCALES}) -> "
+    "(Tensor, Tensor)",
     _value_outputs,
 )
 def value_and_gradient(
     student: Tensor, teacher: Tensor, rows: Tensor | None, row_scale: Tensor, *params_and_grads: Any
 ) -> tuple[Tensor, Tensor]:
     """As `Backend.value_and_gradient` has it."""
-    *params, to_student, to_teacher = params_and_grads
-    of = DivergenceParams(*params)
-    grads = KINDS[of.kind].as_ab(to_student, to_teacher)
-    found = _ask("value_and_gradient", student, teacher, rows, of, (row_scale,), grads)
+    of, scales, grads = _params_and_grads(params_and_grads)
+    found = _ask("value_and_gradient", student, teacher, rows, of, scales, (row_scale,), grads)
     values, stats = each_whole(found, student.shape[:-1])
     return values, stats
 
@@ -107,12 +124,12 @@ def _formula_sums_output(student: Tensor, *_: object) -> Tensor:
     return student.new_empty((*student.shape[:-1], 3), dtype=torch.float64)
 
 
-@_operator(f"formula_sums({_INPUTS}, Tensor stats, {_PARAMS}) -> Tensor", _formula_sums_output)
+@_operator(f"formula_sums({_INPUTS}, Tensor stats, {_PARAMS}, {_ROW_SCALES}) -> Tensor", _formula_sums_output)
 def formula_sums(
     student: Tensor, teacher: Tensor, rows: Tensor | None, stats: Tensor, *params: Any
 ) -> Tensor:
     """What a formula adds up to over these columns, for rows whose normalisers lie elsewhere."""
-    found = _ask("formula_sums", student, teacher, rows, DivergenceParams(*params), (stats,))
+    found = _ask("formula_sums", student, teacher, rows, *_params(params), (stats,))
     return whole(found, student.shape[:-1])
 
 
@@ -121,12 +138,12 @@ def _token_stats_output(student: Tensor, teacher: Tensor, *_: object) -> Tensor:
     return student.new_empty((TOKEN_STATS, *student.shape[:-1]), dtype=dtype)
 
 
-@_operator(f"token_stats({_INPUTS}, Tensor? labels, {_SCALES}) -> Tensor", _token_stats_output)
+@_operator(f"token_stats({_INPUTS}, Tensor? labels, {_SCALES}, {_ROW_SCALES}) -> Tensor", _token_stats_output)
 def token_stats(
     student: Tensor, teacher: Tensor, rows: Tensor | None, labels: Tensor | None, *scales_and_backend: Any
 ) -> Tensor:
     """`[TOKEN_STATS, N]`, in the order of `backends.interface`."""
     tokens = None if labels is None else labels.contiguous()
-    of = DivergenceParams("forward_kl", 0.0, *scales_and_backend)
-    found = _ask("token_stats", student, teacher, rows, of, strided=(tokens,))
+    of = _params(("forward_kl", 0.0, *scales_and_backend))
+    found = _ask("token_stats", student, teacher, rows, *of, strided=(tokens,))
     return whole(found, student.shape[:-1], dim=1)

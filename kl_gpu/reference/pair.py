@@ -35,7 +35,7 @@ def g(x: ArrayLike) -> Array:
         return np.where(np.abs(x) < 0.25, series * near * near, np.expm1(x) - x)
 
 
-def log_softmax(logits: ArrayLike, temperature: float = 1.0) -> Array:
+def log_softmax(logits: ArrayLike, temperature: float | Array = 1.0) -> Array:
     """log softmax(logits / T) over the last axis; a row with NaN, +inf or only −inf is NaN throughout."""
     z = _wide(logits) / temperature
     m = z.max(axis=-1, keepdims=True)
@@ -132,8 +132,8 @@ def _sides(
     teacher: ArrayLike,
     kind: str,
     beta: float | None,
-    temperature: float,
-    teacher_temperature: float | None,
+    temperature: float | Array,
+    teacher_temperature: float | Array | None,
 ) -> tuple[Kind, Array, Array, float]:
     log_q = log_softmax(student, temperature)
     log_p = log_softmax(teacher, temperature if teacher_temperature is None else teacher_temperature)
@@ -147,8 +147,8 @@ def divergence(
     kind: str = "forward_kl",
     *,
     beta: float | None = None,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
+    temperature: float | Array = 1.0,
+    teacher_temperature: float | Array | None = None,
 ) -> Array:
     """Per-row divergence in nats, `[...]`, of logits `[..., V]`."""
     of, log_a, log_b, beta = _sides(student, teacher, kind, beta, temperature, teacher_temperature)
@@ -161,8 +161,8 @@ def gradients(
     kind: str = "forward_kl",
     *,
     beta: float | None = None,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
+    temperature: float | Array = 1.0,
+    teacher_temperature: float | Array | None = None,
 ) -> tuple[Array, Array]:
     """∂divergence/∂student and ∂divergence/∂teacher, `[..., V]` each.
 
@@ -170,7 +170,8 @@ def gradients(
     """
     of, log_a, log_b, beta = _sides(student, teacher, kind, beta, temperature, teacher_temperature)
     to_student, to_teacher = of.as_ab(*_gradients(log_a, log_b, of.formula, beta))
-    return to_student / temperature, to_teacher / (teacher_temperature or temperature)
+    other = temperature if teacher_temperature is None else teacher_temperature
+    return to_student / temperature, to_teacher / other
 
 
 def _entropy(log_p: Array) -> Array:
@@ -184,8 +185,8 @@ def token_stats(
     teacher: ArrayLike,
     labels: ArrayLike | None = None,
     *,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
+    temperature: float | Array = 1.0,
+    teacher_temperature: float | Array | None = None,
 ) -> dict[str, Array]:
     """What `kl_gpu.token_stats` gives for rows that all count, `[...]` each; labels lie within [0, V).
 

@@ -11,8 +11,8 @@ from .. import complement, transforms
 from ..arguments import validation
 from ..arguments.options import REDUCTIONS, Options
 from ..arguments.params import ComplementParams, TopkParams
+from ..arguments.reduction import wide_dtype
 from ..backends import registry
-from ..backends.interface import wide_dtype
 from ..complement import Rows, logits_rows
 from ..inference_tensors import ordinary_rows
 from ..kinds import KINDS
@@ -61,7 +61,7 @@ def topk_div(
     tail: str = "bucket",
     teacher_tail_logprob: Tensor | None = None,
     beta: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     t_squared: bool = False,
     mask: Tensor | None = None,
     labels: Tensor | None = None,
@@ -108,7 +108,7 @@ def topk_div(
             whole vocabulary P is 0, whatever was given.
         beta: as in :func:`kl_gpu.divergence`.
         temperature: divides the student's logits and the teacher's log-probabilities; 1 but for
-            "renormalize".
+            "renormalize", which also takes `[N]` of each row's, as :func:`kl_gpu.divergence` does.
         t_squared: multiply value and gradient by T².
         mask, labels, ignore_index, shift, weight, reduction, normalizer: as in :func:`kl_gpu.divergence`;
             with `shift` the teacher's entries at t go with the student's logits at t.
@@ -163,10 +163,10 @@ def run_topk(
         return_mass=return_mass,
     )  # fmt: skip
     validation.temperature("temperature", temperature)
-    if tail != "renormalize" and temperature != 1:
+    if tail != "renormalize" and (isinstance(temperature, Tensor) or temperature != 1):
         raise ValueError(
             "temperature must be 1 but for tail='renormalize': p^(1/T) cannot be normalised without the rest "
-            f"of p, got temperature={temperature} with tail={tail!r}"
+            f"of p, got {validation.shown_temperature(temperature)} with tail={tail!r}"
         )
     student, device, columns = rows.tensor, rows.tensor.device, rows.columns
     validation.topk(student, teacher_logprobs, teacher_ids, teacher_tail_logprob, tail)
@@ -195,27 +195,32 @@ def run_topk(
         if rest_log_p is not None:
             rest_log_p = complement.checked_tail(rest_log_p, log_p, valid)
 
-    scale = 1.0 / float(temperature)
+    scale, _, scales = options.scales(student, reduction.valid)
     sweeps = tail != "renormalize"
     params = ComplementParams(scale, sweeps, False, validate, "teacher_ids", chosen, rows.window, inplace)
-    picked, rest_lse, _ = rows.split(student, ids, valid, params)
+    picked, rest_lse, _ = rows.split(student, ids, valid, scales, params)
     both_wide = rows.dtype == teacher_logprobs.dtype == torch.float64
     dtype = torch.float64 if both_wide else torch.float32
     resolution = formulas.RESOLUTION[teacher_logprobs.dtype]
     of_tail = TopkParams(*KINDS[kind].at(options.beta), tail, scale, resolution)
 
+    scaled = log_p if scales is None else log_p * scales
+
     def of(picked: Tensor, rest_lse: Tensor, some: Tensor | None) -> Tensor:
-        return topk_values(of_tail, picked, rest_lse, log_p, rest_log_p, has_rest, some).to(dtype)
+        return topk_values(of_tail, picked, rest_lse, scaled, rest_log_p, has_rest, some).to(dtype)
 
     per_row = reduction.completed(
-        of(picked, rest_lse, valid), lambda others: of(*rows.split(student, ids, others, params)[:2], others)
+        of(picked, rest_lse, valid),
+        lambda others: of(*rows.split(student, ids, others, scales, params)[:2], others),
     )
     value = reduction.reduced(per_row)
     if not return_mass:
         return value
     with torch.no_grad():
         if tail == "renormalize":
-            picked, rest_lse, _ = rows.split(student, ids, valid, params._replace(scale=1.0, sweeps=True))
+            picked, rest_lse, _ = rows.split(
+                student, ids, valid, None, params._replace(scale=1.0, sweeps=True)
+            )
         masses = formulas.mass_of(log_p), formulas.student_mass(picked, rest_lse)
         teacher_mass, student_mass = (x if valid is None else torch.where(valid, x, 0.0) for x in masses)
     return value, teacher_mass.to(dtype), student_mass.to(dtype)

@@ -11,7 +11,7 @@ from .. import complement
 from ..arguments import validation
 from ..arguments.options import REDUCTIONS, Options
 from ..arguments.params import TopkParams
-from ..backends.interface import wide_dtype
+from ..arguments.reduction import wide_dtype
 from ..kinds import KINDS
 from . import formulas
 from .api import topk_values
@@ -79,7 +79,7 @@ def sparse_div(
     student_tail_logprob: Tensor | None = None,
     teacher_tail_logprob: Tensor | None = None,
     beta: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     t_squared: bool = False,
     mask: Tensor | None = None,
     labels: Tensor | None = None,
@@ -143,9 +143,10 @@ def sparse_div(
     validation.beta(beta, kind)
     validation.booleans(t_squared=t_squared, shift=shift, return_mass=return_mass)
     validation.temperature("temperature", temperature)
-    if tail != "renormalize" and temperature != 1:
+    if tail != "renormalize" and (isinstance(temperature, Tensor) or temperature != 1):
         raise ValueError(
-            f"temperature must be 1 but for tail='renormalize', got {temperature} with tail={tail!r}"
+            f"temperature must be 1 but for tail='renormalize', got "
+            f"{validation.shown_temperature(temperature)} with tail={tail!r}"
         )
     validation.one_side("student_logprobs", student_logprobs, columns=1)
     validation.topk(student_logprobs, student_logprobs, student_ids, student_tail_logprob, tail, "student")
@@ -161,7 +162,7 @@ def sparse_div(
             complement.check_ids(side.ids, valid, torch.iinfo(torch.int64).max, f"{name}_ids")
             if tail != "renormalize":
                 complement.checked_mass(side.logprobs.detach(), valid, constants=(name,))
-    scale = 1.0 / float(temperature)
+    scale, _, scales = options.scales(student_logprobs, reduction_.valid)
     place, taken = _matched(student, teacher)
     log_q = torch.where(place < 0, -torch.inf, student.logprobs.gather(-1, place.clamp_min(0)))
     log_p = torch.where(place < 0, -torch.inf, teacher.logprobs)
@@ -171,9 +172,11 @@ def sparse_div(
     params = TopkParams(*KINDS[kind].at(beta), tail, scale, teacher.resolution)
     has_rest = torch.ones_like(place[..., 0], dtype=torch.bool)
 
+    # As a student's logits would come; the parameters have what scales the teacher, but for each row's own.
+    scaled_q, scaled_p = (log_q * scale, log_p) if scales is None else (log_q * scales, log_p * scales)
+
     def of(some: Tensor | None) -> Tensor:
-        # Scaled, as a student's logits would come.
-        return topk_values(params, log_q * scale, rests[0], log_p, rests[1], has_rest, some).to(dtype)
+        return topk_values(params, scaled_q, rests[0], scaled_p, rests[1], has_rest, some).to(dtype)
 
     value = reduction_.reduced(reduction_.completed(of(valid), of))
     if not return_mass:

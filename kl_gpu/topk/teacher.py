@@ -33,7 +33,7 @@ def topk_logprobs(
     logits: Tensor,
     k: int,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     vocab_size: int | None = None,
     backend: str | None = None,
@@ -50,8 +50,8 @@ def topk_logprobs(
         logits: `[N, V]`, N any leading shape; float16, bfloat16, float32 or float64. Any view whose last
             dimension is contiguous is read without a copy.
         k: how many, within [1, V].
-        temperature: divides the logits, as in :func:`kl_gpu.token_logprobs`. `topk_div` wants
-            log-probabilities at temperature 1.
+        temperature: divides the logits; a float or `[N]` of each row's, as in :func:`kl_gpu.token_logprobs`.
+            `topk_div` wants log-probabilities at temperature 1.
         mask: bool or integers 0 and 1, `[N]`; True or 1 counts. A row that does not count is a teacher of
             whom nothing is known: logprobs 0, ids −1 (absent), tail_logprob 0, whatever its logits hold.
         vocab_size: columns at and past it are ignored.
@@ -78,10 +78,10 @@ def topk_logprobs(
     chosen = registry.resolve(backend, logits.device)
 
     x = LogitsWindow(columns, shift=False).of(last_contiguous(logits.detach()))
-    scale = 1.0 / float(temperature)
+    scale, _, scales = options.scales(logits, valid)
     ids = x.topk(k, -1).indices
-    picked = ops.picked_logits(x, ids, valid, False, "ids") * scale
-    rest_lse, *_ = ops.complement(x, ids, valid, scale, False, chosen)
+    picked = ops.picked_logits(x, ids, valid, False, "ids") * (scale if scales is None else scales)
+    rest_lse, *_ = ops.complement(x, ids, valid, scale, False, chosen, scales)
     logprobs, tail_logprob = formulas.best(picked, rest_lse)
     if valid is not None:
         each = valid[..., None]

@@ -7,13 +7,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..interface import COMPLEMENT_STATS, ComplementArgs, wide_dtype
+from ...arguments.reduction import wide_dtype
+from ..interface import COMPLEMENT_STATS, ComplementArgs
 from .pair import CHUNK, blocks_of, columns_of, row_sum, worker_for
 
 # Row statistics: log-sum-exp and entropy of the complement; the others stay 0.
 
 
-def _chunks(rows: Tensor, ids: Tensor, scale: float, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _chunks(
+    rows: Tensor, ids: Tensor, scale: float | Tensor, buffer: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
     """Scaled logits of a run of rows in float64, −inf at the picked columns, chunk by chunk of columns."""
     width = buffer.shape[-1] - 1
     for columns in columns_of(rows.shape[-1], width):
@@ -24,6 +27,11 @@ def _chunks(rows: Tensor, ids: Tensor, scale: float, buffer: Tensor) -> Iterator
         # The buffer's last column takes what is not in this chunk.
         chunk.scatter_(-1, torch.where(inside, ids - columns.start, width), -torch.inf)
         yield columns, here
+
+
+def _scale_of(args: ComplementArgs, rows: slice, like: Tensor) -> float | Tensor:
+    """What multiplies the logits of some rows: a number, or `[R, 1]`."""
+    return args.scale if args.scales is None else args.scales[rows].to(like)
 
 
 def _buffer(args: ComplementArgs, worker: torch.device) -> Tensor:
@@ -38,7 +46,7 @@ def complement(args: ComplementArgs, entropy: bool) -> tuple[Tensor, Tensor, Ten
     found = torch.zeros((args.n_rows, COMPLEMENT_STATS), dtype=torch.float64, device=worker)
     buffer = _buffer(args, worker)
     for i, j, flat in blocks_of(args.logits, CHUNK):
-        block = args.logits[i, j], args.ids[flat].to(worker), args.scale, buffer
+        block = args.logits[i, j], args.ids[flat].to(worker), _scale_of(args, flat, buffer), buffer
         top = torch.cat([x.amax(-1, keepdim=True) for _, x in _chunks(*block)], -1).amax(-1, keepdim=True)
         nothing = torch.isneginf(top)
         # NaN where a logit is NaN or +inf; amax hands a NaN on.
@@ -76,12 +84,13 @@ def complement_gradient(
         keep = None if args.valid is None else args.valid[i, j, None].to(worker)
         still = ((flow == 0) & (turn == 0)) | torch.isneginf(rest_lse)
         ids = args.ids[flat].to(worker)
-        picked = grad_picked[flat].to(worker, torch.float64) * args.scale
-        for columns, x in _chunks(args.logits[i, j], ids, args.scale, buffer):
+        scale = _scale_of(args, flat, buffer)
+        picked = grad_picked[flat].to(worker, torch.float64) * scale
+        for columns, x in _chunks(args.logits[i, j], ids, scale, buffer):
             y = x.sub_(torch.where(still, 0.0, rest_lse))
             share = torch.exp(y)
             log_share = 0.0 if grad_entropy is None else y.clamp_min_(-1e4) + rest_entropy
-            out = torch.where(still, 0.0, share.mul_((flow - turn * log_share) * args.scale))
+            out = torch.where(still, 0.0, share.mul_((flow - turn * log_share) * scale))
             inside = (ids >= columns.start) & (ids < columns.stop)
             at = torch.where(inside, ids - columns.start, out.shape[-1])
             out = torch.nn.functional.pad(out, (0, 1)).scatter_(-1, at, picked)[:, :-1]

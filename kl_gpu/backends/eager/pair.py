@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...arguments.reduction import has_float64
 from ...formulas import Terms, column_terms, kl_terms
-from ..interface import TOKEN_STATS, RowPair, has_float64
+from ..interface import TOKEN_STATS, RowPair, Scale
 
 # 512 Ki float64 elements are 4 MiB: the few buffers a chunk needs stay in a last cache of 32 MiB, and each
 # operation is long enough to hide what starting it costs.
@@ -59,31 +60,42 @@ def row_sum(x: Tensor) -> Tensor:
     return total[: x.shape[0]]
 
 
-def _largest(p: RowPair) -> float:
+# A number of all rows, or `[R, 1]` of each.
+_Number = float | Tensor
+
+
+def _largest(a_scale: _Number, b_scale: _Number) -> _Number:
     """The size up to which logits are told apart: past it what they are multiplied by, or the difference of
     two such products, might be infinite, a column that does not exist."""
-    ratio = p.a_scale / p.b_scale
-    return 2.0**1022 / max(1.0, p.a_scale * _LOG2E, p.b_scale * _LOG2E, ratio, 1 / ratio)
+    ratio = a_scale / b_scale
+    limits = 1.0, a_scale * _LOG2E, b_scale * _LOG2E, ratio, 1 / ratio
+    if not isinstance(ratio, Tensor):
+        return 2.0**1022 / max(limits)
+    return 2.0**1022 / torch.stack([torch.as_tensor(x).to(ratio).expand_as(ratio) for x in limits]).amax(0)
 
 
-def _widen(out: Tensor, logits: Tensor, largest: float) -> Tensor:
+def _clamped(x: Tensor, largest: _Number) -> Tensor:
+    return x.clamp(-largest, largest)  # type: ignore[arg-type]
+
+
+def _widen(out: Tensor, logits: Tensor, largest: _Number) -> Tensor:
     """Logits in float64, over `out`; a finite one is `largest` at most, as `_largest` has it."""
     out.copy_(logits)
     if logits.dtype == torch.float64:
         finite = torch.isfinite(out)
-        torch.where(finite, out.clamp(-largest, largest), out, out=out)
+        torch.where(finite, _clamped(out, largest), out, out=out)
     return out
 
 
 class _Side:
     """One side of a chunk of rows: its logits in float64, and 2^(scaled logit − top) beside them."""
 
-    def __init__(self, rows: Tensor, scale: float, buffers: Tensor, largest: float) -> None:
+    def __init__(self, rows: Tensor, scale: _Number, buffers: Tensor, largest: _Number) -> None:
         self.rows, self.scale, self.buffers, self.largest = rows, scale, buffers, largest
         tops = [rows[:, c].amax(-1, keepdim=True) for c in self.columns()]
         top = torch.cat(tops, -1).amax(-1, keepdim=True).to(buffers)
         # NaN where the row has no distribution: the largest logit is NaN or infinite.
-        self.peak = torch.where(torch.isfinite(top), top.clamp(-largest, largest), torch.nan)
+        self.peak = torch.where(torch.isfinite(top), _clamped(top, largest), torch.nan)
         self.top = self.peak * scale * _LOG2E
         self.total = torch.zeros_like(self.top)
         for c in self.columns():
@@ -109,16 +121,25 @@ def _sides(p: RowPair) -> Iterator[tuple[slice, _Side, _Side]]:
     blocks, columns = list(blocks_of(p.a, _chunk(p))), min(p.a.shape[-1], _chunk(p))
     at_once = max((rows.stop - rows.start for *_, rows in blocks), default=0)
     shape, worker = (2, 2, at_once, columns), worker_for(p.a.device)
-    buffers, largest = torch.empty(shape, dtype=torch.float64, device=worker), _largest(p)
+    buffers = torch.empty(shape, dtype=torch.float64, device=worker)
     for i, j, rows in blocks:
-        a = _Side(p.a[i, j], p.a_scale, buffers[0], largest)
-        yield rows, a, _Side(p.b[i, j], p.b_scale, buffers[1], largest)
+        a_scale, b_scale = p.scales_at(rows, buffers)
+        largest = _largest(a_scale, b_scale)
+        a = _Side(p.a[i, j], a_scale, buffers[0], largest)
+        yield rows, a, _Side(p.b[i, j], b_scale, buffers[1], largest)
 
 
-def _log_ratio(a: Tensor, b: Tensor, shift: Tensor, a_scale: float, b_scale: float) -> Tensor:
+def _multiply_add(c: Tensor, x: Tensor, factor: _Number, out: Tensor) -> Tensor:
+    """c + factor·x, by one fused operation either way: a row has the same bits."""
+    if isinstance(factor, Tensor):
+        return torch.addcmul(c, x, factor, out=out)
+    return torch.add(c, x, alpha=factor, out=out)
+
+
+def _log_ratio(a: Tensor, b: Tensor, shift: Tensor, a_scale: _Number, b_scale: _Number) -> Tensor:
     """(scaled b − scaled a) − shift, over the memory of a; exactly 0 for equal logits."""
-    torch.sub(b, a, alpha=a_scale / b_scale, out=a)
-    return torch.add(-shift, a, alpha=b_scale, out=a)
+    _multiply_add(b, a, -(a_scale / b_scale), out=a)
+    return _multiply_add(-shift, a, b_scale, out=a)
 
 
 def _kl(a: _Side, b: _Side) -> Tensor:
@@ -150,11 +171,12 @@ def _kl(a: _Side, b: _Side) -> Tensor:
 
 
 def _formula(
-    p: RowPair, logits: tuple[Tensor, Tensor], probabilities: tuple[Tensor, Tensor], shift: Tensor
-) -> Terms:
+    p: RowPair, scales: tuple[_Number, _Number], logits: tuple[Tensor, Tensor],
+    probabilities: tuple[Tensor, Tensor], shift: Tensor,
+) -> Terms:  # fmt: skip
     """The formula's terms and flows on a chunk; takes over the memory of the logits."""
     neither = torch.isneginf(logits[0]) & torch.isneginf(logits[1])
-    r = torch.where(neither, 0, _log_ratio(*logits, shift, p.a_scale, p.b_scale))
+    r = torch.where(neither, 0, _log_ratio(*logits, shift, *scales))
     return column_terms(p.formula, probabilities, r, p.beta)
 
 
@@ -164,7 +186,9 @@ def _formula_totals(p: RowPair, a: _Side, b: _Side) -> tuple[Tensor, Tensor, Ten
     totals = [torch.zeros_like(shift) for _ in range(3)]
     for c in a.columns():
         (logits_a, w), (logits_b, q) = a.load(c), b.load(c)
-        parts = _formula(p, (logits_a, logits_b), (w.div_(a.total), q.div_(b.total)), shift)
+        parts = _formula(
+            p, (a.scale, b.scale), (logits_a, logits_b), (w.div_(a.total), q.div_(b.total)), shift
+        )
         for total, part in zip(totals, parts, strict=True):
             total += row_sum(part)
     # Times 0: sign(NaN) is 0, and a row without a distribution must be NaN in every sum.
@@ -227,14 +251,14 @@ def value_and_gradient(
     return found, stats
 
 
-def normalisers(stats: Tensor, a_scale: float, b_scale: float) -> tuple[Tensor, Tensor]:
+def normalisers(stats: Tensor, a_scale: Scale, b_scale: Scale) -> tuple[Tensor, Tensor]:
     """Of rows whose statistics these are, in float64 nats: log Σ e^a, and log Σ e^b less that."""
     log_a, log_b, *_ = (number[..., 0] for number in _numbers(stats))
     return log_a, log_b - log_a
 
 
 def statistics(
-    local: Tensor, a_scale: float, b_scale: float, formula: str, log_a: Tensor, ratio: Tensor, sums: Tensor
+    local: Tensor, a_scale: Scale, b_scale: Scale, formula: str, log_a: Tensor, ratio: Tensor, sums: Tensor
 ) -> Tensor:
     """What `gradient` and `formula_sums` need of a part of a row whose other columns lie elsewhere.
 
@@ -253,13 +277,14 @@ def formula_sums(p: RowPair, stats: Tensor) -> Tensor:
     found = torch.zeros((p.n_rows, 3), dtype=torch.float64, device=worker)
     for i, j, flat in blocks_of(p.a, _FORMULA_CHUNK):
         log_a, log_b = _numbers(stats[flat].to(worker))[:2]
+        scales = p.scales_at(flat, found)
         for c in columns_of(p.a.shape[-1], _FORMULA_CHUNK):
             a, b = (
-                _widen(torch.empty_like(x, dtype=torch.float64, device=worker), x, _largest(p))
+                _widen(torch.empty_like(x, dtype=torch.float64, device=worker), x, _largest(*scales))
                 for x in (p.a[i, j, c], p.b[i, j, c])
             )
-            sides = _normalised(a.clone(), log_a, p.a_scale), _normalised(b.clone(), log_b, p.b_scale)
-            parts = _formula(p, (a, b), sides, log_b - log_a)
+            sides = _normalised(a.clone(), log_a, scales[0]), _normalised(b.clone(), log_b, scales[1])
+            parts = _formula(p, scales, (a, b), sides, log_b - log_a)
             found[flat] += torch.cat([row_sum(part) for part in parts], -1)
     if p.valid is not None:
         found = torch.where(p.valid.reshape(-1, 1).to(worker), found, 0)
@@ -267,31 +292,33 @@ def formula_sums(p: RowPair, stats: Tensor) -> Tensor:
 
 
 def _kl_gradients(
-    p: RowPair, a: Tensor, b: Tensor, sums: tuple[Tensor, ...], needs_a: bool
+    scales: tuple[_Number, _Number], a: Tensor, b: Tensor, sums: tuple[Tensor, ...], needs_a: bool
 ) -> tuple[Tensor | None, Tensor]:
     """∂KL/∂(scaled logits) of a chunk, over the memory of a and b."""
     log_a, log_b, kl = sums[:3]
     to_a = None
     if needs_a:
-        to_a = _log_ratio(a.clone(), b, log_b - log_a, p.a_scale, p.b_scale).add_(kl).neg_()
+        to_a = _log_ratio(a.clone(), b, log_b - log_a, *scales).add_(kl).neg_()
         # Times 0: a NaN row stays NaN. Nothing flows to a logit of −inf.
         to_a = torch.where(torch.isneginf(a), kl * 0, to_a)
-    w, q = _normalised(a, log_a, p.a_scale), _normalised(b, log_b, p.b_scale)
+    w, q = _normalised(a, log_a, scales[0]), _normalised(b, log_b, scales[1])
     if to_a is not None:
         to_a = torch.where(torch.isinf(kl), torch.nan, to_a.mul_(w))
     return to_a, q.sub_(w)
 
 
-def _normalised(logits: Tensor, log_normalizer: Tensor, scale: float) -> Tensor:
+def _normalised(logits: Tensor, log_normalizer: Tensor, scale: _Number) -> Tensor:
     """Probabilities, over the memory of the logits."""
-    return torch.add(log_normalizer * -_LOG2E, logits, alpha=scale * _LOG2E, out=logits).exp2_()
+    return _multiply_add(log_normalizer * -_LOG2E, logits, scale * _LOG2E, out=logits).exp2_()
 
 
-def _formula_gradients(p: RowPair, a: Tensor, b: Tensor, sums: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def _formula_gradients(
+    p: RowPair, scales: tuple[_Number, _Number], a: Tensor, b: Tensor, sums: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
     """∂D/∂(scaled logits) of a chunk: each side's part of the formula less its own share of the row's sum."""
     log_a, log_b, _, *means = sums
-    sides = _normalised(a.clone(), log_a, p.a_scale), _normalised(b.clone(), log_b, p.b_scale)
-    _, *flows = _formula(p, (a, b), sides, log_b - log_a)
+    sides = _normalised(a.clone(), log_a, scales[0]), _normalised(b.clone(), log_b, scales[1])
+    _, *flows = _formula(p, scales, (a, b), sides, log_b - log_a)
     # An infinite divergence has no gradient to the side whose mean is infinite: NaN, never a silent 0.
     grads = [
         torch.where(torch.isfinite(mean), flow.sub_(side * mean), torch.nan)
@@ -316,20 +343,21 @@ def gradient(
     for i, j, flat in blocks_of(p.a, _chunk(p)):
         sums = _numbers(stats[flat].to(worker))
         scale = row_scale[flat, None].to(worker, torch.float64)
+        scales = p.scales_at(flat, scale)
         keep = None if p.valid is None else p.valid[i, j, None].to(worker)
         for c in columns_of(p.a.shape[-1], _chunk(p)):
             a_rows, b_rows = p.a[i, j, c], p.b[i, j, c]
             if a_rows.shape not in buffers:
                 buffers[a_rows.shape] = torch.empty((2, *a_rows.shape), dtype=torch.float64, device=worker)
             a, b = buffers[a_rows.shape]
-            _widen(a, a_rows, _largest(p))
-            _widen(b, b_rows, _largest(p))
+            _widen(a, a_rows, _largest(*scales))
+            _widen(b, b_rows, _largest(*scales))
             if p.formula == "kl":
-                grads = _kl_gradients(p, a, b, sums, grad_a is not None)
+                grads = _kl_gradients(scales, a, b, sums, grad_a is not None)
             else:
-                grads = _formula_gradients(p, a, b, sums)
+                grads = _formula_gradients(p, scales, a, b, sums)
             # Both are ready before either is stored: a buffer may be the very memory a or b was read from.
-            for out, grad, side_scale in zip((grad_a, grad_b), grads, (p.a_scale, p.b_scale), strict=True):
+            for out, grad, side_scale in zip((grad_a, grad_b), grads, scales, strict=True):
                 if out is not None and grad is not None:
                     if p.a.shape[-1] == 1:
                         grad = sums[2] * 0  # a probability of 1 that two exponentials would round

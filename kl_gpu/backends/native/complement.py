@@ -7,16 +7,17 @@ from torch import Tensor
 
 from ..interface import COMPLEMENT_STATS, ComplementArgs
 from . import extension
-from .extension import ALL_VALID, CPU, Side, Sizes, Valid, side, target
+from .extension import ALL_VALID, CPU, Scales, Side, Sizes, Valid, row_scales, side, target
 
 
-def _arguments(args: ComplementArgs) -> tuple[Side, Valid, Sizes, int, int]:
+def _arguments(args: ComplementArgs) -> tuple[Side, Valid, Sizes, int, int, Scales]:
     """What both entries of the extension begin with."""
     valid = args.valid
     counts = ALL_VALID if valid is None else (valid.data_ptr(), valid.stride(0), valid.stride(1))
     size_a, size_b, columns = args.logits.shape
     sizes = (size_a, size_b, columns, torch.get_num_threads())
-    return side(args.logits, args.scale), counts, sizes, args.ids.data_ptr(), args.ids.shape[1]
+    ids, scales = args.ids, row_scales(args.scales)
+    return side(args.logits, args.scale), counts, sizes, ids.data_ptr(), ids.shape[1], scales
 
 
 def complement(args: ComplementArgs, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:

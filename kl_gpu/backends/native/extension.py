@@ -19,6 +19,7 @@ except ImportError:  # installed where no compiler was at hand
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _NO_TARGET = (0, 0, 0, 0)
 ALL_VALID = (0, 0, 0)
+_ONE_SCALE = (0, 0)
 
 
 def available() -> bool:
@@ -42,7 +43,8 @@ CPU = torch.device("cpu")
 Side = tuple[int, int, int, int, float]
 Valid = tuple[int, int, int]
 Sizes = tuple[int, int, int, int]
-Pair = tuple[Side, Side, Valid, Sizes, str, float, bool]
+Scales = tuple[int, int]
+Pair = tuple[Side, Side, Valid, Sizes, str, float, bool, Scales]
 
 
 def leading(strides: tuple[int, ...]) -> tuple[int, int]:
@@ -60,10 +62,15 @@ def target(grad: Tensor | None) -> tuple[int, int, int, int]:
     return grad.data_ptr(), *leading(grad.stride()), _DTYPES[grad.dtype]
 
 
+def row_scales(scales: Tensor | None) -> tuple[int, int]:
+    """1/temperature of each row, contiguous `[rows, columns]`."""
+    return _ONE_SCALE if scales is None else (scales.data_ptr(), scales.shape[1])
+
+
 def pair_arguments(p: RowPair) -> Pair:
     """What every entry of the extension begins with."""
     valid = ALL_VALID if p.valid is None else (p.valid.data_ptr(), *leading((*p.valid.stride(), 1)))
     *size_a, size_b, columns = p.a.shape
     sizes = (*(size_a or (1,)), size_b, columns, torch.get_num_threads())
     a, b = side(p.a, p.a_scale), side(p.b, p.b_scale)
-    return a, b, valid, sizes, p.formula, p.beta, p.dtype == torch.float64
+    return a, b, valid, sizes, p.formula, p.beta, p.dtype == torch.float64, row_scales(p.scales)

@@ -35,6 +35,7 @@ from .device_math import (
     store_one,
     store_ragged,
     store_tile,
+    stored_scale,
     sub_mul,
     tile_ahead,
     tile_position,
@@ -174,11 +175,12 @@ def complement_kernel(
     x_ptr,  # [A, B, V] fp16, bf16, fp32 or fp64
     ids_ptr,  # [A*B, n_ids] int64
     valid_ptr,  # [A*B] bool, or None
+    scales_ptr,  # [A*B] fp64, or None
     stats_ptr,  # [A*B, COMPLEMENT_STATS] fp64, zeroed
     words_ptr,  # [programs, words] int32, zeroed
     marks_ptr,  # [programs, 4 * words] uint8, the bytes of these words
     n_rows, n_inner, x_outer, x_inner, V, n_ids, words, scale_high, scale_low,
-    HAS_VALID: tl.constexpr, ENTROPY: tl.constexpr, IDS: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_SCALES: tl.constexpr, ENTROPY: tl.constexpr, IDS: tl.constexpr,
     CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Statistics of every row; a program takes rows in strides of the number of programs."""
@@ -190,6 +192,9 @@ def complement_kernel(
         if HAS_VALID:
             valid = tl.load(valid_ptr + row) != 0
         if valid:
+            if HAS_SCALES:
+                exact = stored_scale(scales_ptr + row) * LOG2E
+                k = exact.to(CT)
             ids = ids_ptr + tl.full([], row, tl.int64) * n_ids
             _mark(words_ptr + own, ids, n_ids, V, True, IDS, R, VEC, LAYOUT)
             tl.debug_barrier()
@@ -248,6 +253,7 @@ def complement_gradient_kernel(
     x_ptr,  # [A, B, V] fp16, bf16, fp32 or fp64
     ids_ptr,  # [A*B, n_ids] int64
     valid_ptr,  # [A*B] bool, or None
+    scales_ptr,  # [A*B] fp64, or None
     stats_ptr,  # [A*B, COMPLEMENT_STATS] fp64
     grad_picked_ptr,  # [A*B, n_ids] fp64
     grad_rest_ptr,  # [A*B] fp64
@@ -255,7 +261,7 @@ def complement_gradient_kernel(
     grad_ptr,  # [A, B, V] x's dtype
     n_rows, n_inner, x_outer, x_inner, grad_outer, grad_inner, V, n_ids, num_splits, split_columns,
     scale_high, scale_low,
-    HAS_VALID: tl.constexpr, ENTROPY: tl.constexpr, IDS: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_SCALES: tl.constexpr, ENTROPY: tl.constexpr, IDS: tl.constexpr,
     CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Write one split of a row: first as if no column were picked, then what flows to those that are."""
@@ -265,7 +271,7 @@ def complement_gradient_kernel(
     last = tl.minimum(first + split_columns, V)
     x_row = row_start(row, n_inner, x_ptr, x_outer, x_inner)
     grad = row_start(row, n_inner, grad_ptr, grad_outer, grad_inner)
-    scale = from_high_low(scale_high, scale_low)
+    scale = stored_scale(scales_ptr + row) if HAS_SCALES else from_high_low(scale_high, scale_low)
     k = (scale * LOG2E).to(CT)
     valid = True
     if HAS_VALID:
@@ -346,7 +352,9 @@ class _Plan(NamedTuple):
 
 
 @plan
-def _plan(logits: Tensor, n_ids: int, has_valid: bool, scale: float, entropy: bool, resident: int) -> _Plan:
+def _plan(
+    logits: Tensor, n_ids: int, has_valid: bool, has_scales: bool, scale: float, entropy: bool, resident: int
+) -> _Plan:
     """Of a place."""
     config = program(logits, n_ids)
     n_rows = logits.shape[0] * logits.shape[1]
@@ -355,26 +363,28 @@ def _plan(logits: Tensor, n_ids: int, has_valid: bool, scale: float, entropy: bo
     words = cdiv(logits.shape[-1], block) * block // 32
     numbers = n_rows, logits.shape[1], *steps(logits), logits.shape[2], n_ids, words, *high_low(scale)
     launch = PreparedLaunch(
-        complement_kernel, programs, logits.device, numbers, HAS_VALID=has_valid, ENTROPY=entropy, **config
-    )
+        complement_kernel, programs, logits.device, numbers,
+        HAS_VALID=has_valid, HAS_SCALES=has_scales, ENTROPY=entropy, **config,
+    )  # fmt: skip
     return _Plan(launch, (programs, words))
 
 
 def complement(args: ComplementArgs, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `Backend.complement` has it."""
-    x, ids, valid, scale = args
+    x, ids, valid, scale, scales = args
     launch, shape = _plan(
-        place(x), ids.shape[1], valid is not None, scale, entropy, resident_programs(x.device)
-    )
+        place(x), ids.shape[1], valid is not None, scales is not None, scale, entropy,
+        resident_programs(x.device),
+    )  # fmt: skip
     stats = torch.zeros((args.n_rows, COMPLEMENT_STATS), dtype=torch.float64, device=x.device)
     bits = torch.zeros(shape, dtype=torch.int32, device=x.device)
-    launch(x, ids, valid, stats, bits, bits.view(torch.uint8))
+    launch(x, ids, valid, scales, stats, bits, bits.view(torch.uint8))
     return stats[:, 3].clone(), stats[:, 2].clone(), stats
 
 
 @plan
 def _gradient_plan(
-    logits: Tensor, n_ids: int, has_valid: bool, scale: float, entropy: bool, grad: Tensor
+    logits: Tensor, n_ids: int, has_valid: bool, has_scales: bool, scale: float, entropy: bool, grad: Tensor
 ) -> PreparedLaunch:
     """Of places."""
     config = program(logits, n_ids)
@@ -387,7 +397,7 @@ def _gradient_plan(
     )  # fmt: skip
     return PreparedLaunch(
         complement_gradient_kernel, n_rows * splits.number, logits.device, numbers,
-        HAS_VALID=has_valid, ENTROPY=entropy, **config,
+        HAS_VALID=has_valid, HAS_SCALES=has_scales, ENTROPY=entropy, **config,
     )  # fmt: skip
 
 
@@ -400,9 +410,10 @@ def complement_gradient(
     grad: Tensor,
 ) -> None:
     """As `Backend.complement_gradient` has it."""
-    x, ids, valid, scale = args
+    x, ids, valid, scale, scales = args
     launch = _gradient_plan(
-        place(x), ids.shape[1], valid is not None, scale, grad_entropy is not None, place(grad)
-    )
+        place(x), ids.shape[1], valid is not None, scales is not None, scale, grad_entropy is not None,
+        place(grad),
+    )  # fmt: skip
     turn = grad_rest if grad_entropy is None else grad_entropy
-    launch(x, ids, valid, stats, grad_picked, grad_rest, turn, grad)
+    launch(x, ids, valid, scales, stats, grad_picked, grad_rest, turn, grad)

@@ -43,9 +43,23 @@ Sums = namedtuple("Sums", "z a1 a2")
 
 
 @triton.jit
-def scales_of(a_high, a_low, b_high, b_low, CT: tl.constexpr):
-    a = from_high_low(a_high, a_low)
-    b = from_high_low(b_high, b_low)
+def stored_scale(scale_ptr):
+    """A row's own 1/T: what `from_high_low` makes of a number that all rows share."""
+    scale = tl.load(scale_ptr).to(tl.float64)
+    high = scale.to(tl.float32)
+    return from_high_low(high, (scale - high.to(tl.float64)).to(tl.float32))
+
+
+@triton.jit
+def scales_of(row, scales_ptr, parts, HAS_SCALES: tl.constexpr, SAME_SCALE: tl.constexpr, CT: tl.constexpr):
+    """Of a row: its own, of `[A*B, 1]` or `[A*B, 2]`, or the two that all share, `parts` (high, low) each."""
+    if HAS_SCALES:
+        own = scales_ptr + tl.full([], row, tl.int64) * (1 if SAME_SCALE else 2)
+        a = stored_scale(own)
+        b = a if SAME_SCALE else stored_scale(own + 1)
+    else:
+        a = from_high_low(parts[0], parts[1])
+        b = from_high_low(parts[2], parts[3])
     return Scales((a * LOG2E).to(CT), (b * LOG2E).to(CT), a.to(CT), a, b)
 
 

@@ -158,7 +158,8 @@ def configuration(p: RowPair, shapes: dict[int, ProgramShape], lanes: int = LANE
     per_warp = lanes * shape.columns
     block = min(max(power_of_2(a.shape[-1]), per_warp), WARPS * per_warp)
     found = {
-        "SAME_SCALE": p.a_scale == p.b_scale,
+        "HAS_SCALES": p.scales is not None,
+        "SAME_SCALE": p.same_scale,
         "EXACT": a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16),
         "CT": _TRITON_DTYPE[p.dtype],
         "R": block // vec,

@@ -74,7 +74,7 @@ Strided = namedtuple("Strided", "ptr outer inner")
 # The kernel's run-time parameters; `_parts` are (high, low) of float64 numbers.
 Launch = namedtuple(
     "Launch",
-    "a b grad_a grad_b valid_ptr value_ptr stats_ptr states_ptr row_scale_ptr n_rows n_inner V "
+    "a b grad_a grad_b valid_ptr scales_ptr value_ptr stats_ptr states_ptr row_scale_ptr n_rows n_inner V "
     "scale_parts beta_parts near num_splits split_columns lag",
 )
 # Pointers to one row, and its split number `split`, the columns [first, last).
@@ -298,9 +298,9 @@ def _gradient(
 
 @triton.jit
 def _item(
-    item, incoming, launch, HAS_VALID: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
-    FORMULA: tl.constexpr, SWEEPS: tl.constexpr, STAGES: tl.constexpr, STAGE: tl.constexpr,
-    TO_A: tl.constexpr, TO_B: tl.constexpr, LOG2: tl.constexpr, CT: tl.constexpr,
+    item, incoming, launch, HAS_VALID: tl.constexpr, HAS_SCALES: tl.constexpr, SAME_SCALE: tl.constexpr,
+    EXACT: tl.constexpr, FORMULA: tl.constexpr, SWEEPS: tl.constexpr, STAGES: tl.constexpr,
+    STAGE: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr, LOG2: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One split of one row in one stage: a sweep, or behind the sweeps the gradient."""
@@ -316,7 +316,7 @@ def _item(
         valid = True
         if HAS_VALID:
             valid = tl.load(launch.valid_ptr + row) != 0
-        scales = scales_of(*launch.scale_parts, CT)
+        scales = scales_of(row, launch.scales_ptr, launch.scale_parts, HAS_SCALES, SAME_SCALE, CT)
         beta = from_high_low(*launch.beta_parts)
         rest = (1.0 - beta).to(CT)
         beta = beta.to(CT)
@@ -355,6 +355,7 @@ def _item(
 def pair_kernel(
     a_ptr, b_ptr,  # [A, B, V] fp16, bf16, fp32 or fp64, each
     valid_ptr,  # [A*B] bool, or None
+    scales_ptr,  # [A*B, 1] or [A*B, 2] fp64, or None
     value_ptr,  # [A*B] CT
     stats_ptr,  # [A*B, STATS] CT, zeroed where VALUE, with one row more for the queue where STAGES > 1
     states_ptr,  # [A*B, STATE, SPLITS] CT, where VALUE and SPLITS > 1
@@ -365,9 +366,10 @@ def pair_kernel(
     a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low,
     near_0, near_1, near_2, near_3, near_4, near_5, near_6, near_7,
     grad_a_outer, grad_a_inner, grad_b_outer, grad_b_inner, num_splits, split_columns, lag,
-    HAS_VALID: tl.constexpr, HAS_INCOMING: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
-    FORMULA: tl.constexpr, VALUE: tl.constexpr, STAGE: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
-    LOG2: tl.constexpr, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_INCOMING: tl.constexpr, SAME_SCALE: tl.constexpr,
+    EXACT: tl.constexpr, FORMULA: tl.constexpr, VALUE: tl.constexpr, STAGE: tl.constexpr,
+    TO_A: tl.constexpr, TO_B: tl.constexpr, LOG2: tl.constexpr, CT: tl.constexpr, R: tl.constexpr,
+    VEC: tl.constexpr, LAYOUT: tl.constexpr,
     OUT_LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """VALUE: sweep for the value (formulas other than KL twice). TO_A, TO_B: write gradients.
@@ -379,7 +381,7 @@ def pair_kernel(
     launch = Launch(
         Strided(a_ptr, a_outer, a_inner), Strided(b_ptr, b_outer, b_inner),
         Strided(grad_a_ptr, grad_a_outer, grad_a_inner), Strided(grad_b_ptr, grad_b_outer, grad_b_inner),
-        valid_ptr, value_ptr, stats_ptr, states_ptr, row_scale_ptr, n_rows, n_inner, V,
+        valid_ptr, scales_ptr, value_ptr, stats_ptr, states_ptr, row_scale_ptr, n_rows, n_inner, V,
         (a_scale_high, a_scale_low, b_scale_high, b_scale_low), (beta_high, beta_low),
         (near_0, near_1, near_2, near_3, near_4, near_5, near_6, near_7), num_splits, split_columns, lag,
     )  # fmt: skip
@@ -396,12 +398,12 @@ def pair_kernel(
         end = tl.where(incoming == 1.0, 0, n_rows * num_splits)
         for item in range(begin, end, tl.num_programs(0)):
             _item(
-                item, incoming, launch, HAS_VALID, SAME_SCALE, EXACT, FORMULA, SWEEPS, STAGES, STAGE,
-                TO_A, TO_B, LOG2, CT, R, VEC, LAYOUT, OUT_LAYOUT, SPLITS,
+                item, incoming, launch, HAS_VALID, HAS_SCALES, SAME_SCALE, EXACT, FORMULA, SWEEPS, STAGES,
+                STAGE, TO_A, TO_B, LOG2, CT, R, VEC, LAYOUT, OUT_LAYOUT, SPLITS,
             )  # fmt: skip
     else:
         _item(
-            begin, incoming, launch, HAS_VALID, SAME_SCALE, EXACT, FORMULA, SWEEPS, STAGES, STAGE,
+            begin, incoming, launch, HAS_VALID, HAS_SCALES, SAME_SCALE, EXACT, FORMULA, SWEEPS, STAGES, STAGE,
             TO_A, TO_B, LOG2, CT, R, VEC, LAYOUT, OUT_LAYOUT, SPLITS,
         )  # fmt: skip
 
@@ -432,12 +434,12 @@ class _Plan(NamedTuple):
 
 @plan
 def _plan(
-    a: Tensor, b: Tensor, has_valid: bool, formula: str, beta: float, scales: tuple[float, float],
-    dtype: torch.dtype, has_value: bool, grad_a: Tensor | None, grad_b: Tensor | None, has_incoming: bool,
-    resident: int, spins: bool,
+    a: Tensor, b: Tensor, has_valid: bool, row_scales: Tensor | None, formula: str, beta: float,
+    scales: tuple[float, float], dtype: torch.dtype, has_value: bool, grad_a: Tensor | None,
+    grad_b: Tensor | None, has_incoming: bool, resident: int, spins: bool,
 ) -> _Plan:  # fmt: skip
     """Of places; `resident` programs run at a time, and may wait for one another where one `spins`."""
-    p = RowPair(a, b, None, formula, beta, *scales, dtype)
+    p = RowPair(a, b, None, formula, beta, *scales, dtype, row_scales)
     config = configuration(p, SHAPES if formula == "kl" else FORMULA_SHAPES)
     splits = splits_of(a.shape[-1], step_of(p, config))
     width = room_for(splits.number)
@@ -477,16 +479,16 @@ def _launch(
     grad_b: Tensor | None,
     incoming: Tensor | None = None,
 ) -> None:
-    a, b, valid, formula, beta, a_scale, b_scale, dtype = p
+    a, b, valid, formula, beta, a_scale, b_scale, dtype, scales = p
     device = a.device
     launches, states = _plan(
-        place(a), place(b), valid is not None, formula, beta, (a_scale, b_scale), dtype, value is not None,
-        place_if_any(grad_a), place_if_any(grad_b), incoming is not None,
+        place(a), place(b), valid is not None, place_if_any(scales), formula, beta, (a_scale, b_scale), dtype,
+        value is not None, place_if_any(grad_a), place_if_any(grad_b), incoming is not None,
         resident_programs(device), _may_spin(device),
     )  # fmt: skip
     # What has no tensor passes one that is never read or written through.
     tensors = (
-        a, b, valid, stats if value is None else value, stats,
+        a, b, valid, scales, stats if value is None else value, stats,
         stats if states is None else stats.new_empty(states),
         stats if row_scale is None else row_scale, stats if incoming is None else incoming,
         a if grad_a is None else grad_a, b if grad_b is None else grad_b,

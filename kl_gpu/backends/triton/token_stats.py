@@ -57,7 +57,7 @@ from .kl_pass import (
     worst_class,
 )
 from .launch import ProgramShape, configuration, geometry, kernel, room_for, splits_of
-from .prepared import PreparedLaunch, place, plan
+from .prepared import PreparedLaunch, place, place_if_any, plan
 
 # A split's state: n, c, n_b, the `BothSums`, then each side's largest logit and its first tile.
 STATE = 16
@@ -296,10 +296,11 @@ def _first_tile(top, at, BLOCK: tl.constexpr):
 def token_stats_splits_kernel(
     a_ptr, b_ptr,  # [A, B, V] fp16, bf16, fp32 or fp64, each
     valid_ptr,  # [A*B] bool, or None
+    scales_ptr,  # [A*B, 1] or [A*B, 2] fp64, or None
     states_ptr,  # [A*B, STATE, SPLITS] CT
     n_inner, a_outer, a_inner, b_outer, b_inner, V,
     a_scale_high, a_scale_low, b_scale_high, b_scale_low, num_splits, split_columns,
-    HAS_VALID: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_SCALES: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
     CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The state of one split of one row."""
@@ -314,7 +315,8 @@ def token_stats_splits_kernel(
         last = tl.minimum(first + split_columns, V)
         a_row = row_start(row, n_inner, a_ptr, a_outer, a_inner)
         b_row = row_start(row, n_inner, b_ptr, b_outer, b_inner)
-        scales = scales_of(a_scale_high, a_scale_low, b_scale_high, b_scale_low, CT)
+        scale_parts = a_scale_high, a_scale_low, b_scale_high, b_scale_low
+        scales = scales_of(row, scales_ptr, scale_parts, HAS_SCALES, SAME_SCALE, CT)
         reference, sums, largest, fits = _fast_sweep(
             a_row, b_row, first, last, scales, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT
         )
@@ -404,13 +406,15 @@ def _first_split(states, which: tl.constexpr, num_splits, SPLITS: tl.constexpr):
 def token_stats_merge_kernel(
     a_ptr, b_ptr,  # [A, B, V] fp16, bf16, fp32 or fp64, each
     valid_ptr,  # [A*B] bool, or None
+    scales_ptr,  # [A*B, 1] or [A*B, 2] fp64, or None
     tokens_ptr,  # [A*B] int64, where HAS_TOKENS
     states_ptr,  # [A*B, STATE, SPLITS] CT
     out_ptr,  # [TOKEN_STATS, A*B] CT
     n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
     a_scale_high, a_scale_low, b_scale_high, b_scale_low, num_splits,
-    HAS_VALID: tl.constexpr, HAS_TOKENS: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
-    CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_TOKENS: tl.constexpr, SAME_SCALE: tl.constexpr,
+    EXACT: tl.constexpr, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """A row's statistics from the states of its splits; a row that they cannot do is swept again here."""
     row = tl.program_id(0)
@@ -426,7 +430,8 @@ def token_stats_merge_kernel(
         a_row = row_start(row, n_inner, a_ptr, a_outer, a_inner)
         b_row = row_start(row, n_inner, b_ptr, b_outer, b_inner)
         states = states_ptr + row.to(tl.int64) * (_STATE * SPLITS)
-        scales = scales_of(a_scale_high, a_scale_low, b_scale_high, b_scale_low, CT)
+        scale_parts = a_scale_high, a_scale_low, b_scale_high, b_scale_low
+        scales = scales_of(row, scales_ptr, scale_parts, HAS_SCALES, SAME_SCALE, CT)
         k_a = scales.k_a
         k_b = scales.k_b
 
@@ -508,10 +513,11 @@ class _Plan(NamedTuple):
 
 @plan
 def _plan(
-    a: Tensor, b: Tensor, has_valid: bool, scales: tuple[float, float], dtype: torch.dtype, has_tokens: bool
-) -> _Plan:
+    a: Tensor, b: Tensor, has_valid: bool, row_scales: Tensor | None, scales: tuple[float, float],
+    dtype: torch.dtype, has_tokens: bool,
+) -> _Plan:  # fmt: skip
     """Of places."""
-    p = RowPair(a, b, None, "kl", 0.0, *scales, dtype)
+    p = RowPair(a, b, None, "kl", 0.0, *scales, dtype, row_scales)
     config = configuration(p, SHAPES)
     splits = splits_of(a.shape[-1], config["R"] * config["VEC"])
     width = room_for(splits.number)
@@ -532,12 +538,13 @@ def token_stats(p: RowPair, tokens: Tensor | None) -> Tensor:
 
     2 U of memory traffic, and a tile of a row that both sides' largest logits lie in once more.
     """
-    a, b, valid = p.a, p.b, p.valid
+    a, b, valid, scales = p.a, p.b, p.valid, p.scales
     sweep, merge, shape = _plan(
-        place(a), place(b), valid is not None, (p.a_scale, p.b_scale), p.dtype, tokens is not None
-    )
+        place(a), place(b), valid is not None, place_if_any(scales), (p.a_scale, p.b_scale), p.dtype,
+        tokens is not None,
+    )  # fmt: skip
     states = torch.empty(shape, dtype=p.dtype, device=a.device)
     out = torch.empty((TOKEN_STATS, shape[0]), dtype=p.dtype, device=a.device)
-    sweep(a, b, valid, states)
-    merge(a, b, valid, None if tokens is None else tokens.contiguous(), states, out)
+    sweep(a, b, valid, scales, states)
+    merge(a, b, valid, scales, None if tokens is None else tokens.contiguous(), states, out)
     return out
