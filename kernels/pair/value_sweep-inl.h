@@ -203,7 +203,8 @@ struct WeightOfB {
         const VF log_u = fma(b, k, -hi);
         Reduced<VF> e = reduce(clamp_exponent(log_u));
         e.r = fma(b, k, -(hi + integer(e))) - lo;
-        return exp2_from(log_u, e);
+        const VF u = exp2_from(log_u, e);
+        return log_u > splat<VF>(120) ? splat<VF>(__builtin_inff()) : u;
     }
 };
 
