@@ -31,6 +31,7 @@ from .harness.options import DTYPES, add_sizes, at_least
 
 SYSTEMS = ("kernel", "kl_div", "kl_div, inplace", "torch.compile", "plain PyTorch")
 _WARM = 4
+_ROOT = Path(__file__).parents[1]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +87,7 @@ def _in_a_process(key: tuple[str, str, int, int], options: argparse.Namespace) -
         *("--columns", str(columns), "--threads", str(threads)),
         *("--rows", str(options.rows), "--repeats", str(options.repeats)),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{system} failed: {done.stderr}")
     times: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

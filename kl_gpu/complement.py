@@ -18,6 +18,7 @@ from . import transforms
 from .arguments import validation
 from .arguments.params import ComplementParams
 from .arguments.reduction import LogitsWindow, last_contiguous
+from .arguments.temperatures import Scales
 from .backends.interface import COMPLEMENT_STATS
 from .ops import complement as ops
 from .ops.memory import gradient_buffer
@@ -91,6 +92,22 @@ def split(
         _STEP, params, last_contiguous(logits), ids, valid, scales
     )
     return found
+
+
+def entropies(
+    split_rows: SplitRows, logits: Tensor, valid: Tensor | None, scales: Scales, window: LogitsWindow,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    """−Σ q log q of the student's rows, in `wide_dtype`, as a constant; 0 in rows that do not count.
+
+    All columns are the complement of none that is picked.
+    """
+    lead = window.of(logits).shape[:-1]
+    none = torch.full((*lead, 1), -1, dtype=torch.int64, device=logits.device)
+    params = ComplementParams(scales.student, True, True, False, "", backend, window)
+    own = None if scales.rows is None else scales.rows[..., :1]
+    found = split_rows(logits.detach(), none, valid, own, params)[2].detach()
+    return found if valid is None else torch.where(valid, found, 0.0)
 
 
 # What computes `split`, from logits, ids, the rows that count, their scales and the parameters.

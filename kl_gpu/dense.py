@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from .arguments.reduction import LogitsWindow, Reduction, compute_dtype, last_co
 from .autograd import WeightedSum, per_row
 from .backends import registry
 from .columns import selected
+from .complement import SplitRows, entropies, split
 from .kinds import KINDS
 
 # What turns logits `[N, V]`, the rows that count, their scales and the call into values `[N]`.
@@ -22,9 +24,10 @@ PerRow = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None", DivergenceC
 
 
 def run_divergence(
-    student_logits: Tensor, teacher_logits: Tensor, kind: str, options: Options, rows_of: PerRow | None = None
-) -> Tensor:
-    """`divergence`, with the rows' values from `rows_of` where it is given."""
+    student_logits: Tensor, teacher_logits: Tensor, kind: str, options: Options,
+    rows_of: PerRow | None = None, split: SplitRows = split,
+) -> Any:  # fmt: skip
+    """`divergence`, with the rows' values from `rows_of` where it is given, and entropies from `split`."""
     if options.selects:
         student_logits, teacher_logits, options = selected(student_logits, teacher_logits, options)
     options.check(kind)
@@ -41,17 +44,23 @@ def run_divergence(
     # float64 with a narrower side: computed in float64, returned in float32.
     mixed = student.dtype != teacher.dtype
 
+    def with_entropy(result: Tensor) -> Any:
+        if not options.return_entropy:
+            return result
+        found = entropies(split, student, reduction.computed, scales, window, chosen)
+        return result, found.to(result.dtype)
+
     if rows_of is None and _gradient_at_once(student, teacher, reduction, call):
         row_scale = reduction.scale(
             window.of(student).shape[:-1], compute_dtype(student.dtype, teacher.dtype), student.device
         )
         total = WeightedSum.apply(student, teacher, reduction.computed, scales.rows, row_scale, call)
-        return total.float() if mixed else total
+        return with_entropy(total.float() if mixed else total)
 
     of = rows_of or per_row
     value = of(student, teacher, reduction.computed, scales.rows, call)
     value = reduction.completed(value, lambda others: of(student, teacher, others, scales.rows, call))
-    return reduction.reduced(value.float() if mixed else value)
+    return with_entropy(reduction.reduced(value.float() if mixed else value))
 
 
 def _gradient_at_once(student: Tensor, teacher: Tensor, reduction: Reduction, call: DivergenceCall) -> bool:

@@ -52,7 +52,7 @@ class DivergenceLoss(nn.Module):
         support: Tensor | None = None,
         temperature: float | Tensor | None = None,
         teacher_temperature: float | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """Arguments, result and errors as :func:`kl_gpu.divergence`.
 
         Temperatures given here, such as those of each row, take the place of those given at construction.
@@ -77,7 +77,7 @@ class DivergenceLoss(nn.Module):
         temperature: float | Tensor | None = None,
         teacher_temperature: float | Tensor | None = None,
         **heads: Any,
-    ) -> Tensor:
+    ) -> Any:
         """The same loss from hidden states and LM heads, as :func:`kl_gpu.linear_div`.
 
         `heads` are its arguments that describe the models: student_bias, softcap, logit_scale, their

@@ -197,6 +197,12 @@ def row_temperatures(rank: int, ranks: int, backend: str) -> bytes:
     shards = [x.detach() for x in leaves(rank, ranks, student, teacher)]
     stats = distributed.vocab_parallel_token_stats(*shards, labels, **both)
     torch.testing.assert_close(tuple(stats), tuple(kl_gpu.token_stats(student, teacher, labels, **both)))
+    for options in (both, {"backend": backend}):
+        _, entropy = vocab_parallel_div(*shards, return_entropy=True, **options)
+        torch.testing.assert_close(
+            entropy, stats[2] if options is both else kl_gpu.token_stats(student, teacher)[2]
+        )
+        results.append(entropy)
     own = {"temperature": one, "entropy": True, "backend": backend}
     logprobs = distributed.vocab_parallel_token_logprobs(shards[0], labels, **own)
     torch.testing.assert_close(logprobs, kl_gpu.token_logprobs(student, labels, **own))
@@ -206,10 +212,13 @@ def row_temperatures(rank: int, ranks: int, backend: str) -> bytes:
     )
     heads = hidden, weights[mine], hidden.flip(0).contiguous(), weights[mine]
     whole = hidden, weights, hidden.flip(0).contiguous(), weights
-    got = distributed.vocab_parallel_linear_div(*heads, "js", chunk_rows=3, **both)
-    torch.testing.assert_close(got, kl_gpu.linear_div(*whole, "js", **both), rtol=1e-4, atol=1e-7)
+    got, entropy = distributed.vocab_parallel_linear_div(
+        *heads, "js", chunk_rows=3, return_entropy=True, **both
+    )
+    want = kl_gpu.linear_div(*whole, "js", return_entropy=True, **both)
+    torch.testing.assert_close((got, entropy), want, rtol=1e-4, atol=1e-7)
     assert got > 1e-3
-    return bits(*results, *stats, *logprobs, got)
+    return bits(*results, *stats, *logprobs, got, entropy)
 
 
 def reductions(rank: int, ranks: int, kind: str, backend: str) -> bytes:

@@ -162,6 +162,16 @@ def test_wrong_output_stops_the_run(
     assert all(file.name.endswith(".partial.json") for file in tmp_path.iterdir())
 
 
+def test_steps_are_timed_in_processes_of_their_own(tmp_path: Path) -> None:
+    steps = importlib.import_module("bench.__main__").main
+    tiny = ["--rows", "4", "--columns", "300", "--threads", "1", "--dtype", "bf16"]
+    few = ["--processes", "1", "--repeats", "1", "--system", "kernel", "kl_div, inplace"]
+    assert steps(["steps", *tiny, *few, "--json", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["found"]
+    assert [row["system"] for row in found] == ["kernel", "kl_div, inplace"]
+    assert all(row["ms"] > 0 and row["cpu_ms"] > 0 for row in found)
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

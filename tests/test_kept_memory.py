@@ -131,6 +131,33 @@ def test_what_a_step_leaves_serves_the_next() -> None:
         assert use() == (0, 4 * MIB, 1)
 
 
+@pytest.mark.parametrize("entry", ["kl_div", "per token", "token_logprobs"])
+def test_what_the_memory_held_before_shows_nowhere(entry: str) -> None:
+    teacher = 3 * torch.randn(3, 8, V)
+    student = (teacher + 0.5 * torch.randn(3, 8, V)).requires_grad_()
+    mask = torch.arange(24).view(3, 8) % 3 != 0
+
+    def loss() -> Tensor:
+        window = {"mask": mask, "shift": True, "vocab_size": V - 100}
+        if entry == "token_logprobs":
+            return kl_gpu.token_logprobs(student, torch.ones_like(mask, dtype=torch.int64), **window).sum()
+        per_token = {"reduction": "none"} if entry == "per token" else {}
+        return kl_gpu.divergence(student, teacher, **window, **per_token).sum()
+
+    def at(number: float) -> Tensor:
+        gradient_buffer(student.detach()).fill_(number)
+        found = gradient(student, loss())
+        assert use()[1] == 0, "it took the block that was filled"
+        return found
+
+    found = at(float("nan"))
+    assert torch.equal(found, at(7.0))
+    assert not found[..., V - 100 :].any()
+    assert not found[:, -1].any()
+    assert not found[:, :-1][~mask[:, 1:]].any()
+    assert (found[:, :-1, : V - 100][mask[:, 1:]].abs().amax(-1) > 1e-6).all()
+
+
 @pytest.mark.parametrize("of", ["numpy", "storage", "saved"])
 def test_whatever_holds_the_memory_keeps_it(of: str) -> None:
     found = gradient_buffer(torch.empty(16, V)).fill_(2.5)

@@ -37,6 +37,7 @@ class Options(NamedTuple):
     support: Tensor | None = None
     student_columns: Tensor | None = None
     teacher_columns: Tensor | None = None
+    return_entropy: bool = False
 
     @property
     def selects(self) -> bool:
@@ -49,6 +50,7 @@ class Options(NamedTuple):
         validation.name("reduction", self.reduction, REDUCTIONS)
         validation.beta(self.beta, kind)
         validation.booleans(shift=self.shift, inplace=self.inplace, t_squared=self.t_squared)
+        validation.booleans(return_entropy=self.return_entropy)
         validation.temperatures(self.temperature, self.teacher_temperature, self.t_squared)
 
     def scales(self, rows: Tensor, valid: Tensor | None, factors: tuple[float, float] = (1.0, 1.0)) -> Scales:

@@ -131,12 +131,15 @@ class LinearParams(NamedTuple):
         return *student, *teacher, *sizes, *divergence
 
     @classmethod
-    def from_arguments(cls, *arguments: Any) -> tuple[LinearParams, Tensor | None]:
-        """The parameters, and 1/temperature of each row where the operator's arguments end with them."""
+    def from_arguments(cls, *arguments: Any) -> tuple[LinearParams, Tensor | None, bool]:
+        """The parameters; and where the operator's arguments end with them, 1/temperature of each row, and
+        whether the student's entropies are asked for."""
         student, teacher = HeadParams(*arguments[:3]), HeadParams(*arguments[3:6])
         vocab_size, chunk_rows = arguments[6:8]
         params = cls(student, teacher, vocab_size, chunk_rows, DivergenceParams(*arguments[8:13]))
-        return params, arguments[13] if len(arguments) > 13 else None
+        scales = arguments[13] if len(arguments) > 13 else None
+        entropy = arguments[14] if len(arguments) > 14 else False
+        return params, scales, entropy
 
 
 class LinearSplitParams(NamedTuple):

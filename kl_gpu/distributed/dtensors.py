@@ -69,7 +69,7 @@ def _local_rows(argument: str, value: Any, student: DTensor, rows_of: tuple[Plac
     return value
 
 
-def divergence(student: Any, teacher: Any, kind: str, **options: Any) -> Tensor:
+def divergence(student: Any, teacher: Any, kind: str, **options: Any) -> Any:
     """`kl_gpu.divergence` of two DTensors with one mesh and the same placements; the result is a DTensor.
 
     Raises:
@@ -104,10 +104,12 @@ def divergence(student: Any, teacher: Any, kind: str, **options: Any) -> Tensor:
         DTensor.from_local, device_mesh=student.device_mesh, placements=rows_of, run_check=False, shape=lead,
         stride=torch.empty(lead, device="meta").stride(),
     )  # fmt: skip
-    value = as_rows(local)
+    value = as_rows(local[0] if options["return_entropy"] else local)
+    entropy = as_rows(local[1]) if options["return_entropy"] else None
     if reduction == "none":
-        return value
+        return value if entropy is None else (value, entropy)
     valid, _ = valid_rows(options["mask"], options["labels"], options["ignore_index"], None, options["shift"])
     if valid is not None:
         valid = as_rows(valid)
-    return Reduction(valid, None, None, reduction, normalizer).reduced(value)
+    result = Reduction(valid, None, None, reduction, normalizer).reduced(value)
+    return result if entropy is None else (result, entropy)

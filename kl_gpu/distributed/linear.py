@@ -17,7 +17,7 @@ from ..linear import api, chunks, op, stats
 from ..ops import pair as ops
 from ..ops.views import two_at_least
 from ..stats import TokenStats
-from . import collectives, consistency, shards
+from . import collectives, complement, consistency, shards
 from .divergence import whole_rows
 from .tokens import merged_fields
 
@@ -107,15 +107,18 @@ def _agreed(params: LinearParams, hidden: Tensor, group: Any) -> tuple[LinearPar
 
 def _linear(*arguments: Any, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator `linear` of shards."""
-    heads, (params, scales) = arguments[:9], LinearParams.from_arguments(*arguments[9:])
+    heads, (params, *others) = arguments[:9], LinearParams.from_arguments(*arguments[9:])
     params, widest = _agreed(params, heads[0], group)
     sweep_rows = partial(_sweep_rows, group=group)
-    return op.over_chunks(*heads, *params.as_arguments(), scales, sweep_rows=sweep_rows, widest=widest)
+    split_rows = partial(complement.split, shard=shards.Shard(0, params.vocab_size, 0), group=group)
+    return op.over_chunks(
+        *heads, *params.as_arguments(), *others, sweep_rows=sweep_rows, split_rows=split_rows, widest=widest
+    )
 
 
 def _token_stats(*arguments: Any, shard: shards.Shard, group: Any) -> Tensor:
     """The operator `linear_token_stats` of shards."""
-    heads, (params, scales) = arguments[:8], LinearParams.from_arguments(*arguments[8:])
+    heads, (params, scales, _) = arguments[:8], LinearParams.from_arguments(*arguments[8:])
     params, widest = _agreed(params, heads[0], group)
     sweep_rows = partial(_fields, shard=shard, group=group)
     return stats.fields_over_chunks(
@@ -135,7 +138,7 @@ def vocab_parallel_linear_div(
     sequence_dim: int | None = None,
     check: str | None = None,
     **options: Any,
-) -> Tensor:
+) -> Any:
     """`kl_gpu.linear_div` where the rows of both LM heads are shared among the ranks of a group, in nats.
 
     Chunk by chunk each rank makes the logits of its columns; the states of whole rows travel as in

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,53 +31,66 @@ def _asked_for(grads: Sequence[Tensor], needs: list[bool]) -> list[Tensor | None
 Linear = Callable[..., "tuple[Tensor, Tensor, Tensor, Tensor]"]
 
 
-def _values(how: tuple[LinearParams, Linear], *tensors: Tensor | None) -> tuple[Tensor]:
-    (params, linear), (*heads, scales) = how, tensors
-    return (linear(*heads, None, _NO_GRADIENTS, *params.as_arguments(), scales)[0],)
+class _How(NamedTuple):
+    """What is computed, by which operator, and whether the student's entropies are asked for."""
+
+    params: LinearParams
+    linear: Linear
+    entropy: bool
 
 
-def _gradients(
-    how: tuple[LinearParams, Linear], tensors: Any, row_scale: Tensor, needs: list[bool]
-) -> list[Tensor | None]:
+def _values(how: _How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Divergences `[N]`, and entropies where they are asked for."""
+    *heads, scales = tensors
+    found = how.linear(*heads, None, _NO_GRADIENTS, *how.params.as_arguments(), scales, how.entropy)[0]
+    return tuple(x.clone() for x in found.unbind(-1)) if how.entropy else (found,)
+
+
+def _gradients(how: _How, tensors: Any, row_scale: Tensor, needs: list[bool]) -> list[Tensor | None]:
     """Of the student's three tensors; from the logits, computed again."""
-    (params, linear), (*heads, scales) = how, tensors
-    found = linear(*heads, row_scale.contiguous(), needs, *params.as_arguments(), scales)
+    *heads, scales = tensors
+    found = how.linear(*heads, row_scale.contiguous(), needs, *how.params.as_arguments(), scales, False)
     return _asked_for(found[1:], needs)
 
 
-def _pull(how: tuple[LinearParams, Linear], needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
+def _pull(how: _How, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
     return *_gradients(how, tensors, incoming[0], list(needs[:3])), *(None,) * 5
 
 
-# Per-row divergence `[N]`. Backward computes the logits again, chunk by chunk. Weights have no rows: the
-# samples of a vmap run one after another.
+# Per-row divergence `[N]`, alone and with the entropies, to which nothing flows. Backward computes the logits
+# again, chunk by chunk. Weights have no rows: the samples of a vmap run one after another.
 _STEP = transforms.Step(_values, _pull, rowwise=False)
+_WITH_ENTROPIES = transforms.Step(_values, _pull, values=2, rowwise=False)
+
+
+def _total(value: Tensor, row_scale: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+    """Σ row_scale · divergence, and the entropies; of none, a tensor without elements."""
+    values = value[:, 0] if entropy else value
+    return (values * row_scale).sum(), value[:, 1].clone() if entropy else value.new_empty(0)
 
 
 class _Sum(torch.autograd.Function):
-    """Σ row_scale · divergence, 0-d, for row factors `[N]` known beforehand.
+    """Σ row_scale · divergence, 0-d, for row factors `[N]` known beforehand, and the entropies.
 
     Gradients come in forward, unless what forward saves is managed by others.
     """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, how, needs = arguments
-        params, linear = how
-        row_scale, grads = tensors[-1], None
-        if are_saved_tensors_managed():
-            (value,) = _values(how, *tensors[:-1])
-        else:
-            *heads, scales = tensors[:-1]
-            value, *found = linear(*heads, row_scale, needs, *params.as_arguments(), scales)
-            grads = _asked_for(found, needs)
+        *heads, scales, row_scale = tensors
+        managed = are_saved_tensors_managed()
+        asked = (None, _NO_GRADIENTS) if managed else (row_scale, needs)
+        value, *found = how.linear(*heads, *asked, *how.params.as_arguments(), scales, how.entropy)
         # The inputs too: modifying them before backward must raise, as it does everywhere else.
         keep(ctx, *tensors)
-        ctx.how, ctx.needs, ctx.grads = how, needs, grads
-        return (value * row_scale).sum()
+        ctx.how, ctx.needs, ctx.grads = how, needs, None if managed else _asked_for(found, needs)
+        total, entropy = _total(value, row_scale, how.entropy)
+        ctx.mark_non_differentiable(entropy)
+        return total, entropy
 
     @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, incoming: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, row_scale = kept(ctx)
         # Given away once: a second backward must not find them scaled, and .grad takes them without a copy.
         grads, ctx.grads = ctx.grads, None
@@ -93,16 +106,18 @@ class _CompiledSum(torch.autograd.Function):
     """`_Sum` for torch.compile, which keeps what is saved by its own rules."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, (params, linear), needs = arguments
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *tensors, how, needs = arguments
         *heads, scales, row_scale = tensors
-        value, *grads = linear(*heads, row_scale, needs, *params.as_arguments(), scales)
+        value, *grads = how.linear(*heads, row_scale, needs, *how.params.as_arguments(), scales, how.entropy)
         ctx.save_for_backward(*grads)
         ctx.needs = needs
-        return (value * row_scale).sum()
+        total, entropy = _total(value, row_scale, how.entropy)
+        ctx.mark_non_differentiable(entropy)
+        return total, entropy
 
     @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, incoming: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = [
             (grad * incoming).to(grad.dtype) if need else None
             for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
@@ -139,7 +154,8 @@ def linear_div(
     backend: str | None = None,
     student_columns: Tensor | None = None,
     teacher_columns: Tensor | None = None,
-) -> Tensor:
+    return_entropy: bool = False,
+) -> Any:
     """Divergence of `kind` between two models known by their hidden states and LM heads, per token, in nats.
 
     That of :func:`kl_gpu.divergence` for the logits
@@ -177,9 +193,12 @@ def linear_div(
             differ.
         student_columns, teacher_columns: as in :func:`kl_gpu.divergence`, of rows of the weights and numbers
             of the biases, which are copied.
+        return_entropy: also return the student's entropies, as :func:`kl_gpu.divergence` does, chunk by chunk
+            from the logits that are there: no product is taken for them.
 
     Returns:
         float32 (float64 where both sides' logits are); `[N]` for reduction="none", else 0-d. Never negative.
+        With `return_entropy` a pair of that and the entropies `[N]`, detached.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -196,7 +215,7 @@ def linear_div(
     options = Options(
         beta=beta, temperature=temperature, teacher_temperature=teacher_temperature, t_squared=t_squared,
         mask=mask, labels=labels, ignore_index=ignore_index, shift=shift, weight=weight, reduction=reduction,
-        normalizer=normalizer, vocab_size=vocab_size, backend=backend,
+        normalizer=normalizer, vocab_size=vocab_size, backend=backend, return_entropy=return_entropy,
     )  # fmt: skip
     return run_linear(
         sides, kind, options, op.linear, softcap=softcap, teacher_softcap=teacher_softcap,
@@ -207,7 +226,7 @@ def linear_div(
 def run_linear(
     sides: tuple[Any, ...], kind: str, options: Options, linear: Linear, columns: int | None = None,
     **products: Any,
-) -> Tensor:  # fmt: skip
+) -> Any:  # fmt: skip
     """`linear_div`, whatever computes it.
 
     Args:
@@ -237,15 +256,20 @@ def run_linear(
         row_scale = reduction.scale(lead, compute_dtype(*dtypes), device)
         valid = _flat(reduction.computed)
         function = _CompiledSum if torch.compiler.is_compiling() else _Sum
-        total = function.apply(*heads, valid, row_scales, row_scale.reshape(-1), (params, linear), needs)
-        return total.float() if mixed else total
+        how = _How(params, linear, options.return_entropy)
+        total, entropy = function.apply(*heads, valid, row_scales, row_scale.reshape(-1), how, needs)
+        total = total.float() if mixed else total
+        return (total, entropy.view(lead).to(total.dtype)) if options.return_entropy else total
 
-    def of(some: Tensor | None) -> Tensor:
-        found: Tensor = transforms.apply(_STEP, (params, linear), *heads, _flat(some), row_scales)[0]
-        return found.view(lead)
+    def of(some: Tensor | None, entropy: bool = False) -> tuple[Tensor, ...]:
+        step, how = _WITH_ENTROPIES if entropy else _STEP, _How(params, linear, entropy)
+        found = transforms.apply(step, how, *heads, _flat(some), row_scales)
+        return tuple(x.view(lead) for x in found)
 
-    value = reduction.completed(of(reduction.computed), of)
-    return reduction.reduced(value.float() if mixed else value)
+    value, *entropies = of(reduction.computed, options.return_entropy)
+    value = reduction.completed(value, lambda others: of(others)[0])
+    result = reduction.reduced(value.float() if mixed else value)
+    return (result, entropies[0].detach().to(result.dtype)) if entropies else result
 
 
 def _flat(valid: Tensor | None) -> Tensor | None:

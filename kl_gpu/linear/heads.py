@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from ..arguments.params import HeadParams, LinearParams
-from ..arguments.reduction import compute_dtype
+from ..arguments.reduction import LogitsWindow, compute_dtype
+from ..arguments.temperatures import Scales
 from ..backends import registry
 from ..backends.native.memory import on_huge_pages
+from ..complement import SplitRows, entropies
 from ..ops import pair as ops
+from ..ops.views import two_at_least
 from .chunks import Chunk
 
 # Elements of what passes through a soft cap at once: three such buffers, in float32, stay in a last cache.
@@ -101,6 +104,25 @@ def sweep_rows(
     value, stats = ops.value(student, teacher, keep, *of, scales)
     ops.gradient(student, teacher, keep, stats, row_scale, None, *of, student, None, scales)
     return value
+
+
+def with_entropies(rows: SweepRows, split_rows: SplitRows) -> SweepRows:
+    """`SweepRows` of divergences, with the student's entropies behind them: `[n, 2]`."""
+
+    def run(
+        params: LinearParams, student: Tensor, teacher: Tensor, keep: Tensor | None, scales: Tensor | None,
+        row_scale: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        of = params.divergence
+        both = Scales(of.student_scale, of.teacher_scale, scales)
+        # Before the gradient comes in the logits' place.
+        x = two_at_least(student)
+        window = LogitsWindow(x.shape[-1], shift=False)
+        entropy = entropies(split_rows, x, keep, both, window, of.backend)
+        value = rows(params, student, teacher, keep, scales, row_scale)
+        return torch.stack((value, entropy.to(value.dtype)), -1)
+
+    return run
 
 
 class Sweep:

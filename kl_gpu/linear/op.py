@@ -15,10 +15,11 @@ from torch import Tensor
 from ..arguments.params import LinearParams
 from ..arguments.reduction import compute_dtype
 from ..arguments.validation import autocasts
+from ..complement import SplitRows, split
 from ..ops.register import operator
 from .accumulate import HeadGradients, gradient_outputs
 from .chunks import chunks_of, memory_of_rows
-from .heads import Head, Sweep, SweepRows, sweep_rows
+from .heads import Head, Sweep, SweepRows, sweep_rows, with_entropies
 
 
 def settled(device: torch.device) -> AbstractContextManager[object]:
@@ -27,15 +28,19 @@ def settled(device: torch.device) -> AbstractContextManager[object]:
 
 
 def over_chunks(
-    *arguments: Any, sweep_rows: SweepRows = sweep_rows, widest: int = 0, fields: tuple[int, ...] = ()
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *arguments: Any, sweep_rows: SweepRows = sweep_rows, split_rows: SplitRows = split, widest: int = 0,
+    fields: tuple[int, ...] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The operator `linear`, whose schema names the arguments, whatever sweeps the rows.
 
-    `widest` as in `Sweep`; `fields` is the shape of what `sweep_rows` finds for a row.
+    `widest` as in `Sweep`; `fields` is the shape of what `sweep_rows` finds for a row. Where the student's
+    entropies are asked for, `split_rows` finds them, and they stand behind the divergences, `[N, 2]`.
     """
     student_side, teacher_side, (valid, per_row, needs) = arguments[:3], arguments[3:6], arguments[6:9]
-    params, scales = LinearParams.from_arguments(*arguments[9:])
+    params, scales, entropy = LinearParams.from_arguments(*arguments[9:])
     hidden, n = student_side[0], len(student_side[0])
+    if entropy:
+        sweep_rows, fields = with_entropies(sweep_rows, split_rows), (2,)
     with torch.no_grad(), settled(hidden.device):
         chunks = list(chunks_of(valid, n, params.row_bytes, params.chunk_rows, hidden.device))
         value = memory_of_rows(chunks, hidden, (n, *fields), value_dtype(params))
@@ -57,8 +62,8 @@ def value_dtype(params: LinearParams) -> torch.dtype:
 
 
 def _linear_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (params, _), hidden = LinearParams.from_arguments(*arguments[9:]), arguments[0]
-    value = hidden.new_empty(len(hidden), dtype=value_dtype(params))
+    (params, _, entropy), hidden = LinearParams.from_arguments(*arguments[9:]), arguments[0]
+    value = hidden.new_empty((len(hidden), *(2,) * entropy), dtype=value_dtype(params))
     weight, bias, needs = arguments[1], arguments[2], arguments[8]
     return value, *gradient_outputs(hidden, weight, bias, needs)
 
@@ -74,6 +79,7 @@ PARAMS = (
 )
 
 linear = operator(
-    f"linear({HEADS}, Tensor? row_scale, bool[] needs, {PARAMS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"linear({HEADS}, Tensor? row_scale, bool[] needs, {PARAMS}, bool entropy=False) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
     _linear_fake,
 )(over_chunks)
