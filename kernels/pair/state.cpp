@@ -177,7 +177,7 @@ RowResult finish(const State& s) {
     out.lse_a = static_cast<double>(s.reference.m) + std::log2(z);
     out.shift = static_cast<double>(s.reference.c) + above_c;
     out.divergence = divergence_from(mean_x, mean_g);
-    if (s.lone_z > 0)
+    if (s.lone_z > 0 || s.lone_x > 0)  // a weight may be too small for fp32 where its product with x is not
         out.divergence = share * (out.divergence + log_share) + kLn2 * (s.lone_x + s.lone_z * above_c) / z;
     // The largest a formula of fp32 may not multiply by, whichever side it is on.
     out.top_r = s.flags & kSawFarB ? std::numeric_limits<double>::infinity() : s.top_d - out.shift;
