@@ -51,13 +51,16 @@ struct RowMask {
     X(jeffreys) /* (1 - beta) KL(a||b) + beta KL(b||a) */ \
     X(js)       /* beta KL(a||m) + (1 - beta) KL(b||m) */ \
     X(skew)     /* KL(a||m) */                            \
-    X(tv)       /* sum |a - b| / 2 */
+    X(tv)       /* sum |a - b| / 2 */                     \
+    X(nla)      /* -log alpha, alpha = sum min(a, b) */   \
+    X(lk)       /* l KL(a||b) + (1 - l) tv, l = exp(-beta alpha) */
 
 enum class Formula : int {
     kl,
 #define X(name) name,
     KL_FORMULAS(X)
 #undef X
+        comparison,  // js at 1/2, tv and alpha at once, of which token statistics take the sums alone
 };
 
 // Throws std::invalid_argument where there is no formula of that name.
@@ -69,7 +72,7 @@ struct RowPair {
     std::int64_t size_a, size_b, columns;
     int threads;
     Formula formula;
-    double beta;  // between 0 and 1 and neither, where the formula has one
+    double beta;  // of jeffreys, js and skew between 0 and 1 and neither; of lk at least 0
     RowScales scales{};
 
     double a_scale(std::int64_t r) const { return scales.first(r, a); }
@@ -90,7 +93,8 @@ enum Stat : int {
     kValue = 7,
     kMeanA = 8,  // the row's sums of flow_a and flow_b, see formulas.h
     kMeanB = 9,
-    kStats = 12,  // as kl_gpu/kinds.py has it: other backends keep more
+    kRowBeta = 10,  // the beta of the row's flows, where they have one of their own: nla, lk
+    kStats = 12,    // as kl_gpu/kinds.py has it: other backends keep more
 };
 
 enum class RowClass : int {
@@ -115,8 +119,9 @@ void gradient(const RowPair&, bool wide, const void* stats, const void* row_scal
 void value_and_gradient(const RowPair&, bool wide, const void* row_scale, void* value, void* stats,
                         const Gradient& to_a, const Gradient& to_b);
 
-// What the terms and flows of the pair's formula add up to, fp64 [A*B, 3], 0 in rows that do not count.
-// The stats may be those of rows of which these columns are a part.
+// What the terms and flows of the pair's formula add up to, fp64 [A*B, 3], 0 in rows that do not count. Of
+// nla they are tv's terms and the two halves of alpha, of lk those of tv: a caller makes the row's numbers of
+// them. The stats may be those of rows of which these columns are a part.
 void formula_sums(const RowPair&, bool wide, const void* stats, double* out);
 
 // Per row, a being the teacher: KL(a||b), KL(b||a), the entropies of b and of a, the log-probabilities of the

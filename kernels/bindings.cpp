@@ -142,11 +142,11 @@ NB_MODULE(_native, m) {
     });
     m.def("whole_row_stats",
           [](Address local, bool wide, const Units& units, std::int64_t rows, const char* formula,
-             Address log_a, Address ratio, Address sums, Address out) {
+             Address log_a, Address ratio, Address numbers, Address out) {
               nb::gil_scoped_release unlocked;
               kl::whole_row_stats(pointer(local), wide, units_of(units), rows, kl::formula_named(formula),
                                   pointer<const double>(log_a), pointer<const double>(ratio),
-                                  pointer<const double>(sums), pointer(out));
+                                  pointer<const double>(numbers), pointer(out));
           });
     // For the test of their error bounds; testing/probes-inl.h says which is which. n is a multiple of 16.
     m.def("elementary", [](int which, Address x, Address y, std::int64_t n) {

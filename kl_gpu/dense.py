@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .backends import registry
 from .columns import selected
 from .complement import SplitRows, entropies, split
 from .kinds import KINDS
+from .topk.tokens import surprises
 
 # What turns logits `[N, V]`, the rows that count, their scales and the call into values `[N]`.
 PerRow = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None", DivergenceCall], Tensor]
@@ -25,9 +27,11 @@ PerRow = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None", DivergenceC
 
 def run_divergence(
     student_logits: Tensor, teacher_logits: Tensor, kind: str, options: Options,
-    rows_of: PerRow | None = None, split: SplitRows = split,
+    rows_of: PerRow | None = None, split: SplitRows = split, columns: int = 0,
 ) -> Any:  # fmt: skip
-    """`divergence`, with the rows' values from `rows_of` where it is given, and entropies from `split`."""
+    """`divergence`, with the rows' values from `rows_of` where it is given, and entropies and labels'
+    log-probabilities from `split`; `columns` are those of the whole vocabulary."""
+    validation.hard_weight(options.hard_weight, options.labels, options.support)
     if options.selects:
         student_logits, teacher_logits, options = selected(student_logits, teacher_logits, options)
     options.check(kind)
@@ -44,23 +48,39 @@ def run_divergence(
     # float64 with a narrower side: computed in float64, returned in float32.
     mixed = student.dtype != teacher.dtype
 
-    def with_entropy(result: Tensor) -> Any:
+    labels = None
+    if options.hard_weight > 0:
+        labels = options.hard_labels(reduction.computed, columns or vocab_size)
+
+    def completed(result: Tensor) -> Any:
+        if labels is not None:
+            result = result + options.hard_weight * hard_term(labels).to(result.dtype)
         if not options.return_entropy:
             return result
         found = entropies(split, student, reduction.computed, scales, window, chosen)
         return result, found.to(result.dtype)
+
+    def hard_term(labels: Tensor) -> Tensor:
+        """What the labels add: the same reduction, but for T²."""
+        of = partial(
+            surprises, split, student, labels, window=window, columns=columns or vocab_size, backend=chosen
+        )
+        hard = reduction._replace(factor=None)
+        dtype = compute_dtype(student.dtype, teacher.dtype)
+        values = hard.completed(of(hard.computed).to(dtype), lambda others: of(others).to(dtype))
+        return hard.reduced(values)
 
     if rows_of is None and _gradient_at_once(student, teacher, reduction, call):
         row_scale = reduction.scale(
             window.of(student).shape[:-1], compute_dtype(student.dtype, teacher.dtype), student.device
         )
         total = WeightedSum.apply(student, teacher, reduction.computed, scales.rows, row_scale, call)
-        return with_entropy(total.float() if mixed else total)
+        return completed(total.float() if mixed else total)
 
     of = rows_of or per_row
     value = of(student, teacher, reduction.computed, scales.rows, call)
     value = reduction.completed(value, lambda others: of(student, teacher, others, scales.rows, call))
-    return with_entropy(reduction.reduced(value.float() if mixed else value))
+    return completed(reduction.reduced(value.float() if mixed else value))
 
 
 def _gradient_at_once(student: Tensor, teacher: Tensor, reduction: Reduction, call: DivergenceCall) -> bool:

@@ -83,6 +83,7 @@ def divergence(
     student_columns: Tensor | None = None,
     teacher_columns: Tensor | None = None,
     return_entropy: bool = False,
+    hard_weight: float = 0.0,
 ) -> Any:
     """Divergence of `kind` between softmax(teacher/T_t) and softmax(student/T_s), per token, in nats.
 
@@ -93,8 +94,9 @@ def divergence(
         teacher_logits: `[N, V]`, on the same device; the dtype may differ.
         kind: a name in `kl_gpu.KINDS`.
         beta: the parameter of the kinds that have one: `jeffreys` and `js` take [0, 1], 0.5 by default, the
-            skew divergences [0, 1), 0.1 by default; 0 or at least 1e-30. A number at run time: a new value
-            compiles no kernel.
+            skew divergences [0, 1), 0.1 by default; `lk` takes the η of its weight exp(−η α), [0, 1e6], 3 by
+            default (Samarin et al. 2026, arXiv 2602.23881; 3 is the best setting there). 0 or at least
+            1e-30. A number at run time: a new value compiles no kernel.
         temperature: divides both logits; a float within [1e-6, 1e9], or a floating tensor `[N]` of each
             row's, which gets no gradient. A new value compiles nothing. Where one tensor serves both sides, a
             row has the bits that it has with its temperature as a float. With `shift` an entry belongs to
@@ -132,6 +134,11 @@ def divergence(
             target's. Each within its side's V, and named once, or it raises: looking at a map waits for the
             device the first time. `labels` and `support` count the columns of the comparison; `vocab_size`
             must be None.
+        hard_weight: ≥ 0; adds hard_weight · (−log q(label)) to each row's value and gradient, q at
+            temperature 1 whatever the temperature is (Hinton et al. 2015, section 2), without T², with the
+            same mask, weight and reduction. It needs `labels`, which on the CPU must be columns in rows that
+            count (elsewhere another is NaN), and goes without `support`; `inplace` is not used. It takes one
+            more read of the student's logits, and for the gradient a read, a write and a sum of two tensors.
         return_entropy: also return the student's entropies −Σ q log q, in nats: an exact bonus or monitor.
 
     Returns:
@@ -150,7 +157,7 @@ def divergence(
         mask=mask, labels=labels, ignore_index=ignore_index, shift=shift, weight=weight, reduction=reduction,
         normalizer=normalizer, vocab_size=vocab_size, inplace=inplace, backend=backend, support=support,
         student_columns=student_columns, teacher_columns=teacher_columns,
-        return_entropy=return_entropy,
+        return_entropy=return_entropy, hard_weight=hard_weight,
     )  # fmt: skip
     if validation.is_shared(student_logits) or validation.is_shared(teacher_logits):
         # DTensor takes a second to import, so only who has one pays for it.

@@ -21,8 +21,9 @@ class Kind:
         formula: the name of the formula that backends implement.
         expectation_under: the side, "student" or "teacher", that plays a in the formula.
         definition: in symbols, p being the teacher and q the student.
-        beta: default of the parameter β in [0, 1], or None where there is none.
+        beta: default of the parameter β, or None where there is none.
         limits: the kinds that this one equals at β = 0 and at β = 1; None at 1 means that 1 is not allowed.
+        beta_most: the largest β of a kind whose range does not end at 1.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Kind:
     definition: str
     beta: float | None = None
     limits: tuple[str | None, str | None] = (None, None)
+    beta_most: float | None = None
 
     def as_ab(self, student: T, teacher: T) -> tuple[T, T]:
         """(a, b) from the two sides; the swap is its own inverse."""
@@ -42,9 +44,9 @@ class Kind:
         if beta is None:
             return self.name, 0.0
         # Not a table nor `==`, and never a plain 0.0: each would tie torch.compile's graph to this β.
-        if beta <= 0 and self.limits[0] is not None:
+        if self.limits[0] is not None and beta <= 0:
             return self.limits[0], beta
-        if beta >= 1 and self.limits[1] is not None:
+        if self.limits[1] is not None and beta >= 1:
             return self.limits[1], 1.0 - beta
         return self.name, beta
 
@@ -61,5 +63,15 @@ KINDS: dict[str, Kind] = {
         Kind("skew_forward_kl", "skew", "teacher", "KL(p‖βp + (1−β)q)", 0.1, ("forward_kl", None)),
         Kind("skew_reverse_kl", "skew", "student", "KL(q‖βq + (1−β)p)", 0.1, ("reverse_kl", None)),
         Kind("tv", "tv", "teacher", "½ Σ |p − q|"),
+        Kind("nla", "nla", "teacher", "−log α, α = Σ min(p, q)"),
+        Kind(
+            "lk",
+            "lk",
+            "teacher",
+            "λ KL(p‖q) + (1−λ) ½ Σ |p − q|, λ = exp(−β α) detached",
+            3.0,
+            ("forward_kl", None),
+            1e6,
+        ),
     )
 }

@@ -15,36 +15,8 @@ from .backends import registry
 from .columns import support_ids
 from .complement import Rows, logits_rows
 from .inference_tensors import ordinary_rows
-from .ops.complement import present
 from .topk import kept
-from .topk import token_formulas as formulas
-from .topk.tokens import SEVERAL, Places
-
-
-def _values(
-    columns: int, s: Tensor, rest_lse: Tensor, rest_entropy: Tensor, ids: Tensor, valid: Tensor | None
-) -> tuple[Tensor, ...]:
-    """log q of the token, the entropy, and the five derivatives that `token_formulas.token` names."""
-    # A token outside the vocabulary has no probability to report: NaN, never a plausible number.
-    s = torch.where(present(ids, columns), s, torch.nan)
-    found: list[Tensor] = formulas.token(s, rest_lse, rest_entropy)
-    return tuple(found) if valid is None else tuple(torch.where(valid, x, 0.0) for x in found)
-
-
-def _pull(columns: int, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
-    grad_logprob, grad_entropy = incoming
-    logprob_s, logprob_rest, entropy_s, entropy_rest, entropy_rest_entropy = kept
-    return (
-        grad_logprob * logprob_s + grad_entropy * entropy_s,
-        grad_logprob * logprob_rest + grad_entropy * entropy_rest,
-        grad_entropy * entropy_rest_entropy,
-        None,
-        None,
-    )
-
-
-# From a row's split (`complement.split`) to log q of its token and the entropy, `[*]` each.
-_STEP = transforms.Step(_values, _pull, values=2, saves_inputs=False)
+from .topk.tokens import ONE, SEVERAL, Places
 
 
 def token_logprobs(
@@ -140,6 +112,6 @@ def run_token_logprobs(rows: Rows, options: Options, entropy: bool) -> Tensor | 
         logprob, spread = transforms.apply(SEVERAL, rows.columns, *parts, valid, *places)
     else:
         picked, *rest = rows.split(rows.tensor, ids[..., None], valid, scales, params)
-        logprob, spread = transforms.apply(_STEP, rows.columns, picked[..., 0], *rest, ids, valid)
+        logprob, spread = transforms.apply(ONE, rows.columns, picked[..., 0], *rest, ids, valid)
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
     return (logprob.to(dtype), spread.to(dtype)) if entropy else logprob.to(dtype)

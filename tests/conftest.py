@@ -59,7 +59,7 @@ def wide_triton_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cpu" and not ptx.is_executed():
         from kl_gpu.backends.triton import launch
 
-        monkeypatch.setattr(launch, "WARPS", 64)
+        monkeypatch.setattr(launch, "warps_of", lambda shape: 64)
 
 
 @pytest.fixture

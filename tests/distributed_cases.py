@@ -203,6 +203,14 @@ def row_temperatures(rank: int, ranks: int, backend: str) -> bytes:
             entropy, stats[2] if options is both else kl_gpu.token_stats(student, teacher)[2]
         )
         results.append(entropy)
+    hard = {"labels": labels, "hard_weight": 0.3, "backend": backend}
+    (shard, whole_rows), other = (x.clone().requires_grad_() for x in (shards[0], student)), teacher
+    got, want = vocab_parallel_div(shard, shards[1], **hard), kl_gpu.divergence(whole_rows, other, **hard)
+    torch.testing.assert_close(got, want)
+    got.backward()
+    want.backward()
+    torch.testing.assert_close(together(shard.grad, mine, columns), whole_rows.grad)
+    assert got > vocab_parallel_div(*shards, labels=labels, backend=backend) + 0.1
     own = {"temperature": one, "entropy": True, "backend": backend}
     logprobs = distributed.vocab_parallel_token_logprobs(shards[0], labels, **own)
     torch.testing.assert_close(logprobs, kl_gpu.token_logprobs(student, labels, **own))

@@ -11,7 +11,7 @@ from torch import Tensor
 import kl_gpu
 from kl_gpu import reference
 from kl_gpu.kinds import KINDS
-from support import DEVICE, GRADIENT, RELATIVE, to_numpy
+from support import DEVICE, FIRST_ORDER, GRADIENT, RELATIVE, to_numpy
 
 # Of a sum in float32, in units of its terms' magnitudes: what the order of addition may lose.
 SUM = 16 * 2**-24
@@ -120,10 +120,12 @@ def expected(
     )  # fmt: skip
     # A capped logit is rounded to float32, which moves it by half an ulp of the cap.
     moved = sum(2.0**-24 * cap for cap in (softcap, teacher_softcap) if cap) / t_s
-    value_bound = RELATIVE * value + 4 * moved + (2e-7 * (1 + 10) if kind == "tv" else 0)
+    value_bound = RELATIVE * value + 4 * moved + (2e-7 * (1 + 10) if kind in FIRST_ORDER else 0)
     ratio = np.maximum(1, np.maximum(np.abs(log_q - log_p), value[..., None]))
     if kind == "tv" or (KINDS[kind].formula == "kl" and KINDS[kind].expectation_under != "student"):
         ratio = np.ones_like(ratio)
+    if kind == "nla":
+        ratio = np.exp(value)[..., None]
     inner = logit_scale * (1 - (s / softcap) ** 2 if softcap else 1)
     to_z = reference.gradients(s, t, kind, **options)[0] * factor[..., None] * inner
     off = np.exp(np.maximum(log_p, log_q)) * np.abs(factor)[..., None] / t_s * logit_scale

@@ -20,6 +20,9 @@ GRADIENT = 2e-6
 ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24, torch.float64: 2**-53}
 TINY = {torch.float16: 2**-24, torch.bfloat16: 1e-38, torch.float32: 1e-38, torch.float64: 0.0}
 
+# Kinds of first order in the logits, whose gradients have a step where p = q.
+FIRST_ORDER = ("tv", "nla", "lk")
+
 # The worst error seen per (what, backend, kind), as a share of its bound; printed after the run.
 WORST: dict[tuple[str, str, str], tuple[float, str]] = {}
 
@@ -61,7 +64,7 @@ def normalisers(student: Tensor, teacher: Tensor, **options: float) -> tuple[np.
 
 
 def _total_variation_slack(student: Tensor, teacher: Tensor, **options: float) -> np.ndarray:
-    """The part of tv's bound that does not shrink with D: 2e-7·(1 + |lse(s) − lse(t)|)."""
+    """The part 2e-7·(1 + |lse(s) − lse(t)|) that does not shrink with D, of tv, nla and lk."""
     log_q, log_p = normalisers(student, teacher, **options)
     temperature = options.get("temperature", 1.0)
     t_scale = options.get("teacher_temperature", temperature)
@@ -89,14 +92,14 @@ def check_value(
     assert (got >= 0).all(), f"negative: {got.min()} at {where}"
     inside = (want >= 1e-12) & (want <= 1e2)
     bound = RELATIVE * want
-    if kind == "tv":
+    if kind in FIRST_ORDER:
         options.pop("beta", None)
         bound = bound + _total_variation_slack(student, teacher, **options)
     if inside.any():
         share = (np.abs(got - want)[inside] / bound[inside]).max()
         record("value", backend, kind, float(share), where)
         assert share <= 1, f"{share} of the bound at {where}"
-    assert (got[want < 1e-12] < 2e-12 + (bound[want < 1e-12] if kind == "tv" else 0)).all(), where
+    assert (got[want < 1e-12] < 2e-12 + (bound[want < 1e-12] if kind in FIRST_ORDER else 0)).all(), where
 
 
 def check_gradients(
@@ -105,8 +108,9 @@ def check_gradients(
 ) -> None:  # fmt: skip
     """The promise: 2e-6·max(p, q)·|scale|, times max(1, |log p − log q|, D) where logarithms weigh a term.
 
-    That is the weights' side of a KL, and both sides of the other kinds. tv has a step where p = q, so
-    columns there are left out, and the mass they can move elsewhere is allowed for.
+    That is the weights' side of a KL, and both sides of the other kinds; of nla, and of tv within lk, it is
+    relative to 1/α and has no logarithm. Where tv has its step, at p = q, columns are left out, and the mass
+    they can move elsewhere is allowed for.
     """
     log_q, log_p = normalisers(student, teacher, **{k: v for k, v in options.items() if k != "beta"})
     temperature = options.get("temperature", 1.0)
@@ -123,14 +127,19 @@ def check_gradients(
     # finite there has no logarithm.
     lacking = -math.log(min(beta, 1 - beta)) if of.formula in ("js", "skew") else 0.0
     ratio = np.maximum(1.0, np.maximum(np.nan_to_num(r, nan=0.0, posinf=lacking), value))
-    tie = (r < 1e-5) if kind == "tv" else np.zeros(r.shape, bool)
+    tie = (r < 1e-5) if name in FIRST_ORDER else np.zeros(r.shape, bool)
     moved = (largest * tie).sum(-1, keepdims=True)
+    if name == "nla":  # past the promise on values α may be 0
+        tie = tie | (value > 1e2)
     for side, grad, exact, t_side in zip(
         ("student", "teacher"), grads, want, (temperature, teacher_temperature), strict=True
     ):
         exact = exact * scale
-        plain = of.name == "tv" or (of.formula == "kl" and of.expectation_under != side)
-        bound = largest * np.abs(scale) / t_side * (GRADIENT * (1.0 if plain else ratio) + moved)
+        plain = of.name in ("tv", "nla") or (of.formula == "kl" and of.expectation_under != side)
+        own = GRADIENT * (1.0 if plain else ratio) + moved
+        if name == "nla":
+            own = own * np.exp(np.minimum(value, 700.0))
+        bound = largest * np.abs(scale) / t_side * own
         slack = np.abs(exact) * ROUNDING[grad.dtype] + TINY[grad.dtype]
         with np.errstate(divide="ignore"):  # a column that neither side has: no error but 0 is allowed
             share = np.where(tie, 0, (np.abs(to_numpy(grad) - exact) - slack) / bound).max()

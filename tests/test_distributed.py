@@ -110,7 +110,7 @@ def test_the_same_bits_on_every_rank_and_run(world: World, kind: str) -> None:
 
 def test_bytes_on_the_wire(world: World, kind: str) -> None:
     # 64 rows of so many bytes: the KLs and jeffreys in one collective, the others in two.
-    expected = {"forward_kl": [24], "reverse_kl": [24], "jeffreys": [32]}.get(kind, [16, 24])
+    expected = {"forward_kl": [24], "reverse_kl": [24], "jeffreys": [32], "lk": [24, 24]}.get(kind, [16, 24])
     for forward, backward in world.run("traffic", kind=kind):
         assert [size / 64 for _, size in forward] == expected, forward
         assert backward == []

@@ -199,6 +199,8 @@ def test_a_float64_side_with_a_narrower_one() -> None:
 
 
 def test_gradcheck(kind: str) -> None:
+    if kind == "lk":
+        pytest.skip("no gradient flows through its weight")
     given = heads((5,), (11, 11), (3, 4), bias=True, dtype=torch.float64)
     weight = torch.rand(5, device=DEVICE, dtype=torch.float64)
 

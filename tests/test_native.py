@@ -154,14 +154,20 @@ def check(s, t, of, student_scale=1.0, teacher_scale=1.0, where=""):
         size = np.nan_to_num(np.asarray(expected, np.float64).reshape(s.shape[:-1]), posinf=1.0)
     steep = np.maximum(np.maximum(1, apart), size[..., None])
     slack = 0.0
-    if of.formula == "tv":
+    first_order = of.formula in ("tv", "nla", "lk")
+    if first_order:
         with np.errstate(invalid="ignore"):
             lse = [np.logaddexp.reduce(as_np(x) * k, -1) for x, k in [(s, student_scale), (t, teacher_scale)]]
             slack = np.nan_to_num(2e-7 * (1 + np.abs(lse[0] - lse[1]))).ravel()
         # At a tie the sign is rounding's to choose: the token's own gradient, and its share of the mean.
         tied = (apart < 1e-5) & np.isfinite(log_s + log_t)
         mass = np.where(tied, np.exp(np.maximum(log_s, log_t)), 0)
-        steep = 1.0
+        if of.formula != "lk":
+            steep = np.ones_like(steep)
+        if of.formula == "nla":  # tv's gradient over alpha
+            with np.errstate(over="ignore"):
+                amplified = np.exp(np.asarray(expected, np.float64).reshape(s.shape[:-1]))[..., None]
+            steep, mass = steep * amplified, mass * amplified
     assert_value(value, expected, where, slack)
     _, plays_b = of.as_ab("student", "teacher")
     for side, grad, want, scale, log_p in [
@@ -170,7 +176,7 @@ def check(s, t, of, student_scale=1.0, teacher_scale=1.0, where=""):
     ]:
         # KL(a||b) has the one gradient that stays of the order of the probabilities.
         allowed = bound * scale * (1.0 if of.formula == "kl" and side == plays_b else steep)
-        if of.formula == "tv":
+        if first_order:
             allowed = allowed + scale * (mass + np.exp(log_p) * mass.sum(-1, keepdims=True))
         assert_gradient(grad, want, allowed)
     return value, grad_s, grad_t
@@ -333,7 +339,7 @@ def test_an_excluded_token_of_hardly_any_probability_still_counts(of, dtype):
     for s, t in [(low, none), (none, low)]:
         value, grad_s, grad_t = check(s, t, of)
         a_alone = of.as_ab(s, t)[0] is low
-        infinite = {"kl": a_alone, "jeffreys": True}.get(of.formula, False)
+        infinite = {"kl": a_alone, "lk": a_alone, "jeffreys": True}.get(of.formula, False)
         assert bool(value.isinf()) == infinite
         grad_a, grad_b = of.as_ab(grad_s, grad_t)
         assert bool(grad_a.isnan().all()) == (infinite and a_alone)
@@ -685,7 +691,7 @@ FUZZ = """
                 # The bound on the weights' side grows with the row's divergence; without this fp16 overflows.
                 scale = 1 / value.nan_to_num(posinf=1.0).clamp(min=1.0)
                 native.gradient(p, stats, scale, *kind.as_ab(*grads))
-                if kind.formula == "tv":
+                if kind.formula in ("tv", "nla", "lk"):
                     # At a tie the gradient jumps, and rounding decides where to.
                     logs = (x.double().log_softmax(-1) for x in (s, t))
                     tied = (next(logs) - next(logs)).abs().lt(1e-5).any(-1)

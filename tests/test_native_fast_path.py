@@ -97,7 +97,7 @@ ONE_SIDED = {
     "the student cut": cut_student,
     "the student at the lowest number": with_lowest(None, slice(V - 256, V), 0),
     "the teacher at the lowest number": with_lowest(None, slice(5, V, 300), 1),
-    "the student at the lowest number in the first columns": with_lowest(None, slice(0, 200), 0),
+    "the student at the lowest number in the first columns": with_lowest(None, slice(0, 60), 0),
     "both at the lowest number": with_lowest(None, slice(5, V, 300), 0, 1),
     "the student at -1e9 here and there": with_lowest(-1e9, slice(5, V, 300), 0),
     "the teacher at -1e4": with_lowest(-1e4, slice(V - 256, V), 1),

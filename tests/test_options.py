@@ -533,7 +533,11 @@ def _check_combination(backend: str, kind: str, case: dict) -> None:
     later = (slice(None), slice(1, None)) if shift else (...,)
     s, t = to_numpy(student)[..., :vocab][part], to_numpy(teacher)[..., :vocab][part]
     options = {"temperature": t_s, "teacher_temperature": t_t}
-    if kind == "tv":  # its gradient jumps where p = q: on which side such a column lies, last bits say
+    if kind in (
+        "tv",
+        "nla",
+        "lk",
+    ):  # its gradient jumps where p = q: on which side such a column lies, last bits say
         with np.errstate(invalid="ignore"):
             gap = np.abs(reference.log_softmax(s, t_s) - reference.log_softmax(t, t_t))
         assume(not ((gap < 1e-9) & (s != t).any(-1, keepdims=True)).any())

@@ -22,7 +22,7 @@ from torch.distributions import Categorical
 from torch.distributions import kl_divergence as torch_kl_divergence
 
 import kl_gpu
-from support import DEVICE, GRADIENT, RELATIVE, ROUNDING, TINY, pair, record, to_numpy
+from support import DEVICE, FIRST_ORDER, GRADIENT, RELATIVE, ROUNDING, TINY, pair, record, to_numpy
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -83,7 +83,7 @@ def agree(
     per_row = np.broadcast_to(to_numpy(torch.as_tensor(scale)), log_p.shape[:-1])[..., None]
     fine = 1.0 if student.dtype == torch.float32 else 1e-10 / RELATIVE
     bound = RELATIVE * fine * np.abs(want)
-    if kind == "tv":
+    if kind in FIRST_ORDER:
         lse = [side.double().div(temperature).logsumexp(-1) for side in (student, teacher)]
         first_order = 2e-7 * (1 + np.abs(to_numpy(lse[0] - lse[1]))) * np.abs(per_row[..., 0])
         bound = bound + fine * (first_order if value.dim() else first_order.sum())
@@ -323,6 +323,35 @@ def test_distillm_tv(backend: str, dtype: torch.dtype) -> None:
         lambda s, t: kl_gpu.divergence(s, t, "tv", labels=LABELS, backend=backend),
         lambda s, t: valid_mean(0.5 * (softmax(t) - softmax(s)).abs().sum(-1)),
         batch(dtype), backend, "tv", scale=COUNTS / COUNTS.sum(),
+    )  # fmt: skip
+
+
+def accepted(student: Tensor, teacher: Tensor) -> Tensor:
+    """α, the share of draft tokens that speculative sampling accepts."""
+    return torch.minimum(softmax(teacher), softmax(student)).sum(-1)
+
+
+def test_speculators_nla(backend: str, dtype: torch.dtype) -> None:
+    """speculators `neg_log_acceptance_loss`: −log α."""
+    agree(
+        lambda s, t: kl_gpu.divergence(s, t, "nla", labels=LABELS, backend=backend),
+        lambda s, t: valid_mean(-accepted(s, t).log()),
+        batch(dtype), backend, "nla", scale=COUNTS / COUNTS.sum(),
+    )  # fmt: skip
+
+
+def test_speculators_lk_hybrid(backend: str, dtype: torch.dtype) -> None:
+    """speculators `lk_hybrid_loss`: KL and TV mixed by λ = exp(−η α), which has no gradient; η = 3."""
+
+    def hybrid(s: Tensor, t: Tensor) -> Tensor:
+        alpha = accepted(s, t)
+        weight = torch.exp(-3.0 * alpha.detach())
+        kl = (softmax(t) * (log_softmax(t) - log_softmax(s))).sum(-1)
+        return valid_mean(weight * kl + (1 - weight) * (1 - alpha))
+
+    agree(
+        lambda s, t: kl_gpu.divergence(s, t, "lk", labels=LABELS, backend=backend), hybrid,
+        batch(dtype), backend, "lk", scale=COUNTS / COUNTS.sum(),
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ import kl_gpu
 from kl_gpu import reference
 from kl_gpu.arguments.validation import SMALLEST_BETA
 from kl_gpu.kinds import KINDS
-from support import DEVICE, DTYPES, GRADIENT, RELATIVE, ROUNDING, TINY, record, to_numpy
+from support import DEVICE, DTYPES, FIRST_ORDER, GRADIENT, RELATIVE, ROUNDING, TINY, record, to_numpy
 
 QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("kl_gpu", derandomize=True, **QUIET)
@@ -225,7 +225,7 @@ def judged(s: np.ndarray, t: np.ndarray, case: Case) -> Rows:
         same = ~nowhere & (s == t).all(-1) & (own_t == other_t)
         value = np.where(nowhere, NAN, np.where(same, 0.0, value))
 
-        if kind == "tv":
+        if kind in FIRST_ORDER:
             lse = [
                 np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1)) + x.max(-1)
                 for x in (s / own_t, t / other_t)
@@ -254,12 +254,16 @@ def judged(s: np.ndarray, t: np.ndarray, case: Case) -> Rows:
             ("student", "teacher"), gradients, (log_q, log_p), (own_t, other_t), strict=True
         ):
             bound = fine * GRADIENT * np.maximum(np.exp(np.maximum(log_p, log_q)), LEAST)
-            if kind != "tv" and (KINDS[kind].formula != "kl" or KINDS[kind].expectation_under == name):
+            if kind not in ("tv", "nla") and (
+                KINDS[kind].formula != "kl" or KINDS[kind].expectation_under == name
+            ):
                 bound = bound * np.maximum(1.0, ratio)  # logarithms weigh a term
-            if kind == "tv":
+            if kind in FIRST_ORDER:
                 # A tie may fall either way: its column is free, and its mass moves every other column's mean.
                 tied = np.where(apart < TIE, np.exp(log_own), 0.0)
                 bound = bound + tied + np.exp(log_own) * tied.sum(-1, keepdims=True)
+            if kind == "nla":  # tv's over α
+                bound = bound * np.exp(np.minimum(value, 700.0))[..., None]
             nothing = same[..., None] | absent
             sides.append(np.where(nowhere[..., None], NAN, np.where(same[..., None], 0.0, gradient)))
             bounds.append(np.where(nothing, 0.0, bound / temperature))

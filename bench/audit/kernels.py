@@ -90,21 +90,26 @@ class Entry:
         return problem, launch.configuration(problem, self._shapes, lanes)
 
 
+# Of sums and of gradients, where not 3: nla has no fast path, lk takes that of tv for its sums.
+_FORMS = {"nla": (1, 1), "lk": (3, 1)}
+
+
 def _entry(formula: str, sweeps_value: bool, side: str) -> Entry:
     sweeps = (1 if formula == "kl" else 2) if sweeps_value else 0
-    each = 3  # forms of each later stage: of plain rows, of others on the fast path, and of the fallback
-    last = (-each,) if side else ()
-    stages = sweeps + bool(side)
+    # Forms of each stage: of plain rows, of others on the fast path, and of the fallback; or of all rows.
+    of_sums, of_gradient = _FORMS.get(formula, (3, 3))
+    forms = (*(3, of_sums)[:sweeps], *(of_gradient,) * bool(side))
+    last = (-of_gradient,) if side else ()
     return Entry(
         kernel="value_grad" if sweeps and side else "gradient" if side else "value",
         kind=f"{formula}, to {side}" if side else formula,
         formula=formula,
         sweeps_value=sweeps_value,
         side=side,
-        loops=(*((0,), (0, -each * (1 + len(last))))[sweeps - 1], *last) if sweeps else last,
+        loops=(*((0,), (0, -of_sums + sum(last)))[sweeps - 1], *last) if sweeps else last,
         tensors=4 if side == "both" else 3 if side else 2,
         gcn_loops=tuple(
-            each * (stages - 1 - at) + (each - 1) * (at > 0 or not sweeps) for at in range(stages)
+            sum(forms[at + 1 :]) + (here - 1) * (at > 0 or not sweeps) for at, here in enumerate(forms)
         ),
     )
 

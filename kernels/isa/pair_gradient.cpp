@@ -17,11 +17,13 @@ bool is_out_of_range(const RowScalars& s, bool uses_divergence) {
 
 // Whether a formula's sweeps need fp64 although the formats do not ask for it.
 bool need_fp64(const RowScalars& s) {
-    // Past 2^20 r counts where its factor, a or b, is next to nothing. A beta this close to an end has terms
-    // of second order that underflow.
-    return (s.formula == Formula::jeffreys && !(s.top_r < 0x1p20)) ||
-           (s.formula != Formula::kl && s.formula != Formula::tv &&
-            !(s.beta > 0x1p-20 && s.beta < 1 - 0x1p-20));
+    if (s.formula == Formula::kl) return false;
+    // Past 2^20 r counts where its factor, a or b, is next to nothing; in a mixture or tv it has no factor. A
+    // beta this close to an end has terms of second order that underflow.
+    const bool is_mixture = s.formula == Formula::js || s.formula == Formula::skew,
+               is_bounded = is_mixture || s.formula == Formula::tv;
+    return (!is_bounded && !(s.top_r < 0x1p20)) ||
+           ((is_mixture || s.formula == Formula::jeffreys) && !(s.beta > 0x1p-20 && s.beta < 1 - 0x1p-20));
 }
 
 // The scalars of an out-of-range row as fp64 computes them: the stats, in fp32, could not hold them.

@@ -1,5 +1,6 @@
 // What value(), gradient() and the like do with a pair's rows; runtime/blocks.h shares them out.
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -40,7 +41,8 @@ RowScalars read(const RowPair& p, std::int64_t r, const R* stats, R row_scale) {
     s.coefficient_a = static_cast<double>(row_scale) * p.a_scale(r);
     s.coefficient_b = static_cast<double>(row_scale) * p.b_scale(r);
     s.formula = p.formula;
-    s.beta = p.beta;
+    const bool of_row = p.formula == Formula::nla || p.formula == Formula::lk;
+    s.beta = of_row ? static_cast<double>(stats[kRowBeta]) : p.beta;
     s.mean_a = static_cast<double>(stats[kMeanA]);
     s.mean_b = static_cast<double>(stats[kMeanB]);
     return s;
@@ -80,6 +82,27 @@ FormulaSums total(const Layout& layout, SumsOf sums_of) {
     return sums;
 }
 
+// A row's value, what its flows sum to, and the beta of its flows.
+struct FormulaRowNumbers {
+    double value, mean_a, mean_b, beta;
+};
+
+// From what Sums of the formula adds up to, as kl_gpu/formulas.py has it.
+FormulaRowNumbers row_numbers(const RowPair& p, double kl, const FormulaSums& s) {
+    if (p.formula == Formula::nla) {
+        // From 1 - alpha where alpha is near 1, and from alpha where it is small. Equal rows have flows of 0.
+        const double alpha = s.mean_a + s.mean_b, inverse = s.value == 0 ? 0 : 1 / alpha;
+        const double value = s.value <= 0.5 ? -std::log1p(-s.value) : -std::log(alpha);
+        return {value, -s.mean_a * inverse, -s.mean_b * inverse, -inverse / kNlaScale};
+    }
+    if (p.formula == Formula::lk) {
+        const double alpha = s.value > 1 ? 0 : 1 - s.value, weight = std::exp(-p.beta * alpha);
+        const double rest = 1 - weight;
+        return {weight * kl + rest * s.value, weight * kl + rest * s.mean_a, rest * s.mean_b, weight};
+    }
+    return {s.value, s.mean_a, s.mean_b, 0};
+}
+
 // The two sweeps of value() and what each leaves in a row's value and stats.
 template <class R>
 struct Value {
@@ -100,12 +123,14 @@ struct Value {
     }
     template <class SumsOf>
     void finish_formula(std::int64_t r, SumsOf sums_of) const {
-        const FormulaSums sums = total(layout, sums_of);
         R* const row_stats = stats + r * kStats;
+        const FormulaRowNumbers of_row =
+            row_numbers(layout.p, static_cast<double>(row_stats[kDivergence]), total(layout, sums_of));
         // The comparison leaves a NaN as it is.
-        value[r] = row_stats[kValue] = static_cast<R>(sums.value < 0 ? 0 : sums.value);
-        row_stats[kMeanA] = static_cast<R>(sums.mean_a);
-        row_stats[kMeanB] = static_cast<R>(sums.mean_b);
+        value[r] = row_stats[kValue] = static_cast<R>(of_row.value < 0 ? 0 : of_row.value);
+        row_stats[kMeanA] = static_cast<R>(of_row.mean_a);
+        row_stats[kMeanB] = static_cast<R>(of_row.mean_b);
+        row_stats[kRowBeta] = static_cast<R>(of_row.beta);
     }
     // Both sweeps of a row, the second from cache.
     void of_row(std::int64_t r) const {

@@ -13,6 +13,12 @@
 
 namespace kl::KL_ISA {
 
+// The powers of 2 that probabilities come times where sums of the smallest count, so that fp32 holds those.
+template <class V>
+KL_INLINE int gain_of(Formula f) {
+    return std::is_same_v<V, VF> && (f == Formula::nla || f == Formula::comparison) ? 31 : 0;
+}
+
 template <class V>
 struct FormulaRow {
     using S = typename Traits<V>::Scalar;
@@ -21,13 +27,13 @@ struct FormulaRow {
     V beta, w, mean_a, mean_b, coefficient_a, coefficient_b;
 
     FormulaRow(double exact_scale, const RowScalars& s)
-        : row(exact_scale, s),
+        : row(exact_scale, s, true, gain_of<V>(s.formula), gain_of<V>(s.formula)),
           beta(constant<V>(s.beta)),
           w(constant<V>(1 - s.beta)),
           mean_a(constant<V>(s.mean_a)),
           mean_b(constant<V>(s.mean_b)),
-          coefficient_a(constant<V>(s.coefficient_a)),
-          coefficient_b(constant<V>(s.coefficient_b)) {}
+          coefficient_a(constant<V>(std::ldexp(s.coefficient_a, -gain_of<V>(s.formula)))),
+          coefficient_b(constant<V>(std::ldexp(s.coefficient_b, -gain_of<V>(s.formula)))) {}
 
     // Gives a column and its terms. NegInf: one of its logits may be -inf; both always may.
     template <class F, bool NegInf>
@@ -136,7 +142,7 @@ template <class T>
 FormulaSums formula_sums_run(const T* a, const T* b, std::int64_t n, double scale,
                              const RowScalars& scalars) {
     const FormulaRow<Wide<T>> row(scale, scalars);
-    return with_formula(scalars.formula, [&]<class F>() {
+    const auto sums = [&]<class F>() {
         // What does not fill a step lies in a copy, filled up with columns that do not exist.
         const ColumnSpan<T> in(a, b, n);
         FormulaSums total;
@@ -146,8 +152,11 @@ FormulaSums formula_sums_run(const T* a, const T* b, std::int64_t n, double scal
             total = may_have_neg_inf<T>(scalars) ? sum_steps<F, true>(in.a, in.b, in.columns, row)
                                                  : sum_steps<F, false>(in.a, in.b, in.columns, row);
         if (in.rest > 0) total += sum_steps<F, true>(in.last_a, in.last_b, kStep<T>, row);
-        return total;
-    });
+        return total.scaled(-gain_of<Wide<T>>(scalars.formula));
+    };
+    if (scalars.formula == Formula::comparison) return sums.template operator()<formulas::comparison>();
+    return with_formula(scalars.formula,
+                        [&]<class F>() { return sums.template operator()<typename F::Sums>(); });
 }
 
 }  // namespace kl::KL_ISA

@@ -1,6 +1,7 @@
 // One row as the kernels of every instruction set take it.
 #pragma once
 
+#include <cmath>
 #include <limits>
 
 #include "api.h"
@@ -49,9 +50,12 @@ struct RowScalars {
     RowClass row_class;
     double coefficient_a, coefficient_b;  // row_scale / temperature
     Formula formula;
-    double beta;
+    double beta;            // in the sums the formula's, in the gradient the row's
     double mean_a, mean_b;  // not for KL, whose only mean is its divergence
 };
+
+// nla's beta of a row is -1/alpha over this, so that fp32 holds it wherever -log alpha < 100.
+constexpr double kNlaScale = 0x1p64;
 
 // What a row's columns of one block add up to in a formula other than KL.
 struct FormulaSums {
@@ -62,6 +66,9 @@ struct FormulaSums {
         mean_a += s.mean_a;
         mean_b += s.mean_b;
         return *this;
+    }
+    FormulaSums scaled(int exponent) const {
+        return {std::ldexp(value, exponent), std::ldexp(mean_a, exponent), std::ldexp(mean_b, exponent)};
     }
 };
 

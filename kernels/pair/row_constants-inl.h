@@ -62,12 +62,13 @@ struct RowConstants {
     V factor_a, factor_b;  // the coefficients, with what lse_a.hi leaves of lse_a
 
     // with_low: the caller adds the product with k_lo to the one with k. raised: how far above log2 p the
-    // exponents lie that subtracting lse_a.hi leaves; the factors take it back.
-    RowConstants(double exact_scale, const RowScalars& row, bool with_low = true, double raised = 0)
+    // exponents lie that subtracting lse_a.hi leaves; the factors take it back. raised_b: the same of b.
+    RowConstants(double exact_scale, const RowScalars& row, bool with_low = true, double raised = 0,
+                 double raised_b = 0)
         : k(splat<V>(static_cast<S>(exact_scale))),
           k_lo(splat<V>(static_cast<S>(low(exact_scale)))),
           lse_a(row.lse_a - raised, with_low ? row.lse_a * share(exact_scale) : 0),
-          lse_b(row.lse_b, with_low ? row.lse_b * share(exact_scale) : 0),
+          lse_b(row.lse_b - raised_b, with_low ? row.lse_b * share(exact_scale) : 0),
           shift(row.shift, with_low ? row.shift * share(exact_scale) : 0),
           near_shift(splat<V>(static_cast<S>(row.shift))),
           divergence(splat<V>(static_cast<S>(row.divergence * kLog2e))),

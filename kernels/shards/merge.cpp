@@ -121,7 +121,7 @@ bool pack(const R* stats, const Units& units, std::int64_t rows, const void* con
 }
 
 template <class R>
-void unpack(const R* local, double unit, Formula formula, double log_a, double ratio, const double* sums,
+void unpack(const R* local, double unit, Formula formula, double log_a, double ratio, const double* numbers,
             R* out) {
     const auto split = [](double x, R* parts) {
         parts[0] = static_cast<R>(x);
@@ -129,8 +129,8 @@ void unpack(const R* local, double unit, Formula formula, double log_a, double r
     };
     const auto own = static_cast<RowClass>(static_cast<int>(local[kRowClass]));
     RowClass row_class = own == RowClass::all_finite ? RowClass::all_finite : RowClass::neg_inf;
-    if (formula == Formula::kl && sums[0] == kInf) row_class = RowClass::infinite;
-    if (std::isnan(sums[0] + ratio)) row_class = RowClass::nan;
+    if (formula == Formula::kl && numbers[0] == kInf) row_class = RowClass::infinite;
+    if (std::isnan(numbers[0] + ratio)) row_class = RowClass::nan;
     const double shift = ratio / unit;
     // No ratio is known of a part that has mass on one side only.
     double top = static_cast<double>(local[kTopR]) + static_cast<double>(local[kShiftHi]) +
@@ -139,12 +139,13 @@ void unpack(const R* local, double unit, Formula formula, double log_a, double r
     std::fill_n(out, static_cast<int>(kStats), R{0});
     split(log_a / unit, out + kLseHi);
     split(shift, out + kShiftHi);
-    out[kDivergence] = formula == Formula::kl ? static_cast<R>(sums[0]) : R{0};
+    out[kDivergence] = formula == Formula::kl ? static_cast<R>(numbers[0]) : R{0};
     out[kRowClass] = static_cast<R>(static_cast<int>(row_class));
     out[kTopR] = static_cast<R>(top);
-    out[kValue] = static_cast<R>(sums[0]);
-    out[kMeanA] = static_cast<R>(sums[1]);
-    out[kMeanB] = static_cast<R>(sums[2]);
+    out[kValue] = static_cast<R>(numbers[0]);
+    out[kMeanA] = static_cast<R>(numbers[1]);
+    out[kMeanB] = static_cast<R>(numbers[2]);
+    out[kRowBeta] = static_cast<R>(numbers[3]);
 }
 
 }  // namespace
@@ -171,12 +172,13 @@ bool merge_shards(const double* found, std::int64_t shards, std::int64_t rows, i
 }
 
 void whole_row_stats(const void* local, bool wide, const Units& units, std::int64_t rows, Formula formula,
-                     const double* log_a, const double* ratio, const double* sums, void* out) {
+                     const double* log_a, const double* ratio, const double* numbers, void* out) {
     in_compute_type(wide, [&]<class R>() {
         const R* const from = static_cast<const R*>(local);
         R* const to = static_cast<R*>(out);
         for (std::int64_t i = 0; i < rows; ++i)
-            unpack(from + i * kStats, units[i], formula, log_a[i], ratio[i], sums + 3 * i, to + i * kStats);
+            unpack(from + i * kStats, units[i], formula, log_a[i], ratio[i], numbers + 4 * i,
+                   to + i * kStats);
     });
 }
 

@@ -29,8 +29,8 @@ bool shard_states(const void* stats, bool wide, const Units&, std::int64_t rows,
 bool merge_shards(const double* found, std::int64_t shards, std::int64_t rows, int n, double* out);
 
 // `out` [rows, kStats]: what gradient() and formula_sums() need of a shard's columns, from their own stats,
-// the whole rows' normalisers `log_a` and `ratio` and their value and means `sums` [rows, 3].
+// the whole rows' normalisers `log_a` and `ratio` and, `numbers` [rows, 4], their value, means and beta.
 void whole_row_stats(const void* local, bool wide, const Units&, std::int64_t rows, Formula formula,
-                     const double* log_a, const double* ratio, const double* sums, void* out);
+                     const double* log_a, const double* ratio, const double* numbers, void* out);
 
 }  // namespace kl

@@ -107,6 +107,7 @@ Bytes run_complement(kl::Dtype dtype, std::int64_t rows, std::int64_t columns, i
 void merge_halves(bool wide, kl::Dtype dtype, std::int64_t rows, std::int64_t columns) {
     const Bytes a = logits(dtype, rows, 2 * columns, 5), b = logits(dtype, rows, 2 * columns, 6);
     const auto n = static_cast<std::size_t>(rows);
+    const kl::Units units{0.7, nullptr};
     std::vector<double> found(2 * 4 * n), whole(4 * n), sums(3 * n, 0.5), out(n * kl::kStats);
     std::vector<double> value(n), stats(n * kl::kStats);
     for (std::size_t half = 0; half < 2; ++half) {
@@ -116,10 +117,10 @@ void merge_halves(bool wide, kl::Dtype dtype, std::int64_t rows, std::int64_t co
         const kl::RowPair p{x, y, {nullptr, 0, 0}, rows, 1, columns, 1, kl::Formula::kl, 0.0};
         kl::value(p, wide, value.data(), stats.data());
         const void* const inside[] = {value.data(), value.data()};
-        kl::shard_states(stats.data(), wide, 0.7, rows, inside, 2, found.data() + half * 4 * n);
+        kl::shard_states(stats.data(), wide, units, rows, inside, 2, found.data() + half * 4 * n);
     }
     kl::merge_shards(found.data(), 2, rows, 2, whole.data());
-    kl::whole_row_stats(stats.data(), wide, 0.7, rows, kl::Formula::kl, whole.data(), whole.data() + n,
+    kl::whole_row_stats(stats.data(), wide, units, rows, kl::Formula::kl, whole.data(), whole.data() + n,
                         sums.data(), out.data());
 }
 

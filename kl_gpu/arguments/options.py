@@ -38,6 +38,7 @@ class Options(NamedTuple):
     student_columns: Tensor | None = None
     teacher_columns: Tensor | None = None
     return_entropy: bool = False
+    hard_weight: float = 0.0
 
     @property
     def selects(self) -> bool:
@@ -51,6 +52,7 @@ class Options(NamedTuple):
         validation.beta(self.beta, kind)
         validation.booleans(shift=self.shift, inplace=self.inplace, t_squared=self.t_squared)
         validation.booleans(return_entropy=self.return_entropy)
+        validation.hard_weight(self.hard_weight, self.labels, self.support)
         validation.temperatures(self.temperature, self.teacher_temperature, self.t_squared)
 
     def scales(self, rows: Tensor, valid: Tensor | None, factors: tuple[float, float] = (1.0, 1.0)) -> Scales:
@@ -82,10 +84,24 @@ class Options(NamedTuple):
             return own.square()
         return float(self.temperature) ** 2
 
+    def hard_labels(self, valid: Tensor | None, columns: int) -> Tensor:
+        """The labels, int64, as the result has its rows; those of rows that count are checked."""
+        labels: Any = ordinary_rows(self.labels)
+        labels = (labels[:, 1:] if self.shift else labels).long()
+        if valid is not None:
+            validation.labels_are_columns(labels, valid, columns)
+        return labels
+
     def overwrites(self, argument: str, logits: Tensor, *also_needed: Any) -> bool:
         """Whether the gradient goes over the logits' memory; `also_needed` as in `validation.inplace`."""
+        # The labels' term wants the logits, too, and nobody knows which is differentiated first.
         # Under torch.compile and torch.func the permission goes unused: whose memory it is, they know.
-        if not self.inplace or torch.compiler.is_compiling() or transforms.are_active():
+        if (
+            not self.inplace
+            or self.hard_weight > 0
+            or torch.compiler.is_compiling()
+            or transforms.are_active()
+        ):
             return False
         validation.inplace(argument, logits, *also_needed)
         return True

@@ -131,15 +131,36 @@ class LinearParams(NamedTuple):
         return *student, *teacher, *sizes, *divergence
 
     @classmethod
-    def from_arguments(cls, *arguments: Any) -> tuple[LinearParams, Tensor | None, bool]:
-        """The parameters; and where the operator's arguments end with them, 1/temperature of each row, and
-        whether the student's entropies are asked for."""
+    def from_arguments(cls, *arguments: Any) -> tuple[LinearParams, LinearExtras]:
+        """The parameters, and what else the operator's arguments end with."""
         student, teacher = HeadParams(*arguments[:3]), HeadParams(*arguments[3:6])
         vocab_size, chunk_rows = arguments[6:8]
         params = cls(student, teacher, vocab_size, chunk_rows, DivergenceParams(*arguments[8:13]))
-        scales = arguments[13] if len(arguments) > 13 else None
-        entropy = arguments[14] if len(arguments) > 14 else False
-        return params, scales, entropy
+        return params, LinearExtras(*arguments[13:])
+
+
+class LinearExtras(NamedTuple):
+    """What a comparison of two models known by hidden states and LM heads may also have.
+
+    Attributes:
+        scales: 1/temperature of each row, `[N, 1]` or `[N, 2]`.
+        entropy: whether the student's entropies are asked for.
+        labels: int64 `[N]`; their −log q at temperature 1 is asked for where they are given.
+        label_scale: `[N, 1]`, what multiplies the student's logits at temperature 1, where there are labels.
+        label_row_scale: `[N]`, what multiplies the gradient of −log q, where one is asked for.
+    """
+
+    scales: Tensor | None = None
+    entropy: bool = False
+    labels: Tensor | None = None
+    label_scale: Tensor | None = None
+    label_row_scale: Tensor | None = None
+
+    @property
+    def fields(self) -> tuple[int, ...]:
+        """The shape of what a row comes to: its divergence, alone or with entropy and −log q behind it."""
+        n = 1 + self.entropy + (self.labels is not None)
+        return (n,) if n > 1 else ()
 
 
 class LinearSplitParams(NamedTuple):

@@ -86,6 +86,26 @@ def backend(value: object) -> None:
         raise TypeError(f"backend must be a string or None, got {_type_name(value)}")
 
 
+def outside_logprob(value: Any, tail: str) -> None:
+    if not _is_real(value):
+        raise TypeError(f"outside_logprob must be a float or None, got {_type_name(value)}")
+    if not -math.inf < _as_float(value) <= 0:  # NaN fails every comparison
+        raise ValueError(f"outside_logprob must be a finite number <= 0, got {value}")
+    if tail not in ("truncate", "student_full"):
+        raise ValueError(f"outside_logprob belongs to tail='truncate' and 'student_full', got tail={tail!r}")
+
+
+def hard_weight(value: Any, labels: Any, support: Any) -> None:
+    if not _is_real(value):
+        raise TypeError(f"hard_weight must be a float, got {_type_name(value)}")
+    if not 0 <= _as_float(value) < math.inf:  # NaN fails every comparison
+        raise ValueError(f"hard_weight must be a finite number >= 0, got {value}")
+    if value > 0 and labels is None:
+        raise ValueError("hard_weight weighs the labels' negative log-probabilities: labels must be given")
+    if value > 0 and support is not None:
+        raise ValueError("hard_weight goes with whole rows: support must be None")
+
+
 def beta(value: Any, kind: str) -> None:
     if value is None:
         return
@@ -94,9 +114,12 @@ def beta(value: Any, kind: str) -> None:
         raise ValueError(f"beta is not a parameter of kind {kind!r}, got {value!r}")
     if not _is_real(value):
         raise TypeError(f"beta must be a float, got {_type_name(value)}")
-    one = of.limits[1] is not None
-    if not (0 <= value <= 1 if one else 0 <= value < 1):  # NaN fails every comparison
-        raise ValueError(f"beta must be within [0, 1{']' if one else ')'} for kind {kind!r}, got {value}")
+    most = 1 if of.beta_most is None else of.beta_most
+    closed = of.beta_most is not None or of.limits[1] is not None
+    if not (0 <= value <= most if closed else 0 <= value < most):  # NaN fails every comparison
+        raise ValueError(
+            f"beta must be within [0, {most:g}{']' if closed else ')'} for kind {kind!r}, got {value}"
+        )
     if 0 < value < SMALLEST_BETA:
         raise ValueError(f"beta must be 0 or at least {SMALLEST_BETA:g}, got {value}")
 
@@ -561,7 +584,10 @@ def normalizer(value: Any, reduction: str, device: torch.device, shared: bool = 
     if value is None:
         return
     if reduction != "mean":
-        raise ValueError(f"normalizer is the denominator of reduction='mean', got reduction={reduction!r}")
+        of_batch = ": 'batchmean' has one, the first dimension's size" if reduction == "batchmean" else ""
+        raise ValueError(
+            f"normalizer is the denominator of reduction='mean', got reduction={reduction!r}{of_batch}"
+        )
     if isinstance(value, Tensor):
         _tensor("normalizer", value, (*LOGIT_DTYPES, *LABEL_DTYPES), "a real number", shared)
         if value.numel() != 1:

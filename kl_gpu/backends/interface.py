@@ -172,7 +172,7 @@ class Backend(Protocol):
             a_scale, b_scale: 1/temperature; tensors `[N]` where rows have their own. One tensor for both says
                 that both sides have one temperature.
             log_a, ratio: `[N]`, log Σ e^a of the whole row, and log Σ e^b less that.
-            sums: float64 `[N, 3]`.
+            sums: float64 `[N, 4]`, what `formulas.finish` gives.
         """
 
     def shard_states(

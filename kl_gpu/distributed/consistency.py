@@ -30,7 +30,7 @@ _FIELDS = (
     "normalizer", "vocab_size", "backend", "vocab_start", "widths", "tail", "teacher_ids", "teacher_logprobs",
     "teacher_tail_logprob", "token_ids", "entropy", "return_mass", "hidden_sizes", "softcap",
     "teacher_softcap", "logit_scale", "teacher_logit_scale", "chunk_rows", "sequence_dim", "gradients",
-    "support", "student_columns", "teacher_columns", "return_entropy",
+    "support", "student_columns", "teacher_columns", "return_entropy", "hard_weight", "outside_logprob",
 )  # fmt: skip
 # What the message calls them.
 _NAMES = {

@@ -16,6 +16,7 @@ from ..autograd import ROW_DIVERGENCE
 from ..backends import registry
 from ..columns import gather, support_ids
 from ..dense import run_divergence
+from ..formulas import finish
 from ..inference_tensors import keep
 from ..kinds import KINDS
 from ..ops import pair as ops
@@ -64,7 +65,7 @@ def whole_rows(
     # The KL whose a and b are those of this kind, and the other.
     a_to_b, b_to_a = (params._replace(kind=kl, beta=0.0) for kl in of.as_ab("reverse_kl", "forward_kl"))
     inside, local = ops.value(student, teacher, valid, *a_to_b, row_scales)
-    kls = [inside] if of.formula in ("kl", "jeffreys") else []
+    kls = [inside] if of.formula in ("kl", "jeffreys", "lk") else []
     if of.formula == "jeffreys":
         kls.append(ops.divergence(student, teacher, valid, *b_to_a, row_scales))
     own, _ = states.packed(*order(student, teacher), valid, local, kls, scales, backend)
@@ -82,19 +83,19 @@ def whole_rows(
 
     nothing = torch.zeros_like(ratio)
     if of.formula == "kl":
-        value, mean_a, mean_b = kls[0], nothing, nothing
+        value, *rest = kls[0], nothing, nothing, nothing
     elif of.formula == "jeffreys":
         # Σ −a r and Σ b r are the two KLs; Σ (b − a) is 0.
         mean_a, mean_b = kls[0] * (1 - params.beta), kls[1] * params.beta
-        value = mean_a + mean_b
+        value, *rest = mean_a + mean_b, mean_a, mean_b, nothing
     else:
-        local = of_whole_rows(local, nothing, nothing, nothing)
+        local = of_whole_rows(local, nothing, nothing, nothing, nothing)
         here = ops.formula_sums(student, teacher, valid, local, *params, row_scales)
         sums = collectives.gather(here, group, f"{params.kind}'s row sums").sum(0)
         sums = torch.where((ratio + log_a).isnan()[..., None], torch.nan, sums)
-        value, mean_a, mean_b = sums.unbind(-1)
+        value, *rest = finish(of.formula, params.beta, (*kls, nothing)[0], sums.unbind(-1))
         value = value.clamp_min(0.0)
-    stats = of_whole_rows(local, value, mean_a, mean_b) if needs_stats else local
+    stats = of_whole_rows(local, value, *rest) if needs_stats else local
     if valid is not None:
         value = torch.where(valid, value, 0.0)
     return value.to(inside.dtype), stats, backend
@@ -114,7 +115,8 @@ def vocab_parallel_div(
 
     Each rank gives the columns it holds and gets the divergence of the whole rows: the same bits on every
     rank, within the bounds of the dense call. Shards may differ in width, and may be empty. The KLs and
-    `jeffreys` take one collective (24 and 32 bytes a row and rank), the others two (16 and 24 bytes);
+    `jeffreys` take one collective (24 and 32 bytes a row and rank), the others two (16 and 24 bytes; `lk` 24
+    and 24);
     backward takes none, and writes the gradient of this rank's columns. The mathematics is that of
     `docs/distributed.md`: the chain rule of relative entropy (Cover and Thomas, theorem 2.5.3).
 
@@ -160,16 +162,19 @@ def vocab_parallel_div(
                 "its counterpart lie on different ranks"
             )
     support = options.pop("support", None)
-    whole = support is not None
+    # Types are not checked yet.
+    hard = options.get("hard_weight", 0.0)
+    whole = support is not None or (isinstance(hard, (int, float)) and hard > 0)
     shard = shards.locate(sides, vocab_start, options.pop("vocab_size", None), group, whole)
     student, teacher = (shard.of(side) for side in sides.values())
     if support is not None:
         own = shard.own(support_ids(support, student.shape[:-1], shard.total, None))
         student, teacher = (two_at_least(gather(side, own)) for side in (student, teacher))
     # Where its columns lie does not matter to an entropy.
-    split = partial(complement.split, shard=shards.Shard(0, student.shape[-1], 0), group=group)
+    of = shard if whole and support is None else shards.Shard(0, student.shape[-1], 0)
+    split = partial(complement.split, shard=of, group=group)
     rows_of = partial(_per_row, group=group)
-    return run_divergence(student, teacher, kind, Options(**options), rows_of, split)
+    return run_divergence(student, teacher, kind, Options(**options), rows_of, split, shard.total)
 
 
 _OPTIONS = Options._fields

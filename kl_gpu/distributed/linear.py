@@ -107,22 +107,22 @@ def _agreed(params: LinearParams, hidden: Tensor, group: Any) -> tuple[LinearPar
 
 def _linear(*arguments: Any, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator `linear` of shards."""
-    heads, (params, *others) = arguments[:9], LinearParams.from_arguments(*arguments[9:])
+    heads, (params, extras) = arguments[:9], LinearParams.from_arguments(*arguments[9:])
     params, widest = _agreed(params, heads[0], group)
     sweep_rows = partial(_sweep_rows, group=group)
     split_rows = partial(complement.split, shard=shards.Shard(0, params.vocab_size, 0), group=group)
     return op.over_chunks(
-        *heads, *params.as_arguments(), *others, sweep_rows=sweep_rows, split_rows=split_rows, widest=widest
+        *heads, *params.as_arguments(), *extras, sweep_rows=sweep_rows, split_rows=split_rows, widest=widest
     )
 
 
 def _token_stats(*arguments: Any, shard: shards.Shard, group: Any) -> Tensor:
     """The operator `linear_token_stats` of shards."""
-    heads, (params, scales, _) = arguments[:8], LinearParams.from_arguments(*arguments[8:])
+    heads, (params, extras) = arguments[:8], LinearParams.from_arguments(*arguments[8:])
     params, widest = _agreed(params, heads[0], group)
     sweep_rows = partial(_fields, shard=shard, group=group)
     return stats.fields_over_chunks(
-        *heads, *params.as_arguments(), scales, sweep_rows=sweep_rows, widest=widest
+        *heads, *params.as_arguments(), *extras, sweep_rows=sweep_rows, widest=widest
     )
 
 
@@ -181,6 +181,11 @@ def vocab_parallel_linear_div(
     sides, shard, group = _located(
         "vocab_parallel_linear_div", sides, group, vocab_start, sequence_dim, check, options, kind=kind
     )
+    if options["hard_weight"]:
+        raise ValueError(
+            "hard_weight must be 0 where the heads are shared among ranks: add "
+            "vocab_parallel_linear_token_logprobs of the labels"
+        )
     products = {name: options.pop(name) for name in _PRODUCTS}
     options["vocab_size"] = None
     linear = partial(_linear, group=group)

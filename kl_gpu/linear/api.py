@@ -12,7 +12,7 @@ from .. import transforms
 from ..arguments import validation
 from ..arguments.options import Options
 from ..arguments.params import LinearParams
-from ..arguments.reduction import compute_dtype
+from ..arguments.reduction import compute_dtype, wide_dtype
 from ..autograd import are_saved_tensors_managed
 from ..inference_tensors import keep, kept
 from ..kinds import KINDS
@@ -39,38 +39,58 @@ class _How(NamedTuple):
     entropy: bool
 
 
+# Behind the six tensors of the heads: which rows count, their scales, labels, and what multiplies the logits
+# of those, as `LinearExtras` has it.
+_PER_ROW = 4
+
+
+def _run(
+    how: _How, tensors: Any, row_scales: tuple[Tensor | None, Tensor | None], needs: list[bool], entropy: bool
+) -> Any:
+    """The operator, for the factors of the rows' divergences and of the labels' −log q."""
+    *heads, scales, labels, label_scale = tensors
+    row_scale, label_row_scale = (None if x is None else x.contiguous() for x in row_scales)
+    return how.linear(
+        *heads, row_scale, needs, *how.params.as_arguments(), scales, entropy, labels, label_scale,
+        label_row_scale,
+    )  # fmt: skip
+
+
 def _values(how: _How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """Divergences `[N]`, and entropies where they are asked for."""
-    *heads, scales = tensors
-    found = how.linear(*heads, None, _NO_GRADIENTS, *how.params.as_arguments(), scales, how.entropy)[0]
-    return tuple(x.clone() for x in found.unbind(-1)) if how.entropy else (found,)
+    """Divergences `[N]`, and what is asked for besides."""
+    found = _run(how, tensors, (None, None), _NO_GRADIENTS, how.entropy)[0]
+    return tuple(x.clone() for x in found.unbind(-1)) if found.dim() > 1 else (found,)
 
 
-def _gradients(how: _How, tensors: Any, row_scale: Tensor, needs: list[bool]) -> list[Tensor | None]:
+def _gradients(how: _How, tensors: Any, row_scales: Any, needs: list[bool]) -> list[Tensor | None]:
     """Of the student's three tensors; from the logits, computed again."""
-    *heads, scales = tensors
-    found = how.linear(*heads, row_scale.contiguous(), needs, *how.params.as_arguments(), scales, False)
-    return _asked_for(found[1:], needs)
+    return _asked_for(_run(how, tensors, row_scales, needs, False)[1:], needs)
 
 
 def _pull(how: _How, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
-    return *_gradients(how, tensors, incoming[0], list(needs[:3])), *(None,) * 5
+    # Nothing flows to entropies.
+    row_scales = incoming[0], None if tensors[-2] is None else incoming[-1]
+    return *_gradients(how, tensors, row_scales, list(needs[:3])), *(None,) * (3 + _PER_ROW)
 
 
-# Per-row divergence `[N]`, alone and with the entropies, to which nothing flows. Backward computes the logits
-# again, chunk by chunk. Weights have no rows: the samples of a vmap run one after another.
-_STEP = transforms.Step(_values, _pull, rowwise=False)
-_WITH_ENTROPIES = transforms.Step(_values, _pull, values=2, rowwise=False)
+# Per-row divergence `[N]`, alone and with others behind it. Backward computes the logits again, chunk by
+# chunk. Weights have no rows: the samples of a vmap run one after another.
+_STEPS = [transforms.Step(_values, _pull, values=n, rowwise=False) for n in (1, 2, 3)]
 
 
-def _total(value: Tensor, row_scale: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
-    """Σ row_scale · divergence, and the entropies; of none, a tensor without elements."""
-    values = value[:, 0] if entropy else value
-    return (values * row_scale).sum(), value[:, 1].clone() if entropy else value.new_empty(0)
+def _total(value: Tensor, how: _How, row_scales: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Σ row_scale · divergence, with the labels' share of it, and the entropies; of none, a tensor without
+    elements."""
+    row_scale, label_row_scale = row_scales
+    total = ((value if value.dim() == 1 else value[:, 0]) * row_scale).sum()
+    if label_row_scale is not None:
+        total = total + (value[:, -1] * label_row_scale).sum()
+    return total, value[:, 1].clone() if how.entropy else value.new_empty(0)
 
 
 class _Sum(torch.autograd.Function):
-    """Σ row_scale · divergence, 0-d, for row factors `[N]` known beforehand, and the entropies.
+    """Σ row_scale · divergence, 0-d, for row factors `[N]` known beforehand, with the labels' −log q times
+    theirs; and the entropies.
 
     Gradients come in forward, unless what forward saves is managed by others.
     """
@@ -78,28 +98,29 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, how, needs = arguments
-        *heads, scales, row_scale = tensors
-        managed = are_saved_tensors_managed()
-        asked = (None, _NO_GRADIENTS) if managed else (row_scale, needs)
-        value, *found = how.linear(*heads, *asked, *how.params.as_arguments(), scales, how.entropy)
+        *of_values, row_scale, label_row_scale = tensors
+        row_scales, managed = (row_scale, label_row_scale), are_saved_tensors_managed()
+        asked = _NO_GRADIENTS if managed else needs
+        value, *found = _run(how, of_values, (None, None) if managed else row_scales, asked, how.entropy)
         # The inputs too: modifying them before backward must raise, as it does everywhere else.
         keep(ctx, *tensors)
         ctx.how, ctx.needs, ctx.grads = how, needs, None if managed else _asked_for(found, needs)
-        total, entropy = _total(value, row_scale, how.entropy)
+        total, entropy = _total(value, how, row_scales)
         ctx.mark_non_differentiable(entropy)
         return total, entropy
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, row_scale = kept(ctx)
+        *tensors, row_scale, label_row_scale = kept(ctx)
         # Given away once: a second backward must not find them scaled, and .grad takes them without a copy.
         grads, ctx.grads = ctx.grads, None
         with torch.no_grad():
             if grads is None:
-                grads = _gradients(ctx.how, tensors, incoming * row_scale, ctx.needs)
+                scaled = tuple(None if x is None else incoming * x for x in (row_scale, label_row_scale))
+                grads = _gradients(ctx.how, tensors, scaled, ctx.needs)
             elif not validation.readable(incoming) or incoming.item() != 1:
                 grads = [None if grad is None else grad.mul_(incoming) for grad in grads]
-        return (*forbid_double_backward(tuple(grads), incoming, *tensors), *(None,) * 8)
+        return (*forbid_double_backward(tuple(grads), incoming, *tensors), *(None,) * (7 + _PER_ROW))
 
 
 class _CompiledSum(torch.autograd.Function):
@@ -108,11 +129,12 @@ class _CompiledSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, how, needs = arguments
-        *heads, scales, row_scale = tensors
-        value, *grads = how.linear(*heads, row_scale, needs, *how.params.as_arguments(), scales, how.entropy)
+        *of_values, row_scale, label_row_scale = tensors
+        row_scales = row_scale, label_row_scale
+        value, *grads = _run(how, of_values, row_scales, needs, how.entropy)
         ctx.save_for_backward(*grads)
         ctx.needs = needs
-        total, entropy = _total(value, row_scale, how.entropy)
+        total, entropy = _total(value, how, row_scales)
         ctx.mark_non_differentiable(entropy)
         return total, entropy
 
@@ -122,7 +144,7 @@ class _CompiledSum(torch.autograd.Function):
             (grad * incoming).to(grad.dtype) if need else None
             for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
         ]
-        return (*grads, *(None,) * 8)
+        return (*grads, *(None,) * (7 + _PER_ROW))
 
 
 def linear_div(
@@ -155,6 +177,7 @@ def linear_div(
     student_columns: Tensor | None = None,
     teacher_columns: Tensor | None = None,
     return_entropy: bool = False,
+    hard_weight: float = 0.0,
 ) -> Any:
     """Divergence of `kind` between two models known by their hidden states and LM heads, per token, in nats.
 
@@ -193,6 +216,8 @@ def linear_div(
             differ.
         student_columns, teacher_columns: as in :func:`kl_gpu.divergence`, of rows of the weights and numbers
             of the biases, which are copied.
+        hard_weight: as in :func:`kl_gpu.divergence`, chunk by chunk from the logits that are there; the
+            gradient of a chunk's logits is the sum of the two in their dtype.
         return_entropy: also return the student's entropies, as :func:`kl_gpu.divergence` does, chunk by chunk
             from the logits that are there: no product is taken for them.
 
@@ -216,6 +241,7 @@ def linear_div(
         beta=beta, temperature=temperature, teacher_temperature=teacher_temperature, t_squared=t_squared,
         mask=mask, labels=labels, ignore_index=ignore_index, shift=shift, weight=weight, reduction=reduction,
         normalizer=normalizer, vocab_size=vocab_size, backend=backend, return_entropy=return_entropy,
+        hard_weight=hard_weight,
     )  # fmt: skip
     return run_linear(
         sides, kind, options, op.linear, softcap=softcap, teacher_softcap=teacher_softcap,
@@ -252,24 +278,36 @@ def run_linear(
     # In float16 a gradient divided by N vanishes unless a loss scale comes first, and that comes in backward.
     in_range = torch.float16 not in (dtypes[0], student_hidden.dtype, student_weight.dtype)
     differentiated = torch.is_grad_enabled() and any(needs) and not transforms.are_active()
+    dtype, labels, label_scale = compute_dtype(*dtypes), None, None
+    hard = reduction._replace(factor=None)
+    if options.hard_weight > 0:
+        labels = options.hard_labels(reduction.computed, params.vocab_size).reshape(-1)
+        ones = torch.ones((len(labels), 1), dtype=wide_dtype(device), device=device)
+        label_scale = ones * factors[0]
+    of_rows = row_scales, labels, label_scale
     if reduction.has_scale and in_range and differentiated:
-        row_scale = reduction.scale(lead, compute_dtype(*dtypes), device)
-        valid = _flat(reduction.computed)
+        row_scale, label_row_scale = reduction.scale(lead, dtype, device).reshape(-1), None
+        if labels is not None:
+            label_row_scale = options.hard_weight * hard.scale(lead, dtype, device).reshape(-1)
         function = _CompiledSum if torch.compiler.is_compiling() else _Sum
         how = _How(params, linear, options.return_entropy)
-        total, entropy = function.apply(*heads, valid, row_scales, row_scale.reshape(-1), how, needs)
+        tensors = *heads, _flat(reduction.computed), *of_rows, row_scale, label_row_scale
+        total, entropy = function.apply(*tensors, how, needs)
         total = total.float() if mixed else total
         return (total, entropy.view(lead).to(total.dtype)) if options.return_entropy else total
 
     def of(some: Tensor | None, entropy: bool = False) -> tuple[Tensor, ...]:
-        step, how = _WITH_ENTROPIES if entropy else _STEP, _How(params, linear, entropy)
-        found = transforms.apply(step, how, *heads, _flat(some), row_scales)
+        step = _STEPS[entropy + (labels is not None)]
+        found = transforms.apply(step, _How(params, linear, entropy), *heads, _flat(some), *of_rows)
         return tuple(x.view(lead) for x in found)
 
-    value, *entropies = of(reduction.computed, options.return_entropy)
-    value = reduction.completed(value, lambda others: of(others)[0])
+    value, *others = of(reduction.computed, options.return_entropy)
+    value = reduction.completed(value, lambda some: of(some)[0])
     result = reduction.reduced(value.float() if mixed else value)
-    return (result, entropies[0].detach().to(result.dtype)) if entropies else result
+    if labels is not None:
+        own = hard.completed(others[-1], lambda some: of(some)[-1])
+        result = result + options.hard_weight * hard.reduced(own).to(result.dtype)
+    return (result, others[0].detach().to(result.dtype)) if options.return_entropy else result
 
 
 def _flat(valid: Tensor | None) -> Tensor | None:

@@ -14,8 +14,11 @@ from ..arguments.temperatures import Scales
 from ..backends import registry
 from ..backends.native.memory import on_huge_pages
 from ..complement import SplitRows, entropies
+from ..ops import complement as ops_of_rows
 from ..ops import pair as ops
+from ..ops.complement import present
 from ..ops.views import two_at_least
+from ..topk.token_formulas import token
 from .chunks import Chunk
 
 # Elements of what passes through a soft cap at once: three such buffers, in float32, stay in a last cache.
@@ -86,9 +89,7 @@ def blocks_of(rows: int, at_once: int) -> Iterator[slice]:
 # each one's 1/temperature is, where they have their own. Either divergences `[n]`, and with factors `[n]` of
 # the rows their gradient in place of the student's logits; or statistics `[n, ...]`, some of them of the
 # rows' labels `[n]`.
-SweepRows = Callable[
-    [LinearParams, Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None"], Tensor
-]
+SweepRows = Callable[..., Tensor]
 
 
 def sweep_rows(
@@ -106,23 +107,55 @@ def sweep_rows(
     return value
 
 
-def with_entropies(rows: SweepRows, split_rows: SplitRows) -> SweepRows:
-    """`SweepRows` of divergences, with the student's entropies behind them: `[n, 2]`."""
+def with_extras(rows: SweepRows, split_rows: SplitRows, entropy: bool) -> SweepRows:
+    """`SweepRows` of divergences, with the student's entropies and the labels' −log q behind them.
+
+    What is given of each row goes on with the labels, as `LinearExtras` has it.
+    """
 
     def run(
         params: LinearParams, student: Tensor, teacher: Tensor, keep: Tensor | None, scales: Tensor | None,
-        row_scale: Tensor | None,
+        row_scale: Tensor | None, labels: Tensor | None = None, label_scale: Tensor | None = None,
+        label_row_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        of = params.divergence
-        both = Scales(of.student_scale, of.teacher_scale, scales)
-        # Before the gradient comes in the logits' place.
+        of, found, to_student = params.divergence, [], None
+        # Both before the gradient comes in the logits' place.
         x = two_at_least(student)
-        window = LogitsWindow(x.shape[-1], shift=False)
-        entropy = entropies(split_rows, x, keep, both, window, of.backend)
+        if entropy:
+            both = Scales(of.student_scale, of.teacher_scale, scales)
+            window = LogitsWindow(x.shape[-1], shift=False)
+            found.append(entropies(split_rows, x, keep, both, window, of.backend))
+        if labels is not None:
+            own, to_student = label_term(x, labels, keep, label_scale, label_row_scale, of.backend)
+            found.append(own)
         value = rows(params, student, teacher, keep, scales, row_scale)
-        return torch.stack((value, entropy.to(value.dtype)), -1)
+        if to_student is not None:
+            student += to_student[:, : student.shape[1]]
+        return torch.stack((value, *(y.to(value.dtype) for y in found)), -1)
 
     return run
+
+
+def label_term(
+    logits: Tensor, labels: Tensor, keep: Tensor | None, scale: Tensor | None, row_scale: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """−log q of the labels `[n]`, and with factors `[n]` of the rows its gradient to the logits."""
+    ids = labels[:, None]
+    picked = ops_of_rows.picked_logits(logits, ids, keep, False, "")
+    picked = picked if scale is None else picked * scale
+    rest_lse, rest_entropy, stats = ops_of_rows.complement(logits, ids, keep, 1.0, False, backend, scale)
+    s = torch.where(present(ids, logits.shape[-1]), picked, torch.nan)[:, 0]
+    logprob, _, to_s, to_rest, *_ = token(s, rest_lse, rest_entropy)
+    value = -logprob if keep is None else torch.where(keep, -logprob, 0.0)
+    if row_scale is None:
+        return value, None
+    flow = -row_scale.to(to_s.dtype)
+    flow = flow if keep is None else torch.where(keep, flow, 0.0)
+    gradient = torch.empty_like(logits)
+    grads = (flow * to_s)[:, None], flow * to_rest
+    ops_of_rows.complement_gradient(logits, ids, keep, stats, *grads, None, 1.0, backend, gradient, scale)
+    return value, gradient
 
 
 class Sweep:
@@ -148,24 +181,22 @@ class Sweep:
         self.teacher_cap = Cap(params.teacher, teacher, dtype, at_once)
 
     def __call__(
-        self, student: Tensor, teacher: Tensor, keep: Tensor | None, scales: Tensor | None,
-        per_row: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self, student: Tensor, teacher: Tensor, keep: Tensor | None, *per_row: Tensor | None
+    ) -> Tensor:
         if not (self.cap.cap or self.teacher_cap.cap):
-            return self.rows(self.params, student, teacher, keep, scales, per_row)
+            return self.rows(self.params, student, teacher, keep, *per_row)
         # A few rows at a time: what the caps make of them stays in a cache.
         found = []
         for part in blocks_of(len(student), self.at_once):
-            some = (None if x is None else x[part] for x in (keep, scales, per_row))
+            some = (None if x is None else x[part] for x in (keep, *per_row))
             found.append(self._capped(student[part], teacher[part], *some))
         return torch.cat(found)
 
     def _capped(
-        self, student: Tensor, teacher: Tensor, keep: Tensor | None, scales: Tensor | None,
-        per_row: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self, student: Tensor, teacher: Tensor, keep: Tensor | None, *per_row: Tensor | None
+    ) -> Tensor:
         s, t = self.cap.of(student), self.teacher_cap.of(teacher)
-        value = self.rows(self.params, s, t, keep, scales, per_row)
+        value = self.rows(self.params, s, t, keep, *per_row)
         if self.writes:
             self.cap.pull_back(s, student)
         return value

@@ -19,7 +19,7 @@ from ..complement import SplitRows, split
 from ..ops.register import operator
 from .accumulate import HeadGradients, gradient_outputs
 from .chunks import chunks_of, memory_of_rows
-from .heads import Head, Sweep, SweepRows, sweep_rows, with_entropies
+from .heads import Head, Sweep, SweepRows, sweep_rows, with_extras
 
 
 def settled(device: torch.device) -> AbstractContextManager[object]:
@@ -34,13 +34,17 @@ def over_chunks(
     """The operator `linear`, whose schema names the arguments, whatever sweeps the rows.
 
     `widest` as in `Sweep`; `fields` is the shape of what `sweep_rows` finds for a row. Where the student's
-    entropies are asked for, `split_rows` finds them, and they stand behind the divergences, `[N, 2]`.
+    entropies are asked for, `split_rows` finds them. They and the labels' −log q stand behind the
+    divergences.
     """
     student_side, teacher_side, (valid, per_row, needs) = arguments[:3], arguments[3:6], arguments[6:9]
-    params, scales, entropy = LinearParams.from_arguments(*arguments[9:])
+    params, extras = LinearParams.from_arguments(*arguments[9:])
     hidden, n = student_side[0], len(student_side[0])
-    if entropy:
-        sweep_rows, fields = with_entropies(sweep_rows, split_rows), (2,)
+    if extras.fields:
+        sweep_rows, fields = with_extras(sweep_rows, split_rows, extras.entropy), extras.fields
+    of_rows = [extras.scales, per_row]
+    if extras.labels is not None:
+        of_rows += extras[2:]
     with torch.no_grad(), settled(hidden.device):
         chunks = list(chunks_of(valid, n, params.row_bytes, params.chunk_rows, hidden.device))
         value = memory_of_rows(chunks, hidden, (n, *fields), value_dtype(params))
@@ -51,7 +55,7 @@ def over_chunks(
         for chunk in chunks:
             states = student.states(chunk)
             s, t = student.logits(states), teacher.logits(teacher.states(chunk))
-            own = (None if x is None else chunk.take(x) for x in (scales, per_row))
+            own = (None if x is None else chunk.take(x) for x in of_rows)
             chunk.put(value, sweep(s, t, chunk.keep, *own))
             grads.add(chunk, s, states)
         return value, *grads.results()
@@ -62,8 +66,8 @@ def value_dtype(params: LinearParams) -> torch.dtype:
 
 
 def _linear_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (params, _, entropy), hidden = LinearParams.from_arguments(*arguments[9:]), arguments[0]
-    value = hidden.new_empty((len(hidden), *(2,) * entropy), dtype=value_dtype(params))
+    (params, extras), hidden = LinearParams.from_arguments(*arguments[9:]), arguments[0]
+    value = hidden.new_empty((len(hidden), *extras.fields), dtype=value_dtype(params))
     weight, bias, needs = arguments[1], arguments[2], arguments[8]
     return value, *gradient_outputs(hidden, weight, bias, needs)
 
@@ -79,7 +83,8 @@ PARAMS = (
 )
 
 linear = operator(
-    f"linear({HEADS}, Tensor? row_scale, bool[] needs, {PARAMS}, bool entropy=False) -> "
+    f"linear({HEADS}, Tensor? row_scale, bool[] needs, {PARAMS}, bool entropy=False, "
+    "Tensor? labels=None, Tensor? label_scale=None, Tensor? label_row_scale=None) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
     _linear_fake,
 )(over_chunks)

@@ -35,6 +35,7 @@ def linear_topk_div(
     vocab_size: int | None = None,
     validate: bool = False,
     return_mass: bool = False,
+    outside_logprob: float | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """:func:`kl_gpu.topk_div` of a student known by hidden states and LM head, per token, in nats.
@@ -52,7 +53,7 @@ def linear_topk_div(
         logit_scale: a float > 0; the temperature over it must be within [1e-6, 1e9].
         chunk_rows: as in :func:`kl_gpu.linear_div`.
         beta, temperature, t_squared, mask, labels, ignore_index, weight, reduction, normalizer, validate,
-            return_mass, backend: as in :func:`kl_gpu.topk_div`.
+            return_mass, outside_logprob, backend: as in :func:`kl_gpu.topk_div`.
         shift: hidden states and the teacher's entries at t go with entry t+1 of labels, mask and weight;
             needs `[batch, time, H]` and gives `[batch, time − 1]`.
         vocab_size: rows of the student's weight at and past it are ignored.
@@ -75,5 +76,5 @@ def linear_topk_div(
         rows, teacher_logprobs, teacher_ids, kind, tail=tail, teacher_tail_logprob=teacher_tail_logprob,
         beta=beta, temperature=temperature, t_squared=t_squared, mask=mask, labels=labels,
         ignore_index=ignore_index, shift=shift, weight=weight, reduction=reduction, normalizer=normalizer,
-        validate=validate, return_mass=return_mass, backend=backend,
+        validate=validate, return_mass=return_mass, outside_logprob=outside_logprob, backend=backend,
     )  # fmt: skip

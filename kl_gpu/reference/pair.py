@@ -64,6 +64,19 @@ def _log_mixture(log_a: Array, log_b: Array, beta: float) -> Array:
     return np.logaddexp(log_a + math.log(beta), log_b + math.log1p(-beta))
 
 
+def _overlap(log_a: Array, log_b: Array) -> Array:
+    """α = Σ min(a, b): what speculative sampling accepts of b's tokens, and 1 − TV."""
+    return np.exp(np.minimum(log_a, log_b)).sum(axis=-1, keepdims=True)
+
+
+def _lk_weight(log_a: Array, log_b: Array, eta: float) -> Array:
+    """λ = exp(−η α) of the hybrid LK loss λ KL(p‖q) + (1−λ) TV (Samarin et al. 2026, arXiv 2602.23881).
+
+    No gradient flows through λ. η = 3 is the paper's best setting.
+    """
+    return np.exp(-eta * _overlap(log_a, log_b))
+
+
 def _value(log_a: Array, log_b: Array, formula: str, beta: float) -> Array:
     if formula == "kl":
         return _kl(log_a, log_b)
@@ -71,6 +84,13 @@ def _value(log_a: Array, log_b: Array, formula: str, beta: float) -> Array:
         return (1 - beta) * _kl(log_a, log_b) + beta * _kl(log_b, log_a)
     if formula == "tv":
         return 0.5 * np.abs(np.exp(log_a) - np.exp(log_b)).sum(axis=-1, keepdims=True)
+    if formula == "nla":
+        tv = _value(log_a, log_b, "tv", beta)
+        with np.errstate(divide="ignore"):
+            return np.where(tv < 0.5, -np.log1p(-np.minimum(tv, 0.5)), -np.log(_overlap(log_a, log_b)))
+    if formula == "lk":
+        weight = _lk_weight(log_a, log_b, beta)
+        return weight * _kl(log_a, log_b) + (1 - weight) * _value(log_a, log_b, "tv", beta)
     log_m = _log_mixture(log_a, log_b, beta)
     if formula == "skew":
         return _kl(log_a, log_m)
@@ -103,10 +123,22 @@ def _gradients(log_a: Array, log_b: Array, formula: str, beta: float) -> tuple[A
         forward, reverse = _kl_gradients(log_a, log_b), _kl_gradients(log_b, log_a)
         to_a, to_b = ((1 - beta) * f + beta * r for f, r in zip(forward, reversed(reverse), strict=True))
         return to_a, to_b
+    if formula == "lk":
+        weight = _lk_weight(log_a, log_b, beta)
+        kl, tv = _kl_gradients(log_a, log_b), _gradients(log_a, log_b, "tv", beta)
+        to_a, to_b = (weight * k + (1 - weight) * t for k, t in zip(kl, tv, strict=True))
+        return to_a, to_b
     a, b = np.exp(log_a), np.exp(log_b)
     # Partial derivatives of D in a and in b, up to a constant, which the projection below removes.
     if formula == "tv":
         d_a, d_b = np.sign(a - b) / 2, np.sign(b - a) / 2
+    elif formula == "nla":
+        # tv's over α; where they differ by 1 and α is small, about the larger side's.
+        alpha, sign = _overlap(log_a, log_b), np.sign(a - b)
+        from_top = np.where(alpha < 0.5, 1.0, 0.0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            d_a, d_b = (sign - from_top) / (2 * alpha), (-sign - from_top) / (2 * alpha)
+        d_a, d_b = (np.where(alpha == 0, np.nan, d) for d in (d_a, d_b))
     else:
         log_m = _log_mixture(log_a, log_b, beta)
         with np.errstate(invalid="ignore"):
@@ -201,6 +233,11 @@ def token_stats(
         return np.take_along_axis(log_softmax, np.asarray(labels)[..., None], axis=-1)[..., 0]
 
     agree = np.argmax(_wide(student), axis=-1) == np.argmax(_wide(teacher), axis=-1)
+    values = {
+        "js": _value(log_p, log_q, "js", 0.5),
+        "tv": _value(log_p, log_q, "tv", 0.0),
+        "acceptance": _overlap(log_p, log_q),
+    }
     return {
         "forward_kl": _kl(log_p, log_q)[..., 0],
         "reverse_kl": _kl(log_q, log_p)[..., 0],
@@ -209,4 +246,5 @@ def token_stats(
         "student_logprob": log_probability(log_q),
         "teacher_logprob": log_probability(log_p),
         "top1_agree": np.where(np.isnan(log_p + log_q).all(axis=-1), np.nan, agree),
+        **{name: value[..., 0] for name, value in values.items()},
     }

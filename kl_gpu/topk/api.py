@@ -17,7 +17,7 @@ from ..complement import Rows, logits_rows
 from ..inference_tensors import ordinary_rows
 from ..kinds import KINDS
 from ..ops.complement import present
-from . import formulas
+from . import formulas, outside
 
 TAILS = tuple(formulas.TAIL_KINDS)
 # What trainers pad labels with, and their ids too.
@@ -74,6 +74,7 @@ def topk_div(
     inplace: bool = False,
     validate: bool = False,
     return_mass: bool = False,
+    outside_logprob: float | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Divergence between a student's logits and the K tokens known of a teacher, per token, in nats.
@@ -114,6 +115,11 @@ def topk_div(
             with `shift` the teacher's entries at t go with the student's logits at t.
         vocab_size: the student's columns at and past it are ignored.
         inplace: allow the gradient to be written over the memory of `student_logits` in backward.
+        outside_logprob: for "truncate" and "student_full" alone: what the teacher's log-probability is taken
+            for of every token that the ids do not name. It allows "reverse_kl" and "jeffreys", whose KL(q‖p)
+            then is Σ q (log q − log p) over the whole vocabulary, p̂ in p's place for "student_full"; the
+            forward KL is not changed. NeMo-RL has −100. Such a p may sum to anything, so a value may be
+            below 0.
         validate: refuse ids outside [0, V) that mark no absent entry, and ids given twice in a row that
             counts, and for tails other than "renormalize" probabilities that sum to more than 1.05, with P
             where it is given, or a given P that is NaN where teacher_logprobs are not; a row with a NaN in
@@ -139,22 +145,24 @@ def topk_div(
         rows, teacher_logprobs, teacher_ids, kind, tail=tail, teacher_tail_logprob=teacher_tail_logprob,
         beta=beta, temperature=temperature, t_squared=t_squared, mask=mask, labels=labels,
         ignore_index=ignore_index, shift=shift, weight=weight, reduction=reduction, normalizer=normalizer,
-        inplace=inplace, validate=validate, return_mass=return_mass, backend=backend,
+        inplace=inplace, validate=validate, return_mass=return_mass, outside_logprob=outside_logprob,
+        backend=backend,
     )  # fmt: skip
 
 
 def run_topk(
     rows: Rows, teacher_logprobs: Tensor, teacher_ids: Tensor, kind: str, *, tail: str,
-    teacher_tail_logprob: Tensor | None, validate: bool, return_mass: bool, **shared: Any,
+    teacher_tail_logprob: Tensor | None, validate: bool, return_mass: bool,
+    outside_logprob: float | None = None, **shared: Any,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`topk_div` of a student's rows that are checked, whatever they are made of."""
     options = Options(**shared)
     validation.name("tail", tail, TAILS)
     validation.name("kind", kind, KINDS)
-    allowed = formulas.TAIL_KINDS[tail]
-    if kind not in allowed:
-        names = ", ".join(map(repr, allowed))
-        raise ValueError(f"kind must be one of {names} for tail={tail!r}, got {kind!r}")
+    if outside_logprob is not None:
+        validation.outside_logprob(outside_logprob, tail)
+    allowed = formulas.TAIL_KINDS[tail] if outside_logprob is None else outside.KINDS
+    formulas.refuse_kind(kind, tail, allowed)
     validation.name("reduction", options.reduction, REDUCTIONS)
     validation.beta(options.beta, kind)
     temperature, shift = options.temperature, options.shift
@@ -197,8 +205,9 @@ def run_topk(
 
     scale, _, scales = options.scales(student, reduction.valid)
     sweeps = tail != "renormalize"
-    params = ComplementParams(scale, sweeps, False, validate, "teacher_ids", chosen, rows.window, inplace)
-    picked, rest_lse, _ = rows.split(student, ids, valid, scales, params)
+    entropy = outside_logprob is not None
+    params = ComplementParams(scale, sweeps, entropy, validate, "teacher_ids", chosen, rows.window, inplace)
+    parts = rows.split(student, ids, valid, scales, params)
     both_wide = rows.dtype == teacher_logprobs.dtype == torch.float64
     dtype = torch.float64 if both_wide else torch.float32
     resolution = formulas.RESOLUTION[teacher_logprobs.dtype]
@@ -206,17 +215,22 @@ def run_topk(
 
     scaled = log_p if scales is None else log_p * scales
 
-    def of(picked: Tensor, rest_lse: Tensor, some: Tensor | None) -> Tensor:
+    def of(picked: Tensor, rest_lse: Tensor, rest_entropy: Tensor, some: Tensor | None) -> Tensor:
+        if outside_logprob is not None and of_tail.kind != "forward_kl":
+            own = log_p - formulas.log_sum(log_p) if tail == "student_full" else log_p
+            how = float(outside_logprob), 1.0 if of_tail.kind == "reverse_kl" else of_tail.beta
+            return outside.values(how, picked, rest_lse, rest_entropy, own, some).to(dtype)
         return topk_values(of_tail, picked, rest_lse, scaled, rest_log_p, has_rest, some).to(dtype)
 
     per_row = reduction.completed(
-        of(picked, rest_lse, valid),
-        lambda others: of(*rows.split(student, ids, others, scales, params)[:2], others),
+        of(*parts, valid),
+        lambda others: of(*rows.split(student, ids, others, scales, params), others),
     )
     value = reduction.reduced(per_row)
     if not return_mass:
         return value
     with torch.no_grad():
+        picked, rest_lse, _ = parts
         if tail == "renormalize":
             picked, rest_lse, _ = rows.split(
                 student, ids, valid, None, params._replace(scale=1.0, sweeps=True)

@@ -24,6 +24,19 @@ TAIL_KINDS = {
     "truncate": ("forward_kl",),
     "generalized": ("forward_kl", "reverse_kl", "jeffreys", "js"),
 }
+# Kinds made of every column's min(p, q): of a bucket's sums only a bound of it would be known.
+_OF_EVERY_COLUMN = ("nla", "lk")
+
+
+def refuse_kind(kind: str, tail: str, allowed: tuple[str, ...]) -> None:
+    """ValueError where `kind` is none of those that a tail has."""
+    if kind in allowed:
+        return
+    names = ", ".join(map(repr, allowed))
+    why = "; it is made of every column's min(p, q)" if kind in _OF_EVERY_COLUMN else ""
+    raise ValueError(f"kind must be one of {names} for tail={tail!r}, got {kind!r}{why}")
+
+
 # Half an ulp: what rounding to this dtype may have done to a number of size 1.
 RESOLUTION = {
     torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8

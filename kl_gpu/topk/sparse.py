@@ -136,9 +136,7 @@ def sparse_div(
     )  # fmt: skip
     validation.name("tail", tail, SPARSE_TAILS)
     validation.name("kind", kind, KINDS)
-    if kind not in SPARSE_TAILS[tail]:
-        names = ", ".join(map(repr, SPARSE_TAILS[tail]))
-        raise ValueError(f"kind must be one of {names} for tail={tail!r}, got {kind!r}")
+    formulas.refuse_kind(kind, tail, SPARSE_TAILS[tail])
     validation.name("reduction", reduction, REDUCTIONS)
     validation.beta(beta, kind)
     validation.booleans(t_squared=t_squared, shift=shift, return_mass=return_mass)

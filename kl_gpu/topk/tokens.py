@@ -1,4 +1,4 @@
-"""Log-probabilities of K tokens per row, among which one may stand more than once."""
+"""Log-probabilities of one token per row, and of K, among which one may stand more than once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,52 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import transforms
+from ..arguments.params import ComplementParams
+from ..arguments.reduction import LogitsWindow
+from ..complement import SplitRows
 from ..ops.complement import present
 from . import token_formulas as formulas
+
+
+def _value(
+    columns: int, s: Tensor, rest_lse: Tensor, rest_entropy: Tensor, ids: Tensor, valid: Tensor | None
+) -> tuple[Tensor, ...]:
+    """log q of the token, the entropy, and the five derivatives that `token_formulas.token` names."""
+    # A token outside the vocabulary has no probability to report: NaN, never a plausible number.
+    s = torch.where(present(ids, columns), s, torch.nan)
+    found: list[Tensor] = formulas.token(s, rest_lse, rest_entropy)
+    return tuple(found) if valid is None else tuple(torch.where(valid, x, 0.0) for x in found)
+
+
+def _pull_one(columns: int, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
+    grad_logprob, grad_entropy = incoming
+    logprob_s, logprob_rest, entropy_s, entropy_rest, entropy_rest_entropy = kept
+    return (
+        grad_logprob * logprob_s + grad_entropy * entropy_s,
+        grad_logprob * logprob_rest + grad_entropy * entropy_rest,
+        grad_entropy * entropy_rest_entropy,
+        None,
+        None,
+    )
+
+
+# From a row's split (`complement.split`) to log q of its token and the entropy, `[*]` each.
+ONE = transforms.Step(_value, _pull_one, values=2, saves_inputs=False)
+
+
+def surprises(
+    split_rows: SplitRows, logits: Tensor, labels: Tensor, valid: Tensor | None, window: LogitsWindow,
+    columns: int, backend: str,
+) -> Tensor:  # fmt: skip
+    """−log q of the rows' labels `[*]`, at temperature 1, in `wide_dtype`; 0 in rows that do not count.
+
+    Args:
+        labels: int64, as the result has its rows; NaN for one that is none of the `columns` of the whole row.
+    """
+    params = ComplementParams(1.0, True, False, False, "labels", backend, window)
+    picked, *rest = split_rows(logits, labels[..., None], valid, None, params)
+    logprob: Tensor = transforms.apply(ONE, columns, picked[..., 0], *rest, labels, valid)[0]
+    return -logprob
 
 
 class Places(NamedTuple):

@@ -1,6 +1,6 @@
 """The kernels as GPUs run them: under the worst errors of approximations, in any order, with late stores.
 
-Rows of three splits, the last of them ragged; value, statistics and both gradients from one queue of work.
+Rows of ten splits, the last of them ragged; value, statistics and both gradients from one queue of work.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...arguments.reduction import has_float64
-from ...formulas import Terms, column_terms, kl_terms
+from ...formulas import SUMMED, Terms, column_terms, finish, kl_terms
 from ..interface import TOKEN_STATS, RowPair, Scale
 
 # 512 Ki float64 elements are 4 MiB: the few buffers a chunk needs stay in a last cache of 32 MiB, and each
@@ -171,24 +171,23 @@ def _kl(a: _Side, b: _Side) -> Tensor:
 
 
 def _formula(
-    p: RowPair, scales: tuple[_Number, _Number], logits: tuple[Tensor, Tensor],
-    probabilities: tuple[Tensor, Tensor], shift: Tensor,
+    p: RowPair, formula: str, beta: float | Tensor, scales: tuple[_Number, _Number],
+    logits: tuple[Tensor, Tensor], probabilities: tuple[Tensor, Tensor], shift: Tensor,
 ) -> Terms:  # fmt: skip
-    """The formula's terms and flows on a chunk; takes over the memory of the logits."""
+    """A formula's terms and flows on a chunk; takes over the memory of the logits."""
     neither = torch.isneginf(logits[0]) & torch.isneginf(logits[1])
     r = torch.where(neither, 0, _log_ratio(*logits, shift, *scales))
-    return column_terms(p.formula, probabilities, r, p.beta)
+    return column_terms(formula, probabilities, r, beta)
 
 
-def _formula_totals(p: RowPair, a: _Side, b: _Side) -> tuple[Tensor, Tensor, Tensor]:
-    """The row sums of the formula's three parts, `[R, 1]` each."""
+def _formula_totals(p: RowPair, formula: str, a: _Side, b: _Side) -> tuple[Tensor, Tensor, Tensor]:
+    """The row sums of a formula's three parts, `[R, 1]` each."""
     shift = b.log_normalizer() - a.log_normalizer()
     totals = [torch.zeros_like(shift) for _ in range(3)]
     for c in a.columns():
         (logits_a, w), (logits_b, q) = a.load(c), b.load(c)
-        parts = _formula(
-            p, (a.scale, b.scale), (logits_a, logits_b), (w.div_(a.total), q.div_(b.total)), shift
-        )
+        sides = w.div_(a.total), q.div_(b.total)
+        parts = _formula(p, formula, p.beta, (a.scale, b.scale), (logits_a, logits_b), sides, shift)
         for total, part in zip(totals, parts, strict=True):
             total += row_sum(part)
     # Times 0: sign(NaN) is 0, and a row without a distribution must be NaN in every sum.
@@ -205,20 +204,33 @@ def _split(x: Tensor, n: int, dtype: torch.dtype) -> list[Tensor]:
     return parts
 
 
-# Row statistics: log normaliser of a and of b, the divergence, then the sums of the formula's other two
-# parts, each as a sum of so many numbers.
-_STATS = (3, 3, 2, 2, 2)
+# Row statistics: log normaliser of a and of b, then what `finish` gives: the divergence, what the flows sum
+# to and their β, each as a sum of so many numbers.
+_STATS = (3, 3, 2, 1, 1, 2)
 
 
 def _stored(numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    """The row statistics that hold these five, `[*, 5]`."""
+    """The row statistics that hold these six, `[*, 6]`."""
     parts = [part for k, n in enumerate(_STATS) for part in _split(numbers[..., k], n, dtype)]
     return torch.stack(parts, -1)
 
 
 def _numbers(stats: Tensor) -> tuple[Tensor, ...]:
-    """The five in float64, `[*, 1]` each."""
+    """The six in float64, `[*, 1]` each."""
     return tuple(part.sum(-1, keepdim=True) for part in stats.double().split(_STATS, -1))
+
+
+def _row_numbers(p: RowPair, a: _Side, b: _Side) -> tuple[Tensor, ...]:
+    """What `finish` gives of a chunk of rows, `[R, 1]` each; of KL the value alone."""
+    if p.formula == "kl":
+        return (_kl(a, b),)
+    sums = _formula_totals(p, SUMMED.get(p.formula, p.formula), a, b)
+    kl = sums[0]
+    if p.formula == "lk":
+        for side in (a, b):
+            side.load(next(side.columns()))  # `_kl` finds a row's only block in the buffers
+        kl = _kl(a, b).clamp_min_(0)
+    return finish(p.formula, p.beta, kl, sums)
 
 
 def value(p: RowPair) -> tuple[Tensor, Tensor]:
@@ -226,7 +238,7 @@ def value(p: RowPair) -> tuple[Tensor, Tensor]:
     worker = worker_for(p.a.device)
     found = torch.zeros((p.n_rows, len(_STATS)), dtype=torch.float64, device=worker)
     for rows, a, b in _sides(p):
-        parts = (_kl(a, b),) if p.formula == "kl" else _formula_totals(p, a, b)
+        parts = _row_numbers(p, a, b)
         found[rows, : 2 + len(parts)] = torch.cat((a.log_normalizer(), b.log_normalizer(), *parts), -1)
     found[:, 2].clamp_min_(0)
     if p.a.shape[-1] == 1:
@@ -265,7 +277,7 @@ def statistics(
     Args:
         local: the statistics of the part.
         log_a, ratio: the whole row's normalisers, as `normalisers` has them.
-        sums: float64 `[N, 3]`, the whole row's value, mean_a and mean_b.
+        sums: float64 `[N, 4]`, the whole row's numbers of `formulas.finish`.
     """
     numbers = torch.cat((torch.stack((log_a, log_a + ratio), -1), sums), -1)
     return _stored(numbers, local.dtype)
@@ -284,7 +296,9 @@ def formula_sums(p: RowPair, stats: Tensor) -> Tensor:
                 for x in (p.a[i, j, c], p.b[i, j, c])
             )
             sides = _normalised(a.clone(), log_a, scales[0]), _normalised(b.clone(), log_b, scales[1])
-            parts = _formula(p, scales, (a, b), sides, log_b - log_a)
+            parts = _formula(
+                p, SUMMED.get(p.formula, p.formula), p.beta, scales, (a, b), sides, log_b - log_a
+            )
             found[flat] += torch.cat([row_sum(part) for part in parts], -1)
     if p.valid is not None:
         found = torch.where(p.valid.reshape(-1, 1).to(worker), found, 0)
@@ -316,9 +330,10 @@ def _formula_gradients(
     p: RowPair, scales: tuple[_Number, _Number], a: Tensor, b: Tensor, sums: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
     """∂D/∂(scaled logits) of a chunk: each side's part of the formula less its own share of the row's sum."""
-    log_a, log_b, _, *means = sums
+    log_a, log_b, _, *means, beta = sums
     sides = _normalised(a.clone(), log_a, scales[0]), _normalised(b.clone(), log_b, scales[1])
-    _, *flows = _formula(p, scales, (a, b), sides, log_b - log_a)
+    own = beta if p.formula in SUMMED else p.beta
+    _, *flows = _formula(p, p.formula, own, scales, (a, b), sides, log_b - log_a)
     # An infinite divergence has no gradient to the side whose mean is infinite: NaN, never a silent 0.
     grads = [
         torch.where(torch.isfinite(mean), flow.sub_(side * mean), torch.nan)

@@ -334,7 +334,12 @@ def complement_gradient_kernel(
 
 # By the logit's bytes: 8 columns are one access of 16 bytes in 16 bits, two in float32. Left alone, ptxas
 # holds the form for odd V to 128 registers on sm_80 and spills.
-SHAPES = {2: ProgramShape(16, 160), 4: ProgramShape(8), 8: ProgramShape(4)}
+_WARPS = 4  # a row has one program
+SHAPES = {
+    2: ProgramShape(16, 160, _WARPS),
+    4: ProgramShape(8, None, _WARPS),
+    8: ProgramShape(4, None, _WARPS),
+}
 _FROM_CONFIGURATION = ("CT", "R", "VEC", "LAYOUT", "num_warps", "maxnreg")
 
 
@@ -372,10 +377,10 @@ def _plan(
 def complement(args: ComplementArgs, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `Backend.complement` has it."""
     x, ids, valid, scale, scales = args
+    resident = max(resident_programs(x.device) // _WARPS, 1)
     launch, shape = _plan(
-        place(x), ids.shape[1], valid is not None, scales is not None, scale, entropy,
-        resident_programs(x.device),
-    )  # fmt: skip
+        place(x), ids.shape[1], valid is not None, scales is not None, scale, entropy, resident
+    )
     stats = torch.zeros((args.n_rows, COMPLEMENT_STATS), dtype=torch.float64, device=x.device)
     bits = torch.zeros(shape, dtype=torch.int32, device=x.device)
     launch(x, ids, valid, scales, stats, bits, bits.view(torch.uint8))
@@ -389,7 +394,7 @@ def _gradient_plan(
     """Of places."""
     config = program(logits, n_ids)
     config["LAYOUT"] = gradient_layout(config["LAYOUT"], logits, grad)
-    splits = splits_of(logits.shape[-1], config["R"] * config["VEC"])
+    splits = splits_of(logits.shape[-1], config["R"] * config["VEC"], _WARPS)
     n_rows = logits.shape[0] * logits.shape[1]
     numbers = (
         n_rows, logits.shape[1], *steps(logits), *steps(grad), logits.shape[2], n_ids, *splits,

@@ -22,6 +22,7 @@ from .launch import Layout
 # The interpreter multiplies and adds in two roundings where the hardware's fma rounds once.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_LOW = tl.constexpr(1.925963033500e-8)  # what float32 lacks of it
 # m before any column was seen: finite, so that −inf logits weigh 0 rather than NaN.
 NO_REFERENCE = tl.constexpr(-1e30)
 
@@ -32,8 +33,9 @@ PAIRS_IN_WORDS = tl.constexpr(int(Layout.PAIRS_IN_WORDS))
 PAIRS = tl.constexpr(int(Layout.PAIRS))
 
 
-# The two sides' 1/T: k is log2(e)/T and `shared` the 1/T of a, both in CT; a and b are in float64.
-Scales = namedtuple("Scales", "k_a k_b shared a b")
+# The two sides' 1/T: k is log2(e)/T and `shared` the 1/T of a, both in CT; a and b are in float64. In CT by
+# how much of itself each k is too large, and `shared` too small.
+Scales = namedtuple("Scales", "k_a k_b shared a b over_k_a over_k_b under_shared")
 # How `probability` normalises one side: with e = k·(logit − shift) − n, 2^e · `scale_at` e.
 Softmax = namedtuple("Softmax", "shift k n scale scale_correction")
 # What the later sweeps know of a row: both sides' `Softmax`, log(b/a) = x − log_z_ratio, β and 1 − β.
@@ -60,7 +62,22 @@ def scales_of(row, scales_ptr, parts, HAS_SCALES: tl.constexpr, SAME_SCALE: tl.c
     else:
         a = from_high_low(parts[0], parts[1])
         b = from_high_low(parts[2], parts[3])
-    return Scales((a * LOG2E).to(CT), (b * LOG2E).to(CT), a.to(CT), a, b)
+    k_a = (a * LOG2E).to(CT)
+    k_b = (b * LOG2E).to(CT)
+    shared = a.to(CT)
+    if tl.float64 == CT:  # they are what they are taken for
+        return Scales(k_a, k_b, shared, a, b, k_a * 0.0, k_b * 0.0, k_a * 0.0)
+    high_b = b.to(CT)
+    if HAS_SCALES:
+        low = (a - shared.to(tl.float64)).to(CT)
+        low_b = (b - high_b.to(tl.float64)).to(CT)
+    else:
+        low = tl.full([], parts[1], CT)
+        low_b = tl.full([], parts[3], CT)
+    inverse = 1.0 / k_a
+    over_a = -log2e_times(shared, low, k_a) * inverse
+    over_b = -log2e_times(high_b, low_b, k_b) / k_b
+    return Scales(k_a, k_b, shared, a, b, over_a, over_b, low * inverse * LOG2E)
 
 
 @triton.jit
@@ -346,6 +363,16 @@ def write_zeros(grad, first, last, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: t
     """Zero the columns [first, last) of a row that is not valid."""
     for start in range(first, last, R * VEC):
         tl.store(_addresses(grad, start, R, VEC, LAYOUT), 0.0, mask=_inside(start, last, R, VEC, LAYOUT))
+
+
+@triton.jit
+def uniform(condition, R: tl.constexpr):
+    """The scalar condition; the compiler then knows that all threads of a warp have the same.
+
+    Of a maximum of integers it knows. Behind other branches it prepares every exchange between threads for
+    a warp of which some have taken another way.
+    """
+    return tl.max(tl.zeros([R], tl.int32) + condition.to(tl.int32)) != 0
 
 
 @triton.jit
@@ -639,16 +666,64 @@ def log_probability_ratio(a, b, c, log_z_ratio, scales, SAME_SCALE: tl.constexpr
 
 
 @triton.jit
-def rebase(sums, h, s):
-    """Bring `Sums` taken about c to c + h and from weights e^{a−m} to s·e^{a−m}.
+def two_sum(x, y):
+    """x + y as it is rounded, and what that leaves (Knuth)."""
+    total = x + y
+    back = total - x
+    return total, (x - (total - back)) + (y - back)
 
-    h may be wider than the sums: in float32 one of 32 to 64 is rounded by 1.9e-6, and e^−h with it.
+
+@triton.jit
+def log2e_times(x, x_low, less):
+    """log2(e)·(x + x_low) − less of float32 numbers where that is small."""
+    log2e = tl.full([], LOG2E, tl.float32)
+    return fma(x, tl.full([], LOG2E_LOW, tl.float32), fma(x_low, log2e, fma(x, log2e, -less)))
+
+
+@triton.jit
+def times_log2e(x, x_low):
+    """log2(e)·(x + x_low) as two float32."""
+    high = x * LOG2E
+    return high, log2e_times(x, x_low, high)
+
+
+@triton.jit
+def _power_of_2(whole):
+    """2^whole for a whole number of −126 to 127, exactly."""
+    return ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exp2_pair(high, low):
+    """2^(high + low) of float32 numbers, to a 2^23rd: an exponent of 64 in one alone is rounded by 2.6e-6."""
+    total = high + low
+    low = (high - total) + low
+    whole = tl.floor(total + 0.5)
+    fraction = (total - whole) + low
+    coefficients: tl.constexpr = (
+        1.534465371e-4, 1.340125800e-3, 9.618503538e-3, 5.550325471e-2, 2.402264666e-1, 6.931472073e-1, 1.0,
+    )  # fmt: skip
+    # Not beyond what is 0 or infinite anyway.
+    whole = tl.minimum(tl.maximum(whole, -250.0), 250.0)
+    half = tl.floor(whole * 0.5)
+    return polynomial(fraction, coefficients) * _power_of_2(half) * _power_of_2(whole - half)
+
+
+@triton.jit
+def exp_minus(h):
+    """e^−h of a float64 h, for float64 sums."""
+    exponent_h = -h * LOG2E
+    whole = tl.floor(exponent_h)  # by itself: an exponential of all of it takes more registers
+    return tl.exp2(exponent_h - whole) * tl.exp2(whole)
+
+
+@triton.jit
+def rebase(sums, h, e_h, s):
+    """Bring `Sums` taken about c to c + h and from weights e^{a−m} to s·e^{a−m}; e_h is e^−h.
+
+    It comes from an h that is wider than the sums: in float32 one of 32 to 64 is rounded by 1.9e-6.
     """
     z, a1, a2 = sums
-    exponent_h = -h * LOG2E
-    whole = tl.floor(exponent_h)  # by itself: a float64 exponential takes registers that the sweep has not
-    e_h = tl.exp2((exponent_h - whole).to(z.dtype)) * tl.exp2(whole.to(z.dtype))
-    h = h.to(z.dtype)
     near = is_near(h)
     g_h = tl.where(near, g_near(-h) * -h, (e_h - 1.0) + h)
     e_h_minus_1 = tl.where(near, g_h - h, e_h - 1.0)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
-from ...formulas import column_terms
+from ...formulas import SUMMED, column_terms
 from .device_math import LOG2E, expm1_near, fma, log_ratio, mul_add, mul_sub, polynomial
 
 LN2 = tl.constexpr(math.log(2))
@@ -32,8 +32,11 @@ _FAST_FORMULAS = ("jeffreys", "js", "skew", "tv")
 
 
 def logarithm(formula: str, dtype: torch.dtype, nvidia: bool) -> str:
-    """LOG2: NVIDIA's instruction "lg2" or Triton's "log2" for the fast path, "" where there is none."""
-    if formula not in _FAST_FORMULAS or dtype != torch.float32:
+    """LOG2: NVIDIA's instruction "lg2" or Triton's "log2" for the fast path, "" where there is none.
+
+    The sums of lk are those of tv, and take its path.
+    """
+    if SUMMED.get(formula, formula) not in _FAST_FORMULAS or dtype != torch.float32:
         return ""
     return "lg2" if nvidia else "log2"
 

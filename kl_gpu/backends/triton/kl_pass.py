@@ -11,8 +11,11 @@ from .device_math import (
     LOG2E,
     NO_REFERENCE,
     Sums,
+    add_products,
     difference,
     exp2_offset,
+    exp2_pair,
+    exp_minus,
     g,
     g_near,
     is_near,
@@ -30,6 +33,9 @@ from .device_math import (
     sub_mul,
     tile_ahead,
     tile_offsets,
+    times_log2e,
+    two_sum,
+    uniform,
     unpacked,
     weights,
 )
@@ -39,7 +45,7 @@ from .device_math import (
 _REBASE_ABOVE = tl.constexpr(256.0)
 # A new reference leaves the largest of those sums below this power of 2, so that one twice as large rebases
 # nothing: rebasing costs about as much as its step. One eight times as large would cancel about the old c.
-_REBASED_LOG2 = tl.constexpr(7.0)
+_REBASED_LOG2 = tl.constexpr(7)
 # The least KL, beside c², at which fl(b − a) may be taken for b − a where both have 16 bits. 0.75 − 1e-6 has
 # 26: the difference may be off by 2^-25·|c|, which shows where c is far larger than the usual x.
 _LEAST_KL = tl.constexpr(4.5e-4)
@@ -73,43 +79,35 @@ Fallback = namedtuple("Fallback", "shift_a n_a z_a shift_b n_b z_b c log_z_ratio
 
 
 @triton.jit
-def _tile_reference(a, b, w, inside, scales, SAME_SCALE: tl.constexpr):
-    """The mean of the difference over one tile with weights w: the c that fits this tile."""
-    d = difference(a, b, scales, SAME_SCALE)
-    # Not where one side is masked with a number as low as -1e9: about that, the mean would have no digits.
-    inside = inside & (tl.abs(d) < 1e6)
-    w = tl.where(inside, w, 0.0)
-    # Sum about the largest difference, not about 0, so that a common shift of 1000 costs no digits.
-    top = tl.max(tl.where(inside, d, -1e6))
-    total = tl.sum(w)
-    mean = top + tl.sum(tl.where(inside, w * (d - top), 0.0)) / total
-    if SAME_SCALE:
-        mean = mean * scales.shared
-    return tl.where(total > 0, mean, 0.0)
+def _moment(
+    a, b, n, inside, start, scales, SAME_SCALE: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr
+):
+    """Sums `[R]` of w·((b − a) − start) and of w over a tile, but for columns that CAREFUL leaves out.
 
-
-@triton.jit
-def has_no_neg_inf(a, b, inside, scales, SAME_SCALE: tl.constexpr):
-    """Whether no difference of a tile is infinite, or none."""
-    d = difference(a, b, scales, SAME_SCALE)
-    return tl.min(((tl.abs(d) < float("inf")) | ~inside).to(tl.int32)) != 0
-
-
-@triton.jit
-def other_exp2_offset(n, n_b, c, scales, SAME_SCALE: tl.constexpr):
-    """The offset with 2^(k_b·b − offset) = w·eˣ, in float64: side b's exponent as side a's weights see it.
-
-    It is corrected for the rounding of k_a and k_b to float32, which would show at logits of a thousand, and
-    of the scale that x and so c were taken with, which would at sides a few hundred apart. b's mass lies
-    about its own offset n_b, which at small temperatures may be thousands away from where c puts it.
+    Those are of sides masked with a number as low as -1e9, about which a mean would have no digits.
     """
-    n, c, k_a, k_b = n.to(tl.float64), c.to(tl.float64), scales.k_a.to(tl.float64), scales.k_b.to(tl.float64)
-    if SAME_SCALE:
-        c *= scales.a / scales.shared.to(tl.float64)
-    log2e = tl.full([], LOG2E, tl.float64)
-    # The products are those of `scales_of`: fused, they would be computed once more in each program.
-    offset = sub_mul(mul_add(c, log2e, n), k_a - scales.a * LOG2E, n / k_a)
-    return mul_add(k_b - scales.b * LOG2E, n_b.to(tl.float64) / k_b, offset)
+    w = weights(a, scales.k_a, n)
+    d = difference(a, b, scales, SAME_SCALE) - start
+    if MASKED:
+        d = tl.where(inside, d, 0.0)
+    if CAREFUL:
+        w = tl.where(tl.abs(d) < 1e6, w, 0.0)
+        d = tl.where(tl.abs(d) < 1e6, d, 0.0)
+    return add_products(tl.zeros([a.shape[0]], a.dtype), w, d), tl.sum(w, axis=1)
+
+
+@triton.jit
+def _step_moment(
+    a, b, later_a, later_b, n, inside, start, scales,
+    SAME_SCALE: tl.constexpr, MASKED: tl.constexpr, TWO: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """`_moment` of a step of one or two tiles."""
+    moment, mass = _moment(a, b, n, inside, start, scales, SAME_SCALE, MASKED, CAREFUL)
+    if TWO:
+        later, later_mass = _moment(later_a, later_b, n, inside, start, scales, SAME_SCALE, MASKED, CAREFUL)
+        moment += later
+        mass += later_mass
+    return moment, mass
 
 
 @triton.jit
@@ -125,9 +123,95 @@ def _step_weights(a, later_a, k, n, TWO: tl.constexpr):
 
 
 @triton.jit
+def _step_reference(
+    a, b, later_a, later_b, n, inside, start, scales,
+    SAME_SCALE: tl.constexpr, MASKED: tl.constexpr, TWO: tl.constexpr,
+):  # fmt: skip
+    """The c that fits a step, the step's weights about n per thread, and whether its differences are finite.
+
+    c is the mean of the differences with weights w, taken about `start`, where a common shift of 1000 costs
+    no digits. What branches follow comes from integers: of their maximum the compiler knows that all threads
+    have the same, and treats no later step as one that some of them skip.
+    """
+    moment, mass = _step_moment(
+        a, b, later_a, later_b, n, inside, start, scales, SAME_SCALE, MASKED, TWO, False
+    )
+    far = tl.where(tl.abs(moment) * scales.shared > mass * 1000.0, 1, 0)
+    far = tl.max(tl.where(moment * 0.0 == 0.0, far, 2))
+    total = tl.sum(mass)
+    all_moment = tl.sum(moment)
+    if far == 1:
+        moment, careful = _step_moment(
+            a, b, later_a, later_b, n, inside, start, scales, SAME_SCALE, MASKED, TWO, True
+        )
+        all_moment = tl.sum(moment)
+        total = tl.sum(careful)
+    c = start + all_moment / total
+    if SAME_SCALE:
+        c = c * scales.shared
+    return tl.where(total > 0, c, 0.0), mass, far < 2
+
+
+@triton.jit
+def other_exp2_offset(n, n_b, c, scales, SAME_SCALE: tl.constexpr):
+    """The offset with 2^(k_b·b − offset) = w·eˣ, in float64: side b's exponent as side a's weights see it.
+
+    It is corrected for the rounding of k_a and k_b to float32, which would show at logits of a thousand, and
+    of the scale that x and so c were taken with, which would at sides a few hundred apart. b's mass lies
+    about its own offset n_b, which at small temperatures may be thousands away from where c puts it.
+    """
+    c = c.to(tl.float64)
+    if SAME_SCALE:
+        c = mul_add(c, scales.under_shared.to(tl.float64), c)
+    n = n.to(tl.float64)
+    offset = sub_mul(mul_add(c, tl.full([], LOG2E, tl.float64), n), n, scales.over_k_a.to(tl.float64))
+    return mul_add(n_b.to(tl.float64), scales.over_k_b.to(tl.float64), offset)
+
+
+@triton.jit
+def exp2_over_offset(n, n_b, c, scales, SAME_SCALE: tl.constexpr):
+    """2^(n_b − `other_exp2_offset`), from pairs of float32: many a GPU has few units for float64."""
+    if c.dtype == tl.float64:
+        return tl.exp2(n_b - other_exp2_offset(n, n_b, c, scales, SAME_SCALE))
+    apart, apart_low = two_sum(n_b, -n)
+    from_c, from_c_low = times_log2e(c, c * scales.under_shared if SAME_SCALE else c * 0.0)
+    high, low = two_sum(apart, -from_c)
+    low += apart_low - from_c_low
+    if SAME_SCALE:
+        return exp2_pair(high, sub_mul(low, n_b - n, scales.over_k_a))
+    return exp2_pair(high, low + mul_sub(n, scales.over_k_a, n_b * scales.over_k_b))
+
+
+@triton.jit
+def _rise_of(mass):
+    """By how much n must rise for the largest of the sums to lie below 2^_REBASED_LOG2."""
+    if mass.dtype == tl.float64:
+        return tl.floor(tl.log2(tl.max(mass))) - (_REBASED_LOG2 - 1.0)
+    # Of positive numbers the exponents' bits: a maximum of integers is one instruction of a warp.
+    return (tl.max(mass.to(tl.int32, bitcast=True) >> 23) - (126 + _REBASED_LOG2)).to(tl.float32)
+
+
+@triton.jit
+def _rebased(sums, reference, n, c):
+    """`Sums` about `reference` brought to n and c."""
+    # In pairs: where one column outweighs the others, an error of e^−h is one of Z_b, and so of all of b.
+    h, h_low = two_sum(c, -reference.c)
+    if c.dtype == tl.float64:
+        e_h = exp_minus(h)
+    else:
+        high, low = times_log2e(-h, -h_low)
+        e_h = exp2_pair(high, low)
+    # b's sum z + a1 + a2 has a1's rounding in it, and where that sum is then multiplied by e^−h > 1, nothing
+    # tells in the end: a NaN has the row swept again where it is more than `store_row` allows.
+    lost = (tl.sum(mul_sub(sums.z + sums.a1 + sums.a2, 6.0, tl.abs(sums.a1))) < 0) & (h < 0)
+    sums = Sums(tl.where(lost, float("nan"), sums.z), sums.a1, sums.a2)
+    return rebase(sums, h, e_h, tl.exp2(reference.n - n))
+
+
+@triton.jit
 def _rebase_to_step(
     a, b, later_a, later_b, inside, reference, sums, scales,
-    SAME_SCALE: tl.constexpr, TWO: tl.constexpr, ROBUST: tl.constexpr,
+    SAME_SCALE: tl.constexpr, MASKED: tl.constexpr, TWO: tl.constexpr, ROBUST: tl.constexpr,
 ):  # fmt: skip
     """The reference that suits a step of one or two tiles, and the sums rebased to it.
 
@@ -136,37 +220,24 @@ def _rebase_to_step(
     A reference fixed by the first tile would do for Gaussian logits. A trained teacher puts most of its mass
     on a token of some later tile, and sums about a distant c cancel: the row would have to be swept again.
     """
-    n = exp2_offset(tl.max(tl.maximum(a, later_a) if TWO else a), scales.k_a)
-    w, later_w, mass = _step_weights(a, later_a, scales.k_a, n, TWO)
-    w_top = w
-    if TWO:
-        is_later = tl.max(later_a) > tl.max(a)
-        a = tl.where(is_later, later_a, a)
-        b = tl.where(is_later, later_b, b)
-        w_top = tl.where(is_later, later_w, w)
-    c = _tile_reference(a, b, w_top, inside, scales, SAME_SCALE)
-    rise = tl.floor(tl.log2(tl.max(mass))) - (_REBASED_LOG2 - 1.0)
-    n += rise
-    # In float64: where one column outweighs the others, an error of e^−h is one of Z_b, and so of all of b.
-    h = tl.where(reference.n == NO_REFERENCE, 0.0, c.to(tl.float64) - reference.c.to(tl.float64))
-    # b's sum z + a1 + a2 has a1's rounding in it, and where that sum is then multiplied by e^−h > 1, nothing
-    # tells in the end: a NaN has the row swept again where it is more than `store_row` allows.
-    lost = (tl.sum(mul_sub(sums.z + sums.a1 + sums.a2, 6.0, tl.abs(sums.a1))) < 0) & (h < 0)
-    sums = Sums(tl.where(lost, float("nan"), sums.z), sums.a1, sums.a2)
-    s = tl.exp2(reference.n - n)
-    if ROBUST:
-        # Of columns in which b alone had mass, that is about b's own offset.
-        alone = reference.n_b.to(tl.float64) - other_exp2_offset(n, reference.n_b, c, scales, SAME_SCALE)
-        s = tl.where(reference.n == NO_REFERENCE, tl.exp2(alone).to(n.dtype), s)
-    sums = rebase(sums, h, s)
+    top_a = tl.max(tl.maximum(a, later_a) if TWO else a)
+    top_b = tl.max(tl.maximum(b, later_b) if TWO else b)
+    n = exp2_offset(top_a, scales.k_a)
+    apart = difference(top_a, top_b, scales, SAME_SCALE)
+    c, mass, fits = _step_reference(a, b, later_a, later_b, n, inside, apart, scales, SAME_SCALE, MASKED, TWO)
+    n += _rise_of(mass)
     # b is measured from its own maximum, where exponents are small, and brought to a's by one factor: an
     # exponent of 64 or more would be rounded by 2.6e-6. That maximum is at 2^1 or 2^2: so tops of b alone,
     # which rebase nothing, may lie 30 powers of 2 above it before their exponents reach 32.
-    n_b = exp2_offset(tl.max(b), scales.k_b) + _B_RAISED
-    n_b_as_a = other_exp2_offset(n, n_b, c, scales, SAME_SCALE)
-    b_to_a = tl.exp2(n_b.to(tl.float64) - n_b_as_a).to(n.dtype)
-    reference = Reference(n, c, n_b, b_to_a)
-    return reference, sums, has_no_neg_inf(a, b, inside, scales, SAME_SCALE)
+    n_b = exp2_offset(top_b, scales.k_b) + _B_RAISED
+    if uniform(reference.n != NO_REFERENCE, a.shape[0]):
+        sums = _rebased(sums, reference, n, c)
+    elif ROBUST:
+        # Of columns in which b alone had mass, a2 is about b's own offset.
+        alone = exp2_over_offset(n, reference.n_b, c, scales, SAME_SCALE)
+        sums = Sums(sums.z * alone, sums.a1 * alone, sums.a2 * alone)
+    reference = Reference(n, c, n_b, exp2_over_offset(n, n_b, c, scales, SAME_SCALE))
+    return reference, sums, fits
 
 
 @triton.jit
@@ -198,7 +269,7 @@ def _add_step(
     # One bit: a maximum of integers is one instruction of a warp.
     if tl.max((mass >= _REBASE_ABOVE).to(tl.int32)) != 0:
         reference, sums, fits = _rebase_to_step(
-            a, b, later_a, later_b, inside, reference, sums, scales, SAME_SCALE, TWO, ROBUST
+            a, b, later_a, later_b, inside, reference, sums, scales, SAME_SCALE, MASKED, TWO, ROBUST
         )
         start = tl.where(fits, start, MISFIT)
         w, later_w, mass = _step_weights(a, later_a, scales.k_a, reference.n, TWO)
@@ -413,11 +484,12 @@ def rounding_is_small(sums, c):
 
     What the columns' KLs sum to, by the mass of each split, a row's KL exceeds: so it holds for the row.
     """
-    a1 = sums.a1 / sums.z
-    a2 = sums.a2 / sums.z
+    inverse = 1.0 / sums.z
+    a1 = sums.a1 * inverse
+    a2 = sums.a2 * inverse
     y = a1 + a2
-    # log1p(y) − a1; where that would cancel, by log1p(y) ≥ y − y²/2, or over 1 + y below 0.
-    near = a2 - 0.5 * y * y / (1.0 + tl.minimum(y, 0.0))
+    # log1p(y) − a1; where that would cancel, by log1p(y) ≥ y − y²/2, or y − y² below 0.
+    near = a2 - y * y * tl.where(y < 0, 1.0, 0.5)
     least = tl.where(tl.abs(y) < 0.5, near, tl.log(1.0 + y) - a1)
     return least >= c * c * (2.0 * _LEAST_KL)
 
@@ -471,7 +543,7 @@ def _robust_step(
     alone = _add_alone(a, classes, alone, scales, lowest_a)
     a = no_lower(tl.where(classes == B_LACKS, lowest_a, a), lowest_a)
     b = no_lower(b, lowest_b)
-    if reference.n == NO_REFERENCE:
+    if uniform(reference.n == NO_REFERENCE, a.shape[0]):
         reference, sums = _start_with_b(b, reference, sums, scales)
     nowhere = tl.full([], 0, tl.int32)
     _, reference, sums = _add_step(
@@ -514,7 +586,7 @@ def _robust_sweep(
     n, c, n_b, b_to_a = reference
     z, a1, a2 = _total(sums)
     worst = worst_class(tl.max(worst), n, lowest_a, lowest_b, scales)
-    if n == NO_REFERENCE:
+    if uniform(n == NO_REFERENCE, R):
         # No column in which both have mass: what one has alone is about its own offset.
         n = tl.where(a2 > 0, n_b, alone.n)
         as_a = tl.exp2(n.to(tl.float64) - other_exp2_offset(n, n, c, scales, SAME_SCALE)).to(CT)
@@ -534,7 +606,7 @@ def sweep(
     )
     alone = tl.full([], 0.0, CT)
     worst = tl.full([], 0, tl.int32)
-    if not fits:
+    if uniform(~fits, R):
         reference, sums, alone, worst = _robust_sweep(
             a_row, b_row, first, last, scales, SAME_SCALE, CT, R, VEC, LAYOUT
         )
@@ -554,7 +626,8 @@ def merged(n, c, n_b, sums, alone, CT: tl.constexpr):
     mass = z.to(tl.float64) * weight
     shared = (tl.sum(mass * c.to(tl.float64)) / tl.sum(mass)).to(CT)
     h = shared.to(tl.float64) - c.to(tl.float64)
-    z, a1, a2 = rebase(Sums(z.to(tl.float64), a1.to(tl.float64), a2.to(tl.float64)), h, weight)
+    sums = Sums(z.to(tl.float64), a1.to(tl.float64), a2.to(tl.float64))
+    z, a1, a2 = rebase(sums, h, exp_minus(h), weight)
     mass_b = z + a1 + a2
     top_n_b = tl.max(tl.where(mass_b == tl.max(mass_b), n_b, NO_REFERENCE))  # of the split with most of b
     alone = tl.sum(alone.to(tl.float64) * weight)

@@ -18,16 +18,15 @@ from ..interface import RowPair
 
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
-WARPS = 4
 # Whether the compiler may make one fma of a multiplication and an addition. LLVM decides that by how far the
 # two lie apart, so that rows would have other bits in other layouts: kernels say themselves what is fused.
 FP_FUSION = False
 LANES = 64 if torch.version.hip else 32  # threads of a warp
-# Columns that one program sweeps; a longer row is shared. At 16384 one row of 128256 keeps 8 programs busy,
-# and the 264 of them that sweep at once on 132 SMs have 17 MB of bfloat16 in flight, which an L2 holds until
-# the gradient reads them again.
-SPLIT_COLUMNS = 16384
-_ROOM = 16
+# Columns that a warp of a program sweeps; a longer row is shared. At 4096 one row of 128256 keeps 32 warps
+# busy, and the 1056 of them that sweep at once on 132 SMs have 17 MB of bfloat16 in flight, which an L2 holds
+# until the gradient reads them again.
+SPLIT_COLUMNS = 4096
+_ROOM = 64
 
 
 @lru_cache(maxsize=1024)
@@ -38,10 +37,21 @@ def high_low(x: float) -> tuple[float, float]:
 
 
 class ProgramShape(NamedTuple):
-    """Columns a thread holds, and the registers ptxas may use for it (None: its own choice)."""
+    """Columns a thread holds, the registers ptxas may use for it (None: its own choice), warps of a program,
+    and the registers where a pair of columns lies in two words, if others.
+
+    One warp reduces without barriers, and meets no other's new maximum.
+    """
 
     columns: int
     registers: int | None = None
+    warps: int = 1
+    of_pairs: int | None = None
+
+
+def warps_of(shape: ProgramShape) -> int:
+    """By itself for tests, whose interpreter takes as long for a narrow tile as for a wide one."""
+    return shape.warps
 
 
 # Plain integers: `triton.cdiv` and its like take a microsecond a call, as much as all else here together.
@@ -61,9 +71,9 @@ class Splits(NamedTuple):
     columns: int
 
 
-def splits_of(columns: int, step: int) -> Splits:
+def splits_of(columns: int, step: int, warps: int = 1) -> Splits:
     """Splits of nearly equal width, whole steps each but for the row's last."""
-    width = cdiv(cdiv(columns, cdiv(columns, SPLIT_COLUMNS)), step) * step
+    width = cdiv(cdiv(columns, cdiv(columns, warps * SPLIT_COLUMNS)), step) * step
     return Splits(cdiv(columns, width), width)
 
 
@@ -156,7 +166,7 @@ def configuration(p: RowPair, shapes: dict[int, ProgramShape], lanes: int = LANE
     shape = shapes[itemsize]
     vec = 16 // itemsize
     per_warp = lanes * shape.columns
-    block = min(max(power_of_2(a.shape[-1]), per_warp), WARPS * per_warp)
+    block = min(max(power_of_2(a.shape[-1]), per_warp), warps_of(shape) * per_warp)
     found = {
         "HAS_SCALES": p.scales is not None,
         "SAME_SCALE": p.same_scale,
@@ -167,9 +177,12 @@ def configuration(p: RowPair, shapes: dict[int, ProgramShape], lanes: int = LANE
         "LAYOUT": int(layout(a, b)),
         "num_warps": block // per_warp,
     }
+    registers = shape.registers
+    if found["LAYOUT"] == Layout.PAIRS and shape.of_pairs is not None:
+        registers = shape.of_pairs
     # Only NVIDIA's compiler knows the option.
-    if shape.registers is not None and a.device.type != "xpu" and not torch.version.hip:
-        found["maxnreg"] = shape.registers
+    if registers is not None and a.device.type != "xpu" and not torch.version.hip:
+        found["maxnreg"] = registers
     return found
 
 
@@ -188,7 +201,7 @@ def geometry(p: RowPair) -> tuple[Any, ...]:
 
 @cache
 def resident_programs(device: torch.device) -> int:
-    """About how many programs of four warps run at a time; a wrong guess costs waiting, not correctness."""
+    """About how many programs of one warp run at a time; a wrong guess costs waiting, not correctness."""
     if device.type != "cuda":
         return 8
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 16 * torch.cuda.get_device_properties(device).multi_processor_count

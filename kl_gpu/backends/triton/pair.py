@@ -1,10 +1,11 @@
 """The main kernel: a queue of splits of rows, each swept for its state, its formula's sums or its gradients.
 
-A row longer than `launch.SPLIT_COLUMNS` is shared by several programs. Whoever finishes a row's last split
-merges all of them, in the order of their columns. Where value and gradient are asked for together, programs
-take their work from one counter: splits of a row's second and third sweep lie `lag` rows behind its first,
-early enough to find its logits in the L2 and late enough to find its sums. A program waits only for work with
-a smaller number, which a running program has taken, so the queue cannot lock whatever runs at once.
+A row longer than `launch.SPLIT_COLUMNS` is shared by several programs, each of one warp. Whoever finishes a
+row's last split merges all of them, in the order of their columns. Where value and gradient are asked for
+together, programs take their work from one counter: splits of a row's second and third sweep lie `lag` rows
+behind its first, early enough to find its logits in the L2 and late enough to find its sums. A program waits
+only for work with a smaller number, which a running program has taken, so the queue cannot lock whatever runs
+at once.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .device_math import (
 )
 from .fast_formulas import beta_allows_fast_path, logarithm, near_coefficients
 from .formula_pass import fast_formula_sums, formula_sums
+from .formulas import finish, raised
 from .gradient_pass import Incoming, write_gradient
 from .kl_pass import FALLBACK, ONE_SIDED, PLAIN, merged, store_row, sweep
 from .launch import (
@@ -59,6 +61,8 @@ _ARRIVED = tl.constexpr(9)
 _COMPLETE = tl.constexpr(11)
 # Once the first sweep is complete: the row's path, of those in kl_pass.py.
 _PATH = _ARRIVED
+# Once the second is: the β of the row's flows, where they have one of their own.
+_ROW_BETA = tl.constexpr(10)
 # A launch that does all stages, taking its work from the queue.
 ALL_STAGES = tl.constexpr(-1)
 # The least KL of a row whose gradient to b, stored in 16 bits, is a difference of two exponentials.
@@ -197,7 +201,7 @@ def _takes_fast_path(
             # that matter, and would have fewer digits than it is stored with.
             small &= _statistic(stats, 6) >= _DIRECT
         return (_statistic(stats, _PATH) != FALLBACK) & small
-    elif LOG2 == "":
+    elif LOG2 == "" or FORMULA == "lk":
         return False
     else:
         path = _statistic(stats, _PATH)
@@ -216,21 +220,23 @@ def _second_sweep(
     if SPINS:
         _wait(work.stats, 1)
     kl = _statistic(work.stats, 6)
-    row = _load_row(work.stats, beta, rest, scales, 15, CT)
-    if _takes_fast_path(work.stats, 1.0, beta, rest, FORMULA, False, LOG2):
+    SUMS: tl.constexpr = "overlap" if FORMULA == "nla" else ("tv" if FORMULA == "lk" else FORMULA)
+    row = _load_row(work.stats, beta, rest, scales, 31 if SUMS == "overlap" else 15, CT)
+    row, unit = raised(row, SUMS)
+    if _takes_fast_path(work.stats, 1.0, beta, rest, SUMS, False, LOG2):
         if _statistic(work.stats, _PATH) == PLAIN:
             value, mean_a, mean_b = fast_formula_sums(
-                work.a, work.b, work.first, work.last, row, near, True, SAME_SCALE, EXACT, FORMULA, LOG2, CT,
+                work.a, work.b, work.first, work.last, row, near, True, SAME_SCALE, EXACT, SUMS, LOG2, CT,
                 R, VEC, LAYOUT,
             )  # fmt: skip
         else:
             value, mean_a, mean_b = fast_formula_sums(
-                work.a, work.b, work.first, work.last, row, near, False, SAME_SCALE, False, FORMULA, LOG2, CT,
+                work.a, work.b, work.first, work.last, row, near, False, SAME_SCALE, False, SUMS, LOG2, CT,
                 R, VEC, LAYOUT,
             )  # fmt: skip
     else:
         value, mean_a, mean_b = formula_sums(
-            work.a, work.b, work.first, work.last, row, SAME_SCALE, FORMULA, CT, R, VEC, LAYOUT
+            work.a, work.b, work.first, work.last, row, SAME_SCALE, SUMS, CT, R, VEC, LAYOUT
         )
     complete = True
     if SPLITS > 1:
@@ -241,6 +247,13 @@ def _second_sweep(
             value = tl.sum(_load_states(work, 8, SPLITS, 0.0))
             mean_a = tl.sum(_load_states(work, 9, SPLITS, 0.0))
             mean_b = tl.sum(_load_states(work, 10, SPLITS, 0.0))
+        if FORMULA == "nla" or FORMULA == "lk":
+            value, mean_a, mean_b, own = finish(
+                kl.to(tl.float64), value.to(tl.float64) * unit, mean_a.to(tl.float64) * unit,
+                mean_b.to(tl.float64) * unit, beta.to(tl.float64), FORMULA,
+            )  # fmt: skip
+            value, mean_a, mean_b = value.to(CT), mean_a.to(CT), mean_b.to(CT)
+            tl.store(work.stats + _ROW_BETA, own.to(CT))
         value = tl.where(value < 0, 0.0, value)
         value = tl.where(kl == kl, value, kl)  # a row without a distribution
         tl.store(work.value, value)
@@ -271,10 +284,15 @@ def _gradient(
     if FORMULA != "kl":
         has_b = has_b & (tl.abs(mean_b) < float("inf"))
     up_b = tl.where(has_b, upstream * scales.b.to(CT), nan)
+    if FORMULA == "nla" or FORMULA == "lk":
+        beta = _statistic(work.stats, _ROW_BETA)
+        rest = 1.0 - beta
     # The b − a of kl and tv subtracts exponentials that must be good far down; a (r + KL) multiplies one,
     # whose error near the top counts KL times.
-    FAR: tl.constexpr = 31 if FORMULA == "kl" or FORMULA == "tv" else 15
-    row = _load_row(work.stats, beta, rest, scales, FAR, CT)
+    FAR: tl.constexpr = 31 if FORMULA == "kl" or FORMULA == "tv" or FORMULA == "nla" else 15
+    row, unit = raised(_load_row(work.stats, beta, rest, scales, FAR, CT), FORMULA)
+    up_a *= unit
+    up_b *= unit
     near_a = _load_row(work.stats, beta, rest, scales, 15, CT).a
     to = Incoming(mean_a, mean_b, up_a, up_b)
     DIRECT: tl.constexpr = TO_B and SAME_SCALE and work.grad_b.dtype.element_ty.primitive_bitwidth == 16
@@ -305,13 +323,13 @@ def _item(
 ):  # fmt: skip
     """One split of one row in one stage: a sweep, or behind the sweeps the gradient."""
     num_splits, V = launch.num_splits, launch.V
-    split = item % num_splits
+    row = item // num_splits  # the only division by a number that is not known as the kernel is compiled
+    split = item - row * num_splits
     if STAGE == ALL_STAGES:
-        stage = item % (num_splits * STAGES) // num_splits
-        row = item // (num_splits * STAGES) - stage * launch.lag
+        stage = row % STAGES
+        row = row // STAGES - stage * launch.lag
     else:
         stage = STAGE
-        row = item // num_splits
     if (row >= 0) & (row < launch.n_rows):
         valid = True
         if HAS_VALID:
@@ -408,10 +426,10 @@ def pair_kernel(
         )  # fmt: skip
 
 
-# By the wider logit's bytes. At 16 columns the kernel spills on sm_80; at 8 columns and 128 registers four
-# programs of four warps share an SM and cover one another's barriers. Left alone, ptxas holds the float32
-# form to 96 registers and spills.
-SHAPES = {2: ProgramShape(8, 128), 4: ProgramShape(8, 128), 8: ProgramShape(4)}
+# By the wider logit's bytes. At 16 columns the kernel spills on sm_80; at 8 columns and 128 registers sixteen
+# warps share an SM, as they do at 127, with which value and gradient in 16 bits spill nothing on sm_80. Left
+# alone, ptxas holds the float32 form to 96 registers and spills.
+SHAPES = {2: ProgramShape(8, 127, 1, 136), 4: ProgramShape(8, 128), 8: ProgramShape(4)}
 # Bound by arithmetic, and in need of more registers than four programs leave them.
 FORMULA_SHAPES = {2: ProgramShape(8, 168), 4: ProgramShape(8, 168), 8: ProgramShape(4)}
 

@@ -8,9 +8,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..interface import STATS, RowPair, Scale
+from ...formulas import SUMMED
+from ..interface import RowPair, Scale
 from .device_math import Row, from_high_low, normalised, row_start, scales_of, stored_side
 from .formula_pass import formula_sums as sums_of_columns
+from .formulas import raised
 from .launch import configuration, geometry, high_low, kernel, splits_of, step_of
 from .pair import _STATS, FORMULA_SHAPES
 from .prepared import PreparedLaunch, place, place_if_any, plan
@@ -47,17 +49,21 @@ def formula_sums_kernel(
         scale_parts = a_scale_high, a_scale_low, b_scale_high, b_scale_low
         scales = scales_of(row, scales_ptr, scale_parts, HAS_SCALES, SAME_SCALE, CT)
         beta = from_high_low(beta_high, beta_low)
-        a = normalised(*stored_a, scales.k_a, scales.a, 15, CT)
-        b = normalised(*stored_b, scales.k_b, scales.b, 15, CT)
-        whole = Row(a, b, tl.load(stats + 4), tl.load(stats + 5), beta.to(CT), (1.0 - beta).to(CT), scales)
+        TOP: tl.constexpr = 15 if FORMULA != "overlap" and FORMULA != "comparison" else 31
+        a = normalised(*stored_a, scales.k_a, scales.a, TOP, CT)
+        b = normalised(*stored_b, scales.k_b, scales.b, TOP, CT)
+        whole, unit = raised(
+            Row(a, b, tl.load(stats + 4), tl.load(stats + 5), beta.to(CT), (1.0 - beta).to(CT), scales),
+            FORMULA,
+        )
         value, mean_a, mean_b = sums_of_columns(
             row_start(row, n_inner, a_ptr, a_outer, a_inner),
             row_start(row, n_inner, b_ptr, b_outer, b_inner), first, tl.minimum(first + split_columns, V),
             whole, SAME_SCALE, FORMULA, CT, R, VEC, LAYOUT,
         )  # fmt: skip
-        tl.store(out, value.to(tl.float64))
-        tl.store(out + n_rows, mean_a.to(tl.float64))
-        tl.store(out + 2 * n_rows, mean_b.to(tl.float64))
+        tl.store(out, value.to(tl.float64) * unit)
+        tl.store(out + n_rows, mean_a.to(tl.float64) * unit)
+        tl.store(out + 2 * n_rows, mean_b.to(tl.float64) * unit)
 
 
 @plan
@@ -72,7 +78,7 @@ def _plan(
     numbers = p.n_rows, *geometry(p), *high_low(beta), *splits
     launch = PreparedLaunch(
         formula_sums_kernel, p.n_rows * splits.number, a.device, numbers,
-        HAS_VALID=has_valid, FORMULA=formula, **config,
+        HAS_VALID=has_valid, FORMULA=SUMMED.get(formula, formula), **config,
     )  # fmt: skip
     return launch, (splits.number, 3, p.n_rows)
 
@@ -160,7 +166,7 @@ def statistics(
         shifts.append(shift)
     shift = (ratio - (shifts[1] - shifts[0])) / _nats_per_unit(a_scale, b_scale, local.dtype)
     c = shift.to(local.dtype).double()
-    numbers = [*sides, c, shift - c]
-    numbers += sums.unbind(-1)
-    numbers += [torch.zeros_like(ratio)] * (STATS - len(numbers))
+    *of_formula, own = sums.unbind(-1)
+    nothing = torch.zeros_like(ratio)
+    numbers = [*sides, c, shift - c, *of_formula, nothing, own, nothing]
     return torch.stack([x.to(local.dtype) for x in numbers], -1)

@@ -42,6 +42,7 @@ from .device_math import (
     sub_mul,
     tile_ahead,
     tile_offsets,
+    uniform,
     unpacked,
     weights,
 )
@@ -320,7 +321,7 @@ def token_stats_splits_kernel(
         reference, sums, largest, fits = _fast_sweep(
             a_row, b_row, first, last, scales, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT
         )
-        if not fits:
+        if uniform(~fits, R):
             reference, sums, largest = _robust_sweep(
                 a_row, b_row, first, last, scales, SAME_SCALE, CT, R, VEC, LAYOUT
             )
@@ -450,7 +451,16 @@ def token_stats_merge_kernel(
         good = good & is_held(n.to(CT)) & is_held(n_b.to(CT))
         good = good & good_b & (entropy_a + entropy_b < float("inf"))
         if not good:
-            swapped = Scales(k_b, k_a, scales.shared, scales.b, scales.a)
+            swapped = Scales(
+                k_b,
+                k_a,
+                scales.shared,
+                scales.b,
+                scales.a,
+                scales.over_k_b,
+                scales.over_k_a,
+                scales.under_shared,
+            )
             f = fallback_row(a_row, b_row, V, scales, SAME_SCALE, False, CT, R, VEC, LAYOUT)
             r = fallback_row(b_row, a_row, V, swapped, SAME_SCALE, False, CT, R, VEC, LAYOUT)
             forward = f.value
@@ -501,8 +511,8 @@ def token_stats_merge_kernel(
         tl.store(out + 6 * n_rows, agree.to(CT))
 
 
-# By the wider logit's bytes, as in pair.py.
-SHAPES = {2: ProgramShape(8, 128), 4: ProgramShape(8, 128), 8: ProgramShape(4)}
+# By the wider logit's bytes, as in pair.py; float32 spills a register at 128 on sm_90.
+SHAPES = {2: ProgramShape(8, 128), 4: ProgramShape(8, 136), 8: ProgramShape(4)}
 
 
 class _Plan(NamedTuple):
