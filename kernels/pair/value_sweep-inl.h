@@ -28,7 +28,7 @@ constexpr double kLittle = 0x1p-8;
 constexpr double kTailG = 0x1p16 * kLog2e, kLowG = -kLoneX;
 // For the sweep of token statistics.
 constexpr double kFarTailG = 0x1p32 * kLog2e;
-constexpr float kHugeA = 0x1p20f, kFarB = -0x1p32f;
+constexpr float kHugeA = 0x1p20f, kFarB = -0x1p20f;
 constexpr double kLargeSum = 0x1p100;
 
 constexpr float kOutOfRange = 0x1p100f;  // beyond it products with log2(e) / temperature may overflow
