@@ -14,6 +14,7 @@ from .arguments import validation
 from .arguments.options import Options
 from .arguments.reduction import LogitsWindow, compute_dtype, last_contiguous, valid_rows
 from .backends import registry
+from .backends.interface import COMPARISON
 from .columns import selected
 from .ops import pair as ops
 
@@ -36,6 +37,11 @@ class TokenStats(NamedTuple):
             counts, as in torch.argmax; logits that only dividing by a temperature would make equal are not.
             NaN where a side has no distribution.
         counts: 1.0 in rows that `mask` and `labels` let count; `summary` averages over those.
+        js: ½ KL(p‖m) + ½ KL(q‖m), m = (p + q)/2.
+        tv: ½ Σ |p − q|.
+        acceptance: α = Σ min(p, q) = 1 − tv, the share of q's tokens that speculative sampling accepts
+            (Leviathan et al. 2023, theorem 3.5), good relative to itself. NaN, as js and tv are, where
+            `overlap` is off.
     """
 
     forward_kl: Tensor
@@ -46,6 +52,9 @@ class TokenStats(NamedTuple):
     teacher_logprob: Tensor
     top1_agree: Tensor
     counts: Tensor
+    js: Tensor
+    tv: Tensor
+    acceptance: Tensor
 
     def summary(self) -> dict[str, float]:
         """Statistics over the rows that count, as floats for a logger; waits for the device.
@@ -58,7 +67,8 @@ class TokenStats(NamedTuple):
 
         Returns:
             count; forward_kl_mean, _mean_se, _median, _max and _p1, _p5, _p10, _p90, _p95, _p99, _p99.9;
-            reverse_kl_mean, _mean_se; student_entropy_mean, teacher_entropy_mean; top1_agree, _se. With
+            reverse_kl_mean, _mean_se; student_entropy_mean, teacher_entropy_mean; top1_agree, _se; js_mean,
+            tv_mean and acceptance_mean, each with _se. With
             labels also, each with _se: student_ppl, teacher_ppl, ppl_ratio (student over teacher),
             log_ppl_ratio, delta_p_mean, delta_p_rms. Where no row counts, NaN but for count. A NaN or an
             infinity in a row that counts is in what depends on it, never left out.
@@ -77,6 +87,9 @@ class TokenStats(NamedTuple):
         for side, entropy in zip(("student", "teacher"), entropies, strict=True):
             found[f"{side}_entropy_mean"] = entropy.mean().item()
         found |= _mean("top1_agree", agree)
+        overlap = torch.stack(self[8:]).reshape(COMPARISON, -1)[:, self.counts.reshape(-1) > 0].cpu().double()
+        for name, x in zip(self._fields[8:], overlap, strict=True):
+            found |= _mean(f"{name}_mean", x)
         if bool((log_q.isnan() & log_p.isnan()).all()):
             return found
 
@@ -119,9 +132,22 @@ def _quantile(ordered: Tensor, share: float) -> float:
     return below if at == low or below == above else below + (above - below) * (at - low)
 
 
-def _fields(call: tuple[float, float, str], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    *others, scales = tensors
-    return ops.token_stats(*others, *call, scales).unbind(0)
+def all_fields(
+    student: Tensor, teacher: Tensor, valid: Tensor | None, tokens: Tensor | None, scales: Tensor | None,
+    call: tuple[float, float, str], overlap: bool,
+) -> Tensor:  # fmt: skip
+    """The ten fields `[TOKEN_STATS + COMPARISON, N]`; the last three are NaN without `overlap`."""
+    fields = ops.token_stats(student, teacher, valid, tokens, *call, scales)
+    if not overlap:
+        nothing = torch.full_like(fields[:COMPARISON], torch.nan)
+        return torch.cat((fields, nothing if valid is None else torch.where(valid, nothing, 0.0)))
+    sums = ops.comparison(student, teacher, valid, None, *call, scales)
+    return torch.cat((fields, ops.overlap(sums, valid, student.shape[-1]).to(fields.dtype)))
+
+
+def _fields(call: tuple[float, float, str, bool], *tensors: Any) -> tuple[Tensor, ...]:
+    student, teacher, valid, tokens, scales = tensors
+    return all_fields(student, teacher, valid, tokens, scales, call[:3], call[3]).unbind(0)
 
 
 def _no_gradient(*_: object) -> Any:
@@ -145,8 +171,11 @@ def token_stats(
     backend: str | None = None,
     student_columns: Tensor | None = None,
     teacher_columns: Tensor | None = None,
+    overlap: bool = True,
 ) -> TokenStats:
     """Both KLs, both entropies, the labels' log-probabilities and equal top-1, in one read of both tensors.
+
+    js, tv and the acceptance take two more: `overlap=False` leaves them out.
 
     With p = softmax(teacher/T_t), q = softmax(student/T_s). No gradient: logits that require one are fine,
     the result is detached. The KLs keep the accuracy of :func:`kl_gpu.kl_div`; entropies are good to about
@@ -169,6 +198,7 @@ def token_stats(
         backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
         student_columns, teacher_columns: as in :func:`kl_gpu.divergence`; `labels` are columns of the
             comparison.
+        overlap: whether to find js, tv and acceptance.
 
     Returns:
         TokenStats, float32 (float64 where both inputs are).
@@ -178,7 +208,7 @@ def token_stats(
         ValueError: a shape, range, name or combination is wrong; the message names the argument.
     """
     validation.of_one_rank("token_stats", student_logits, teacher_logits)
-    validation.booleans(shift=shift)
+    validation.booleans(shift=shift, overlap=overlap)
     validation.temperatures(temperature, teacher_temperature)
     options = Options(
         temperature=temperature, teacher_temperature=teacher_temperature, mask=mask, labels=labels,
@@ -196,7 +226,7 @@ def token_stats(
     def fields_of(valid: Tensor | None, tokens: Tensor | None) -> tuple[Tensor, ...]:
         *scales, of_rows = options.scales(student_logits, valid)
         tensors = student, teacher, valid, tokens, of_rows
-        found: tuple[Tensor, ...] = transforms.apply(_STEP, (*scales, chosen), *tensors)
+        found: tuple[Tensor, ...] = transforms.apply(_STEP, (*scales, chosen, overlap), *tensors)
         return found
 
     return run_token_stats(fields_of, options, columns, student.dtype, teacher.dtype)
@@ -215,7 +245,7 @@ def run_token_stats(
     """`token_stats` of arguments that are checked, whatever computes the fields.
 
     Args:
-        fields_of: finds the seven fields `[N]` for the rows that count and their labels.
+        fields_of: finds the ten fields, all but `counts`, `[N]` for the rows that count and their labels.
         columns: of the whole vocabulary.
         student_dtype, teacher_dtype: of each side's logits.
     """
@@ -230,4 +260,4 @@ def run_token_stats(
     if student_dtype != teacher_dtype and compute_dtype(student_dtype, teacher_dtype) == torch.float64:
         fields = tuple(x.float() for x in fields)
     counted = torch.ones_like(fields[0]) if valid is None else valid.to(fields[0].dtype)
-    return TokenStats._make((*fields, counted))
+    return TokenStats._make((*fields[:7], counted, *fields[7:]))

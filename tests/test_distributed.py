@@ -252,7 +252,7 @@ def test_linear_token_stats(world: World, backend: str, options: dict[str, objec
         ("entropy", [64 * 24], [64 * 6 * 4]),
         ("topk_div", [64 * 8 * (5 + 1)], [64 * 6 * 4]),
         # The chunks' sizes, two chunks of 32 rows.
-        ("token_stats", [16, 32 * 104, 32 * 104], []),
+        ("token_stats", [16, *[32 * 104, 32 * 24] * 2], []),
     ],
 )
 def test_entries_from_hidden_states_on_the_wire(

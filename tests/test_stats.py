@@ -403,12 +403,15 @@ def test_summary_by_hand() -> None:
     kl = row(0.3, 0.0, 0.1, 0.2, 0.9)
     log_q, log_p = row(0.5, 1.0, 0.25, 1.0, 1.0).log(), row(0.25, 1.0, 0.5, 0.5, 1.0).log()
     counts = row(1, 0, 1, 1, 0)
-    found = TokenStats(kl, 2 * kl, kl + 1, kl + 2, log_q, log_p, row(1, 0, 0, 1, 0), counts).summary()
+    overlap = kl / 2, kl / 3, 1 - kl / 3
+    agree = row(1, 0, 0, 1, 0)
+    found = TokenStats(kl, 2 * kl, kl + 1, kl + 2, log_q, log_p, agree, counts, *overlap).summary()
     assert all(type(x) is float for x in found.values())
     want = {
         "count": 3, "forward_kl_mean": 0.2, "forward_kl_mean_se": 0.1 / math.sqrt(3),
         "forward_kl_median": 0.2, "forward_kl_max": 0.3, "forward_kl_p1": 0.102, "forward_kl_p99.9": 0.2998,
         "reverse_kl_mean": 0.4, "student_entropy_mean": 1.2, "teacher_entropy_mean": 2.2,
+        "js_mean": 0.1, "js_mean_se": 0.05 / math.sqrt(3), "tv_mean": 0.2 / 3, "acceptance_mean": 1 - 0.2 / 3,
         "top1_agree": 2 / 3, "top1_agree_se": math.sqrt(2 / 9 / 2),
         "student_ppl": 2.0, "teacher_ppl": 16 ** (1 / 3), "ppl_ratio": 2 / 16 ** (1 / 3),
         "log_ppl_ratio": -math.log(2) / 3, "delta_p_mean": 0.5 / 3, "delta_p_rms": math.sqrt(0.375 / 3),
@@ -549,3 +552,50 @@ def test_columns_at_the_lowest_number(backend: str, temperatures: tuple[float, f
     for name in NAMES[2:]:
         assert torch.isfinite(getattr(found, name)).all(), name
     check(found, student, teacher, labels, backend, f"lowest {masked} T={temperatures}", **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_overlap(backend: str, dtype: torch.dtype) -> None:
+    """js, tv and α: near to each other, apart, of an α of 1e-13, of columns that one side lacks."""
+    student, teacher = pair(6, 700)
+    student[0] = teacher[0] + 1e-3 * torch.randn(700, device=DEVICE)
+    student[1, 17] += 35
+    teacher[1, 600] += 35
+    teacher[1, 17] -= 12
+    student[2, 5] = teacher[3, :300] = -INF
+    student[4] = teacher[4]
+    student[5, 3] = NAN
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    found = kl_gpu.token_stats(student, teacher, backend=backend)
+    want = reference.token_stats(to_numpy(student), to_numpy(teacher))
+    assert want["acceptance"][1] < 1e-11
+    for name in ("js", "tv", "acceptance"):
+        got, exact = to_numpy(getattr(found, name)), want[name]
+        assert np.isnan(got[5])
+        exact = np.where(exact < 1e-15, 0, exact)
+        error = np.abs(got - exact)[:5]
+        slack = 5e-7 * np.array([1, 0, 1, 1, 0]) * (name != "js")
+        assert (error <= 5e-6 * exact[:5] + slack).all(), (name, got, exact)
+    assert found.js[4] == found.tv[4] == 0
+    assert found.acceptance[4] == 1
+
+
+def test_without_overlap(backend: str) -> None:
+    student, teacher = pair(3, 70)
+    mask = torch.tensor([True, False, True], device=DEVICE)
+    full = kl_gpu.token_stats(student, teacher, mask=mask, backend=backend)
+    assert all(x[1] == 0 for x in full[:-3] if not x[0].isnan())
+    assert full.js[1] == full.tv[1] == full.acceptance[1] == 0
+    less = kl_gpu.token_stats(student, teacher, mask=mask, backend=backend, overlap=False)
+    for x, y in zip(less[:4], full[:4], strict=True):
+        assert torch.equal(x, y)
+    for x in less[8:]:
+        assert x[[0, 2]].isnan().all()
+        assert x[1] == 0
+    assert full.summary()["acceptance_mean"] == pytest.approx(full.acceptance[[0, 2]].mean().item())
+
+
+def test_the_fields_keep_their_places() -> None:
+    fields = kl_gpu.TokenStats._fields
+    assert fields[:3] == ("forward_kl", "reverse_kl", "student_entropy")
+    assert fields[6:] == ("top1_agree", "counts", "js", "tv", "acceptance")

@@ -245,6 +245,7 @@ Formula formula_named(const char* name) {
     const std::string_view wanted(name);
     std::string known = "kl";
     if (wanted == known) return Formula::kl;
+    if (wanted == "comparison") return Formula::comparison;  // of formula_sums() alone
 #define X(formula)                                   \
     if (wanted == #formula) return Formula::formula; \
     known += ", " #formula;

@@ -24,6 +24,8 @@ COMPLEMENT_STATS = 4
 # the entropies of b and of a, the log-probabilities of the row's token under b and under a (NaN where there
 # is no such token), and whether the first largest logit of both is in one column.
 TOKEN_STATS = 7
+# What `ops.pair.comparison` gives: js at 1/2, tv, and α = Σ min(a, b).
+COMPARISON = 3
 
 
 # What multiplies logits, of all rows or `[N]` of each.

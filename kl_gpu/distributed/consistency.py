@@ -27,9 +27,10 @@ ENVIRONMENT = "KL_GPU_DISTRIBUTED_CHECK"
 _FIELDS = (
     "entry", "dim", "rows", "student_dtype", "teacher_dtype", "kind", "beta", "temperature",
     "teacher_temperature", "t_squared", "mask", "labels", "ignore_index", "shift", "weight", "reduction",
-    "normalizer", "vocab_size", "backend", "vocab_start", "widths", "tail", "teacher_ids", "teacher_logprobs",
-    "teacher_tail_logprob", "token_ids", "entropy", "return_mass", "hidden_sizes", "softcap",
-    "teacher_softcap", "logit_scale", "teacher_logit_scale", "chunk_rows", "sequence_dim", "gradients",
+    "normalizer", "vocab_size", "backend", "overlap", "vocab_start", "widths", "tail", "teacher_ids",
+    "teacher_logprobs", "teacher_tail_logprob", "token_ids", "entropy", "return_mass", "hidden_sizes",
+    "softcap", "teacher_softcap", "logit_scale", "teacher_logit_scale", "chunk_rows", "sequence_dim",
+    "gradients",
     "support", "student_columns", "teacher_columns", "return_entropy", "hard_weight", "outside_logprob",
 )  # fmt: skip
 # What the message calls them.

@@ -88,9 +88,9 @@ def _leader(tops: Tensor, columns: Tensor) -> Tensor:
 
 def merged_fields(
     student: Tensor, teacher: Tensor, valid: Tensor | None, labels: Tensor | None, *, shard: shards.Shard,
-    scales: Scales, backend: str, group: Any,
+    scales: Scales, backend: str, group: Any, overlap: bool = True,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The seven fields of whole rows, in the order of `backends.interface.TOKEN_STATS`."""
+    """The ten fields of whole rows, in the order of `stats.all_fields`."""
     own, both = None if labels is None else shard.own(labels), states.sides_scales(scales[:2], scales.rows)
     inside = ops.token_stats(student, teacher, valid, own, *scales[:2], backend, scales.rows)
     local = ops.value(student, teacher, valid, "forward_kl", 0.0, *scales[:2], backend, scales.rows)[1]
@@ -101,7 +101,12 @@ def merged_fields(
     found = collectives.gather(
         torch.cat((state, torch.stack([log_q, *inside[2:4], *tokens, *leaders]))), group, "token statistics"
     )
-    (whole_p, _, forward, reverse), _ = states.merged(found[:, :4].contiguous(), backend)
+    (whole_p, ratio, forward, reverse), fit = states.merged(found[:, :4].contiguous(), backend)
+    if overlap and not fit:
+        # The kernels would look at such a row again, and see no more of it than this shard.
+        return merged_fields(
+            student, teacher, valid, labels, shard=shard, scales=scales, backend="eager", group=group
+        )
     log_q, entropy_q, entropy_p, token_q, token_p = found[:, 4:9].unbind(1)
     whole_q = log_sum(log_q)
     agree = (_leader(found[:, 9], found[:, 10]) == _leader(found[:, 11], found[:, 12])).double()
@@ -114,6 +119,16 @@ def merged_fields(
         (token_p.amax(0) - whole_p).clamp_max(0.0),
         torch.where((whole_q + whole_p).isnan(), torch.nan, agree),
     ]
+    if overlap:
+        nothing = torch.zeros_like(ratio)
+        numbers = torch.stack([nothing] * 4, -1)
+        of_rows = registry.load(backend).statistics(local, *both[::-1], "js", whole_p, ratio, numbers)
+        here = ops.comparison(student, teacher, valid, of_rows, *scales[:2], backend, scales.rows)
+        sums = collectives.gather(here, group, "the overlap's sums").sum(0)
+        sums = torch.where((whole_q + whole_p).isnan(), torch.nan, sums)
+        fields += ops.overlap(sums, valid, shard.total).unbind(0)
+    else:
+        fields += [torch.full_like(whole_q, torch.nan)] * 3
     if labels is None:
         fields[4] = fields[5] = torch.full_like(whole_q, torch.nan)
     if valid is not None:
@@ -137,10 +152,12 @@ def vocab_parallel_token_stats(
     shift: bool = False,
     vocab_size: int | None = None,
     backend: str | None = None,
+    overlap: bool = True,
 ) -> TokenStats:
     """`kl_gpu.token_stats` of logits whose columns are shared among the ranks of a group.
 
-    Three reads of both shards, and one collective of 104 bytes a row and rank. Entropies follow the chain
+    Four reads of both shards, and collectives of 104 and of 24 bytes a row and rank; without `overlap` three
+    reads and the first collective. Entropies follow the chain
     rule H = Σ P_r H_r + H(P), a label's log-probability comes from the rank that holds it, and of equal
     largest logits the first column of the whole vocabulary counts. The same bits on every rank.
 
@@ -149,7 +166,7 @@ def vocab_parallel_token_stats(
             `vocab_start` or `vocab_size` is not given, finding out costs a collective of 8 bytes and waits
             for the device.
         labels: int `[N]`, columns of the whole vocabulary, the same on every rank.
-        temperature, teacher_temperature, mask, ignore_index, shift, vocab_size, backend: as in
+        temperature, teacher_temperature, mask, ignore_index, shift, vocab_size, backend, overlap: as in
             :func:`kl_gpu.token_stats`; `vocab_size` counts the whole vocabulary.
 
     Returns:
@@ -165,9 +182,9 @@ def vocab_parallel_token_stats(
     group = consistency.agree(
         "vocab_parallel_token_stats", group, check, tuple(sides.values()), vocab_start, labels=labels,
         temperature=temperature, teacher_temperature=teacher_temperature, mask=mask,
-        ignore_index=ignore_index, shift=shift, vocab_size=vocab_size, backend=backend,
+        ignore_index=ignore_index, shift=shift, vocab_size=vocab_size, backend=backend, overlap=overlap,
     )  # fmt: skip
-    validation.booleans(shift=shift)
+    validation.booleans(shift=shift, overlap=overlap)
     validation.temperatures(temperature, teacher_temperature)
     validation.beside_each_other(sides, columns=0)
     validation.shifted("shards [batch, time, V]", student_shard, shift)
@@ -184,8 +201,9 @@ def vocab_parallel_token_stats(
     def fields_of(valid: Tensor | None, tokens: Tensor | None) -> tuple[Tensor, ...]:
         scales = options.scales(student_shard, valid)
         return merged_fields(
-            student, teacher, valid, tokens, shard=shard, scales=scales, backend=chosen, group=group
-        )
+            student, teacher, valid, tokens, shard=shard, scales=scales, backend=chosen, group=group,
+            overlap=overlap,
+        )  # fmt: skip
 
     return run_token_stats(fields_of, options, shard.total, student.dtype, teacher.dtype)
 

@@ -11,13 +11,13 @@ from .. import transforms
 from ..arguments import validation
 from ..arguments.options import Options
 from ..arguments.params import LinearParams
-from ..backends.interface import TOKEN_STATS
-from ..ops import pair as ops
+from ..backends.interface import COMPARISON, TOKEN_STATS
 from ..ops.register import operator
-from ..stats import TokenStats, run_token_stats
+from ..stats import TokenStats, all_fields, run_token_stats
 from .op import HEADS, PARAMS, over_chunks, value_dtype
 from .rows import flat_scales, two_heads, without_last_time
 
+_FIELDS = TOKEN_STATS + COMPARISON
 _NO_GRADIENTS = [False, False, False]
 
 
@@ -25,33 +25,33 @@ def sweep_rows(
     params: LinearParams, student: Tensor, teacher: Tensor, keep: Tensor | None, scales: Tensor | None,
     labels: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """`heads.SweepRows` of rows that are all here: statistics `[n, TOKEN_STATS]`."""
-    _, _, *scales_and_backend = params.divergence
-    return ops.token_stats(student, teacher, keep, labels, *scales_and_backend, scales).t()
+    """`heads.SweepRows` of rows that are all here: statistics `[n, _FIELDS]`."""
+    scales_and_backend = params.divergence[2:5]
+    return all_fields(student, teacher, keep, labels, scales, scales_and_backend, True).t()
 
 
 def _fake(*arguments: Any) -> Tensor:
     dtype = value_dtype(LinearParams.from_arguments(*arguments[8:])[0])
-    return arguments[0].new_empty((len(arguments[0]), TOKEN_STATS), dtype=dtype)
+    return arguments[0].new_empty((len(arguments[0]), _FIELDS), dtype=dtype)
 
 
 @operator(f"linear_token_stats({HEADS}, Tensor? labels, {PARAMS}) -> Tensor", _fake)
 def fields_of_heads(*arguments: Any) -> Tensor:
-    """`[N, TOKEN_STATS]`, in the order of `backends.interface`."""
+    """`[N, _FIELDS]`, in the order of `backends.interface`."""
     return fields_over_chunks(*arguments)
 
 
 def fields_over_chunks(*arguments: Any, **how: Any) -> Tensor:
     """The operator, whatever sweeps the rows, as `op.over_chunks` has it."""
     how = {"sweep_rows": sweep_rows} | how
-    return over_chunks(*arguments[:8], _NO_GRADIENTS, *arguments[8:], fields=(TOKEN_STATS,), **how)[0]
+    return over_chunks(*arguments[:8], _NO_GRADIENTS, *arguments[8:], fields=(_FIELDS,), **how)[0]
 
 
 def _no_gradient(*_: object) -> Any:
     raise RuntimeError("kl_gpu.linear_token_stats has no gradient")
 
 
-# What computes the fields `[N, TOKEN_STATS]`, and its parameters. Weights have no rows.
+# What computes the fields `[N, _FIELDS]`, and its parameters. Weights have no rows.
 Fields = Callable[..., Tensor]
 _STEP = transforms.Step(
     lambda call, *tensors: (call[0](*tensors[:-1], *call[1].as_arguments(), tensors[-1]),),

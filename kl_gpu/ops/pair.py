@@ -6,6 +6,7 @@ count and numbers; masks by label, weights and reductions stay with the public f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..arguments.params import DivergenceParams
 from ..arguments.reduction import compute_dtype
 from ..backends import registry
-from ..backends.interface import STATS, TOKEN_STATS, RowPair
+from ..backends.interface import COMPARISON, STATS, TOKEN_STATS, RowPair
 from ..kinds import KINDS
 from .register import no_output, operator
 from .views import blocks, each_whole, flat_rows, whole
@@ -34,21 +35,25 @@ _operator = partial(operator, of_rows=True)
 def _ask(
     member: str, student: Tensor, teacher: Tensor, valid: Tensor | None, params: DivergenceParams,
     scales: Tensor | None, per_row: Sequence[Tensor] = (), strided: Sequence[Tensor | None] = (),
-    last: tuple[Any, ...] = (),
+    last: tuple[Any, ...] = (), formula: str | None = None,
 ) -> list[Any]:  # fmt: skip
     """What the backend's `member(row_pair, *per_row, *strided, *last)` answers for each block of rows.
 
-    A block has its own rows of what is given `per_row`, flat, and of the `strided` tensors as views.
+    A block has its own rows of what is given `per_row`, flat, and of the `strided` tensors as views. A
+    `formula` takes the place of the kind's.
     """
     backend, lead = registry.load(params.backend), student.shape[:-1]
     run, flat = getattr(backend, member), [flat_rows(x, lead) for x in (scales, *per_row)]
     valid = None if valid is None else valid.contiguous()
     if backend.viewless and 1 <= len(lead) <= 2:
         scales, *flat = flat
-        return [run(RowPair.of(student, teacher, valid, *params, scales=scales), *flat, *strided, *last)]
+        pair = RowPair.of(student, teacher, valid, *params, scales=scales)
+        return [run(pair if formula is None else pair._replace(formula=formula), *flat, *strided, *last)]
     found = []
     for (s, t, keep, *others), (own, *rows) in blocks(lead, [student, teacher, valid, *strided], flat):
-        found.append(run(RowPair.of(s, t, keep, *params, scales=own), *rows, *others, *last))
+        pair = RowPair.of(s, t, keep, *params, scales=own)
+        pair = pair if formula is None else pair._replace(formula=formula)
+        found.append(run(pair, *rows, *others, *last))
     return found
 
 
@@ -147,3 +152,35 @@ def token_stats(
     of = _params(("forward_kl", 0.0, *scales_and_backend))
     found = _ask("token_stats", student, teacher, rows, *of, strided=(tokens,))
     return whole(found, student.shape[:-1], dim=1)
+
+
+def _comparison_output(student: Tensor, *_: object) -> Tensor:
+    return student.new_empty((COMPARISON, *student.shape[:-1]), dtype=torch.float64)
+
+
+@_operator(f"comparison({_INPUTS}, Tensor? stats, {_SCALES}, {_ROW_SCALES}) -> Tensor", _comparison_output)
+def comparison(
+    student: Tensor, teacher: Tensor, rows: Tensor | None, stats: Tensor | None, *scales_and_backend: Any
+) -> Tensor:
+    """The sums of js at 1/2, of tv and of min(p, q) over these columns, float64 `[COMPARISON, N]`.
+
+    `stats` are those of the rows that these columns belong to, or None where they are all there is.
+    """
+    of, scales = _params(("forward_kl", 0.0, *scales_and_backend))
+    kl = None
+    if stats is None:
+        kl, stats = value(student, teacher, rows, *of, scales)
+    found = _ask("formula_sums", student, teacher, rows, of, scales, (stats,), formula="comparison")
+    sums = whole(found, student.shape[:-1]).movedim(-1, 0)
+    return sums.contiguous() if kl is None else torch.where(kl.isnan(), torch.nan, sums)
+
+
+def overlap(sums: Tensor, rows: Tensor | None, columns: int) -> Tensor:
+    """js, tv and α of whole rows from the sums of `comparison`, 0 in rows that do not count."""
+    js, tv, alpha = sums.unbind(0)
+    if columns == 1:
+        js, tv = js * 0, tv * 0
+    # α by whichever is the better: of 1 − tv nothing is left where it is small.
+    alpha = torch.where(tv <= 0.5, 1 - tv, alpha)
+    found = torch.stack((js.clamp(0, math.log(2)), tv.clamp_max(1.0), alpha))
+    return found if rows is None else torch.where(rows, found, 0.0)

@@ -141,7 +141,7 @@ def _comparison(a, b, r, beta, rest):
         # Relative error 1.2e-7 at t = ½.
         coefficients: tl.constexpr = (1 / 240, 1 / 182, 1 / 132, 1 / 90, 1 / 56, 1 / 30, 1 / 12, 0.5)
         near = y * square * polynomial(square, coefficients)
-        far = mul_sub(y, _LN2 - tl.log(y), x * v)
+        far = mul_sub(y, (tl.log(y) - _LN2) * -1.0, x * v)
         js = 0.5 * larger * tl.where(square < 0.25, near, far)
     return js, 0.5 * larger * away, tl.where(r > 0, a, b)
 
