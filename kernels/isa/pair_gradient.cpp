@@ -8,21 +8,22 @@ namespace kl::KL_ISA {
 namespace {
 
 // Whether the scalars say too little of the row for its gradient: past 2^20 two fp32 do not hold an
-// lse to the precision that its subtraction needs.
-bool is_out_of_range(const RowScalars& s) {
+// lse to the precision that its subtraction needs, nor one a divergence that the gradient of a subtracts.
+bool is_out_of_range(const RowScalars& s, bool uses_divergence) {
     constexpr double limit = 0x1p20;
     return !(std::fabs(s.lse_a) < limit) || !(std::fabs(s.lse_b) < limit) ||
-           (s.divergence > limit && s.divergence < __builtin_inf());
+           (uses_divergence && s.divergence > limit && s.divergence < __builtin_inf());
 }
 
 // Whether a formula's sweeps need fp64 although the formats do not ask for it.
 bool need_fp64(const RowScalars& s) {
     if (s.formula == Formula::kl) return false;
-    // top_r is +inf where the value's sweep did not trust its fp32, and past 2^20 r counts where b is.
-    // A beta this close to an end has terms of second order that underflow.
-    const bool has_mixture =
-        s.formula == Formula::jeffreys || s.formula == Formula::js || s.formula == Formula::skew;
-    return !(s.top_r < 0x1p20) || (has_mixture && !(s.beta > 0x1p-20 && s.beta < 1 - 0x1p-20));
+    // Past 2^20 r counts where its factor, a or b, is next to nothing; in a mixture or tv it has no factor. A
+    // beta this close to an end has terms of second order that underflow.
+    const bool is_mixture = s.formula == Formula::js || s.formula == Formula::skew,
+               is_bounded = is_mixture || s.formula == Formula::tv;
+    return (!is_bounded && !(s.top_r < 0x1p20)) ||
+           ((is_mixture || s.formula == Formula::jeffreys) && !(s.beta > 0x1p-20 && s.beta < 1 - 0x1p-20));
 }
 
 // The scalars of an out-of-range row as fp64 computes them: the stats, in fp32, could not hold them.
@@ -49,7 +50,7 @@ FormulaSums formula_sums(const Row& row, const RowScalars& scalars, std::int64_t
                          });
         return total;
     };
-    const bool again = is_out_of_range(scalars);
+    const bool again = is_out_of_range(scalars, false);
     if (again || !row.fits_fp32() || need_fp64(scalars))
         return copies.template operator()<double>(again ? evaluated_again(row, scalars) : scalars);
     if (row.dtype_a != row.dtype_b) return copies.template operator()<float>(scalars);
@@ -107,7 +108,7 @@ void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Desti
     finish_side(to_b, scalars.coefficient_b, !is_kl && !std::isfinite(scalars.mean_b));
     if (to_a.data == nullptr && to_b.data == nullptr) return;
 
-    const bool again = is_out_of_range(scalars);
+    const bool again = is_out_of_range(scalars, is_kl && to_a.data != nullptr);
     if (again || !row.fits_fp32() || need_fp64(scalars))
         return gradient_through_copies<double>(row, again ? evaluated_again(row, scalars) : scalars, to_a,
                                                to_b, first, last);

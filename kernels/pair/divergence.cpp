@@ -48,22 +48,11 @@ RowScalars read(const RowPair& p, std::int64_t r, const R* stats, R row_scale) {
     return s;
 }
 
-// From here on the difference of two fp32 normalisers and a mean, each good to a few 1e-7, is precise.
-constexpr double kApart = 0.5;
-
 RowResult finalise_row(const Layout& layout, const Row& row, const State& state) {
-    RowResult result = finish(state);
-    if (!result.trusted || result.sums_b_too || (state.flags & kSawGeneral)) ++slow_rows;
-    if (!result.trusted) return layout.k.fallback(row);
-    if (result.sums_b_too) {
-        const SideResult b = layout.k.side(row.b, row.dtype_b, row.columns, row.scale_b());
-        result.shift = b.m + b.log_z - result.lse_a;
-        if (result.row_class == RowClass::infinite) return result;
-        result.divergence = (result.shift - result.mean_d) / Row::kLog2e;
-        // A difference of two fp32 normalisers says nothing of a small divergence.
-        if (!(result.divergence > kApart)) return layout.k.fallback(row);
-    }
-    return result;
+    const RowResult result = finish(state);
+    if (result.trusted) return result;
+    ++slow_rows;
+    return layout.k.fallback(row);
 }
 
 RowResult one_column(const Layout& layout, const Row& row) {

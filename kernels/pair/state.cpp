@@ -62,12 +62,9 @@ State rebase(const State& s, Reference to) {
     out.reference = to;
     const double step = static_cast<double>(to.c) - static_cast<double>(s.reference.c), h = step * kLn2;
     const double rise = static_cast<double>(s.reference.m) - static_cast<double>(to.m);
-    if (s.has_mass() && !(s.flags & kSawB)) {
-        // Without a finite b every 2^x is 0, whatever c is. The general formula would subtract z g(-h) from
-        // -z, and where h is -28 the one is 1e12 times the other: nothing of the difference would be left.
-        out.a1 = 0;
-        out.a2 = -s.z / kLn2;
-    } else if (h != 0) {
+    out.lone_x += step * s.lone_z;
+    out.lone_top_x -= step;
+    if (h != 0) {
         out.a1 = s.a1 - step * s.z;
         const Rebase rebased_by(h);
         const double of_a2 = rebased_by.power * s.a2, of_a1 = rebased_by.less_one * s.a1,
@@ -85,7 +82,7 @@ State rebase(const State& s, Reference to) {
     };
     if (weight == 0 && weight_of_b() == 0 && std::isfinite(s.a2)) {
         // Columns masked with a number such as -1e9 weigh nothing beside the new reference.
-        out.z = out.a1 = out.a2 = out.fp32_sum_z = out.fp32_sum = 0;
+        out.z = out.a1 = out.a2 = out.fp32_sum_z = out.fp32_sum = out.lone_z = out.lone_x = 0;
         return out;
     }
     out.z *= weight;
@@ -93,6 +90,8 @@ State rebase(const State& s, Reference to) {
     out.a2 *= weight;
     out.fp32_sum_z *= weight;
     out.fp32_sum *= weight;
+    out.lone_z *= weight;
+    out.lone_x *= weight;
     return out;
 }
 
@@ -114,9 +113,6 @@ State merge(const State& s, const State& t) {
         const double zs = mass(s), zt = mass(t), cs = static_cast<double>(s.reference.c),
                      ct = static_cast<double>(t.reference.c);
         to.c = static_cast<float>(cs + (ct - cs) * (zt / (zs + zt)));
-        // Without a finite b a state's c is not a mean of its d, and the other's c is taken.
-        if (!(t.flags & kSawB)) to.c = s.reference.c;
-        if (!(s.flags & kSawB)) to.c = t.reference.c;
     } else if (t.has_mass()) {
         to = t.reference;
     }
@@ -175,35 +171,36 @@ RowResult finish(const State& s) {
         return out;
     }
     const double mean_x = kLn2 * s.a1 / s.z, mean_g = kLn2 * s.a2 / s.z, y = mean_x + mean_g;
+    const double z = s.z + s.lone_z, share = s.z / z, log_share = -std::log1p(s.lone_z / s.z),
+                 above_c = (std::log1p(y) + log_share) / kLn2;
     RowResult out;
-    out.lse_a = static_cast<double>(s.reference.m) + std::log2(s.z);
-    out.shift = static_cast<double>(s.reference.c) + std::log1p(y) / kLn2;
+    out.lse_a = static_cast<double>(s.reference.m) + std::log2(z);
+    out.shift = static_cast<double>(s.reference.c) + above_c;
     out.divergence = divergence_from(mean_x, mean_g);
-    out.mean_d = static_cast<double>(s.reference.c) + s.a1 / s.z;
-    out.top_r = s.top_d - out.shift;
+    if (s.lone_z > 0 || s.lone_x > 0)  // a weight may be too small for fp32 where its product with x is not
+        out.divergence = share * (out.divergence + log_share) + kLn2 * (s.lone_x + s.lone_z * above_c) / z;
+    // The largest a formula of fp32 may not multiply by, whichever side it is on.
+    out.top_r = s.flags & kSawFarB ? std::numeric_limits<double>::infinity() : s.top_d - out.shift;
     if (s.flags & kSawMasked) out.row_class = RowClass::masked;
     if (s.flags & (kSawNegInf | kSawOutOfRange)) out.row_class = RowClass::neg_inf;
-    // Past 2^20 an fp32 holds too little of m and c to subtract them.
-    out.trusted = !(s.flags & (kSawHugeA | kSawFarB)) && std::isfinite(s.z) && std::isfinite(s.a1) &&
-                  std::isfinite(s.a2) && std::fabs(s.reference.m) < 0x1p20f &&
-                  std::fabs(s.reference.c) < 0x1p20f;
-    // What lse(b) rests on matters where the value is infinite, too: the gradient is q - p there.
-    out.sums_b_too = (s.flags & kSawTail) && y >= 0.5;
+    // Past 2^20 an fp32 holds too little of m and c to subtract them; and what b has in the columns that were
+    // said to lack it must be nothing.
+    out.trusted = !(s.flags & kSawHugeA) && std::isfinite(s.z) && std::isfinite(s.a1) &&
+                  std::isfinite(s.a2) && std::isfinite(s.lone_x) && std::fabs(s.reference.m) < 0x1p20f &&
+                  std::fabs(s.reference.c) < 0x1p20f &&
+                  s.lone_z * std::exp2(s.lone_top_x) <= 0x1p-30 * s.z * (1 + y);
     const SumErrors errors(s, mean_x, mean_g, y);
-    out.trusted = out.trusted && errors.of_shift <= kWorstError;
+    out.trusted = out.trusted && errors.of_shift <= kWorstError && y > -1;
     if (s.flags & kSawInfinite) {
-        // Columns that b excludes pull y towards -1, where 1 + y is what is left of a subtraction.
         out.divergence = std::numeric_limits<double>::infinity();
         out.row_class = RowClass::infinite;
-        out.trusted = out.trusted && y > -0.5;
         return out;
     }
-    if (!(y > -1) || !(errors.of_divergence <= kWorstError * out.divergence)) out.trusted = false;
-    if ((s.flags & kSawFarTail) && y < 0.5) out.trusted = false;
+    if (!(share * errors.of_divergence <= kWorstError * out.divergence)) out.trusted = false;
     // d is off by up to 2^-24 |c|: nothing as long as the typical x is not far below c.
     const double c = static_cast<double>(s.reference.c) * kLn2;
-    const double share = s.flags & kSawRounding ? 1 : rounded_share(s);
-    if (2 * out.divergence * 1024 < c * c * share) out.trusted = false;
+    const double rounded = s.flags & kSawRounding ? 1 : rounded_share(s);
+    if (2 * out.divergence * 1024 < c * c * rounded) out.trusted = false;
     return out;
 }
 

@@ -5,6 +5,13 @@
 //     z = sum w,   a1 = sum w x,   a2 = sum w g(x) / ln 2,   w = 2^(a - m),   x = d - c,
 // where g(x) = 2^x - 1 - x ln 2 >= 0. Then y = E[2^x - 1] = ln 2 (a1 + a2) / z and
 //     KL(a||b) = E[g] + log1p(y) - y,   lse(b) - lse(a) = c + log2(1 + y).
+//
+// Columns that b (nearly) lacks would hide all others in these sums: of them, d = -inf or far below c, only
+//     lone_z = sum w,   lone_x = -sum w x  (of the finite x)
+// are kept, and z, a1 and a2 are about the others, whose share of a's mass is s = z / (z + lone_z). Then
+//     KL(a||b) = s (KL of the others + ln s) + ln 2 (lone_x + lone_z (shift - c)) / (z + lone_z),
+// shift = lse(b) - lse(a), or +inf where b lacks such a column. Columns that a lacks are sums of the usual
+// kind, in their limit.
 #pragma once
 
 #include <cmath>
@@ -22,14 +29,10 @@ enum Flag : unsigned {
     kSawInfinite = 4,     // -inf in b where a is finite
     kSawB = 8,            // some finite b
     kSawRounding = 16,    // d was rounded to fp32 before c was taken off, in any column
-    kSawOutOfRange = 32,  // finite, but so large that fp32 products overflow
-    kSawLargeX = 64,      // 2^x might outweigh a weight that underflows
-    kSawTail = 128,       // 2^x with an x past 16, whose rounding shows in lse(b) if nothing outweighs it
-    kSawFarTail = 256,    // past 32: it shows in the value too
-    kSawFarB = 512,       // a b so low that it may count even where a's weight underflows
-    kSawHugeA = 1024,     // an a so large that fp32 cannot subtract m from it
-    kSawMasked = 2048,    // -inf on both sides
-    kSawGeneral = 4096,   // what takes the loop for whatever there is
+    kSawOutOfRange = 32,  // one side finite, but so large that fp32 products overflow
+    kSawFarB = 64,        // a finite b so low that no fp32 formula may multiply by its distance
+    kSawHugeA = 128,      // an a so large that fp32 cannot subtract m from it
+    kSawMasked = 256,     // -inf on both sides
 };
 
 // Held in fp32 like the sweeps hold it: a state must know the very reference that its sums were taken from.
@@ -38,6 +41,9 @@ struct Reference {
 
     bool operator==(const Reference&) const = default;
 };
+
+// The x at which a column counts as one that b lacks.
+constexpr double kLoneX = -64;
 
 struct State {
     Reference reference;
@@ -48,9 +54,11 @@ struct State {
     // Columns of 16-bit logits whose d may have been rounded: one of both is nearly 0 there.
     double rounded = 0;
     unsigned flags = 0;
+    double lone_z = 0, lone_x = 0;
+    double lone_top_x = kLoneX;  // no x of those columns is larger
 
     bool has_mass() const { return z > 0; }
-    bool is_empty() const { return z == 0 && a2 == 0; }
+    bool is_empty() const { return z == 0 && a2 == 0 && lone_z == 0; }
 
     // Another span, measured from the same reference. Always inlined: units of every instruction set call it.
     [[gnu::always_inline]] void add(const State& s) {
@@ -62,6 +70,9 @@ struct State {
         rounded += s.rounded;
         top_d = s.top_d > top_d ? s.top_d : top_d;
         flags |= s.flags;
+        lone_z += s.lone_z;
+        lone_x += s.lone_x;
+        lone_top_x = s.lone_top_x > lone_top_x ? s.lone_top_x : lone_top_x;
     }
 };
 
@@ -107,8 +118,6 @@ struct RowResult {
     double lse_b = 0;       // from the fallback only: where both are too large for their sum to keep it
     RowClass row_class = RowClass::all_finite;
     bool trusted = true;  // false: cancellation may have lost the result, and the fallback computes it again
-    bool sums_b_too = false;  // true: a few large 2^x make up lse(b), which has to be summed by itself
-    double mean_d = 0;        // E_a[d]
     double top_r = std::numeric_limits<double>::infinity();  // no log2 q - log2 p is larger
 };
 

@@ -6,8 +6,8 @@
 // from E_a[d] almost all of a2 would cancel in the end. So a tile that moves the mean far
 // is swept again, from its own mean. That happens about ln(#tiles) times in a row.
 //
-// A tile takes the first loop that can do it: for finite columns; for columns of which some are -inf on both
-// sides or in a; for whatever there is.
+// A tile takes the loop for near columns, or the one that leaves far ones to sweep_far(): those missing on a
+// side, and those whose d lies too far from c for a sum from there. How those enter a state: pair/state.h.
 #pragma once
 
 #include <cmath>
@@ -18,21 +18,25 @@
 
 namespace kl::KL_ISA {
 
-// The largest g2(x) says how far x went in either direction. Past this one 2^x may outweigh a weight that has
-// already underflowed to 0, and so may -x, where b is -1e30.
-constexpr double kLargeG = 0x1p48;
-// g2(16) and g2(32), where the rounding of 2^x begins to show in lse(b) and in the value.
-constexpr double kTailG = 0x1p16 * kLog2e, kFarTailG = 0x1p32 * kLog2e;
-// The same for the sweep of spans with -inf, on x itself.
-constexpr float kTailX = 16, kLargeX = 48, kFarB = -0x1p32f;
-constexpr float kHugeA = 0x1p20f;
+// Past this |x| a column is far: there b's weight beside a's, or a's beside b's, is nothing.
+constexpr float kFarX = static_cast<float>(-kLoneX);
+// Past this x the rounding of 2^x shows in lse(b) where a column holds more of b's mass than this part of it;
+// less is one of very many.
+constexpr float kNearX = 16;
+constexpr double kLittle = 0x1p-8;
+// g2(kNearX), which g2 reaches at an x of -2^16 as well; and g2(-kFarX).
+constexpr double kTailG = 0x1p16 * kLog2e, kLowG = -kLoneX;
+// For the sweep of token statistics.
+constexpr double kFarTailG = 0x1p32 * kLog2e;
+constexpr float kHugeA = 0x1p20f, kFarB = -0x1p20f;
 constexpr double kLargeSum = 0x1p100;
 
 constexpr float kOutOfRange = 0x1p100f;  // beyond it products with log2(e) / temperature may overflow
 
 struct Sums {
     double z, a1, a2, largest_g;
-    bool lone_b;  // b is not -inf in some column where a is
+    std::uint64_t far_steps;  // a bit for each step that holds columns for sweep_far(), but for the copy
+    bool masked;              // -inf on both sides in a column outside the copy
 };
 
 struct VectorSums {
@@ -46,21 +50,37 @@ struct VectorSums {
     }
 };
 
-// A column before the polynomials: log2 of its weight, its distance x from the reference's c, and both after
-// the range reduction. Exact keeps the rounding error of b - a too.
+// A column's place: log2 of its weight, and its distance x from the reference's c. Exact keeps the rounding
+// error of b - a too.
+struct Place {
+    VF log_w, x;
+};
+template <bool Exact>
+KL_INLINE Place place(VF a, VF b, VF k, VF m, VF c) {
+    const VF d = b - a;
+    VF x = fma(d, k, -c);
+    if constexpr (Exact) x = fma(difference_error(b, a, d), k, x);
+    return {fma(a, k, -m), g2_domain(x)};
+}
+
+KL_INLINE VI is_far(const Place& s, float little) {
+    return ~(abs(s.x) <= splat<VF>(kFarX)) |
+           ((s.x > splat<VF>(kNearX)) & (s.log_w + s.x > splat<VF>(little)));
+}
+// False only where no column of both vectors is.
+KL_INLINE bool may_be_far(const Place& s, const Place& t, float little) {
+    const VF most = splat<VF>(kFarX), b = max(s.log_w + s.x, t.log_w + t.x);
+    return any<VF>(~(abs(s.x) <= most) | ~(abs(t.x) <= most) |
+                   ((max(s.x, t.x) > splat<VF>(kNearX)) & (b > splat<VF>(little))));
+}
+
+// Both after the range reduction: a column before the polynomials.
 struct PreparedColumn {
     VF log_w, x;
     Reduced<VF> w, two_x;
 };
-
-template <bool Exact>
-KL_INLINE PreparedColumn prepare(VF a, VF b, VF k, VF m, VF c) {
-    const VF d = b - a;
-    VF x = fma(d, k, -c);
-    if constexpr (Exact) x = fma(difference_error(b, a, d), k, x);
-    x = g2_domain(x);
-    const VF log_w = fma(a, k, -m);
-    return {log_w, x, reduce(clamp_exponent(log_w)), reduce(clamp_exponent(x))};
+KL_INLINE PreparedColumn prepare(const Place& s) {
+    return {s.log_w, s.x, reduce(clamp_exponent(s.log_w)), reduce(clamp_exponent(s.x))};
 }
 
 // Both vectors of a step go into one set of sums: two sets would not fit the registers.
@@ -107,34 +127,44 @@ struct ColumnMask {
     bool found_b() const { return largest(lone_b) > -__builtin_inff(); }
 };
 
-// The fast path. A NaN or an infinity anywhere makes a sum that is not finite, which is_usable() finds; but
-// not what Masked takes out.
-template <bool Exact, bool Masked, class T>
-inline Sums sweep(const ColumnSpan<T>& in, float scale, Reference reference) {
+// The fast path. A NaN or an infinity anywhere makes a sum that is not finite, which is_usable() finds; where
+// SkipFar they are far columns, and weigh nothing here.
+template <bool Exact, bool SkipFar, class T>
+inline Sums sweep(const ColumnSpan<T>& in, float scale, Reference reference, [[maybe_unused]] float little) {
     const VF k = splat<VF>(scale), m = splat<VF>(reference.m), c = splat<VF>(reference.c);
     VectorSums s, total;
-    ColumnMask mask{Weightless(reference, scale)};
-    const auto prepare_step = [&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
-        auto a = load_pair(at_a), b = load_pair(at_b);
-        if constexpr (Masked) {
-            mask.take_out(a.x, b.x);
-            mask.take_out(a.y, b.y);
+    std::uint64_t far_steps = 0;
+    bool masked = false;
+    const auto prepare_step = [&](const T* at_a, const T* at_b, std::uint64_t step) KL_INLINE_LAMBDA {
+        const auto a = load_pair(at_a), b = load_pair(at_b);
+        Place s = place<Exact>(a.x, b.x, k, m, c), t = place<Exact>(a.y, b.y, k, m, c);
+        if constexpr (SkipFar) {
+            if (may_be_far(s, t, little)) [[unlikely]] {
+                const VI far_s = is_far(s, little), far_t = is_far(t, little);
+                const VF nothing = splat<VF>(-1000), zero{}, minus_inf = splat<VF>(-__builtin_inff());
+                const VI no_s = (a.x == minus_inf) & (b.x == minus_inf),
+                         no_t = (a.y == minus_inf) & (b.y == minus_inf);
+                if (any<VF>((far_s & ~no_s) | (far_t & ~no_t))) far_steps |= step;
+                if (any<VF>(no_s | no_t)) masked = masked || step != 0;
+                s = {far_s ? nothing : s.log_w, far_s ? zero : s.x};
+                t = {far_t ? nothing : t.log_w, far_t ? zero : t.x};
+            }
         }
-        return Pair<PreparedColumn>{prepare<Exact>(a.x, b.x, k, m, c), prepare<Exact>(a.y, b.y, k, m, c)};
+        return Pair<PreparedColumn>{prepare(s), prepare(t)};
     };
     pipelined(
         in.columns, kStep<T>,
         [&](std::int64_t i) KL_INLINE_LAMBDA {
             prefetch_step(in.a + i);
             prefetch_step(in.b + i);
-            return prepare_step(in.a + i, in.b + i);
+            return prepare_step(in.a + i, in.b + i, std::uint64_t{1} << (i / kStep<T>));
         },
         [&](std::int64_t, const Pair<PreparedColumn>& step) KL_INLINE_LAMBDA { accumulate(step, s); }, kRun,
         [&]() KL_INLINE_LAMBDA { total.take(s); });
-    if (in.rest > 0) accumulate(prepare_step(in.last_a, in.last_b), s);
+    if (in.rest > 0) accumulate(prepare_step(in.last_a, in.last_b, 0), s);
     total.take(s);
     return {sum(total.z), sum(total.a1), sum(total.a2), static_cast<double>(largest(s.largest_g)),
-            Masked && mask.found_b()};
+            far_steps,    masked};
 }
 
 // Columns whose b - a may not be exact in fp32: the difference of two 16-bit logits of bf16 is, or of fp16,
@@ -153,14 +183,29 @@ inline std::int64_t rounded_columns(const ColumnSpan<T>& in) {
     return total;
 }
 
-// log2 u of a column, u = 2^(b - m - c), held to what exp2 takes: fma(-3e38, k, ...) is -inf, whose range
-// reduction is NaN, and masks of -3e38 are common.
+// u = 2^(b - m - c) of a column, to 2.5 ulp however large, and its logarithm. m + c comes in two parts, of
+// which the high one is so coarse that an integer can be added to it.
 struct WeightOfB {
-    VF k, hi, lo;
+    VF k, hi, lo, lowest;
 
-    WeightOfB(Reference r, VF k_)
-        : k(k_), hi(splat<VF>(r.m + r.c)), lo(splat<VF>(-difference_error(-r.m, r.c, -(r.m + r.c)))) {}
-    KL_INLINE VF log2_of(VF b) const { return max(fma(b, k, -hi) - lo, splat<VF>(-1000)); }
+    WeightOfB(Reference r, VF k_) : k(k_) {
+        const double sum = static_cast<double>(r.m) + static_cast<double>(r.c);
+        const float high = std::fabs(sum) < 2048 ? static_cast<float>(static_cast<int>(sum * 4096)) / 4096
+                                                 : static_cast<float>(sum);
+        hi = splat<VF>(high);
+        lo = splat<VF>(static_cast<float>(sum - static_cast<double>(high)));
+        // fma(-3e38, k, ...) is -inf, whose range reduction is NaN, and masks of -3e38 are common.
+        lowest = splat<VF>((high - 1000) / k_[0]);
+    }
+    KL_INLINE VF log2_of(VF b) const { return fma(max(b, lowest), k, -hi) - lo; }
+    KL_INLINE VF of(VF b) const {
+        b = max(b, lowest);
+        const VF log_u = fma(b, k, -hi);
+        Reduced<VF> e = reduce(clamp_exponent(log_u));
+        e.r = fma(b, k, -(hi + integer(e))) - lo;
+        const VF u = exp2_from(log_u, e);
+        return log_u > splat<VF>(120) ? splat<VF>(__builtin_inff()) : u;
+    }
 };
 
 // What b has in the columns that a ColumnMask takes out: sum u and sum u log2 u.
@@ -200,114 +245,143 @@ inline double log2_above(double x) {
     return exponent_and_fraction - (1023 - 0.0861);
 }
 
-inline bool is_usable(const Sums& s) {
-    return s.z < kLargeSum && s.a2 < kLargeSum && std::fabs(s.a1) < kLargeSum && s.largest_g < kLargeG;
+inline bool is_usable(const State& s) {
+    return s.z < kLargeSum && s.a2 < kLargeSum && std::fabs(s.a1) < kLargeSum && s.lone_z < kLargeSum &&
+           std::isfinite(s.lone_x);
 }
 
-// The sweep for spans that hold -inf, or an x too large for w * g(x). There w g(x) is taken as
-// 2^(b - c - m) - w (1 + x), and columns missing on one side or on both get what the limit gives.
-template <class T>
-inline State sweep_neg_inf(const ColumnSpan<T>& in, float scale, Reference reference) {
-    const VF inf = splat<VF>(__builtin_inff()), zero{}, out_of_range = splat<VF>(kOutOfRange),
-             far = splat<VF>(kTailX);
-    const VF log2e = splat<VF>(static_cast<float>(kLog2e));
-    const VF k = splat<VF>(scale), m = splat<VF>(reference.m), c = splat<VF>(reference.c);
-    const WeightOfB weight_of_b(reference, k);
-    const VF deepest = splat<VF>(-1000);  // as WeightOfB has it
+// The far columns of some steps, to be added to `out`, and in Whole the near ones too. Above c the term w
+// g(x) is taken as 2^(b - c - m) - w (1 + x), which is right for a missing a too; below it b has nothing
+// here. Gives the number of vectors that hold near ones.
+template <bool Exact, bool Whole, class T>
+KL_NOINLINE int sweep_far(const ColumnSpan<T>& in, float scale, float little, std::uint64_t steps,
+                          State& out) {
+    const VF inf = splat<VF>(__builtin_inff()), zero{}, out_of_range = splat<VF>(kOutOfRange);
+    const VF log2e = splat<VF>(static_cast<float>(kLog2e)), deepest = splat<VF>(-1000);
+    const VF k = splat<VF>(scale), m = splat<VF>(out.reference.m), c = splat<VF>(out.reference.c);
+    const WeightOfB weight_of_b(out.reference, k);
+    // An x of -3e38 counts down to weights of 2^-200: both are scaled into what fp32 holds.
+    const VF small = splat<VF>(0x1p-100f), raised = splat<VF>(80), small_k = k * small, small_c = c * small;
+    constexpr double rescale = 0x1p20;
 
-    VF z{}, a1{}, a2{}, size{}, high = splat<VF>(-1), low{};
-    VF run_z{}, run_a1{}, run_a2{};
+    VF z{}, a1{}, a2{}, lone_z{}, lone_x{}, high = -inf, low{};
+    VF run_z{}, run_a1{}, run_a2{}, run_lone_z{}, run_lone_x{};
+    VI bad{}, infinite{}, lone_b{}, neither{}, seen_b{}, large{};
+    int vectors = 0;
+    const auto column = [&](VF a, VF b) KL_INLINE_LAMBDA {
+        const VI no_a = a == -inf, no_b = b == -inf;
+        bad |= ~((a < inf) & (b < inf));
+        neither -= no_a & no_b;
+        infinite |= ~no_a & no_b;
+        lone_b |= no_a & ~no_b;
+        seen_b |= ~no_b;
+        const VF log_w = max(fma(a, k, -m), deepest);
+        VF w{};
+        if (any<VF>(~no_a)) w = no_a ? zero : exp2(log_w);
+        if (!any<VF>(~(no_a | no_b))) {  // rows cut to a few tokens have little else
+            run_lone_z += w;
+            if (any<VF>(~no_b)) run_a2 += no_b ? zero : weight_of_b.of(b) * log2e;
+            return;
+        }
+        const VF d = b - a, x = fma(d, k, -c);
+        const Place s = place<Exact>(a, b, k, m, c);
+        const VI far = is_far(s, little), above = far & (x > zero), below = far & (x < zero),
+                 far_out = below & ~no_b;
+        const auto note = [&](VI columns) KL_INLINE_LAMBDA {
+            large |= columns & ((abs(a) > out_of_range) | (abs(b) > out_of_range));
+        };
+        if constexpr (Whole) {
+            if (any<VF>(~far)) {
+                ++vectors;
+                const VF near_w = far ? zero : w, near_x = far ? zero : s.x;
+                run_z += near_w;
+                run_a1 = mad(near_w, near_x, run_a1);
+                run_a2 = mad(near_w, g2(near_x), run_a2);
+                high = far ? high : max(s.x, high);
+            }
+        }
+        if (any<VF>(above)) {
+            const VF u = weight_of_b.of(b), wx = w * min(x, -deepest);
+            run_z += above ? w : zero;
+            run_a1 += above ? wx : zero;
+            run_a2 += above ? (u - w) * log2e - wx : zero;
+            high = (above & ~no_a) ? max(x, high) : high;
+            note(above & ~no_a);
+        }
+        if (any<VF>(below)) run_lone_z += below ? w : zero;
+        if (any<VF>(far_out)) {
+            const VF raised_w = exp2(log_w + raised);
+            run_lone_x -= far_out ? raised_w * fma(d, small_k, -small_c) : zero;
+            low = (far_out & (raised_w > zero)) ? min(x, low) : low;
+            note(far_out);
+        }
+    };
+    const auto step = [&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
+        const auto a = load_pair(at_a), b = load_pair(at_b);
+        column(a.x, b.x);
+        column(a.y, b.y);
+    };
     const auto end_run = [&]() KL_INLINE_LAMBDA {
         z += run_z;
         a1 += run_a1;
         a2 += run_a2;
-        run_z = run_a1 = run_a2 = zero;
+        lone_z += run_lone_z;
+        lone_x += run_lone_x;
+        run_z = run_a1 = run_a2 = run_lone_z = run_lone_x = zero;
     };
-    VI bad{}, infinite{}, seen_b{}, large{}, neg_inf{};
-    const auto column = [&](VF a, VF b) KL_INLINE_LAMBDA {
-        const VI no_a = a == -inf, no_b = b == -inf;
-        bad |= ~((a < inf) & (b < inf));
-        infinite |= ~no_a & no_b;
-        seen_b |= ~no_b;
-        neg_inf -= no_a | no_b;
-        a = no_a ? zero : a;
-        b = no_b ? zero : b;
-        large |= (abs(a) > out_of_range) | (abs(b) > out_of_range);
-        const VF d = b - a;
-        const VF x_ = min(fma(difference_error(b, a, d), k, fma(d, k, -c)), out_of_range);
-        const VF x = (no_a | no_b) ? zero : x_;
-        const VF w_ = exp2(max(fma(a, k, -m), deepest)), w_b_ = exp2(weight_of_b.log2_of(b));
-        const VF w = no_a ? zero : w_, w_b = no_b ? zero : w_b_;
-        VF wg = x > far ? (w_b - w) * log2e - w * x : w * g2(min(x, far));
-        wg = no_a ? w_b * log2e : wg;
-        wg = (no_b & ~no_a) ? -w * log2e : wg;
-        run_z += w;
-        run_a1 = mad(w, x, run_a1);
-        run_a2 += wg;
-        size += abs(wg);
-        high = max(x, high);
-        low = min(x, low);
-    };
-    in.for_each_step(
-        [&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
-            const auto a = load_pair(at_a), b = load_pair(at_b);
-            column(a.x, b.x);
-            column(a.y, b.y);
-        },
-        kRun, end_run);
+    for (int n = 1; steps != 0; steps &= steps - 1, ++n) {
+        const std::int64_t i = __builtin_ctzll(steps) * kStep<T>;
+        step(in.a + i, in.b + i);
+        if (n % kRun == 0) [[unlikely]]
+            end_run();
+    }
+    if (in.rest > 0) step(in.last_a, in.last_b);
+    end_run();
 
-    State out;
-    out.flags = kSawGeneral;
-    out.reference = reference;
-    out.z = sum(z);
-    out.a1 = sum(a1);
-    out.a2 = sum(a2);
+    const auto total = [](VF v) { return any<VF>(bits<VI>(v)) ? sum(v) : 0.0; };
+    out.z += total(z);
+    out.a1 += total(a1);
+    out.a2 += total(a2);
     out.fp32_sum_z = out.z;
-    out.fp32_sum = sum(size);
-    out.top_d = static_cast<double>(reference.c + largest(high));
+    out.fp32_sum = out.a2;
+    out.lone_z = total(lone_z);
+    out.lone_x = total(lone_x) * rescale;
+    const double top_d = static_cast<double>(out.reference.c + largest(high));
+    out.top_d = top_d > out.top_d ? top_d : out.top_d;
     std::int64_t missing = -in.padding();
-    for (int i = 0; i < lanes<VF>; ++i) missing += neg_inf[i];
-    if (missing > 0) out.flags |= kSawNegInf;
+    for (int i = 0; i < lanes<VF>; ++i) missing += neither[i];
+    if (missing > 0) out.flags |= kSawMasked;
+    if (any<VF>(infinite | lone_b)) out.flags |= kSawNegInf;
     if (any<VF>(large)) out.flags |= kSawOutOfRange;
     if (any<VF>(bad)) out.flags |= kSawNan;
     if (any<VF>(infinite)) out.flags |= kSawInfinite;
     if (any<VF>(seen_b)) out.flags |= kSawB;
-    if (largest(high) > kTailX) out.flags |= kSawTail;
-    if (largest(high) > kLargeX) out.flags |= kSawLargeX;
     if (largest(-low) > -kFarB) out.flags |= kSawFarB;
-    // Some instruction sets' exp2 stops at 2^126 where it should overflow.
-    if (!(out.z < kLargeSum && std::fabs(out.a2) < kLargeSum)) out.a2 = __builtin_inf();
-    return out;
+    return vectors;
 }
 
-// A reference for a span that may hold -inf: the largest finite a, or b's where a has no finite logit.
+// A reference for a span of any columns: the largest finite a, or b's where a has no finite logit; and b - a
+// at the first column that carries weight on both sides, which is near enough to E_a[d] to begin with.
 template <class T>
-inline Reference reference_for(const ColumnSpan<T>& in, float scale, float c) {
+inline Reference reference_for(const ColumnSpan<T>& in, float scale) {
     VF top_a = splat<VF>(-__builtin_inff()), top_b = top_a;
     in.for_each_step([&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
         const auto a = load_pair(at_a), b = load_pair(at_b);
         top_a = max(a.x, max(a.y, top_a));
         top_b = max(b.x, max(b.y, top_b));
     });
-    const float a = largest(top_a) * scale, b = largest(top_b) * scale;
-    if (std::fabs(a) < __builtin_inff()) return {a, c};
-    if (std::fabs(b) < __builtin_inff()) return {b, 0};
-    return {0, c};
-}
-
-// b - a at the first column that carries weight: near enough to E_a[d] to begin with.
-template <class T>
-inline float first_shift(const ColumnSpan<T>& in, float scale, float m) {
+    const float m = largest(top_a) * scale, m_b = largest(top_b) * scale;
+    if (!(std::fabs(m) < __builtin_inff())) return {std::fabs(m_b) < __builtin_inff() ? m_b : 0, 0};
     const auto search = [&](const T* at_a, const T* at_b, std::int64_t n, float& d) {
         for (std::int64_t i = 0; i < n; ++i) {
-            const float a = widen_one(at_a[i]);
-            d = (widen_one(at_b[i]) - a) * scale;
-            if (a * scale > m - 20 && std::fabs(d) < kOutOfRange) return true;
+            const float a = widen_one(at_a[i]), b = widen_one(at_b[i]);
+            d = (b - a) * scale;
+            if (a * scale > m - 20 && b * scale > m_b - kFarX && std::fabs(d) < kOutOfRange) return true;
         }
         return false;
     };
     float d = 0;
-    return search(in.a, in.b, in.columns, d) || search(in.last_a, in.last_b, in.rest, d) ? d : 0;
+    return {m, search(in.a, in.b, in.columns, d) || search(in.last_a, in.last_b, in.rest, d) ? d : 0};
 }
 
 // A reference this far (in ln 2) below the mean is too coarse to measure from: 2^54 comes of an exponent that
@@ -334,13 +408,12 @@ public:
 
     template <class T>
     void take(ColumnSpan<T> in) {
-        if (total_.is_empty()) {
-            reference_ = reference_for(in, scale_, 0);
-            reference_.c = first_shift(in, scale_, reference_.m);
-        }
+        if (!total_.has_mass()) reference_ = reference_for(in, scale_);
         State tile = sweep_tile(in, reference_);
-        if (tile.z > kHeavy)
-            tile = sweep_tile(in, {reference_.m + static_cast<float>(std::ilogb(tile.z)), reference_.c});
+        if (tile.z > kHeavy) {
+            const Reference r = tile.reference;
+            tile = sweep_tile(in, {r.m + static_cast<float>(std::ilogb(tile.z)), r.c});
+        }
         State both = add(tile);
         if (moves_the_mean_far(both)) {
             const Reference to = at_mean(both);
@@ -366,35 +439,33 @@ private:
         return {s.reference.m, static_cast<float>(static_cast<double>(s.reference.c) + s.a1 / s.z)};
     }
 
-    // What the next tile is expected to need: the loop for finite columns; the one that takes columns out; or
-    // the one for whatever there is.
-    enum class Loop { finite, masked, general };
-
     template <class T>
     State sweep_tile(ColumnSpan<T>& in, Reference reference) {
         // From so large a reference bf16 could not place the padding well below m.
         const bool far_out = std::fabs(reference.m) > 8192 || std::fabs(reference.c) > 8192;
         State out;
-        if (expected_ == Loop::finite && !(in.rest > 0 && far_out)) {
+        if (expected_ == Loop::near && !(in.rest > 0 && far_out)) {
             // Where the format cannot place the padding, the sums become inf.
             Weightless(reference, scale_).pad(in);
-            if (sweep_fast<false>(in, reference, out)) return out;
+            if (sweep_as<Loop::near>(in, reference, out)) return out;
         }
         if (in.rest > 0) in.fill(minus_infinity<T>(), minus_infinity<T>());
-        if (expected_ != Loop::general && sweep_fast<true>(in, reference, out)) {
-            expected_ = Loop::masked;
-            return out;
-        }
-        out = sweep_neg_inf(in, scale_, reference_for(in, scale_, reference.c));
-        if (out.reference.m > kHugeA) out.flags |= kSawHugeA;
-        expected_ =
-            (out.flags & (kSawNegInf | kSawOutOfRange | kSawLargeX)) != 0 ? Loop::general : Loop::finite;
+        const auto take = [&](Reference from) {
+            return expected_ == Loop::whole ? sweep_as<Loop::whole>(in, from, out)
+                                            : sweep_as<Loop::skip_far>(in, from, out);
+        };
+        // The second reference is the span's own.
+        if (!take(reference) && !take(reference_for(in, scale_))) out.a2 = __builtin_inf();
         return out;
     }
 
+    // What the next tile is expected to need: the loop for near columns; the same, which leaves far ones to
+    // sweep_far(); or sweep_far() for all, where most are far.
+    enum class Loop { near, skip_far, whole };
+
     // False where fp32 sums cannot do this span this way.
-    template <bool Masked, class T>
-    bool sweep_fast(const ColumnSpan<T>& in, Reference reference, State& out) const {
+    template <Loop loop, class T>
+    bool sweep_as(const ColumnSpan<T>& in, Reference reference, State& out) {
         // The error of fl(b - a) is at most 2^-24 |c|: nothing beside an x that is usually over |c| / 16.
         const auto is_nothing = [&](double share) {
             return 512 * total_.a2 > kLn2 * total_.z * static_cast<double>(reference.c * reference.c) * share;
@@ -409,24 +480,45 @@ private:
             };
             coarse = any || fits(in.columns + in.rest) || fits(rounded_columns(in));
         }
-        const Sums s =
-            coarse ? sweep<false, Masked>(in, scale_, reference) : sweep<true, Masked>(in, scale_, reference);
-        if (!is_usable(s)) return false;
-        // 2^x = 1 + (x + g) ln 2, and no x is past 48.
-        const double top_x = log2_above(kLn2 * s.largest_g + 35);
-        out = {reference, s.z, s.a1, s.a2, static_cast<double>(reference.c) + top_x, s.z, s.a2, 0, kSawB};
-        if (coarse && !any) out.rounded = so_far.rounded - total_.rounded;
-        if (any) out.flags |= kSawRounding;
+        return coarse ? sweep_as<loop, false>(in, reference, any, so_far.rounded, out)
+                      : sweep_as<loop, true>(in, reference, any, 0, out);
+    }
+
+    template <Loop loop, bool Exact, class T>
+    bool sweep_as(const ColumnSpan<T>& in, Reference reference, bool is_rounded, double rounded, State& out) {
+        // A tile's column may hold this much of b's mass: the row's so far, or a's.
+        const double mass_b = reference == total_.reference ? total_.z + kLn2 * (total_.a1 + total_.a2) : 1;
+        const float little = mass_b > 1 ? static_cast<float>(std::ilogb(kLittle * mass_b)) : -8;
+        std::uint64_t far_steps = 0;
+        bool skips = false;
+        out = {};
+        out.reference = reference;
+        if constexpr (loop != Loop::whole) {
+            const Sums s = sweep<Exact, loop == Loop::skip_far>(in, scale_, reference, little);
+            // 2^x = 1 + (x + g) ln 2, and no x is past 64.
+            const double top_x = log2_above(kLn2 * s.largest_g + 46);
+            out = {reference, s.z, s.a1, s.a2, static_cast<double>(reference.c) + top_x, s.z, s.a2};
+            // Columns that b nearly lacks pull the mean away from all others.
+            if (loop == Loop::near &&
+                (s.largest_g > kTailG || (s.largest_g > kLowG && !(s.a1 > -kNearMean * s.z))))
+                return false;
+            far_steps = s.far_steps;
+            skips = s.masked || far_steps != 0 || s.largest_g > kTailG;
+            if (s.masked) out.flags |= kSawMasked;
+        }
+        if (!Exact && !is_rounded) out.rounded = rounded - total_.rounded;
+        if (is_rounded) out.flags |= kSawRounding;
         if (reference.m > kHugeA) out.flags |= kSawHugeA;
-        if (s.largest_g > kTailG) out.flags |= kSawTail;
-        if (s.largest_g > kFarTailG) out.flags |= kSawFarTail;
-        if (Masked) out.flags |= kSawMasked;
-        if (!s.lone_b) return true;
-        const double u = sweep_lone_b(in, scale_, reference).z;
-        out.a2 += u * kLog2e;
-        out.fp32_sum = out.a2;
-        out.flags |= kSawNegInf;
-        return out.a2 < kLargeSum;
+        if (out.z > 0) out.flags |= kSawB;
+        const std::int64_t n = in.columns / kStep<T>;
+        if (loop == Loop::whole) {
+            const std::uint64_t all = n == 0 ? 0 : ~std::uint64_t{0} >> (64 - n);
+            if (sweep_far<Exact, true>(in, scale_, little, all, out) > n / 2) expected_ = Loop::skip_far;
+        } else if (loop == Loop::skip_far) {
+            expected_ = out.z == 0 ? Loop::whole : skips ? Loop::skip_far : Loop::near;
+            if (far_steps != 0 || in.rest > 0) sweep_far<Exact, false>(in, scale_, little, far_steps, out);
+        }
+        return (out.flags & kSawNan) || is_usable(out);
     }
 
     State add(const State& tile) const {
@@ -447,7 +539,7 @@ private:
     float scale_;
     Reference reference_;
     State total_;
-    Loop expected_ = Loop::finite;
+    Loop expected_ = Loop::near;
 };
 
 }  // namespace kl::KL_ISA

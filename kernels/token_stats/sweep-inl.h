@@ -105,13 +105,10 @@ public:
     template <class T>
     void take(ColumnSpan<T> in, std::int64_t column) {
         if (!total_.usable) return;
-        if (total_.is_empty()) {
-            reference_ = reference_for(in, scale_, 0);
-            reference_.c = first_shift(in, scale_, reference_.m);
-        }
+        if (total_.is_empty()) reference_ = reference_for(in, scale_);
         PairState tile = sweep_tile(in, column, reference_);
         if (!tile.usable) {
-            const float m = reference_for(in, scale_, 0).m;
+            const float m = reference_for(in, scale_).m;
             if (m > reference_.m + kHighE) tile = sweep_tile(in, column, {m, reference_.c});
         }
         if (!tile.usable) {
