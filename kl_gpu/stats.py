@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import transforms
+from . import summary, transforms
 from .arguments import validation
 from .arguments.options import Options
 from .arguments.reduction import LogitsWindow, compute_dtype, last_contiguous, valid_rows
@@ -17,8 +16,6 @@ from .backends import registry
 from .backends.interface import COMPARISON
 from .columns import selected
 from .ops import pair as ops
-
-_PERCENTILES = ("1", "5", "10", "90", "95", "99", "99.9")
 
 
 class TokenStats(NamedTuple):
@@ -56,80 +53,51 @@ class TokenStats(NamedTuple):
     tv: Tensor
     acceptance: Tensor
 
+    @classmethod
+    def cat(cls, parts: Iterable[TokenStats]) -> TokenStats:
+        """The rows that count of several batches, one after the other, on the CPU: `[rows]` each.
+
+        `parts` may be a generator: of each batch only its numbers per row are kept, so a text of any length
+        can be compared a batch at a time. Waits for the device.
+        """
+        found = []
+        for part in parts:
+            keep = part.counts.reshape(-1) > 0
+            found.append(torch.stack([x.reshape(-1) for x in part])[:, keep].cpu())
+        if not found:
+            raise ValueError("parts must hold at least one TokenStats, got none")
+        return cls(*torch.cat(found, 1))
+
+    @property
+    def count(self) -> Tensor:  # type: ignore[override]
+        """How many rows count, 0-d. It takes the place of the tuple's own `count`, which compares entries."""
+        return self.counts.sum()
+
+    def mean(self) -> TokenStats:
+        """The mean of every field over the rows that count, 0-d each, without waiting for the device.
+
+        `field.mean()` would count the zeros of the others. Where no row counts the means are NaN.
+        """
+        return TokenStats(*(x.sum() / self.count for x in self))
+
     def summary(self) -> dict[str, float]:
         """Statistics over the rows that count, as floats for a logger; waits for the device.
 
         `_se` is the standard error of what stands before it, NaN for a single row. A perplexity is exp of the
         mean −log-probability, Δp is q(label) − p(label), percentiles interpolate linearly, and the errors of
         functions of a mean are of first order. Those that llama.cpp's `llama-perplexity --kl-divergence`
-        prints too are defined as there, its base model being the teacher here. It prints others that are not
-        among these: percentiles of Δp, the perplexities' difference, and their correlation.
+        prints too, all 34 of them, are defined as there, its base model being the teacher here.
 
         Returns:
-            count; forward_kl_mean, _mean_se, _median, _max and _p1, _p5, _p10, _p90, _p95, _p99, _p99.9;
+            count; forward_kl_mean, _mean_se, _min, _median, _max, _p1, _p5, _p10, _p90, _p95, _p99, _p99.9;
             reverse_kl_mean, _mean_se; student_entropy_mean, teacher_entropy_mean; top1_agree, _se; js_mean,
-            tv_mean and acceptance_mean, each with _se. With
-            labels also, each with _se: student_ppl, teacher_ppl, ppl_ratio (student over teacher),
-            log_ppl_ratio, delta_p_mean, delta_p_rms. Where no row counts, NaN but for count. A NaN or an
-            infinity in a row that counts is in what depends on it, never left out.
+            tv_mean and acceptance_mean, each with _se. With labels also, each with _se: student_ppl,
+            teacher_ppl, ppl_ratio (student over teacher), ppl_difference (student less teacher),
+            log_ppl_ratio, delta_p_mean, delta_p_rms; and log_ppl_correlation, delta_p_min, _median, _max and
+            _p0.1, _p1, _p5, _p10, _p25, _p75, _p90, _p95, _p99, _p99.9. Where no row counts, NaN but for
+            count. A NaN or an infinity in a row that counts is in what depends on it, never left out.
         """
-        fields = torch.stack(self[:7]).reshape(7, -1)[:, self.counts.reshape(-1) > 0]
-        forward, reverse, *entropies, log_q, log_p, agree = fields.cpu().double()
-        n = forward.numel()
-        found = {"count": float(n)}
-        found |= _mean("forward_kl_mean", forward)
-        ordered = forward.sort().values
-        found["forward_kl_median"] = _quantile(ordered, 0.5)
-        for percent in _PERCENTILES:
-            found[f"forward_kl_p{percent}"] = _quantile(ordered, float(percent) / 100)
-        found["forward_kl_max"] = _quantile(ordered, 1.0)
-        found |= _mean("reverse_kl_mean", reverse)
-        for side, entropy in zip(("student", "teacher"), entropies, strict=True):
-            found[f"{side}_entropy_mean"] = entropy.mean().item()
-        found |= _mean("top1_agree", agree)
-        overlap = torch.stack(self[8:]).reshape(COMPARISON, -1)[:, self.counts.reshape(-1) > 0].cpu().double()
-        for name, x in zip(self._fields[8:], overlap, strict=True):
-            found |= _mean(f"{name}_mean", x)
-        if bool((log_q.isnan() & log_p.isnan()).all()):
-            return found
-
-        ratio = _mean("log_ppl_ratio", log_p - log_q)
-        for name, mean in (
-            ("student_ppl", _mean("", -log_q)),
-            ("teacher_ppl", _mean("", -log_p)),
-            ("ppl_ratio", _mean("", log_p - log_q)),
-        ):
-            value = _exp(mean[""])
-            found |= {name: value, f"{name}_se": value * mean["_se"]}
-        found |= ratio
-        delta = log_q.exp() - log_p.exp()
-        found |= _mean("delta_p_mean", delta)
-        square = _mean("", delta.square())
-        rms = math.sqrt(square[""])
-        error = 0.5 * square["_se"] / rms if rms else square["_se"]
-        return found | {"delta_p_rms": rms, "delta_p_rms_se": error}
-
-
-def _mean(name: str, x: Tensor) -> dict[str, float]:
-    """The mean and its standard error, of shares too: √(p (1 − p) / (n − 1)) is the same number."""
-    error = x.std().item() / math.sqrt(x.numel()) if x.numel() > 1 else math.nan
-    return {name: x.mean().item(), f"{name}_se": error}
-
-
-def _exp(x: float) -> float:
-    return math.exp(x) if not x > 709 else math.inf
-
-
-def _quantile(ordered: Tensor, share: float) -> float:
-    """Of ascending numbers, linear between two; NaN sorts last, and makes every quantile one."""
-    n = ordered.numel()
-    if n == 0 or bool(ordered[-1].isnan()):
-        return math.nan
-    at = share * (n - 1)
-    low = math.floor(at)
-    below, above = ordered[low].item(), ordered[min(low + 1, n - 1)].item()
-    # Between two infinities, or an infinity and its share of 0, lies no NaN.
-    return below if at == low or below == above else below + (above - below) * (at - low)
+        return summary.of(self._fields, torch.stack([x.reshape(-1) for x in self]))
 
 
 def all_fields(

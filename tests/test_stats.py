@@ -415,9 +415,33 @@ def test_summary_by_hand() -> None:
         "top1_agree": 2 / 3, "top1_agree_se": math.sqrt(2 / 9 / 2),
         "student_ppl": 2.0, "teacher_ppl": 16 ** (1 / 3), "ppl_ratio": 2 / 16 ** (1 / 3),
         "log_ppl_ratio": -math.log(2) / 3, "delta_p_mean": 0.5 / 3, "delta_p_rms": math.sqrt(0.375 / 3),
+        "forward_kl_min": 0.1, "ppl_difference": 2 - 16 ** (1 / 3), "delta_p_min": -0.25, "delta_p_max": 0.5,
+        "delta_p_median": 0.25, "delta_p_p25": 0.0, "delta_p_p75": 0.375, "delta_p_p0.1": -0.249,
+        "log_ppl_correlation": float(np.corrcoef(np.log([0.5, 0.25, 1]), np.log([0.25, 0.5, 0.5]))[0, 1]),
     }  # fmt: skip
     for name, value in want.items():
         assert found[name] == pytest.approx(value, rel=1e-6), name
+
+
+def test_batches_and_means() -> None:
+    student, teacher = pair(4, 6, 50)
+    labels = torch.randint(0, 50, (4, 6), device=DEVICE)
+    mask = torch.rand(4, 6, device=DEVICE) > 0.3
+    whole = token_stats(student, teacher, labels, mask=mask)
+    keep = mask.cpu()
+    parts = (token_stats(*x[:3], mask=x[3]) for x in zip(student, teacher, labels, mask, strict=True))
+    joined = TokenStats.cat(parts)
+    assert all(torch.equal(x, y.cpu()[keep]) for x, y in zip(joined, whole, strict=True))
+    assert joined.summary() == whole.summary()
+    means = whole.mean()
+    assert int(whole.count) == int(mask.sum()) == joined.forward_kl.numel()
+    for name in ("forward_kl", "student_logprob", "acceptance"):
+        rows = getattr(whole, name)
+        torch.testing.assert_close(getattr(means, name), rows[mask].mean())
+        assert getattr(means, name) != rows.mean()
+    assert token_stats(student, teacher, mask=mask & False).mean().forward_kl.isnan()
+    with pytest.raises(ValueError, match="at least one TokenStats"):
+        TokenStats.cat([])
 
 
 def test_summary_without_labels_without_rows_and_with_infinities() -> None:
