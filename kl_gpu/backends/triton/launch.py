@@ -38,7 +38,7 @@ def high_low(x: float) -> tuple[float, float]:
 
 class ProgramShape(NamedTuple):
     """Columns a thread holds, the registers ptxas may use for it (None: its own choice), warps of a program,
-    and the registers where a pair of columns lies in two words, if others.
+    and the registers where rows start anywhere in runs, or a pair of columns lies in two words, if others.
 
     One warp reduces without barriers, and meets no other's new maximum.
     """
@@ -46,6 +46,7 @@ class ProgramShape(NamedTuple):
     columns: int
     registers: int | None = None
     warps: int = 1
+    of_runs: int | None = None
     of_pairs: int | None = None
 
 
@@ -177,9 +178,8 @@ def configuration(p: RowPair, shapes: dict[int, ProgramShape], lanes: int = LANE
         "LAYOUT": int(layout(a, b)),
         "num_warps": block // per_warp,
     }
-    registers = shape.registers
-    if found["LAYOUT"] == Layout.PAIRS and shape.of_pairs is not None:
-        registers = shape.of_pairs
+    of_layout = {Layout.RUNS: shape.of_runs, Layout.PAIRS: shape.of_pairs}
+    registers = of_layout.get(found["LAYOUT"]) or shape.registers
     # Only NVIDIA's compiler knows the option.
     if registers is not None and a.device.type != "xpu" and not torch.version.hip:
         found["maxnreg"] = registers

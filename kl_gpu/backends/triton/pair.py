@@ -427,9 +427,10 @@ def pair_kernel(
 
 
 # By the wider logit's bytes. At 16 columns the kernel spills on sm_80; at 8 columns and 128 registers sixteen
-# warps share an SM, as they do at 127, with which value and gradient in 16 bits spill nothing on sm_80. Left
-# alone, ptxas holds the float32 form to 96 registers and spills.
-SHAPES = {2: ProgramShape(8, 127, 1, 136), 4: ProgramShape(8, 128), 8: ProgramShape(4)}
+# warps share an SM, as they do at 127, with which value and gradient in 16 bits spill nothing on sm_80, nor
+# with 144 and 168 where a run or a pair is put together from words. Left alone, ptxas holds the float32 form
+# to 96 registers and spills.
+SHAPES = {2: ProgramShape(8, 127, 1, 144, 168), 4: ProgramShape(8, 128), 8: ProgramShape(4)}
 # Bound by arithmetic, and in need of more registers than four programs leave them.
 FORMULA_SHAPES = {2: ProgramShape(8, 168), 4: ProgramShape(8, 168), 8: ProgramShape(4)}
 
