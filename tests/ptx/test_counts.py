@@ -97,12 +97,12 @@ ret;
 def test_an_executed_row_takes_more_than_its_loops() -> None:
     (entry,) = (x for x in entries() if (x.kernel, x.kind) == ("value", "kl"))
     assert V_CLASSES["aligned"].V > 16384
-    found = executed.execute(entry, "bf16", "sm_90", 20_000)
+    found = executed.execute(entry, "bf16", "sm_90", 32_000)
     # Two bytes a column of both tensors, read about once; nothing but states and statistics is stored.
     assert 4 <= found.loaded < 6
     assert found.reads < 1.5
     assert found.stored < 0.1
     # ptxas makes about as many instructions as it is given, and an exponential stays one.
     assert 0.7 < found.sass / found.ptx < 1.3
-    assert found.counts.instructions["approximation"] * 32 / (executed.ROWS * 20_000) > 2
+    assert found.counts.instructions["approximation"] * 32 / (executed.ROWS * 32_000) > 2
     assert found.barriers > 8
