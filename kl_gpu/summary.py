@@ -42,8 +42,8 @@ def _of_labels(log_q: Tensor, log_p: Tensor) -> dict[str, float]:
     # To first order what a token adds to the difference of the perplexities.
     found |= _mean("ppl_difference", p * log_p - q * log_q) | {"ppl_difference": q - p}
     # Of a single row PyTorch would warn.
-    both = torch.corrcoef(torch.stack((log_q, log_p))) if log_q.numel() > 1 else torch.full((2, 2), math.nan)
-    found["log_ppl_correlation"] = both[0, 1].item()
+    both = torch.stack((log_q, log_p))
+    found["log_ppl_correlation"] = torch.corrcoef(both)[0, 1].item() if log_q.numel() > 1 else math.nan
     delta = log_q.exp() - log_p.exp()
     found |= _mean("delta_p_mean", delta) | _quantiles("delta_p", delta, _OF_DELTA)
     square = _mean("", delta.square())

@@ -52,7 +52,7 @@ class Comparison(NamedTuple):
     @property
     def window_of(self) -> Tensor:
         """The window that each scored token lies in."""
-        return torch.arange(len(self.windows.ids)).repeat_interleave(self.windows.rows)
+        return torch.arange(len(self.windows.ids), device="cpu").repeat_interleave(self.windows.rows)
 
 
 # Beside the tokens' numbers in every part: a model that is done is not opened again to ask.
@@ -122,7 +122,7 @@ def compare(
         raise ComparisonError("nothing to compare the base with")
     if batch < 1:
         raise ComparisonError(f"batch must be at least 1, got {batch}")
-    groups = torch.arange(len(windows.ids)).split(batch)
+    groups = torch.arange(len(windows.ids), device="cpu").split(batch)
     settings = {
         "base": base.name, "models": [name for name, _ in models], "tokens": windows.fingerprint,
         "windows": len(windows.ids), "ctx": windows.ids.shape[1], "first": windows.first, "batch": batch,
@@ -160,7 +160,7 @@ def _scores_of(
     labels = windows.labels[which].reshape(-1)
     p, q = (side.logits(windows, which)[..., :columns].flatten(0, 1) for side in (base, model))
     found = scored(p, q, labels) if base.floor is None else scored_from_floor(p, base.floor, q, labels)
-    return found | {_BYTES: torch.tensor([model.nbytes or 0])}
+    return found | {_BYTES: torch.tensor([model.nbytes or 0], device="cpu")}
 
 
 def _rank() -> tuple[int, int]:

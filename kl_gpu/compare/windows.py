@@ -79,7 +79,7 @@ def of_texts(
         by_category.setdefault(category, []).append(text)
     parts, names = [], []
     for category, some in by_category.items():
-        ids = torch.tensor(encode("\n\n".join(some)), dtype=torch.int64)
+        ids = torch.tensor(encode("\n\n".join(some)), dtype=torch.int64, device="cpu")
         if len(by_category) > 1 and len(ids) < ctx:
             raise ComparisonError(
                 f"category {category!r} has {len(ids)} tokens, less than one window of {ctx}"

@@ -71,7 +71,9 @@ def _largest(a_scale: _Number, b_scale: _Number) -> _Number:
     limits = 1.0, a_scale * _LOG2E, b_scale * _LOG2E, ratio, 1 / ratio
     if not isinstance(ratio, Tensor):
         return 2.0**1022 / max(limits)
-    return 2.0**1022 / torch.stack([torch.as_tensor(x).to(ratio).expand_as(ratio) for x in limits]).amax(0)
+    return 2.0**1022 / torch.stack(
+        [torch.as_tensor(x, device=ratio.device).to(ratio).expand_as(ratio) for x in limits]
+    ).amax(0)
 
 
 def _clamped(x: Tensor, largest: _Number) -> Tensor:

@@ -27,8 +27,8 @@ class _Units:
             rounds = dtype == torch.float32 and a_scale == b_scale  # as Row::fits_fp32
             self.given = (ln2 * (k / float(np.float32(k)) if rounds else 1.0), 0)
         elif dtype == torch.float32:
-            exact = torch.as_tensor(a_scale, dtype=torch.float64) * math.log2(math.e)
-            same = torch.as_tensor(a_scale == b_scale)
+            exact = torch.as_tensor(a_scale, dtype=torch.float64, device=CPU) * math.log2(math.e)
+            same = torch.as_tensor(a_scale == b_scale, device=CPU)
             # A reference: the extension gets a raw address.
             self.of_rows = ln2 * torch.where(same, exact / exact.float().double(), 1.0).contiguous()
             self.given = (0.0, self.of_rows.data_ptr())
