@@ -43,7 +43,10 @@ def regions(path: Path = RESULTS) -> dict[str, str]:
     head, rows = load(path)
     spills = sum(row.spill_bytes > 0 for row in rows)
     compiled = f"{len(rows)} compilations with Triton {head['triton']} on {head['date']}"
-    return {"summary": f"{compiled}; {spills} of them spill.", "counts": counts_table(rows, "sm_90")}
+    # Before each row had the hash of what it follows from.
+    older = sum(not row.source for row in rows)
+    kept = f" ({older} of them kept from 2026-11-22)" if older else ""
+    return {"summary": f"{compiled}{kept}; {spills} of them spill.", "counts": counts_table(rows, "sm_90")}
 
 
 def fill(page: str, found: dict[str, str]) -> str:
