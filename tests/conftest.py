@@ -116,6 +116,16 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _no_graphs_of_other_tests() -> Iterator[None]:
+    """Of one function PyTorch keeps eight graphs, and the ninth is an error where the whole must be one."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters["frames"]["total"]:
+        dynamo.reset()
+        dynamo.utils.counters.clear()
+
+
+@pytest.fixture(autouse=True)
 def _no_plans_of_other_tests() -> None:
     """Tests change what launches are planned from: the size of programs, the columns that one sweeps."""
     prepared = sys.modules.get("kl_gpu.backends.triton.prepared")
