@@ -100,7 +100,7 @@ def test_compiled_and_in_a_module(backend: str) -> None:
         torch.testing.assert_close(got, function(*arguments), rtol=1e-6, atol=1e-7)
         assert got[0].requires_grad
         assert not got[1].requires_grad
-        got[0].backward(retain_graph=True)
+        got[0].backward()
 
 
 def test_under_checkpoint(backend: str) -> None:
