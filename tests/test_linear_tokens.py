@@ -252,8 +252,8 @@ def test_memory_does_not_grow_with_rows(dtype: torch.dtype, frozen: bool) -> Non
         peak = min(memory.peak_extra_bytes(step, DEVICE) for _ in range(3))
         beyond.append(peak - n * (h * dtype.itemsize + 250))
     logits = 64 * v * dtype.itemsize
-    # In 16 bits its gradient, the lower half of the sum, and three blocks of numbers on their way into it, each
-    # all of so small a weight.
+    # In 16 bits its gradient, the lower half of the sum, and three blocks of numbers on their way into it,
+    # each all of so small a weight.
     of_weight = v * h * (4 if dtype == torch.float32 else 2 + 2 + 2 + 4 + 4)
     # A frozen head has no buffer of the weight's size. In bfloat16 228744 bytes beyond the logits were seen
     # in processes that had run many other tests, never in one of its own. Why is not known; a copy of the
