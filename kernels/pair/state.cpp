@@ -63,7 +63,6 @@ State rebase(const State& s, Reference to) {
     const double step = static_cast<double>(to.c) - static_cast<double>(s.reference.c), h = step * kLn2;
     const double rise = static_cast<double>(s.reference.m) - static_cast<double>(to.m);
     out.lone_x += step * s.lone_z;
-    out.lone_top_x -= step;
     if (h != 0) {
         out.a1 = s.a1 - step * s.z;
         const Rebase rebased_by(h);
@@ -82,7 +81,7 @@ State rebase(const State& s, Reference to) {
     };
     if (weight == 0 && weight_of_b() == 0 && std::isfinite(s.a2)) {
         // Columns masked with a number such as -1e9 weigh nothing beside the new reference.
-        out.z = out.a1 = out.a2 = out.fp32_sum_z = out.fp32_sum = out.lone_z = out.lone_x = 0;
+        out.z = out.a1 = out.a2 = out.fp32_sum_z = out.fp32_sum = out.lone_z = out.lone_x = out.far_sum = 0;
         return out;
     }
     out.z *= weight;
@@ -92,6 +91,7 @@ State rebase(const State& s, Reference to) {
     out.fp32_sum *= weight;
     out.lone_z *= weight;
     out.lone_x *= weight;
+    out.far_sum *= weight;
     return out;
 }
 
@@ -183,12 +183,10 @@ RowResult finish(const State& s) {
     out.top_r = s.flags & kSawFarB ? std::numeric_limits<double>::infinity() : s.top_d - out.shift;
     if (s.flags & kSawMasked) out.row_class = RowClass::masked;
     if (s.flags & (kSawNegInf | kSawOutOfRange)) out.row_class = RowClass::neg_inf;
-    // Past 2^20 an fp32 holds too little of m and c to subtract them; and what b has in the columns that were
-    // said to lack it must be nothing.
+    // Past 2^20 an fp32 holds too little of m and c to subtract them.
     out.trusted = !(s.flags & kSawHugeA) && std::isfinite(s.z) && std::isfinite(s.a1) &&
                   std::isfinite(s.a2) && std::isfinite(s.lone_x) && std::fabs(s.reference.m) < 0x1p20f &&
-                  std::fabs(s.reference.c) < 0x1p20f &&
-                  s.lone_z * std::exp2(s.lone_top_x) <= 0x1p-30 * s.z * (1 + y);
+                  std::fabs(s.reference.c) < 0x1p20f;
     const SumErrors errors(s, mean_x, mean_g, y);
     out.trusted = out.trusted && errors.of_shift <= kWorstError && y > -1;
     if (s.flags & kSawInfinite) {
@@ -196,7 +194,8 @@ RowResult finish(const State& s) {
         out.row_class = RowClass::infinite;
         return out;
     }
-    if (!(share * errors.of_divergence <= kWorstError * out.divergence)) out.trusted = false;
+    const double of_divergence = share * errors.of_divergence + kLn2 * s.far_sum / z;
+    if (!(of_divergence <= kWorstError * out.divergence)) out.trusted = false;
     // d is off by up to 2^-24 |c|: nothing as long as the typical x is not far below c.
     const double c = static_cast<double>(s.reference.c) * kLn2;
     const double rounded = s.flags & kSawRounding ? 1 : rounded_share(s);

@@ -42,9 +42,6 @@ struct Reference {
     bool operator==(const Reference&) const = default;
 };
 
-// The x at which a column counts as one that b lacks.
-constexpr double kLoneX = -64;
-
 struct State {
     Reference reference;
     double z = 0, a1 = 0, a2 = 0;
@@ -55,7 +52,7 @@ struct State {
     double rounded = 0;
     unsigned flags = 0;
     double lone_z = 0, lone_x = 0;
-    double lone_top_x = kLoneX;  // no x of those columns is larger
+    double far_sum = 0;  // what the error of a1 scales with where a2 has the same with the other sign
 
     bool has_mass() const { return z > 0; }
     bool is_empty() const { return z == 0 && a2 == 0 && lone_z == 0; }
@@ -72,7 +69,7 @@ struct State {
         flags |= s.flags;
         lone_z += s.lone_z;
         lone_x += s.lone_x;
-        lone_top_x = s.lone_top_x > lone_top_x ? s.lone_top_x : lone_top_x;
+        far_sum += s.far_sum;
     }
 };
 

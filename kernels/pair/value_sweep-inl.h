@@ -6,26 +6,25 @@
 // from E_a[d] almost all of a2 would cancel in the end. So a tile that moves the mean far
 // is swept again, from its own mean. That happens about ln(#tiles) times in a row.
 //
-// A tile takes the loop for near columns, or the one that leaves far ones to sweep_far(): those missing on a
-// side, and those whose d lies too far from c for a sum from there. How those enter a state: pair/state.h.
+// Every tile takes one of several loops, none of which asks anything of a column: for sides near each other,
+// for the same with columns missing on both or on either, and for sides far apart (far_sweep-inl.h). The last
+// tile's serves the next until that one says otherwise.
 #pragma once
 
 #include <cmath>
 
 #include "pair/column_span-inl.h"
+#include "pair/far_sweep-inl.h"
 #include "pair/state.h"
 #include "simd/elementary-inl.h"
 
 namespace kl::KL_ISA {
 
-// Past this |x| a column is far: there b's weight beside a's, or a's beside b's, is nothing.
-constexpr float kFarX = static_cast<float>(-kLoneX);
-// Past this x the rounding of 2^x shows in lse(b) where a column holds more of b's mass than this part of it;
-// less is one of very many.
-constexpr float kNearX = 16;
-constexpr double kLittle = 0x1p-8;
-// g2(kNearX), which g2 reaches at an x of -2^16 as well; and g2(-kFarX).
-constexpr double kTailG = 0x1p16 * kLog2e, kLowG = -kLoneX;
+// g2 of 16, which g2 reaches at an x of -2^16 as well: more is left to the loop that takes any x. Past this x
+// the rounding of 2^x shows in lse(b).
+constexpr double kTailG = 0x1p16 * kLog2e;
+// g2(-64), below which columns that b nearly lacks may pull the mean away from all others.
+constexpr double kLowG = 64;
 // For the sweep of token statistics.
 constexpr double kFarTailG = 0x1p32 * kLog2e;
 constexpr float kHugeA = 0x1p20f, kFarB = -0x1p20f;
@@ -34,9 +33,8 @@ constexpr double kLargeSum = 0x1p100;
 constexpr float kOutOfRange = 0x1p100f;  // beyond it products with log2(e) / temperature may overflow
 
 struct Sums {
-    double z, a1, a2, largest_g;
-    std::uint64_t far_steps;  // a bit for each step that holds columns for sweep_far(), but for the copy
-    bool masked;              // -inf on both sides in a column outside the copy
+    double z, a1, a2;
+    double largest_g;  // of columns that weigh something
 };
 
 struct VectorSums {
@@ -50,28 +48,65 @@ struct VectorSums {
     }
 };
 
+// The loops of a tile.
+enum class Loop {
+    near,       // every logit finite, no x far
+    masked,     // the same, but for columns that are -inf on both sides
+    one_sided,  // also those that a lacks, or nearly; and where b's logit is the lowest number
+    far,        // D is large: the sums of its definition
+    lone,       // the same with columns that b lacks, or nearly, kept apart: pair/state.h
+};
+
+// Where a lacks a column its weight is taken as 2^-kMostX of b's: then w g2(x) is b's weight, and what w and
+// w x add is 3e-8 of it, which D exceeds.
+constexpr double kMostX = 30;
+// What that g2 is at least, and an x below which a weight that fp32 cannot hold may count.
+constexpr double kMostG = 0x1p30, kLowestG = 0x1p40;
+// A b that weighs more beside a is left to other sums.
+constexpr double kMostB = 32;
+// log2 of weights that count at any x.
+constexpr float kWeightless = -300;
+
+// What places columns, as vectors.
+template <Loop loop>
+struct Places {
+    VF k, m, c;
+    [[maybe_unused]] VF lowest, most_x, m_of_b;
+
+    Places(float scale, Reference r) : k(splat<VF>(scale)), m(splat<VF>(r.m)), c(splat<VF>(r.c)) {
+        if constexpr (loop == Loop::one_sided) {
+            // Any product with k stays finite. One of most_x and m_of_b makes up for the other's rounding.
+            lowest = splat<VF>(-0x1p126f / larger(scale, 1.0f));
+            const double both = static_cast<double>(r.m) + static_cast<double>(r.c);
+            const auto raised = static_cast<float>(both + kMostX);
+            m_of_b = splat<VF>(raised);
+            most_x = splat<VF>(static_cast<float>(static_cast<double>(raised) - both));
+        } else if constexpr (loop == Loop::masked) {
+            lowest = splat<VF>(-__FLT_MAX__);
+        }
+    }
+};
+
 // A column's place: log2 of its weight, and its distance x from the reference's c. Exact keeps the rounding
 // error of b - a too.
 struct Place {
     VF log_w, x;
 };
-template <bool Exact>
-KL_INLINE Place place(VF a, VF b, VF k, VF m, VF c) {
+template <bool Exact, Loop loop>
+KL_INLINE Place place(VF a, VF b, const Places<loop>& at) {
+    if constexpr (loop != Loop::near) {
+        // Where both are -inf they are equal now, and weigh nothing. NaN stays what it is.
+        a = max(at.lowest, a);
+        b = max(at.lowest, b);
+    }
     const VF d = b - a;
-    VF x = fma(d, k, -c);
-    if constexpr (Exact) x = fma(difference_error(b, a, d), k, x);
-    return {fma(a, k, -m), g2_domain(x)};
-}
-
-KL_INLINE VI is_far(const Place& s, float little) {
-    return ~(abs(s.x) <= splat<VF>(kFarX)) |
-           ((s.x > splat<VF>(kNearX)) & (s.log_w + s.x > splat<VF>(little)));
-}
-// False only where no column of both vectors is.
-KL_INLINE bool may_be_far(const Place& s, const Place& t, float little) {
-    const VF most = splat<VF>(kFarX), b = max(s.log_w + s.x, t.log_w + t.x);
-    return any<VF>(~(abs(s.x) <= most) | ~(abs(t.x) <= most) |
-                   ((max(s.x, t.x) > splat<VF>(kNearX)) & (b > splat<VF>(little))));
+    VF x = fma(d, at.k, -at.c), log_w = fma(a, at.k, -at.m);
+    if constexpr (Exact) x = fma(difference_error(b, a, d), at.k, x);
+    if constexpr (loop == Loop::one_sided) {
+        x = min(at.most_x, x);
+        log_w = max(fma(b, at.k, -at.m_of_b), log_w);
+    }
+    return {log_w, g2_domain(x)};
 }
 
 // Both after the range reduction: a column before the polynomials.
@@ -84,6 +119,7 @@ KL_INLINE PreparedColumn prepare(const Place& s) {
 }
 
 // Both vectors of a step go into one set of sums: two sets would not fit the registers.
+template <Loop loop>
 KL_INLINE void accumulate(const Pair<PreparedColumn>& step, VectorSums& to) {
     const PreparedColumn &s = step.x, &t = step.y;
     const VF w_s = exp2_from(s.log_w, s.w), w_t = exp2_from(t.log_w, t.w);
@@ -91,7 +127,13 @@ KL_INLINE void accumulate(const Pair<PreparedColumn>& step, VectorSums& to) {
     to.z += w_s + w_t;
     to.a1 += mad(w_s, s.x, w_t * t.x);
     to.a2 += mad(w_s, g_s, w_t * g_t);
-    to.largest_g = max(g_s, max(g_t, to.largest_g));
+    VF seen_s = g_s, seen_t = g_t;
+    if constexpr (loop == Loop::one_sided) {
+        const VF weightless = splat<VF>(kWeightless), zero{};
+        seen_s = s.log_w > weightless ? g_s : zero;
+        seen_t = t.log_w > weightless ? g_t : zero;
+    }
+    to.largest_g = max(seen_s, max(seen_t, to.largest_g));
 }
 
 // Logits that weigh nothing, at a d near c.
@@ -127,44 +169,28 @@ struct ColumnMask {
     bool found_b() const { return largest(lone_b) > -__builtin_inff(); }
 };
 
-// The fast path. A NaN or an infinity anywhere makes a sum that is not finite, which is_usable() finds; where
-// SkipFar they are far columns, and weigh nothing here.
-template <bool Exact, bool SkipFar, class T>
-inline Sums sweep(const ColumnSpan<T>& in, float scale, Reference reference, [[maybe_unused]] float little) {
-    const VF k = splat<VF>(scale), m = splat<VF>(reference.m), c = splat<VF>(reference.c);
+// A NaN anywhere makes a sum that is not finite, and so does an infinity that the loop is not made for.
+template <bool Exact, Loop loop, class T>
+inline Sums sweep(const ColumnSpan<T>& in, float scale, Reference reference) {
+    const Places<loop> places(scale, reference);
     VectorSums s, total;
-    std::uint64_t far_steps = 0;
-    bool masked = false;
-    const auto prepare_step = [&](const T* at_a, const T* at_b, std::uint64_t step) KL_INLINE_LAMBDA {
+    const auto prepare_step = [&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
         const auto a = load_pair(at_a), b = load_pair(at_b);
-        Place s = place<Exact>(a.x, b.x, k, m, c), t = place<Exact>(a.y, b.y, k, m, c);
-        if constexpr (SkipFar) {
-            if (may_be_far(s, t, little)) [[unlikely]] {
-                const VI far_s = is_far(s, little), far_t = is_far(t, little);
-                const VF nothing = splat<VF>(-1000), zero{}, minus_inf = splat<VF>(-__builtin_inff());
-                const VI no_s = (a.x == minus_inf) & (b.x == minus_inf),
-                         no_t = (a.y == minus_inf) & (b.y == minus_inf);
-                if (any<VF>((far_s & ~no_s) | (far_t & ~no_t))) far_steps |= step;
-                if (any<VF>(no_s | no_t)) masked = masked || step != 0;
-                s = {far_s ? nothing : s.log_w, far_s ? zero : s.x};
-                t = {far_t ? nothing : t.log_w, far_t ? zero : t.x};
-            }
-        }
-        return Pair<PreparedColumn>{prepare(s), prepare(t)};
+        return Pair<PreparedColumn>{prepare(place<Exact>(a.x, b.x, places)),
+                                    prepare(place<Exact>(a.y, b.y, places))};
     };
     pipelined(
         in.columns, kStep<T>,
         [&](std::int64_t i) KL_INLINE_LAMBDA {
             prefetch_step(in.a + i);
             prefetch_step(in.b + i);
-            return prepare_step(in.a + i, in.b + i, std::uint64_t{1} << (i / kStep<T>));
+            return prepare_step(in.a + i, in.b + i);
         },
-        [&](std::int64_t, const Pair<PreparedColumn>& step) KL_INLINE_LAMBDA { accumulate(step, s); }, kRun,
-        [&]() KL_INLINE_LAMBDA { total.take(s); });
-    if (in.rest > 0) accumulate(prepare_step(in.last_a, in.last_b, 0), s);
+        [&](std::int64_t, const Pair<PreparedColumn>& step) KL_INLINE_LAMBDA { accumulate<loop>(step, s); },
+        kRun, [&]() KL_INLINE_LAMBDA { total.take(s); });
+    if (in.rest > 0) accumulate<loop>(prepare_step(in.last_a, in.last_b), s);
     total.take(s);
-    return {sum(total.z), sum(total.a1), sum(total.a2), static_cast<double>(largest(s.largest_g)),
-            far_steps,    masked};
+    return {sum(total.z), sum(total.a1), sum(total.a2), static_cast<double>(largest(s.largest_g))};
 }
 
 // Columns whose b - a may not be exact in fp32: the difference of two 16-bit logits of bf16 is, or of fp16,
@@ -239,125 +265,21 @@ inline LoneB sweep_lone_b(const ColumnSpan<T>& in, float scale, Reference refere
     return {sum(z), sum(e)};
 }
 
-// log2 x or up to 0.09 more, x normal: between powers of 2 a logarithm lies above its chord.
-inline double log2_above(double x) {
-    const auto exponent_and_fraction = static_cast<double>(bits<std::int64_t>(x)) * 0x1p-52;
-    return exponent_and_fraction - (1023 - 0.0861);
-}
-
 inline bool is_usable(const State& s) {
     return s.z < kLargeSum && s.a2 < kLargeSum && std::fabs(s.a1) < kLargeSum && s.lone_z < kLargeSum &&
            std::isfinite(s.lone_x);
 }
 
-// The far columns of some steps, to be added to `out`, and in Whole the near ones too. Above c the term w
-// g(x) is taken as 2^(b - c - m) - w (1 + x), which is right for a missing a too; below it b has nothing
-// here. Gives the number of vectors that hold near ones.
-template <bool Exact, bool Whole, class T>
-KL_NOINLINE int sweep_far(const ColumnSpan<T>& in, float scale, float little, std::uint64_t steps,
-                          State& out) {
-    const VF inf = splat<VF>(__builtin_inff()), zero{}, out_of_range = splat<VF>(kOutOfRange);
-    const VF log2e = splat<VF>(static_cast<float>(kLog2e)), deepest = splat<VF>(-1000);
-    const VF k = splat<VF>(scale), m = splat<VF>(out.reference.m), c = splat<VF>(out.reference.c);
-    const WeightOfB weight_of_b(out.reference, k);
-    // An x of -3e38 counts down to weights of 2^-200: both are scaled into what fp32 holds.
-    const VF small = splat<VF>(0x1p-100f), raised = splat<VF>(80), small_k = k * small, small_c = c * small;
-    constexpr double rescale = 0x1p20;
-
-    VF z{}, a1{}, a2{}, lone_z{}, lone_x{}, high = -inf, low{};
-    VF run_z{}, run_a1{}, run_a2{}, run_lone_z{}, run_lone_x{};
-    VI bad{}, infinite{}, lone_b{}, neither{}, seen_b{}, large{};
-    int vectors = 0;
-    const auto column = [&](VF a, VF b) KL_INLINE_LAMBDA {
-        const VI no_a = a == -inf, no_b = b == -inf;
-        bad |= ~((a < inf) & (b < inf));
-        neither -= no_a & no_b;
-        infinite |= ~no_a & no_b;
-        lone_b |= no_a & ~no_b;
-        seen_b |= ~no_b;
-        const VF log_w = max(fma(a, k, -m), deepest);
-        VF w{};
-        if (any<VF>(~no_a)) w = no_a ? zero : exp2(log_w);
-        if (!any<VF>(~(no_a | no_b))) {  // rows cut to a few tokens have little else
-            run_lone_z += w;
-            if (any<VF>(~no_b)) run_a2 += no_b ? zero : weight_of_b.of(b) * log2e;
-            return;
-        }
-        const VF d = b - a, x = fma(d, k, -c);
-        const Place s = place<Exact>(a, b, k, m, c);
-        const VI far = is_far(s, little), above = far & (x > zero), below = far & (x < zero),
-                 far_out = below & ~no_b;
-        const auto note = [&](VI columns) KL_INLINE_LAMBDA {
-            large |= columns & ((abs(a) > out_of_range) | (abs(b) > out_of_range));
-        };
-        if constexpr (Whole) {
-            if (any<VF>(~far)) {
-                ++vectors;
-                const VF near_w = far ? zero : w, near_x = far ? zero : s.x;
-                run_z += near_w;
-                run_a1 = mad(near_w, near_x, run_a1);
-                run_a2 = mad(near_w, g2(near_x), run_a2);
-                high = far ? high : max(s.x, high);
-            }
-        }
-        if (any<VF>(above)) {
-            const VF u = weight_of_b.of(b), wx = w * min(x, -deepest);
-            run_z += above ? w : zero;
-            run_a1 += above ? wx : zero;
-            run_a2 += above ? (u - w) * log2e - wx : zero;
-            high = (above & ~no_a) ? max(x, high) : high;
-            note(above & ~no_a);
-        }
-        if (any<VF>(below)) run_lone_z += below ? w : zero;
-        if (any<VF>(far_out)) {
-            const VF raised_w = exp2(log_w + raised);
-            run_lone_x -= far_out ? raised_w * fma(d, small_k, -small_c) : zero;
-            low = (far_out & (raised_w > zero)) ? min(x, low) : low;
-            note(far_out);
-        }
-    };
-    const auto step = [&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
+// NaN or +inf.
+template <class T>
+KL_NOINLINE bool has_nan(const ColumnSpan<T>& in) {
+    const VF inf = splat<VF>(__builtin_inff());
+    VI bad{};
+    in.for_each_step([&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
         const auto a = load_pair(at_a), b = load_pair(at_b);
-        column(a.x, b.x);
-        column(a.y, b.y);
-    };
-    const auto end_run = [&]() KL_INLINE_LAMBDA {
-        z += run_z;
-        a1 += run_a1;
-        a2 += run_a2;
-        lone_z += run_lone_z;
-        lone_x += run_lone_x;
-        run_z = run_a1 = run_a2 = run_lone_z = run_lone_x = zero;
-    };
-    for (int n = 1; steps != 0; steps &= steps - 1, ++n) {
-        const std::int64_t i = __builtin_ctzll(steps) * kStep<T>;
-        step(in.a + i, in.b + i);
-        if (n % kRun == 0) [[unlikely]]
-            end_run();
-    }
-    if (in.rest > 0) step(in.last_a, in.last_b);
-    end_run();
-
-    const auto total = [](VF v) { return any<VF>(bits<VI>(v)) ? sum(v) : 0.0; };
-    out.z += total(z);
-    out.a1 += total(a1);
-    out.a2 += total(a2);
-    out.fp32_sum_z = out.z;
-    out.fp32_sum = out.a2;
-    out.lone_z = total(lone_z);
-    out.lone_x = total(lone_x) * rescale;
-    const double top_d = static_cast<double>(out.reference.c + largest(high));
-    out.top_d = top_d > out.top_d ? top_d : out.top_d;
-    std::int64_t missing = -in.padding();
-    for (int i = 0; i < lanes<VF>; ++i) missing += neither[i];
-    if (missing > 0) out.flags |= kSawMasked;
-    if (any<VF>(infinite | lone_b)) out.flags |= kSawNegInf;
-    if (any<VF>(large)) out.flags |= kSawOutOfRange;
-    if (any<VF>(bad)) out.flags |= kSawNan;
-    if (any<VF>(infinite)) out.flags |= kSawInfinite;
-    if (any<VF>(seen_b)) out.flags |= kSawB;
-    if (largest(-low) > -kFarB) out.flags |= kSawFarB;
-    return vectors;
+        bad |= ~((a.x < inf) & (b.x < inf) & (a.y < inf) & (b.y < inf));
+    });
+    return any<VF>(bad);
 }
 
 // A reference for a span of any columns: the largest finite a, or b's where a has no finite logit; and b - a
@@ -376,7 +298,7 @@ inline Reference reference_for(const ColumnSpan<T>& in, float scale) {
         for (std::int64_t i = 0; i < n; ++i) {
             const float a = widen_one(at_a[i]), b = widen_one(at_b[i]);
             d = (b - a) * scale;
-            if (a * scale > m - 20 && b * scale > m_b - kFarX && std::fabs(d) < kOutOfRange) return true;
+            if (a * scale > m - 20 && b * scale > m_b - 64 && std::fabs(d) < kOutOfRange) return true;
         }
         return false;
     };
@@ -396,6 +318,9 @@ constexpr double kFarFromMean = 0.8;
 // errors of a1 count in the divergence.
 constexpr double kNearMean = 1.0;
 
+// Past this E_a[g] sides count as far from each other.
+constexpr double kFarG = 2;
+
 // A tile that weighs more has its top well above the reference's m, or very many columns above it. The top's
 // exponent is rounded by up to a 2^24th of itself, and the normaliser passes that on to every column's
 // gradient: the tile is weighed again from a reference near its top.
@@ -408,6 +333,7 @@ public:
 
     template <class T>
     void take(ColumnSpan<T> in) {
+        if (total_.flags & kSawNan) return;
         if (!total_.has_mass()) reference_ = reference_for(in, scale_);
         State tile = sweep_tile(in, reference_);
         if (tile.z > kHeavy) {
@@ -430,6 +356,7 @@ public:
         }
         total_ = both;
         reference_ = both.reference;
+        expect_next(tile);
     }
 
     const State& total() const { return total_; }
@@ -441,27 +368,56 @@ private:
 
     template <class T>
     State sweep_tile(ColumnSpan<T>& in, Reference reference) {
+        State out;
         // From so large a reference bf16 could not place the padding well below m.
         const bool far_out = std::fabs(reference.m) > 8192 || std::fabs(reference.c) > 8192;
-        State out;
-        if (expected_ == Loop::near && !(in.rest > 0 && far_out)) {
-            // Where the format cannot place the padding, the sums become inf.
-            Weightless(reference, scale_).pad(in);
-            if (sweep_as<Loop::near>(in, reference, out)) return out;
+        if (expected_ == Loop::near) {
+            if (!(in.rest > 0 && far_out)) {
+                // Where the format cannot place the padding, the sums become inf.
+                Weightless(reference, scale_).pad(in);
+                if (sweep_as<Loop::near>(in, reference, out)) return out;
+            }
+            // What is finite holds no -inf.
+            expected_ = std::isfinite(out.a2) && out.z > 0 ? Loop::one_sided : Loop::masked;
         }
         if (in.rest > 0) in.fill(minus_infinity<T>(), minus_infinity<T>());
-        const auto take = [&](Reference from) {
-            return expected_ == Loop::whole ? sweep_as<Loop::whole>(in, from, out)
-                                            : sweep_as<Loop::skip_far>(in, from, out);
-        };
         // The second reference is the span's own.
-        if (!take(reference) && !take(reference_for(in, scale_))) out.a2 = __builtin_inf();
+        if (!sweep_padded(in, reference, out) && !sweep_padded(in, reference_for(in, scale_), out)) {
+            out.a2 = __builtin_inf();
+            if (has_nan(in)) out.flags |= kSawNan;
+        }
         return out;
     }
 
-    // What the next tile is expected to need: the loop for near columns; the same, which leaves far ones to
-    // sweep_far(); or sweep_far() for all, where most are far.
-    enum class Loop { near, skip_far, whole };
+    // By the loop that is expected to serve, or by the next that does.
+    template <class T>
+    bool sweep_padded(const ColumnSpan<T>& in, Reference reference, State& out) {
+        const auto serves = [&]<Loop loop>() {
+            expected_ = loop;
+            return sweep_as<loop>(in, reference, out);
+        };
+        const bool was_far = expected_ == Loop::far || expected_ == Loop::lone;
+        if (expected_ == Loop::far && serves.template operator()<Loop::far>()) return true;
+        if (was_far && serves.template operator()<Loop::lone>()) return true;
+        if (expected_ != Loop::one_sided && serves.template operator()<Loop::masked>()) {
+            if (was_far) expected_ = Loop::near;
+            return true;
+        }
+        if (serves.template operator()<Loop::one_sided>()) return true;
+        const State near = out;
+        if (!was_far && serves.template operator()<Loop::lone>()) return true;
+        expected_ = Loop::near;
+        out = near;
+        return is_usable(out);
+    }
+
+    // Far sides, as the tile and the row have them, take the loop for those next. It finds out itself where
+    // they are near each other after all.
+    void expect_next(const State& tile) {
+        const auto is_far = [](const State& s) { return kLn2 * s.a2 > kFarG * s.z; };
+        if (expected_ != Loop::lone && is_far(total_) && is_far(tile)) expected_ = Loop::far;
+        if (expected_ == Loop::one_sided && !(tile.flags & kSawNegInf)) expected_ = Loop::masked;
+    }
 
     // False where fp32 sums cannot do this span this way.
     template <Loop loop, class T>
@@ -486,39 +442,37 @@ private:
 
     template <Loop loop, bool Exact, class T>
     bool sweep_as(const ColumnSpan<T>& in, Reference reference, bool is_rounded, double rounded, State& out) {
-        // A tile's column may hold this much of b's mass: the row's so far, or a's.
-        const double mass_b = reference == total_.reference ? total_.z + kLn2 * (total_.a1 + total_.a2) : 1;
-        const float little = mass_b > 1 ? static_cast<float>(std::ilogb(kLittle * mass_b)) : -8;
-        std::uint64_t far_steps = 0;
-        bool skips = false;
-        out = {};
-        out.reference = reference;
-        if constexpr (loop != Loop::whole) {
-            const Sums s = sweep<Exact, loop == Loop::skip_far>(in, scale_, reference, little);
-            // 2^x = 1 + (x + g) ln 2, and no x is past 64.
-            const double top_x = log2_above(kLn2 * s.largest_g + 46);
-            out = {reference, s.z, s.a1, s.a2, static_cast<double>(reference.c) + top_x, s.z, s.a2};
+        bool serves = true;
+        if constexpr (loop == Loop::far || loop == Loop::lone) {
+            serves = sweep_far<Exact, loop == Loop::lone>(in, scale_, reference, out);
+        } else {
+            const Sums s = sweep<Exact, loop>(in, scale_, reference);
+            const double c = static_cast<double>(reference.c);
+            out = {};
+            out.reference = reference;
+            out.z = out.fp32_sum_z = s.z;
+            out.a1 = s.a1;
+            out.a2 = out.fp32_sum = s.a2;
             // Columns that b nearly lacks pull the mean away from all others.
-            if (loop == Loop::near &&
-                (s.largest_g > kTailG || (s.largest_g > kLowG && !(s.a1 > -kNearMean * s.z))))
-                return false;
-            far_steps = s.far_steps;
-            skips = s.masked || far_steps != 0 || s.largest_g > kTailG;
-            if (s.masked) out.flags |= kSawMasked;
+            const bool is_pulled = !(s.a1 > -kNearMean * s.z);
+            serves = !(s.largest_g > kLowG && is_pulled);
+            if (loop != Loop::near) out.flags |= kSawMasked;
+            // 2^x = 1 + (x + g) ln 2, and no x is past 64.
+            out.top_d = c + log2_above(kLn2 * s.largest_g + 46);
+            if (loop != Loop::one_sided) {
+                serves = serves && !(s.largest_g > kTailG);
+            } else if (s.largest_g > kMostG) {
+                out.flags |= kSawNegInf;
+                out.top_d = __builtin_inf();
+                // The weights that stand for none must stay nothing beside a's.
+                if (!(s.largest_g < kLowestG && s.a2 < kMostB * s.z)) out.a2 = __builtin_inf();
+            }
         }
         if (!Exact && !is_rounded) out.rounded = rounded - total_.rounded;
         if (is_rounded) out.flags |= kSawRounding;
         if (reference.m > kHugeA) out.flags |= kSawHugeA;
         if (out.z > 0) out.flags |= kSawB;
-        const std::int64_t n = in.columns / kStep<T>;
-        if (loop == Loop::whole) {
-            const std::uint64_t all = n == 0 ? 0 : ~std::uint64_t{0} >> (64 - n);
-            if (sweep_far<Exact, true>(in, scale_, little, all, out) > n / 2) expected_ = Loop::skip_far;
-        } else if (loop == Loop::skip_far) {
-            expected_ = out.z == 0 ? Loop::whole : skips ? Loop::skip_far : Loop::near;
-            if (far_steps != 0 || in.rest > 0) sweep_far<Exact, false>(in, scale_, little, far_steps, out);
-        }
-        return (out.flags & kSawNan) || is_usable(out);
+        return serves && is_usable(out);
     }
 
     State add(const State& tile) const {
@@ -530,6 +484,8 @@ private:
 
     // Whether more than two fifths of a2 would cancel in the end if the reference stayed.
     static bool moves_the_mean_far(const State& s) {
+        // What others than those that b lacks add to an infinite D is rounding.
+        if ((s.flags & kSawInfinite) && std::fabs(s.a1) <= kNearMean * s.z) return false;
         return s.has_mass() && std::isfinite(s.a2) &&
                (std::fabs(s.a1) > kNearMean * s.z || s.a1 * s.a1 * kLn2 > kFarFromMean * s.a2 * s.z);
     }

@@ -82,13 +82,16 @@ template <class V>
 KL_INLINE V clamp_exponent(V x) {
     return x;
 }
+// r of an infinity is 0, so that 2^-inf is 0.
 KL_INLINE Reduced<VF> reduce(VF x) {
-    VF n = bits<VF>(_mm512_roundscale_ps(bits<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    return {x - n, n};
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {bits<VF>(_mm512_reduce_ps(bits<__m512>(x), nearest)),
+            bits<VF>(_mm512_roundscale_ps(bits<__m512>(x), nearest))};
 }
 KL_INLINE Reduced<VD> reduce(VD x) {
-    VD n = bits<VD>(_mm512_roundscale_pd(bits<__m512d>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    return {x - n, n};
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {bits<VD>(_mm512_reduce_pd(bits<__m512d>(x), nearest)),
+            bits<VD>(_mm512_roundscale_pd(bits<__m512d>(x), nearest))};
 }
 KL_INLINE VF scale(VF p, Reduced<VF> x) {
     return bits<VF>(_mm512_scalef_ps(bits<__m512>(p), bits<__m512>(x.n)));

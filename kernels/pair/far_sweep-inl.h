@@ -1,0 +1,160 @@
+// The value's sweep where D is large: the three sums of its definition, sum 2^a, sum 2^b and sum 2^a (b - a).
+//
+// D = lse(b) - lse(a) - E_a[d] cancels nothing there, asks for no series, and takes any logits: whether a
+// column is missing on a side, or nearly, only its weights know. What comes of a tile is a State like
+// any other.
+#pragma once
+
+#include <cmath>
+
+#include "pair/column_span-inl.h"
+#include "pair/state.h"
+#include "simd/elementary-inl.h"
+
+namespace kl::KL_ISA {
+
+// log2 x or up to kChord more, x normal: between powers of 2 a logarithm lies above its chord.
+constexpr double kChord = 0.0861;
+inline double log2_above(double x) {
+    const auto exponent_and_fraction = static_cast<double>(bits<std::int64_t>(x)) * 0x1p-52;
+    return exponent_and_fraction - (1023 - kChord);
+}
+
+// a's weights come times the first and its x times the second, so that fp32 holds both where an x of -3e38
+// counts down to weights of 2^-200.
+constexpr float kRaised = 90, kSmall = 0x1p-100f;
+// In these units, more than any finite x of a scale up to kMostScale, and the least that shows.
+constexpr float kMissing = 0x1p30f, kMostScale = 1.5f, kLeastScale = 0x1p-20f;
+// Past this x some product of fp32 overflows, or b is so low that no formula of fp32 may multiply by it.
+constexpr float kOddX = 1, kFarX = 0x1p19f * kSmall;
+// Columns of a lower x would hide the others' share of D's sums.
+constexpr float kLoneX = -64 * kSmall;
+
+template <bool Lone>
+struct FarSums {
+    VF z{}, s{}, u{};
+    [[maybe_unused]] VF lone_z{}, lone_s{};
+
+    KL_INLINE void take(FarSums& run) {
+        z += run.z;
+        s += run.s;
+        u += run.u;
+        run.z = run.s = run.u = VF{};
+        if constexpr (Lone) {
+            lone_z += run.lone_z;
+            lone_s += run.lone_s;
+            run.lone_z = run.lone_s = VF{};
+        }
+    }
+};
+
+// The smaller of |x| and `most` with the sign of x, and `most` for NaN.
+KL_INLINE VF within(VF x, VF most) {
+#if KL_WIDTH == 64
+    return bits<VF>(_mm512_range_ps(bits<__m512>(x), bits<__m512>(most), 2));
+#else
+    return max(min(x, most), -most);
+#endif
+}
+
+// False where D is too small for these sums, or fp32 for the logits; and where one of them is NaN.
+template <bool Exact, bool Lone, class T>
+inline bool sweep_far(const ColumnSpan<T>& in, float scale, Reference r, State& out) {
+    out = {};
+    out.reference = r;
+    if (!(scale < kMostScale && scale > kLeastScale)) return false;
+    const double both = static_cast<double>(r.m) + static_cast<double>(r.c);
+    const float low_m = r.m - kRaised, m_b = static_cast<float>(both);
+    const VF k = splat<VF>(scale), small_k = splat<VF>(scale * kSmall), small_c = splat<VF>(r.c * kSmall);
+    const VF m_of_a = splat<VF>(low_m), m_of_b = splat<VF>(m_b), missing = splat<VF>(kMissing);
+    VF high = -missing, low = missing;
+    [[maybe_unused]] VI bad{};
+    FarSums<Lone> sums, total;
+    struct Begun {
+        Reduced<VF> w, u;
+        VF log_w, log_u, x;
+    };
+    const auto begin = [&](VF a, VF b) KL_INLINE_LAMBDA {
+        if constexpr (kWidth < 64) {  // there a clamped exponent is no NaN
+            const VF inf = splat<VF>(__builtin_inff());
+            bad |= ~((a < inf) & (b < inf));
+        }
+        const VF d = b - a, log_w = fma(a, k, -m_of_a), log_u = fma(b, k, -m_of_b);
+        VF x = fma(d, small_k, -small_c);
+        if constexpr (Exact) {
+            const VF error = difference_error(b, a, d);
+            x = fma(error == error ? error : VF{}, small_k, x);
+        }
+        return Begun{reduce(clamp_exponent(log_w)), reduce(clamp_exponent(log_u)), log_w, log_u, x};
+    };
+    const auto end = [&](const Begun& column) KL_INLINE_LAMBDA {
+        const VF w = exp2_from(column.log_w, column.w), u = exp2_from(column.log_u, column.u);
+        // Where both are -inf it is NaN, which these leave out.
+        high = max(column.x, high);
+        low = min(column.x, low);
+        const VF x = within(column.x, missing);
+        sums.u += u;
+        if constexpr (Lone) {
+            const VI lone = x < splat<VF>(kLoneX);
+            const VF zero{}, near_w = lone ? zero : w, lone_w = lone ? w : zero;
+            sums.z += near_w;
+            sums.s = mad(near_w, x, sums.s);
+            sums.lone_z += lone_w;
+            sums.lone_s = mad(lone_w, x, sums.lone_s);
+        } else {
+            sums.z += w;
+            sums.s = mad(w, x, sums.s);
+        }
+    };
+    const auto begin_step = [&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
+        const auto a = load_pair(at_a), b = load_pair(at_b);
+        return Pair<Begun>{begin(a.x, b.x), begin(a.y, b.y)};
+    };
+    const auto end_step = [&](const Pair<Begun>& step) KL_INLINE_LAMBDA {
+        end(step.x);
+        end(step.y);
+    };
+    pipelined(
+        in.columns, kStep<T>,
+        [&](std::int64_t i) KL_INLINE_LAMBDA {
+            prefetch_step(in.a + i);
+            prefetch_step(in.b + i);
+            return begin_step(in.a + i, in.b + i);
+        },
+        [&](std::int64_t, const Pair<Begun>& step) KL_INLINE_LAMBDA { end_step(step); }, kRun,
+        [&]() KL_INLINE_LAMBDA { total.take(sums); });
+    if (in.rest > 0) end_step(begin_step(in.last_a, in.last_b));
+    total.take(sums);
+
+    const double unit = std::exp2(static_cast<double>(low_m) - static_cast<double>(r.m)),
+                 unit_of_x = unit / static_cast<double>(kSmall);
+    const float top = largest(high), bottom = -largest(-low);
+    const double u = sum(total.u) * std::exp2(static_cast<double>(m_b) - both);
+    out.z = sum(total.z) * unit;
+    out.a1 = sum(total.s) * unit_of_x;
+    const bool is_infinite = bottom <= -kMissing;
+    double z = out.z, s = out.a1;
+    if constexpr (Lone) {
+        out.lone_z = sum(total.lone_z) * unit;
+        out.lone_x = is_infinite ? 0 : -sum(total.lone_s) * unit_of_x;
+        z += out.lone_z;
+        s -= out.lone_x;
+    }
+    out.a2 = (u - out.z) * kLog2e - out.a1;
+    out.top_d = static_cast<double>(r.c) + static_cast<double>(top) / static_cast<double>(kSmall);
+    if (!std::isfinite(z + u) || any<VF>(bad)) return false;
+    if (top > kOddX || bottom < -kOddX) out.flags |= kSawNegInf;
+    if (bottom < -kFarX && !is_infinite) out.flags |= kSawFarB;
+    if (is_infinite) out.flags |= kSawInfinite;
+    if (u > 0) out.flags |= kSawB;
+    if (!Lone && bottom < -kFarX) return false;
+    out.fp32_sum_z = out.z;
+    out.fp32_sum = length(u, out.z) * kLog2e;
+    if (z == 0) return true;
+    // In units of ln 2, D = level - s / z; sum 2^a |x| <= z (1.06 + |level| + D), because x is less than 2^x.
+    const double level = log2_above(u) - kChord - log2_above(z), size = 1.1 + std::fabs(level) - s / z + level;
+    out.far_sum = z * size;
+    return is_infinite || (u > 0 && 7 * (level - s / z) > 4 + std::fabs(level));
+}
+
+}  // namespace kl::KL_ISA
