@@ -57,7 +57,19 @@ KL_INLINE VF within(VF x, VF most) {
 #endif
 }
 
-// False where D is too small for these sums, or fp32 for the logits; and where one of them is NaN.
+// At most the span's D times its mass, in units of ln 2, from sums of any loop.
+inline double least_flow(const State& s) {
+    const double u = s.z + kLn2 * (s.a1 + s.a2), z = s.z + s.lone_z;
+    if (!(u > 0 && z > 0)) return 0;
+    return z * (log2_above(u) - log2_above(z) - kChord) - s.a1 + s.lone_x;
+}
+
+// Whether D is so large that these sums hold it; `flow` of what has been summed.
+inline bool is_far(const State& s, double flow, double margin) {
+    return (s.flags & kSawInfinite) || s.z + s.lone_z == 0 || 6.5 * flow > margin * (2.1 * (s.z + s.lone_z) + s.far_sum);
+}
+
+// False where fp32 does not hold the sums, and where a logit is NaN. Unless Lone, also where it must be.
 template <bool Exact, bool Lone, class T>
 inline bool sweep_far(const ColumnSpan<T>& in, float scale, Reference r, State& out) {
     out = {};
@@ -151,10 +163,10 @@ inline bool sweep_far(const ColumnSpan<T>& in, float scale, Reference r, State& 
     out.fp32_sum_z = out.z;
     out.fp32_sum = length(u, out.z) * kLog2e;
     if (z == 0) return true;
-    // In units of ln 2, D = level - s / z; sum 2^a |x| <= z (1.06 + |level| + D), because x is less than 2^x.
-    const double level = log2_above(u) - kChord - log2_above(z), size = 1.1 + std::fabs(level) - s / z + level;
-    out.far_sum = z * size;
-    return is_infinite || (u > 0 && 7 * (level - s / z) > 4 + std::fabs(level));
+    // sum 2^a |x| is at most 1.07 u - s, because x is less than 0.54 2^x; and that from where sum 2^b is z.
+    const double level = log2_above(u) - log2_above(z);
+    out.far_sum = smaller(1.07 * u, z * (1.2 + std::fabs(level) + level)) - s;
+    return true;
 }
 
 }  // namespace kl::KL_ISA

@@ -57,7 +57,49 @@ double size_of_a1(double fp32_sum_z, double a1, double fp32_sum) {
                : 0;
 }
 
+namespace {
+
+// Beyond this h (in nats) of the three terms that make up a2 one is all, and another may overflow.
+constexpr double kFarH = 40;
+
+// rebase() by way of sum 2^b, which is what a2 is made of where c goes far.
+State rebase_far(const State& s, Reference to) {
+    State out = s;
+    out.reference = to;
+    const double step = static_cast<double>(to.c) - static_cast<double>(s.reference.c),
+                 rise = static_cast<double>(s.reference.m) - static_cast<double>(to.m);
+    const double weight = std::exp2(rise), weight_of_b = std::exp2(rise - step),
+                 u = weight_of_b * (s.z + kLn2 * (s.a1 + s.a2));
+    out.z = weight * s.z;
+    out.a1 = weight * (s.a1 - step * s.z);
+    out.a2 = (u - out.z) / kLn2 - out.a1;
+    out.fp32_sum_z = weight * s.fp32_sum_z;
+    const double of_a1 = size_of_a1(s.fp32_sum_z, s.a1, s.fp32_sum), of_z = s.fp32_sum_z;
+    out.fp32_sum = length(weight_of_b * s.fp32_sum, (step > 0 ? weight : weight_of_b) * of_a1,
+                          (step > 0 ? weight * step : weight_of_b) * of_z);
+    out.lone_z = weight * s.lone_z;
+    out.lone_x = weight * (s.lone_x + step * s.lone_z);
+    out.far_sum = weight * s.far_sum;
+    out.rounded_z = weight * s.rounded_z;
+    return out;
+}
+
+// The same span with all that a has in it as columns that b lacks, and b's mass as that of others.
+State set_apart(const State& s) {
+    State out = s;
+    out.z = out.a1 = out.fp32_sum_z = 0;
+    out.a2 = s.z / kLn2 + s.a1 + s.a2;
+    out.lone_z += s.z;
+    out.lone_x -= s.a1;
+    out.far_sum += s.fp32_sum_z + size_of_a1(s.fp32_sum_z, s.a1, s.fp32_sum);
+    return out;
+}
+
+}  // namespace
+
 State rebase(const State& s, Reference to) {
+    const double distance = static_cast<double>(to.c) - static_cast<double>(s.reference.c);
+    if (std::fabs(distance) * kLn2 > kFarH) return rebase_far(s, to);
     State out = s;
     out.reference = to;
     const double step = static_cast<double>(to.c) - static_cast<double>(s.reference.c), h = step * kLn2;
@@ -75,15 +117,6 @@ State rebase(const State& s, Reference to) {
     }
     if (rise == 0) return out;
     const double weight = std::exp2(rise);
-    const auto weight_of_b = [&] {
-        return std::exp2(static_cast<double>(s.reference.m + s.reference.c) -
-                         static_cast<double>(to.m + to.c));
-    };
-    if (weight == 0 && weight_of_b() == 0 && std::isfinite(s.a2)) {
-        // Columns masked with a number such as -1e9 weigh nothing beside the new reference.
-        out.z = out.a1 = out.a2 = out.fp32_sum_z = out.fp32_sum = out.lone_z = out.lone_x = out.far_sum = 0;
-        return out;
-    }
     out.z *= weight;
     out.a1 *= weight;
     out.a2 *= weight;
@@ -92,14 +125,17 @@ State rebase(const State& s, Reference to) {
     out.lone_z *= weight;
     out.lone_x *= weight;
     out.far_sum *= weight;
+    out.rounded_z *= weight;
     return out;
 }
+
+// Spans whose c lie further from each other have no mean that would serve both.
+constexpr double kFarApart = 64;
 
 State merge(const State& s, const State& t) {
     State out = s;
     if (s.is_empty() || t.is_empty()) {
         out = s.is_empty() ? t : s;
-        out.rounded = s.rounded + t.rounded;
         out.flags = s.flags | t.flags;
         out.top_d = std::max(s.top_d, t.top_d);
         return out;
@@ -112,6 +148,18 @@ State merge(const State& s, const State& t) {
         };
         const double zs = mass(s), zt = mass(t), cs = static_cast<double>(s.reference.c),
                      ct = static_cast<double>(t.reference.c);
+        if (std::fabs(ct - cs) > kFarApart) {
+            // Either a has nothing of note where b has more, or b has nothing where it has less.
+            const bool s_is_low = cs < ct;
+            const State &low = s_is_low ? s : t, &high = s_is_low ? t : s;
+            const bool is_all = (s_is_low ? zt : zs) < 0x1p-60 * (s_is_low ? zs : zt);
+            to.c = is_all ? low.reference.c : high.reference.c;
+            State of_low = rebase(is_all ? low : set_apart(low), to);
+            const State of_high = rebase(high, to);
+            out = s_is_low ? of_low : of_high;
+            out.add(s_is_low ? of_high : of_low);
+            return out;
+        }
         to.c = static_cast<float>(cs + (ct - cs) * (zt / (zs + zt)));
     } else if (t.has_mass()) {
         to = t.reference;
@@ -153,14 +201,16 @@ struct SumErrors {
 
 }  // namespace
 
+// The promise on values begins here.
+constexpr double kLeastDivergence = 1e-12;
+
 // In these columns a is nearly 0, or b is and a lies -d from it: but for a d less than c - 1, whose x
 // outweighs what 2^-24 c may be off.
-double rounded_share(const State& s) {
-    const double c = static_cast<double>(s.reference.c);
-    if (s.rounded == 0) return 0;
-    if (!(std::fabs(c) < 32)) return 1;
-    const double weight_of_0 = std::exp2(-static_cast<double>(s.reference.m));
-    return std::min(1.0, 2 * s.rounded * weight_of_0 * (1 + std::exp2(-c)) / s.z);
+double rounded_mass(Reference r, double columns) {
+    const double m = static_cast<double>(r.m), c = static_cast<double>(r.c);
+    if (columns == 0) return 0;
+    if (!(std::fabs(c) < 32)) return std::numeric_limits<double>::infinity();
+    return 2 * columns * (std::exp2(-m) + std::exp2(-m - c));
 }
 
 RowResult finish(const State& s) {
@@ -194,11 +244,11 @@ RowResult finish(const State& s) {
         out.row_class = RowClass::infinite;
         return out;
     }
-    const double of_divergence = share * errors.of_divergence + kLn2 * s.far_sum / z;
-    if (!(of_divergence <= kWorstError * out.divergence)) out.trusted = false;
+    const double of_divergence = length(share * errors.of_divergence, kLn2 * s.far_sum / z);
+    if (!(of_divergence <= kWorstError * std::max(out.divergence, kLeastDivergence))) out.trusted = false;
     // d is off by up to 2^-24 |c|: nothing as long as the typical x is not far below c.
     const double c = static_cast<double>(s.reference.c) * kLn2;
-    const double rounded = s.flags & kSawRounding ? 1 : rounded_share(s);
+    const double rounded = s.rounded_z / z;
     if (2 * out.divergence * 1024 < c * c * rounded) out.trusted = false;
     return out;
 }

@@ -28,7 +28,7 @@ enum Flag : unsigned {
     kSawNegInf = 2,       // -inf on one side, or on either
     kSawInfinite = 4,     // -inf in b where a is finite
     kSawB = 8,            // some finite b
-    kSawRounding = 16,    // d was rounded to fp32 before c was taken off, in any column
+    kSawRounding = 16,    // of token statistics: d was rounded to fp32 before c was taken off, in any column
     kSawOutOfRange = 32,  // one side finite, but so large that fp32 products overflow
     kSawFarB = 64,        // a finite b so low that no fp32 formula may multiply by its distance
     kSawHugeA = 128,      // an a so large that fp32 cannot subtract m from it
@@ -48,8 +48,7 @@ struct State {
     double top_d = -std::numeric_limits<double>::infinity();  // the largest d
     // What the errors of z and of a2 scale with: what was summed up in fp32, rebased as errors are.
     double fp32_sum_z = 0, fp32_sum = 0;
-    // Columns of 16-bit logits whose d may have been rounded: one of both is nearly 0 there.
-    double rounded = 0;
+    double rounded_z = 0;  // a's mass at most in columns whose d was rounded to fp32 before c was taken off
     unsigned flags = 0;
     double lone_z = 0, lone_x = 0;
     double far_sum = 0;  // what the error of a1 scales with where a2 has the same with the other sign
@@ -64,7 +63,7 @@ struct State {
         a2 += s.a2;
         fp32_sum_z += s.fp32_sum_z;
         fp32_sum += s.fp32_sum;
-        rounded += s.rounded;
+        rounded_z += s.rounded_z;
         top_d = s.top_d > top_d ? s.top_d : top_d;
         flags |= s.flags;
         lone_z += s.lone_z;
@@ -118,8 +117,8 @@ struct RowResult {
     double top_r = std::numeric_limits<double>::infinity();  // no log2 q - log2 p is larger
 };
 
-// The share of a's mass that State::rounded may have at most.
-double rounded_share(const State&);
+// The mass at most, measured from m, of `columns` of 16-bit logits whose d may be rounded.
+double rounded_mass(Reference, double columns);
 
 RowResult finish(const State&);
 RowResult nan_result();

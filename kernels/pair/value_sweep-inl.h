@@ -318,9 +318,6 @@ constexpr double kFarFromMean = 0.8;
 // errors of a1 count in the divergence.
 constexpr double kNearMean = 1.0;
 
-// Past this E_a[g] sides count as far from each other.
-constexpr double kFarG = 2;
-
 // A tile that weighs more has its top well above the reference's m, or very many columns above it. The top's
 // exponent is rounded by up to a 2^24th of itself, and the normaliser passes that on to every column's
 // gradient: the tile is weighed again from a reference near its top.
@@ -354,6 +351,12 @@ public:
             }
             both = rebased;
         }
+        if (tile.rounded_z > 0 && is_too_rounded(both)) {
+            exact_ = true;
+            tile = sweep_tile(in, both.reference);
+            exact_ = false;
+            both = add(tile);
+        }
         total_ = both;
         reference_ = both.reference;
         expect_next(tile);
@@ -378,11 +381,14 @@ private:
                 if (sweep_as<Loop::near>(in, reference, out)) return out;
             }
             // What is finite holds no -inf.
-            expected_ = std::isfinite(out.a2) && out.z > 0 ? Loop::one_sided : Loop::masked;
+            const bool all_finite = std::isfinite(out.a2) && out.z > 0;
+            expected_ = !all_finite ? Loop::masked : total_.has_mass() ? Loop::far : Loop::one_sided;
         }
         if (in.rest > 0) in.fill(minus_infinity<T>(), minus_infinity<T>());
-        // The second reference is the span's own.
-        if (!sweep_padded(in, reference, out) && !sweep_padded(in, reference_for(in, scale_), out)) {
+        // The second reference is the span's own, the third is where the sums for far sides found its mean.
+        mean_ = reference;
+        if (!sweep_padded(in, reference, out) && !sweep_padded(in, reference_for(in, scale_), out) &&
+            !sweep_padded(in, mean_, out)) {
             out.a2 = __builtin_inf();
             if (has_nan(in)) out.flags |= kSawNan;
         }
@@ -394,7 +400,9 @@ private:
     bool sweep_padded(const ColumnSpan<T>& in, Reference reference, State& out) {
         const auto serves = [&]<Loop loop>() {
             expected_ = loop;
-            return sweep_as<loop>(in, reference, out);
+            if (sweep_as<loop>(in, reference, out)) return true;
+            if (loop == Loop::lone && out.has_mass() && is_usable(out)) mean_ = at_mean(out);
+            return false;
         };
         const bool was_far = expected_ == Loop::far || expected_ == Loop::lone;
         if (expected_ == Loop::far && serves.template operator()<Loop::far>()) return true;
@@ -414,37 +422,49 @@ private:
     // Far sides, as the tile and the row have them, take the loop for those next. It finds out itself where
     // they are near each other after all.
     void expect_next(const State& tile) {
-        const auto is_far = [](const State& s) { return kLn2 * s.a2 > kFarG * s.z; };
-        if (expected_ != Loop::lone && is_far(total_) && is_far(tile)) expected_ = Loop::far;
+        constexpr double margin = 1.3;
         if (expected_ == Loop::one_sided && !(tile.flags & kSawNegInf)) expected_ = Loop::masked;
+        if (expected_ == Loop::lone && !tile.has_mass() && tile.lone_z == 0 && total_.has_mass())
+            expected_ = Loop::one_sided;
+        if (expected_ == Loop::far || expected_ == Loop::lone) return;
+        const auto is_far_itself = [](const State& s) {
+            return kLn2 * s.a2 > s.z && is_far(s, least_flow(s), margin);
+        };
+        if (is_far_itself(tile) && is_far_itself(total_)) expected_ = Loop::far;
+    }
+
+    // Either the tile is far, or its mass is so little beside the row's D that it may be.
+    bool is_far_enough(const State& tile) const {
+        if (is_far(tile, least_flow(tile), 1)) return true;
+        const State both = add(tile);
+        return is_far(both, least_flow(both), 1);
     }
 
     // False where fp32 sums cannot do this span this way.
     template <Loop loop, class T>
     bool sweep_as(const ColumnSpan<T>& in, Reference reference, State& out) {
         // The error of fl(b - a) is at most 2^-24 |c|: nothing beside an x that is usually over |c| / 16.
-        const auto is_nothing = [&](double share) {
-            return 512 * total_.a2 > kLn2 * total_.z * static_cast<double>(reference.c * reference.c) * share;
-        };
-        const bool any = is_nothing(1);
-        bool coarse = any;
-        State so_far = total_;
+        const double c2 = kLn2 * static_cast<double>(reference.c * reference.c);
+        const auto is_nothing = [&](double mass) { return 512 * total_.a2 > c2 * mass; };
+        double mass = total_.z;
+        // Nor does it matter where D is infinite.
+        bool coarse = is_nothing(mass) || (total_.flags & kSawInfinite);
         if constexpr (sizeof(T) == 2) {
             const auto fits = [&](std::int64_t columns) {
-                so_far.rounded = total_.rounded + static_cast<double>(columns);
-                return is_nothing(rounded_share(so_far));
+                mass = rounded_mass(reference, static_cast<double>(columns));
+                return is_nothing(total_.rounded_z + mass);
             };
-            coarse = any || fits(in.columns + in.rest) || fits(rounded_columns(in));
+            coarse = coarse || fits(in.columns + in.rest) || fits(rounded_columns(in));
         }
-        return coarse ? sweep_as<loop, false>(in, reference, any, so_far.rounded, out)
-                      : sweep_as<loop, true>(in, reference, any, 0, out);
+        if (!coarse || exact_) return sweep_as<loop, true>(in, reference, 0, out);
+        return sweep_as<loop, false>(in, reference, mass, out);
     }
 
     template <Loop loop, bool Exact, class T>
-    bool sweep_as(const ColumnSpan<T>& in, Reference reference, bool is_rounded, double rounded, State& out) {
+    bool sweep_as(const ColumnSpan<T>& in, Reference reference, double rounded, State& out) {
         bool serves = true;
         if constexpr (loop == Loop::far || loop == Loop::lone) {
-            serves = sweep_far<Exact, loop == Loop::lone>(in, scale_, reference, out);
+            serves = sweep_far<Exact, loop == Loop::lone>(in, scale_, reference, out) && is_far_enough(out);
         } else {
             const Sums s = sweep<Exact, loop>(in, scale_, reference);
             const double c = static_cast<double>(reference.c);
@@ -465,11 +485,11 @@ private:
                 out.flags |= kSawNegInf;
                 out.top_d = __builtin_inf();
                 // The weights that stand for none must stay nothing beside a's.
-                if (!(s.largest_g < kLowestG && s.a2 < kMostB * s.z)) out.a2 = __builtin_inf();
+                const double beside = reference == total_.reference ? total_.z : 0;
+                if (!(s.largest_g < kLowestG && s.a2 < kMostB * (s.z + beside))) out.a2 = __builtin_inf();
             }
         }
-        if (!Exact && !is_rounded) out.rounded = rounded - total_.rounded;
-        if (is_rounded) out.flags |= kSawRounding;
+        out.rounded_z = smaller(rounded, out.z + out.lone_z);
         if (reference.m > kHugeA) out.flags |= kSawHugeA;
         if (out.z > 0) out.flags |= kSawB;
         return serves && is_usable(out);
@@ -480,6 +500,12 @@ private:
         State out = total_;
         out.add(tile);
         return out;
+    }
+
+    // What finish() will ask, by half.
+    static bool is_too_rounded(const State& s) {
+        const double c = static_cast<double>(s.reference.c);
+        return !(s.flags & kSawInfinite) && 1024 * kLn2 * s.a2 < c * c * s.rounded_z;
     }
 
     // Whether more than two fifths of a2 would cancel in the end if the reference stayed.
@@ -493,9 +519,10 @@ private:
     static bool is_far_from_mean(const State& s) { return std::fabs(s.a1) > kFarRebase * s.z; }
 
     float scale_;
-    Reference reference_;
+    Reference reference_, mean_;
     State total_;
     Loop expected_ = Loop::near;
+    bool exact_ = false;  // rounding b - a was found to show in this tile
 };
 
 }  // namespace kl::KL_ISA
