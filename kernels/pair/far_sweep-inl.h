@@ -20,15 +20,33 @@ inline double log2_above(double x) {
     return exponent_and_fraction - (1023 - kChord);
 }
 
-// a's weights come times the first and its x times the second, so that fp32 holds both where an x of -3e38
-// counts down to weights of 2^-200.
-constexpr float kRaised = 90, kSmall = 0x1p-100f;
-// In these units, more than any finite x of a scale up to kMostScale, and the least that shows.
-constexpr float kMissing = 0x1p30f, kMostScale = 1.5f, kLeastScale = 0x1p-20f;
-// Past this x some product of fp32 overflows, or b is so low that no formula of fp32 may multiply by it.
-constexpr float kOddX = 1, kFarX = 0x1p19f * kSmall;
+// Where Lone, a's weights come times 2^kRaised and all x times kSmall, so that fp32 holds both where an x of
+// -3e38 counts down to weights of 2^-200.
+constexpr float kRaised = 90;
+template <bool Lone>
+constexpr float kSmall = Lone ? 0x1p-100f : 1;
+// More than any finite x of a scale up to kMostScale, in these units. Without, such an x is left to Lone.
+template <bool Lone>
+constexpr float kMissing = Lone ? 0x1p30f : 0x1p60f;
+constexpr float kMostScale = 1.5f, kLeastScale = 0x1p-20f;
+// Past this x some product of fp32 overflows; and b is so low that no formula of fp32 may multiply by it.
+constexpr double kOddX = 0x1p100, kLowX = -0x1p19;
 // Columns of a lower x would hide the others' share of D's sums.
-constexpr float kLoneX = -64 * kSmall;
+constexpr float kLoneX = -64;
+
+// 2^(x + kRaised), down to an x of -215, and then 0.
+KL_INLINE VF raised_exp2(VF x) {
+#if KL_WIDTH == 64
+    Reduced<VF> e = reduce(x);
+    e.n += splat<VF>(kRaised);
+    return scale(exp2_fraction(e.r), e);
+#else
+    const VF lowest = splat<VF>(-215);
+    Reduced<VF> e = reduce(min(splat<VF>(36), max(lowest, x)));
+    e.n += splat<VF>(kRaised);
+    return x > lowest ? scale(exp2_fraction(e.r), e) : VF{};
+#endif
+}
 
 template <bool Lone>
 struct FarSums {
@@ -70,20 +88,19 @@ inline bool is_far(const State& s, double flow, double margin) {
 }
 
 // False where fp32 does not hold the sums, and where a logit is NaN. Unless Lone, also where it must be.
+// b's weights are measured from m_b.
 template <bool Exact, bool Lone, class T>
-inline bool sweep_far(const ColumnSpan<T>& in, float scale, Reference r, State& out) {
+inline bool sweep_far(const ColumnSpan<T>& in, float scale, Reference r, float m_b, State& out) {
     out = {};
     out.reference = r;
     if (!(scale < kMostScale && scale > kLeastScale)) return false;
-    const double both = static_cast<double>(r.m) + static_cast<double>(r.c);
-    const float low_m = r.m - kRaised, m_b = static_cast<float>(both);
-    const VF k = splat<VF>(scale), small_k = splat<VF>(scale * kSmall), small_c = splat<VF>(r.c * kSmall);
-    const VF m_of_a = splat<VF>(low_m), m_of_b = splat<VF>(m_b), missing = splat<VF>(kMissing);
+    constexpr float small = kSmall<Lone>;
+    const VF k = splat<VF>(scale), small_k = splat<VF>(scale * small), small_c = splat<VF>(r.c * small);
+    const VF m_of_a = splat<VF>(r.m), m_of_b = splat<VF>(m_b), missing = splat<VF>(kMissing<Lone>);
     VF high = -missing, low = missing;
     [[maybe_unused]] VI bad{};
     FarSums<Lone> sums, total;
     struct Begun {
-        Reduced<VF> w, u;
         VF log_w, log_u, x;
     };
     const auto begin = [&](VF a, VF b) KL_INLINE_LAMBDA {
@@ -97,17 +114,17 @@ inline bool sweep_far(const ColumnSpan<T>& in, float scale, Reference r, State& 
             const VF error = difference_error(b, a, d);
             x = fma(error == error ? error : VF{}, small_k, x);
         }
-        return Begun{reduce(clamp_exponent(log_w)), reduce(clamp_exponent(log_u)), log_w, log_u, x};
+        return Begun{log_w, log_u, x};
     };
     const auto end = [&](const Begun& column) KL_INLINE_LAMBDA {
-        const VF w = exp2_from(column.log_w, column.w), u = exp2_from(column.log_u, column.u);
+        const VF w = Lone ? raised_exp2(column.log_w) : exp2(column.log_w), u = exp2(column.log_u);
         // Where both are -inf it is NaN, which these leave out.
         high = max(column.x, high);
         low = min(column.x, low);
         const VF x = within(column.x, missing);
         sums.u += u;
         if constexpr (Lone) {
-            const VI lone = x < splat<VF>(kLoneX);
+            const VI lone = x < splat<VF>(kLoneX * small);
             const VF zero{}, near_w = lone ? zero : w, lone_w = lone ? w : zero;
             sums.z += near_w;
             sums.s = mad(near_w, x, sums.s);
@@ -138,28 +155,30 @@ inline bool sweep_far(const ColumnSpan<T>& in, float scale, Reference r, State& 
     if (in.rest > 0) end_step(begin_step(in.last_a, in.last_b));
     total.take(sums);
 
-    const double unit = std::exp2(static_cast<double>(low_m) - static_cast<double>(r.m)),
-                 unit_of_x = unit / static_cast<double>(kSmall);
-    const float top = largest(high), bottom = -largest(-low);
-    const double u = sum(total.u) * std::exp2(static_cast<double>(m_b) - both);
+    const double unit = Lone ? std::exp2(-static_cast<double>(kRaised)) : 1;
+    const double unit_of_x = 1 / static_cast<double>(small), unit_of_s = unit * unit_of_x;
+    const double top = unit_of_x * static_cast<double>(largest(high)),
+                 bottom = -unit_of_x * static_cast<double>(largest(-low));
+    const double u = sum(total.u) * std::exp2(static_cast<double>(m_b) - static_cast<double>(r.m) -
+                                              static_cast<double>(r.c));
     out.z = sum(total.z) * unit;
-    out.a1 = sum(total.s) * unit_of_x;
-    const bool is_infinite = bottom <= -kMissing;
+    out.a1 = sum(total.s) * unit_of_s;
+    const bool is_infinite = Lone && bottom <= -unit_of_x * static_cast<double>(kMissing<Lone>);
     double z = out.z, s = out.a1;
     if constexpr (Lone) {
         out.lone_z = sum(total.lone_z) * unit;
-        out.lone_x = is_infinite ? 0 : -sum(total.lone_s) * unit_of_x;
+        out.lone_x = is_infinite ? 0 : -sum(total.lone_s) * unit_of_s;
         z += out.lone_z;
         s -= out.lone_x;
     }
     out.a2 = (u - out.z) * kLog2e - out.a1;
-    out.top_d = static_cast<double>(r.c) + static_cast<double>(top) / static_cast<double>(kSmall);
+    out.top_d = static_cast<double>(r.c) + top;
     if (!std::isfinite(z + u) || any<VF>(bad)) return false;
     if (top > kOddX || bottom < -kOddX) out.flags |= kSawNegInf;
-    if (bottom < -kFarX && !is_infinite) out.flags |= kSawFarB;
+    if (bottom < kLowX && !is_infinite) out.flags |= kSawFarB;
     if (is_infinite) out.flags |= kSawInfinite;
     if (u > 0) out.flags |= kSawB;
-    if (!Lone && bottom < -kFarX) return false;
+    if (!Lone && bottom < kLowX) return false;
     out.fp32_sum_z = out.z;
     out.fp32_sum = length(u, out.z) * kLog2e;
     if (z == 0) return true;

@@ -285,7 +285,7 @@ KL_NOINLINE bool has_nan(const ColumnSpan<T>& in) {
 // A reference for a span of any columns: the largest finite a, or b's where a has no finite logit; and b - a
 // at the first column that carries weight on both sides, which is near enough to E_a[d] to begin with.
 template <class T>
-inline Reference reference_for(const ColumnSpan<T>& in, float scale) {
+inline Reference reference_for(const ColumnSpan<T>& in, float scale, float* top_of_b = nullptr) {
     VF top_a = splat<VF>(-__builtin_inff()), top_b = top_a;
     in.for_each_step([&](const T* at_a, const T* at_b) KL_INLINE_LAMBDA {
         const auto a = load_pair(at_a), b = load_pair(at_b);
@@ -293,6 +293,7 @@ inline Reference reference_for(const ColumnSpan<T>& in, float scale) {
         top_b = max(b.x, max(b.y, top_b));
     });
     const float m = largest(top_a) * scale, m_b = largest(top_b) * scale;
+    if (top_of_b && std::fabs(m_b) < __builtin_inff()) *top_of_b = larger(*top_of_b, m_b);
     if (!(std::fabs(m) < __builtin_inff())) return {std::fabs(m_b) < __builtin_inff() ? m_b : 0, 0};
     const auto search = [&](const T* at_a, const T* at_b, std::int64_t n, float& d) {
         for (std::int64_t i = 0; i < n; ++i) {
@@ -322,6 +323,9 @@ constexpr double kNearMean = 1.0;
 // exponent is rounded by up to a 2^24th of itself, and the normaliser passes that on to every column's
 // gradient: the tile is weighed again from a reference near its top.
 constexpr double kHeavy = 0x1p16;
+
+// The same of b, in the sums for far sides, as its logarithm.
+constexpr float kHighB = 16;
 
 // Accumulates the state of a block of columns, tile by tile.
 class Accumulator {
@@ -387,7 +391,7 @@ private:
         if (in.rest > 0) in.fill(minus_infinity<T>(), minus_infinity<T>());
         // The second reference is the span's own, the third is where the sums for far sides found its mean.
         mean_ = reference;
-        if (!sweep_padded(in, reference, out) && !sweep_padded(in, reference_for(in, scale_), out) &&
+        if (!sweep_padded(in, reference, out) && !sweep_padded(in, reference_for(in, scale_, &top_b_), out) &&
             !sweep_padded(in, mean_, out)) {
             out.a2 = __builtin_inf();
             if (has_nan(in)) out.flags |= kSawNan;
@@ -464,7 +468,16 @@ private:
     bool sweep_as(const ColumnSpan<T>& in, Reference reference, double rounded, State& out) {
         bool serves = true;
         if constexpr (loop == Loop::far || loop == Loop::lone) {
-            serves = sweep_far<Exact, loop == Loop::lone>(in, scale_, reference, out) && is_far_enough(out);
+            const double of_b = static_cast<double>(reference.m) + static_cast<double>(reference.c);
+            for (bool again = true; again;) {
+                const float m_b = larger(static_cast<float>(of_b), top_b_);
+                serves = sweep_far<Exact, loop == Loop::lone>(in, scale_, reference, m_b, out);
+                const double u = out.z + kLn2 * (out.a1 + out.a2);
+                const float above = serves && u > 0 ? static_cast<float>(of_b + std::log2(u)) : m_b;
+                again = above > m_b + kHighB;
+                if (again) top_b_ = above;
+            }
+            serves = serves && is_far_enough(out);
         } else {
             const Sums s = sweep<Exact, loop>(in, scale_, reference);
             const double c = static_cast<double>(reference.c);
@@ -522,6 +535,7 @@ private:
     Reference reference_, mean_;
     State total_;
     Loop expected_ = Loop::near;
+    float top_b_ = -__builtin_inff();  // about the largest b, once the sums for far sides asked for it
     bool exact_ = false;  // rounding b - a was found to show in this tile
 };
 
