@@ -53,9 +53,12 @@ enum class Loop {
     near,       // every logit finite, no x far
     masked,     // the same, but for columns that are -inf on both sides
     one_sided,  // also those that a lacks, or nearly; and where b's logit is the lowest number
+    cut,        // the same where D is infinite, and b may lack columns: they count in a's mass alone
     far,        // D is large: the sums of its definition
     lone,       // the same with columns that b lacks, or nearly, kept apart: pair/state.h
 };
+
+constexpr bool is_one_sided(Loop loop) { return loop == Loop::one_sided || loop == Loop::cut; }
 
 // Where a lacks a column its weight is taken as 2^-kMostX of b's: then w g2(x) is b's weight, and what w and
 // w x add is 3e-8 of it, which D exceeds.
@@ -74,7 +77,7 @@ struct Places {
     [[maybe_unused]] VF lowest, most_x, m_of_b;
 
     Places(float scale, Reference r) : k(splat<VF>(scale)), m(splat<VF>(r.m)), c(splat<VF>(r.c)) {
-        if constexpr (loop == Loop::one_sided) {
+        if constexpr (is_one_sided(loop)) {
             // Any product with k stays finite. One of most_x and m_of_b makes up for the other's rounding.
             lowest = splat<VF>(-0x1p126f / larger(scale, 1.0f));
             const double both = static_cast<double>(r.m) + static_cast<double>(r.c);
@@ -102,8 +105,9 @@ KL_INLINE Place place(VF a, VF b, const Places<loop>& at) {
     const VF d = b - a;
     VF x = fma(d, at.k, -at.c), log_w = fma(a, at.k, -at.m);
     if constexpr (Exact) x = fma(difference_error(b, a, d), at.k, x);
-    if constexpr (loop == Loop::one_sided) {
+    if constexpr (is_one_sided(loop)) {
         x = min(at.most_x, x);
+        if constexpr (loop == Loop::cut) x = max(-at.most_x, x);
         log_w = max(fma(b, at.k, -at.m_of_b), log_w);
     }
     return {log_w, g2_domain(x)};
@@ -128,7 +132,7 @@ KL_INLINE void accumulate(const Pair<PreparedColumn>& step, VectorSums& to) {
     to.a1 += mad(w_s, s.x, w_t * t.x);
     to.a2 += mad(w_s, g_s, w_t * g_t);
     VF seen_s = g_s, seen_t = g_t;
-    if constexpr (loop == Loop::one_sided) {
+    if constexpr (is_one_sided(loop)) {
         const VF weightless = splat<VF>(kWeightless), zero{};
         seen_s = s.log_w > weightless ? g_s : zero;
         seen_t = t.log_w > weightless ? g_t : zero;
@@ -411,13 +415,24 @@ private:
         const bool was_far = expected_ == Loop::far || expected_ == Loop::lone;
         if (expected_ == Loop::far && serves.template operator()<Loop::far>()) return true;
         if (was_far && serves.template operator()<Loop::lone>()) return true;
-        if (expected_ != Loop::one_sided && serves.template operator()<Loop::masked>()) {
+        if (!is_one_sided(expected_) && serves.template operator()<Loop::masked>()) {
             if (was_far) expected_ = Loop::near;
             return true;
         }
-        if (serves.template operator()<Loop::one_sided>()) return true;
+        const bool is_infinite = total_.flags & kSawInfinite;
+        if (is_infinite ? serves.template operator()<Loop::cut>() : serves.template operator()<Loop::one_sided>())
+            return true;
         const State near = out;
-        if (!was_far && serves.template operator()<Loop::lone>()) return true;
+        if (!was_far && serves.template operator()<Loop::lone>()) {
+            // The sums for far sides hold lse(b) - lse(a) only as well as any sum.
+            const State apart = out;
+            if (!(out.flags & kSawInfinite) || is_infinite || !serves.template operator()<Loop::cut>()) {
+                expected_ = Loop::lone;
+                out = apart;
+            }
+            out.flags |= apart.flags;
+            return true;
+        }
         expected_ = Loop::near;
         out = near;
         return is_usable(out);
@@ -427,7 +442,7 @@ private:
     // they are near each other after all.
     void expect_next(const State& tile) {
         constexpr double margin = 1.3;
-        if (expected_ == Loop::one_sided && !(tile.flags & kSawNegInf)) expected_ = Loop::masked;
+        if (is_one_sided(expected_) && !(tile.flags & kSawNegInf)) expected_ = Loop::masked;
         if (expected_ == Loop::lone && !tile.has_mass() && tile.lone_z == 0 && total_.has_mass())
             expected_ = Loop::one_sided;
         if (expected_ == Loop::far || expected_ == Loop::lone) return;
@@ -450,18 +465,18 @@ private:
         // The error of fl(b - a) is at most 2^-24 |c|: nothing beside an x that is usually over |c| / 16.
         const double c2 = kLn2 * static_cast<double>(reference.c * reference.c);
         const auto is_nothing = [&](double mass) { return 512 * total_.a2 > c2 * mass; };
-        double mass = total_.z;
+        double rounded = __builtin_inf();
         // Nor does it matter where D is infinite.
-        bool coarse = is_nothing(mass) || (total_.flags & kSawInfinite);
+        bool coarse = is_nothing(total_.z) || (total_.flags & kSawInfinite);
         if constexpr (sizeof(T) == 2) {
             const auto fits = [&](std::int64_t columns) {
-                mass = rounded_mass(reference, static_cast<double>(columns));
-                return is_nothing(total_.rounded_z + mass);
+                rounded = rounded_mass(reference, static_cast<double>(columns));
+                return is_nothing(total_.rounded_z + rounded);
             };
             coarse = coarse || fits(in.columns + in.rest) || fits(rounded_columns(in));
         }
         if (!coarse || exact_) return sweep_as<loop, true>(in, reference, 0, out);
-        return sweep_as<loop, false>(in, reference, mass, out);
+        return sweep_as<loop, false>(in, reference, rounded, out);
     }
 
     template <Loop loop, bool Exact, class T>
@@ -492,7 +507,7 @@ private:
             if (loop != Loop::near) out.flags |= kSawMasked;
             // 2^x = 1 + (x + g) ln 2, and no x is past 64.
             out.top_d = c + log2_above(kLn2 * s.largest_g + 46);
-            if (loop != Loop::one_sided) {
+            if (!is_one_sided(loop)) {
                 serves = serves && !(s.largest_g > kTailG);
             } else if (s.largest_g > kMostG) {
                 out.flags |= kSawNegInf;
