@@ -503,7 +503,7 @@ private:
             out.a2 = out.fp32_sum = s.a2;
             // Columns that b nearly lacks pull the mean away from all others.
             const bool is_pulled = !(s.a1 > -kNearMean * s.z);
-            serves = !(s.largest_g > kLowG && is_pulled);
+            serves = !((loop == Loop::cut || s.largest_g > kLowG) && is_pulled);
             if (loop != Loop::near) out.flags |= kSawMasked;
             // 2^x = 1 + (x + g) ln 2, and no x is past 64.
             out.top_d = c + log2_above(kLn2 * s.largest_g + 46);
