@@ -34,7 +34,7 @@ constexpr float kOutOfRange = 0x1p100f;  // beyond it products with log2(e) / te
 
 struct Sums {
     double z, a1, a2;
-    double largest_g;  // of columns that weigh something
+    double largest_g;
 };
 
 struct VectorSums {
@@ -67,8 +67,6 @@ constexpr double kMostX = 30;
 constexpr double kMostG = 0x1p30, kLowestG = 0x1p40;
 // A b that weighs more beside a is left to other sums.
 constexpr double kMostB = 32;
-// log2 of weights that count at any x.
-constexpr float kWeightless = -300;
 
 // What places columns, as vectors.
 template <Loop loop>
@@ -131,13 +129,7 @@ KL_INLINE void accumulate(const Pair<PreparedColumn>& step, VectorSums& to) {
     to.z += w_s + w_t;
     to.a1 += mad(w_s, s.x, w_t * t.x);
     to.a2 += mad(w_s, g_s, w_t * g_t);
-    VF seen_s = g_s, seen_t = g_t;
-    if constexpr (is_one_sided(loop)) {
-        const VF weightless = splat<VF>(kWeightless), zero{};
-        seen_s = s.log_w > weightless ? g_s : zero;
-        seen_t = t.log_w > weightless ? g_t : zero;
-    }
-    to.largest_g = max(seen_s, max(seen_t, to.largest_g));
+    to.largest_g = max(g_s, max(g_t, to.largest_g));
 }
 
 // Logits that weigh nothing, at a d near c.
@@ -406,11 +398,12 @@ private:
     // By the loop that is expected to serve, or by the next that does.
     template <class T>
     bool sweep_padded(const ColumnSpan<T>& in, Reference reference, State& out) {
+        State apart;
         const auto serves = [&]<Loop loop>() {
             expected_ = loop;
-            if (sweep_as<loop>(in, reference, out)) return true;
-            if (loop == Loop::lone && out.has_mass() && is_usable(out)) mean_ = at_mean(out);
-            return false;
+            const bool good = sweep_as<loop>(in, reference, out);
+            if (loop == Loop::lone) apart = out;
+            return good;
         };
         const bool was_far = expected_ == Loop::far || expected_ == Loop::lone;
         if (expected_ == Loop::far && serves.template operator()<Loop::far>()) return true;
@@ -425,7 +418,6 @@ private:
         const State near = out;
         if (!was_far && serves.template operator()<Loop::lone>()) {
             // The sums for far sides hold lse(b) - lse(a) only as well as any sum.
-            const State apart = out;
             if (!(out.flags & kSawInfinite) || is_infinite || !serves.template operator()<Loop::cut>()) {
                 expected_ = Loop::lone;
                 out = apart;
@@ -435,7 +427,11 @@ private:
         }
         expected_ = Loop::near;
         out = near;
-        return is_usable(out);
+        const bool has_sums = is_usable(apart) && apart.reference == reference;
+        if (has_sums && apart.has_mass()) mean_ = at_mean(apart);
+        // What b lacks beside a weight too small for fp32 must be nothing.
+        const bool hides_something = !has_sums || (apart.flags & kSawInfinite) || !(apart.lone_x < 0x1p-30 * near.a2);
+        return is_usable(near) && !((near.flags & kSawFarB) && hides_something);
     }
 
     // Far sides, as the tile and the row have them, take the loop for those next. It finds out itself where
@@ -514,7 +510,9 @@ private:
                 out.top_d = __builtin_inf();
                 // The weights that stand for none must stay nothing beside a's.
                 const double beside = reference == total_.reference ? total_.z : 0;
-                if (!(s.largest_g < kLowestG && s.a2 < kMostB * (s.z + beside))) out.a2 = __builtin_inf();
+                if (!(s.a2 < kMostB * (s.z + beside))) out.a2 = __builtin_inf();
+                if (!(s.largest_g < kLowestG)) out.flags |= kSawFarB;
+                serves = serves && !(out.flags & kSawFarB);
             }
         }
         out.rounded_z = smaller(rounded, out.z + out.lone_z);
