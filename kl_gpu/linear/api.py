@@ -258,7 +258,7 @@ def run_linear(
     Args:
         sides: hidden states, weight and bias, of the student and then of the teacher.
         columns: how many rows of the weights count, where they are a shard's.
-        vocabulary: how many count in the whole vocabulary, where they are a shard's and there is a `hard_weight`.
+        vocabulary: how many count on all ranks, where they are a shard's and there is a `hard_weight`.
         products: what makes the logits, as `rows.two_heads` has it.
     """
     options.check(kind)
