@@ -30,7 +30,8 @@ std::vector<const Kernels*> detect() {
                                      __builtin_cpu_supports("avx512cd") &&
                                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #else
-    const bool baseline = true;
+    // Every processor of these architectures has the one set that is compiled for it.
+    [[maybe_unused]] const bool neon = true, baseline = true;
 #endif
 #define X(set) \
     if (set) found.push_back(&set::kernels);
