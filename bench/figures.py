@@ -49,7 +49,12 @@ def _axes(theme: Theme, size: tuple[float, float], panels: int = 1) -> tuple[Any
     from matplotlib import pyplot
 
     # Text stays text: small files, and letters that a reader can select. A fixed salt: the same bytes again.
-    style = {"svg.fonttype": "none", "svg.hashsalt": "kl_gpu", "font.family": "sans-serif", "font.size": 11}
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "kl_gpu",
+        "font.family": "sans-serif",
+        "font.size": 11,
+    }
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), theme.ink)
     style |= {"axes.edgecolor": theme.faint, "grid.color": theme.faint, "grid.linewidth": 0.5}
     pyplot.rcParams.update(style)
@@ -142,7 +147,10 @@ def linear_memory(theme: Theme, path: Path) -> None:
 
 
 def _diagram(draw: Callable[[Any], str]) -> Callable[[Theme, Path], None]:
-    return lambda theme, path: path.write_text(draw(theme)) and None
+    def write(theme: Theme, path: Path) -> None:
+        path.write_text(draw(theme))
+
+    return write
 
 
 PICTURES: dict[str, Callable[[Theme, Path], None]] = {
