@@ -61,7 +61,7 @@ sanitize:
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/* kernels/*/*)
 	$(PYTHON) -m venv $(VENV)
 	SKBUILD_CMAKE_DEFINE=KL_GPU_WERROR=$(WERROR) $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable ".[triton,test,bench,demo,compare,lint]"
+		--constraint constraints.txt --editable ".[triton,test,bench,demo,compare,integrations,lint]"
 	touch $@
 
 clean:

@@ -85,7 +85,7 @@ def run_token_logprobs(rows: Rows, options: Options, entropy: bool) -> Tensor | 
     several = validation.token_ids(rows.tensor, ids)
     of_rows = options._replace(labels=None) if several else options
     valid = of_rows.reduction_of(rows.tensor).computed
-    scale, _, scales = options.scales(rows.tensor, valid)
+    scale, _, scales = options.scales(rows.tensor, valid, over=rows.factor)
     chosen = registry.resolve(options.backend, rows.tensor.device)
     inplace = options.overwrites(rows.argument, rows.tensor)
 

@@ -106,15 +106,17 @@ def _agreed(params: LinearParams, hidden: Tensor, group: Any) -> tuple[LinearPar
     return params._replace(chunk_rows=rows), widest
 
 
-def _linear(*arguments: Any, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _linear(*arguments: Any, shard: shards.Shard, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator `linear` of shards."""
     heads, (params, extras) = arguments[:9], LinearParams.from_arguments(*arguments[9:])
     params, widest = _agreed(params, heads[0], group)
     sweep_rows = partial(_sweep_rows, group=group)
+    # Where its columns lie does not matter to an entropy.
     split_rows = partial(complement.split, shard=shards.Shard(0, params.vocab_size, 0), group=group)
     return op.over_chunks(
-        *heads, *params.as_arguments(), *extras, sweep_rows=sweep_rows, split_rows=split_rows, widest=widest
-    )
+        *heads, *params.as_arguments(), *extras, sweep_rows=sweep_rows, split_rows=split_rows, widest=widest,
+        shared=complement.SharedColumns(shard, group),
+    )  # fmt: skip
 
 
 def _token_stats(*arguments: Any, shard: shards.Shard, group: Any) -> Tensor:
@@ -145,7 +147,8 @@ def vocab_parallel_linear_div(
     Chunk by chunk each rank makes the logits of its columns; the states of whole rows travel as in
     :func:`vocab_parallel_div`, at its cost per row. A rank's weight and bias get their own gradient; that of
     the hidden states is summed over the ranks, in float32, by one all_reduce of `[N, H_s]` in backward. One
-    collective of 16 bytes settles the rows of a chunk, and waits for the device.
+    collective of 16 bytes settles the rows of a chunk, and waits for the device. `hard_weight` takes another
+    of 16 bytes a row and rank.
 
     Args:
         student_hidden: `[N, H_s]`, the same on every rank, or this rank's share of them, see `sequence_dim`.
@@ -179,18 +182,15 @@ def vocab_parallel_linear_div(
         student_hidden, student_weight_shard, options.pop("student_bias"),
         teacher_hidden, teacher_weight_shard, options.pop("teacher_bias"),
     )  # fmt: skip
+    validation.hard_weight(options["hard_weight"], options["labels"], None)
     sides, shard, group = _located(
-        "vocab_parallel_linear_div", sides, group, vocab_start, sequence_dim, check, options, kind=kind
-    )
-    if options["hard_weight"]:
-        raise ValueError(
-            "hard_weight must be 0 where the heads are shared among ranks: add "
-            "vocab_parallel_linear_token_logprobs of the labels"
-        )
+        "vocab_parallel_linear_div", sides, group, vocab_start, sequence_dim, check, options,
+        whole=options["hard_weight"] > 0, kind=kind,
+    )  # fmt: skip
     products = {name: options.pop(name) for name in _PRODUCTS}
     options["vocab_size"] = None
-    linear = partial(_linear, group=group)
-    return api.run_linear(sides, kind, Options(**options), linear, shard.columns, **products)
+    linear = partial(_linear, shard=shard, group=group)
+    return api.run_linear(sides, kind, Options(**options), linear, shard.columns, shard.total, **products)
 
 
 def vocab_parallel_linear_token_stats(

@@ -251,13 +251,14 @@ def linear_div(
 
 def run_linear(
     sides: tuple[Any, ...], kind: str, options: Options, linear: Linear, columns: int | None = None,
-    **products: Any,
+    vocabulary: int = 0, **products: Any,
 ) -> Any:  # fmt: skip
     """`linear_div`, whatever computes it.
 
     Args:
         sides: hidden states, weight and bias, of the student and then of the teacher.
         columns: how many rows of the weights count, where they are a shard's.
+        vocabulary: how many count on all ranks, where they are a shard's and there is a `hard_weight`.
         products: what makes the logits, as `rows.two_heads` has it.
     """
     options.check(kind)
@@ -281,7 +282,7 @@ def run_linear(
     dtype, labels, label_scale = compute_dtype(*dtypes), None, None
     hard = reduction._replace(factor=None)
     if options.hard_weight > 0:
-        labels = options.hard_labels(reduction.computed, params.vocab_size).reshape(-1)
+        labels = options.hard_labels(reduction.computed, vocabulary or params.vocab_size).reshape(-1)
         ones = torch.ones((len(labels), 1), dtype=wide_dtype(device), device=device)
         label_scale = ones * factors[0]
     of_rows = row_scales, labels, label_scale

@@ -203,7 +203,7 @@ def run_topk(
         if rest_log_p is not None:
             rest_log_p = complement.checked_tail(rest_log_p, log_p, valid)
 
-    scale, _, scales = options.scales(student, reduction.valid)
+    scale, _, scales = options.scales(student, reduction.valid, over=rows.factor)
     sweeps = tail != "renormalize"
     entropy = outside_logprob is not None
     params = ComplementParams(scale, sweeps, entropy, validate, "teacher_ids", chosen, rows.window, inplace)
