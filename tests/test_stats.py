@@ -615,8 +615,8 @@ def test_overlap_of_peaked_rows(backend: str, dtype: torch.dtype) -> None:
     student, teacher = (x.to(DEVICE, dtype) for x in (student + 30, teacher))
     found = kl_gpu.token_stats(student, teacher, temperature=1.3, backend=backend)
     want = reference.token_stats(to_numpy(student), to_numpy(teacher), temperature=1.3)
-    assert (want["js"][:2] < 1e-6).all()
-    assert (want["js"][2:] > 1e-6).all()
+    assert (want["js"][:2] < 1e-5).all()
+    assert (want["js"][2:] > 1e-4).all()
     for name, slack in (("js", 0), ("tv", 6e-6), ("acceptance", 0)):
         np.testing.assert_allclose(to_numpy(getattr(found, name)), want[name], rtol=5e-6, atol=slack)
 

@@ -186,7 +186,7 @@ def _both_outputs(student: Tensor, teacher: Tensor, *_: object) -> tuple[Tensor,
 def token_stats_and_comparison(
     student: Tensor, teacher: Tensor, rows: Tensor | None, labels: Tensor | None, *scales_and_backend: Any
 ) -> tuple[Tensor, Tensor]:
-    """`token_stats`, and `comparison` of rows that are all here; from one read where the backend joins them."""
+    """`token_stats`, and `comparison` of rows that are all here; from one read where a backend joins them."""
     of = _params(("forward_kl", 0.0, *scales_and_backend))
     if registry.joining(of[0].backend) is None:
         fields: Tensor = token_stats(student, teacher, rows, labels, *scales_and_backend)
