@@ -117,11 +117,11 @@ def all_fields(
     call: tuple[float, float, str], overlap: bool,
 ) -> Tensor:  # fmt: skip
     """The ten fields `[TOKEN_STATS + COMPARISON, N]`; the last three are NaN without `overlap`."""
-    fields = ops.token_stats(student, teacher, valid, tokens, *call, scales)
     if not overlap:
+        fields = ops.token_stats(student, teacher, valid, tokens, *call, scales)
         nothing = torch.full_like(fields[:COMPARISON], torch.nan)
         return torch.cat((fields, nothing if valid is None else torch.where(valid, nothing, 0.0)))
-    sums = ops.comparison(student, teacher, valid, None, *call, scales)
+    fields, sums = ops.token_stats_and_comparison(student, teacher, valid, tokens, *call, scales)
     return torch.cat((fields, ops.overlap(sums, valid, student.shape[-1]).to(fields.dtype)))
 
 
@@ -156,9 +156,10 @@ def token_stats(
     """Compare two models' logits token by token: KLs, entropies, labels' log-probabilities, top-1 agreement.
 
     With p = softmax(teacher / T_t) and q = softmax(student / T_s). One read of both tensors; js, tv and the
-    acceptance rate take two more, and `overlap=False` leaves them out. There is no gradient: logits that
-    require one are fine, and the result is detached. The KLs are as accurate as those of
-    :func:`kl_gpu.kl_div`; entropies are accurate to about 1e-6 of max(1, H).
+    acceptance rate take two more, except in the "native" backend, which computes them while a row is in
+    cache; `overlap=False` leaves them out. There is no gradient: logits that require one are fine, and the
+    result is detached. The KLs are as accurate as those of :func:`kl_gpu.kl_div`; entropies are accurate to
+    about 1e-6 of max(1, H).
 
     Args:
         student_logits: `[N, V]`, where N is any leading shape; float16, bfloat16, float32 or float64.
