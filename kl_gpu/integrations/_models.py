@@ -37,15 +37,9 @@ def unwrapped(model: Any) -> Any:
     """The causal language model inside what accelerate, torch.compile and PEFT put around it.
 
     Raises:
-        ValueError: an adapter changes what the model reads (prompt tuning), or FSDP's flat parameters hide
-            the head.
+        ValueError: an adapter changes what the model reads (prompt tuning).
     """
     while True:
-        if type(model).__name__ == "FullyShardedDataParallel":
-            raise ValueError(
-                "the head of a model wrapped by FSDP 1 is a part of a flat parameter; use FSDP 2 "
-                "(fsdp_version: 2) or fused_linear=False"
-            )
         if hasattr(model, "get_base_model"):
             if getattr(model.active_peft_config, "is_prompt_learning", False):
                 raise ValueError("adapters that prepend virtual tokens move the positions of the logits")
@@ -77,6 +71,11 @@ def head_of(model: Any) -> Head:
     if scale is None and getattr(config, "logits_scaling", None) is not None:
         # Granite and MiniCPM divide by it, HyperCLOVA X multiplies.
         scale = config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling
+    if weight.dim() != 2 or not weight.numel():
+        raise ValueError(
+            f"the head's weight is a part of shape {list(weight.shape)}, as FSDP 1 and DeepSpeed ZeRO-3 hold it; "
+            "use FSDP 2 (fsdp_version: 2) or fused_linear=False"
+        )
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(
         _whole(weight),
