@@ -28,7 +28,11 @@ class Texts(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         labels = self.ids[i].clone()
         labels[: i % 7] = -100
-        return {"input_ids": self.ids[i], "attention_mask": torch.ones(10, dtype=torch.int64), "labels": labels}
+        return {
+            "input_ids": self.ids[i],
+            "attention_mask": torch.ones(10, dtype=torch.int64),
+            "labels": labels,
+        }
 
 
 def arguments(folder: Any, **more: Any) -> Any:
@@ -81,7 +85,11 @@ def run(
 @pytest.mark.parametrize("fused", [False, True], ids=["logits", "fused"])
 @pytest.mark.parametrize(
     "training",
-    [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, {"gradient_checkpointing": True}],
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"gradient_checkpointing": True},
+    ],
     ids=["plain", "accumulated", "checkpointed"],
 )
 def test_curves_are_plain_pytorchs(training, fused, tmp_path, llama) -> None:
@@ -110,9 +118,11 @@ def test_bf16_autocast(tmp_path, llama) -> None:
 
 @pytest.mark.parametrize("fused", [False, True], ids=["logits", "fused"])
 def test_a_trainer_at_hand(fused, tmp_path, llama) -> None:
-    """compute_loss_func, with the labels' loss beside the divergence, and a teacher that was left training."""
+    """compute_loss_func, with the labels' loss beside, and a teacher that was left training."""
     student, teacher = llama(0), llama(1).train()
-    loss = distillation_loss(teacher, student=student, kind="js", beta=0.3, hard_weight=0.5, fused_linear=fused)
+    loss = distillation_loss(
+        teacher, student=student, kind="js", beta=0.3, hard_weight=0.5, fused_linear=fused
+    )
     trainer = transformers.Trainer(
         model=student, args=arguments(tmp_path, max_steps=1), train_dataset=Texts(), compute_loss_func=loss
     )
@@ -120,7 +130,9 @@ def test_a_trainer_at_hand(fused, tmp_path, llama) -> None:
     loss.remove()
     with torch.no_grad():
         q, p = (m(batch["input_ids"]).logits[:, :-1].double().softmax(-1) for m in (student, teacher))
-    loss = distillation_loss(teacher, student=student, kind="js", beta=0.3, hard_weight=0.5, fused_linear=fused)
+    loss = distillation_loss(
+        teacher, student=student, kind="js", beta=0.3, hard_weight=0.5, fused_linear=fused
+    )
     trainer.compute_loss_func = loss
     labels = batch["labels"][:, 1:]
     m = 0.3 * p + 0.7 * q
@@ -156,7 +168,9 @@ def test_the_adapter_of_the_head_is_used(where, tmp_path, llama) -> None:
     peft = pytest.importorskip("peft", reason="of the extra integrations")
     saved = {"modules_to_save": ["lm_head"]} if where == "trained copy" else {}
     targets = ["q_proj", "lm_head"] if where == "lora" else ["q_proj"]
-    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", **saved)
+    config = peft.LoraConfig(
+        r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", **saved
+    )
     curves = []
     for kind, how in (ByHand, {}), (DistillationTrainer, {"fused_linear": True, "temperature": 2.0}):
         base = llama(0)
@@ -200,8 +214,8 @@ def test_caps_and_scales_of_heads(name, llama) -> None:
     """Gemma's cap, Cohere's factor, Granite's divisor: from the configuration, held against the logits."""
     config = getattr(transformers, f"{name}Config")(
         vocab_size=320, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
-        **{"Granite": {"logits_scaling": 4.0}}.get(name, {}),
+        num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.3, **{"Granite": {"logits_scaling": 4.0}}.get(name, {}),
     )  # fmt: skip
     torch.manual_seed(0)
     student = getattr(transformers, f"{name}ForCausalLM")(config)
