@@ -13,9 +13,7 @@ from .dense import run_divergence
 _DIRECTIONS = {"forward": "forward_kl", "reverse": "reverse_kl"}
 
 
-def kl_div(
-    student_logits: Tensor, teacher_logits: Tensor, direction: str = "forward", **options: Any
-) -> Any:
+def kl_div(student_logits: Tensor, teacher_logits: Tensor, direction: str = "forward", **options: Any) -> Any:
     """KL divergence between two categorical distributions given by logits, per token, in nats.
 
     With p = softmax(teacher / T) and q = softmax(student / T), "forward" is KL(p‖q) = Σ p (log p − log q) and
