@@ -27,6 +27,8 @@ template <class V>
 struct Pair {
     V x, y;
 };
+template <class V>
+Pair(V, V) -> Pair<V>;  // which Clang 16 does not find by itself
 template <class T>
 constexpr int kStep = 2 * lanes<Wide<T>>;
 
