@@ -3,14 +3,9 @@
 //
 //     kl_judge FILE
 //
-// A file is cases one after another, each a Header and then arrays in this processor's own byte order:
-//     pair      logits of a and of b, row_scale [rows]       -> value [rows], gradient of a, of b [rows,
-//     columns] stats     logits of a and of b, int64 tokens [rows]    -> [kTokenStats, rows] rest logits,
-//     int64 ids [rows, n], grad_picked [rows, n], grad_rest_lse, grad_rest_entropy [rows]
-//                                                            -> rest_lse, rest_entropy [rows], gradient
-//     function  fp32 x [columns], `n` saying which           -> y [columns]
-// What comes out is followed by as many expected numbers and as many bounds, all doubles as are all inputs
-// whose type is not stated. NaN and infinities must be where they are expected. No value may be negative.
+// A file is cases one after another: a Header, what the case's run_ function reads, as many expected numbers
+// as it returns, and as many bounds, in this processor's byte order. NaN and infinities must be where they
+// are expected, and no divergence may be negative.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -109,6 +104,7 @@ struct Sides {
           wide(pair.a.dtype == kl::Dtype::f64 || pair.b.dtype == kl::Dtype::f64) {}
 };
 
+// Logits of a and of b, row_scale [rows]; value [rows], both gradients [rows, columns].
 Numbers run_pair(Input& in, const Header& h) {
     Sides sides(in, h);
     const auto row_scale = in.read<double>(h.rows);
@@ -132,17 +128,23 @@ Numbers run_pair(Input& in, const Header& h) {
     return out;
 }
 
+// Logits of a and of b, int64 tokens [rows]; [kTokenStats, rows], and [3, rows] of the comparison.
 Numbers run_stats(Input& in, const Header& h) {
     Sides sides(in, h);
     const auto tokens = in.read<std::int64_t>(h.rows);
     const auto n = static_cast<std::size_t>(h.rows * kl::kTokenStats);
     Numbers wide(n);
     std::vector<float> narrow(n);
-    void* const out = sides.wide ? static_cast<void*>(wide.data()) : narrow.data();
-    kl::token_stats(sides.pair, sides.wide, tokens.data(), out);
-    return sides.wide ? wide : widened(narrow);
+    Numbers out, comparison(static_cast<std::size_t>(3 * h.rows));
+    void* const fields = sides.wide ? static_cast<void*>(wide.data()) : narrow.data();
+    kl::token_stats(sides.pair, sides.wide, tokens.data(), fields, comparison.data());
+    out = sides.wide ? wide : widened(narrow);
+    append(out, comparison);
+    return out;
 }
 
+// Logits, int64 ids [rows, n], grad_picked [rows, n], grad_rest_lse and grad_rest_entropy [rows]; rest_lse
+// and rest_entropy [rows], gradient [rows, columns].
 Numbers run_rest(Input& in, const Header& h) {
     const kl::Dtype dtype = dtype_of(h.dtype_a);
     const auto x = in.read<unsigned char>(h.rows * h.columns * size_of(dtype));
@@ -168,6 +170,7 @@ Numbers run_rest(Input& in, const Header& h) {
     return lse;
 }
 
+// fp32 [columns], n being the function's number; [columns].
 Numbers run_function(Input& in, const Header& h) {
     const auto x = in.read<float>(h.columns);
     std::vector<float> y(x.size());
