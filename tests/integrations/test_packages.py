@@ -44,6 +44,10 @@ USES = [
     ["transformers", "DistillationTrainer"],
     ["torchmetrics", "TokenDivergence"],
     ["lightning", "TokenStatsCallback"],
+    ["verl", "patch"],
+    ["swift", "patch"],
+    ["openrlhf", "patch"],
+    ["axolotl", "KLGpuPlugin"],
 ]
 
 
