@@ -38,6 +38,7 @@ PACKAGES = [
     "datasets",
     "accelerate",
 ]
+PACKAGES += ["verl", "swift", "openrlhf", "axolotl", "torchtune"]
 USES = [
     ["trl", "patch"],
     ["trl_grpo", "GRPOTrainer"],
