@@ -124,6 +124,26 @@ def training_step(theme: Theme, results: Path, path: Path) -> None:
     _save(figure, path)
 
 
+def entry_memory(theme: Theme, results: Path, path: Path) -> None:
+    """Peak memory of each function beyond its inputs, in tensors of logits."""
+    found = json.loads((results / "entry_memory.json").read_text())["found"]
+    functions = list(dict.fromkeys(row["function"] for row in found))
+    colours = {"kl_gpu": theme.ours, "torch.compile": theme.compiled, "plain PyTorch": theme.plain}
+    figure, (axes,) = _axes(theme, (7.6, 4.2))
+    for place, (system, colour) in enumerate(colours.items()):
+        sizes = {row["function"]: row["tensors_of_logits"] for row in found if row["system"] == system}
+        at = [i + 0.27 * (place - 1) for i in range(len(functions))]
+        bars = axes.barh(at, [sizes[name] for name in functions], height=0.25, color=colour, label=system)
+        labels = [f"{sizes[name]:.1f}" for name in functions]
+        axes.bar_label(bars, labels, padding=4, color=theme.ink, fontsize=9)
+    axes.set_yticks(range(len(functions)), functions)
+    axes.invert_yaxis()
+    axes.set(xlabel="peak memory beyond the inputs, in tensors of logits", xlim=(0, 10))
+    axes.tick_params(axis="y", length=0)
+    axes.legend(fontsize=10, frameon=False, loc="lower right")
+    _save(figure, path)
+
+
 def linear_memory(theme: Theme, results: Path, path: Path) -> None:
     """Peak memory of linear_div beyond inputs and gradients, against the number of rows."""
     record = json.loads((results / "linear_memory.json").read_text())
@@ -157,6 +177,7 @@ def _diagram(draw: Callable[[Any], str]) -> Picture:
 PICTURES: dict[str, Picture] = {
     "accuracy": accuracy,
     "training-step": training_step,
+    "entry-memory": entry_memory,
     "linear-memory": linear_memory,
     "sweep": _diagram(sweep),
     "package": _diagram(package),
