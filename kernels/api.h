@@ -129,8 +129,10 @@ void formula_sums(const RowPair&, bool wide, const void* stats, double* out);
 constexpr int kTokenStats = 7;
 
 // `out` is [kTokenStats, A*B], fp64 where `wide`, else fp32. tokens is [A*B], or nullptr; a token that is no
-// column has log-probability NaN. A row that does not count is 0. The pair's formula plays no part.
-void token_stats(const RowPair&, bool wide, const std::int64_t* tokens, void* out);
+// column has log-probability NaN. A row that does not count is 0. The pair's formula plays no part. Where
+// `sums` is given, fp64 [3, A*B], it gets what `formula_sums` has of the comparison, from cache; NaN in rows
+// without a distribution.
+void token_stats(const RowPair&, bool wide, const std::int64_t* tokens, void* out, double* sums);
 
 // The instruction set in use, and all that this processor can run, best first, separated by commas.
 const char* isa();

@@ -111,9 +111,10 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release unlocked;
         kl::formula_sums(row_pair(of), is_wide(of), pointer(stats), pointer<double>(out));
     });
-    m.def("token_stats", [](const Pair& of, Address tokens, Address out) {
+    m.def("token_stats", [](const Pair& of, Address tokens, Address out, Address sums) {
         nb::gil_scoped_release unlocked;
-        kl::token_stats(row_pair(of), is_wide(of), pointer<const std::int64_t>(tokens), pointer(out));
+        kl::token_stats(row_pair(of), is_wide(of), pointer<const std::int64_t>(tokens), pointer(out),
+                        pointer<double>(sums));
     });
     m.def("complement",
           [](const Complement& of, bool entropy, Address rest_lse, Address rest_entropy, Address stats) {

@@ -46,6 +46,7 @@ def token_stats(
     of: _Pair,
     tokens: int,
     out: int,
+    sums: int,
     /,
 ) -> None: ...
 def complement(

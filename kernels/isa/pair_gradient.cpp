@@ -18,10 +18,10 @@ bool is_out_of_range(const RowScalars& s, bool uses_divergence) {
 // Whether a formula's sweeps need fp64 although the formats do not ask for it.
 bool need_fp64(const RowScalars& s) {
     if (s.formula == Formula::kl) return false;
-    // Past 2^20 r counts where its factor, a or b, is next to nothing; in a mixture or tv it has no factor. A
-    // beta this close to an end has terms of second order that underflow.
+    // Past 2^20 r counts where its factor, a or b, is next to nothing; bounded formulas do not multiply by
+    // it. A beta this close to an end has terms of second order that underflow.
     const bool is_mixture = s.formula == Formula::js || s.formula == Formula::skew,
-               is_bounded = is_mixture || s.formula == Formula::tv;
+               is_bounded = is_mixture || s.formula == Formula::tv || s.formula == Formula::comparison;
     return (!is_bounded && !(s.top_r < 0x1p20)) ||
            ((is_mixture || s.formula == Formula::jeffreys) && !(s.beta > 0x1p-20 && s.beta < 1 - 0x1p-20));
 }

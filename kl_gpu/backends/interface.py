@@ -191,3 +191,13 @@ class Backend(Protocol):
         n = 1 has KL(a‖b) behind the normalisers, n = 2 also KL(b‖a). And whether `statistics` can say where
         the normalisers lie.
         """
+
+
+class Joining(Protocol):
+    """What a backend may have besides: two of its functions in one visit of each row.
+
+    `registry.joining` says which backends do. Of the others the two are called one after the other.
+    """
+
+    def token_stats_and_comparison(self, p: RowPair, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`token_stats`, and `formula_sums` of the comparison, `[3, A*B]`; NaN in rows of no distribution."""

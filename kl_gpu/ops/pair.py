@@ -175,6 +175,28 @@ def comparison(
     return sums.contiguous() if kl is None else torch.where(kl.isnan(), torch.nan, sums)
 
 
+def _both_outputs(student: Tensor, teacher: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _token_stats_output(student, teacher), _comparison_output(student)
+
+
+@_operator(
+    f"token_stats_and_comparison({_INPUTS}, Tensor? labels, {_SCALES}, {_ROW_SCALES}) -> (Tensor, Tensor)",
+    _both_outputs,
+)
+def token_stats_and_comparison(
+    student: Tensor, teacher: Tensor, rows: Tensor | None, labels: Tensor | None, *scales_and_backend: Any
+) -> tuple[Tensor, Tensor]:
+    """`token_stats`, and `comparison` of rows that are all here; from one read where a backend joins them."""
+    of = _params(("forward_kl", 0.0, *scales_and_backend))
+    if registry.joining(of[0].backend) is None:
+        fields: Tensor = token_stats(student, teacher, rows, labels, *scales_and_backend)
+        return fields, comparison(student, teacher, rows, None, *scales_and_backend)
+    tokens = None if labels is None else labels.contiguous()
+    found = _ask("token_stats_and_comparison", student, teacher, rows, *of, strided=(tokens,))
+    fields, sums = (whole(parts, student.shape[:-1], dim=1) for parts in zip(*found, strict=True))
+    return fields, sums
+
+
 def overlap(sums: Tensor, rows: Tensor | None, columns: int) -> Tensor:
     """js, tv and α of whole rows from the sums of `comparison`, 0 in rows that do not count."""
     js, tv, alpha = sums.unbind(0)

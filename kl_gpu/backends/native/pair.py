@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..interface import STATS, TOKEN_STATS, RowPair
+from ..interface import COMPARISON, STATS, TOKEN_STATS, RowPair
 from . import extension
 from .extension import CPU, pair_arguments, target
 
@@ -77,10 +77,21 @@ def value_and_gradient(
 
 def token_stats(p: RowPair, tokens: Tensor | None) -> Tensor:
     """As `Backend.token_stats` has it."""
+    return _token_stats(p, tokens, None)
+
+
+def token_stats_and_comparison(p: RowPair, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `Joining.token_stats_and_comparison` has it."""
+    sums = torch.empty(COMPARISON, p.n_rows, dtype=torch.float64, device=CPU)
+    return _token_stats(p, tokens, sums), sums
+
+
+def _token_stats(p: RowPair, tokens: Tensor | None, sums: Tensor | None) -> Tensor:
     out = torch.empty(TOKEN_STATS, p.n_rows, dtype=p.dtype, device=CPU)
     # Keep a reference: the extension gets raw addresses, and a temporary would be freed during the call.
     tokens = None if tokens is None else tokens.contiguous()
     extension._native.token_stats(
-        pair_arguments(p), 0 if tokens is None else tokens.data_ptr(), out.data_ptr()
-    )
+        pair_arguments(p), 0 if tokens is None else tokens.data_ptr(), out.data_ptr(),
+        0 if sums is None else sums.data_ptr(),
+    )  # fmt: skip
     return out
