@@ -34,8 +34,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         for race in RACES[options.race](options, DTYPES[name]):
             times = interleaved(race.calls, options.repeats, race.before)
             references = "".join(f"{f'× {reference}':>26}" for reference in race.references)
-            print(f"{name + ' ' + race.title:34}{'ms':>10}{references}")
+            print(f"{name + ' ' + race.title:50}{'ms':>10}{references}")
             for who, seconds in times.items():
                 ratios = "".join(f"{ratio(seconds, times[other]):26.2f}" for other in race.references)
-                print(f"  {who:32}{1e3 * statistics.median(seconds):10.3f}{ratios}", flush=True)
+                print(f"  {who:48}{1e3 * statistics.median(seconds):10.3f}{ratios}", flush=True)
     return 0

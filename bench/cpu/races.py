@@ -26,6 +26,9 @@ import kl_gpu
 from kl_gpu import _native
 from kl_gpu.backends import native
 from kl_gpu.backends.interface import RowPair
+from kl_gpu.kinds import KINDS
+
+from . import data
 
 Call = Callable[[], object]
 Calls = dict[str, Call]
@@ -177,8 +180,36 @@ def topk(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Race]:
     yield race("topk_div", ours, lambda x: plain_bucket(x, logprobs, ids))
 
 
+def sizes(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Race]:
+    """Every kind of data beside near rows of the same V and N, by the kernels alone."""
+    for columns in sorted({32768, options.columns}):
+        for rows in sorted({1, options.rows}):
+            generator = torch.Generator().manual_seed(columns + rows)
+            pairs = {
+                name: tuple(x.to(dtype) for x in of(rows, columns, generator))
+                for name, of in data.KINDS.items()
+            }
+            grad, row_scale = torch.zeros(1, rows, columns, dtype=dtype), torch.full((rows,), 1 / rows)
+            for kind in ("forward_kl", "reverse_kl", "jeffreys", "js"):
+                problems = {
+                    name: RowPair.of(s[None], t[None], None, *KINDS[kind].at(None), 1.0, 1.0)
+                    for name, (s, t) in pairs.items()
+                }
+                # Of the student, which is either side of a formula.
+                targets = KINDS[kind].as_ab(grad, None)
+                shape = f"N {rows}, V {columns}, {kind}"
+                calls: Calls = {name: partial(native.value, p) for name, p in problems.items()}
+                yield Race(f"{shape}, value", calls, ("near",))
+                calls = {
+                    name: partial(native.value_and_gradient, p, row_scale, *targets)
+                    for name, p in problems.items()
+                }
+                yield Race(f"{shape}, + gradient", calls, ("near",))
+
+
 RACES: dict[str, Callable[[argparse.Namespace, torch.dtype], Iterator[Race]]] = {
     "table": table,
     "token-stats": token_stats,
     "topk": topk,
+    "sizes": sizes,
 }

@@ -84,7 +84,8 @@ inline double least_flow(const State& s) {
 
 // Whether D is so large that these sums hold it; `flow` of what has been summed.
 inline bool is_far(const State& s, double flow, double margin) {
-    return (s.flags & kSawInfinite) || s.z + s.lone_z == 0 || 6.5 * flow > margin * (2.1 * (s.z + s.lone_z) + s.far_sum);
+    return (s.flags & kSawInfinite) || s.z + s.lone_z == 0 ||
+           6.5 * flow > margin * (2.1 * (s.z + s.lone_z) + s.far_sum);
 }
 
 // False where fp32 does not hold the sums, and where a logit is NaN. Unless Lone, also where it must be.
@@ -173,7 +174,11 @@ inline bool sweep_far(const ColumnSpan<T>& in, float scale, Reference r, float m
     }
     out.a2 = (u - out.z) * kLog2e - out.a1;
     out.top_d = static_cast<double>(r.c) + top;
-    if (!std::isfinite(z + u) || any<VF>(bad)) return false;
+    // A clamped exponent is no infinity either.
+    constexpr double most = 0x1p120;
+    double weights = sum(total.z);
+    if constexpr (Lone) weights += sum(total.lone_z);
+    if (!(weights < most && sum(total.u) < most) || any<VF>(bad)) return false;
     if (top > kOddX || bottom < -kOddX) out.flags |= kSawNegInf;
     if (bottom < kLowX && !is_infinite) out.flags |= kSawFarB;
     if (is_infinite) out.flags |= kSawInfinite;

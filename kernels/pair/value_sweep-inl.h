@@ -413,7 +413,8 @@ private:
             return true;
         }
         const bool is_infinite = total_.flags & kSawInfinite;
-        if (is_infinite ? serves.template operator()<Loop::cut>() : serves.template operator()<Loop::one_sided>())
+        if (is_infinite ? serves.template operator()<Loop::cut>()
+                        : serves.template operator()<Loop::one_sided>())
             return true;
         const State near = out;
         if (!was_far && serves.template operator()<Loop::lone>()) {
@@ -430,7 +431,8 @@ private:
         const bool has_sums = is_usable(apart) && apart.reference == reference;
         if (has_sums && apart.has_mass()) mean_ = at_mean(apart);
         // What b lacks beside a weight too small for fp32 must be nothing.
-        const bool hides_something = !has_sums || (apart.flags & kSawInfinite) || !(apart.lone_x < 0x1p-30 * near.a2);
+        const bool hides_something =
+            !has_sums || (apart.flags & kSawInfinite) || !(apart.lone_x < 0x1p-30 * near.a2);
         return is_usable(near) && !((near.flags & kSawFarB) && hides_something);
     }
 
@@ -549,7 +551,7 @@ private:
     State total_;
     Loop expected_ = Loop::near;
     float top_b_ = -__builtin_inff();  // about the largest b, once the sums for far sides asked for it
-    bool exact_ = false;  // rounding b - a was found to show in this tile
+    bool exact_ = false;               // rounding b - a was found to show in this tile
 };
 
 }  // namespace kl::KL_ISA
