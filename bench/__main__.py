@@ -18,6 +18,10 @@ COMMANDS = {
         "linear_rows",
         "log-probabilities, top-k and statistics from hidden states, beside TRL's",
     ),
+    "docstrings": (
+        "docstrings",
+        "the standard library's documentation as a text: what make demo-compare reads",
+    ),
     "plots": ("gpu.plots", "the pictures of a stored run"),
     "audit": ("audit.command", "the Triton kernels compiled for every architecture, without a GPU"),
     "host": ("host", "what a call of the Triton backend costs on the host, without a GPU"),
