@@ -10,15 +10,17 @@ from torch import Tensor
 from .errors import ComparisonError
 from .sides import Model
 
-# Weights of a row that share a scale and an offset of 16 bits each.
+# Weights of a row that share a scale of 16 bits.
 GROUP = 32
-_SCALES = 4
+_SCALE = 2
 
 
 def rounded(model: Model, bits: int) -> Model:
-    """A copy whose matrices are rounded to the nearest of 2^bits levels between each group's extremes.
+    """A copy whose matrices are rounded to the nearest of 2^bits − 1 levels, the same on both sides of 0.
 
-    Groups are 32 weights of a row, as llama.cpp's Q4_1 has them. Embeddings, the LM head and vectors stay.
+    The outermost is the largest of 32 weights of a row, as in llama.cpp's Q8_0. A grid between the least and
+    the largest weight, as in Q4_1, would leave the weights of a Q4_1 file as they are. Embeddings, the LM
+    head and vectors stay.
 
     Args:
         model: stays as it is.
@@ -40,7 +42,7 @@ def rounded(model: Model, bits: int) -> Model:
             for group in weight.split(GROUP, dim=1):
                 group.copy_(_nearest(group, bits))
             groups = len(weight) * -(-weight.shape[1] // GROUP)
-            nbytes += weight.numel() * bits / 8 + groups * _SCALES
+            nbytes += weight.numel() * bits / 8 + groups * _SCALE
     found.nbytes = round(nbytes)
     return found
 
@@ -50,6 +52,5 @@ def _ends(model: torch.nn.Module) -> tuple[torch.nn.Module | None, torch.nn.Modu
 
 
 def _nearest(group: Tensor, bits: int) -> Tensor:
-    low, high = group.amin(1, keepdim=True).float(), group.amax(1, keepdim=True).float()
-    step = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((group.float() - low) / step).round() * step + low
+    step = group.abs().amax(1, keepdim=True).float() / (2 ** (bits - 1) - 1)
+    return (group.float() / step.clamp_min(torch.finfo(torch.float32).tiny)).round() * step
