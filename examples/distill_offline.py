@@ -9,8 +9,8 @@ trains a model of transformers by `kl_gpu.linear_topk_div`, or of `--as hidden` 
 import sys
 from pathlib import Path
 
+import _report as report
 import torch
-from _report import BadInput, Parser, at_least, one_line_errors
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import AutoModelForCausalLM
 
@@ -18,13 +18,13 @@ from kl_gpu import linear_div, linear_topk_div
 from kl_gpu.compare import Recording
 
 
-@one_line_errors("distill_offline.py")
+@report.one_line_errors("distill_offline.py")
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="distill_offline.py", description="Distil from what `kl-gpu record` left.")
+    parser = report.Parser(prog="distill_offline.py", description="Distil from what `kl-gpu record` left.")
     add = parser.add_argument
     add("recording", type=Path, help="a folder, recorded --as topk or hidden")
     add("student", help="a folder or a name; it reads the teacher's tokens")
-    add("--steps", metavar="N", type=at_least(1), default=200, help="default: %(default)s")
+    add("--steps", metavar="N", type=report.at_least(1), default=200, help="default: %(default)s")
     add("--out", metavar="PATH", type=Path, default=Path("out/student"), help="default: %(default)s")
     settings = parser.parse_args(arguments)
     try:
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         divergence = {"topk": linear_topk_div, "hidden": linear_div}[recording.form]
         student = AutoModelForCausalLM.from_pretrained(settings.student, dtype=torch.float32)
     except (KeyError, OSError, ValueError) as error:
-        raise BadInput(f"{error} (wanted: a recording --as topk or hidden, and a student)") from None
+        raise report.BadInput(f"{error} (wanted: a recording --as topk or hidden, and a student)") from None
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
     chosen = RandomSampler(recording, num_samples=2 * settings.steps)
     for step, batch in enumerate(DataLoader(recording, batch_size=2, sampler=chosen), 1):
