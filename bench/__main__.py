@@ -10,7 +10,7 @@ from collections.abc import Sequence
 # By name; a module has add_arguments(parser), and run(options, parser), which returns the exit status.
 COMMANDS = {
     "suite": ("suite.command", "kl_gpu beside plain PyTorch and torch.compile, on the device at hand"),
-    "cpu": ("cpu.command", "the C++ kernels beside the machine's memory: README's CPU tables"),
+    "cpu": ("cpu.command", "the C++ kernels beside the machine's memory, torch.compile and plain PyTorch"),
     "steps": ("steps", "loss and gradient on the CPU, every system in processes of its own"),
     "gpu": ("gpu.session", "a whole session on a GPU: tests, timings, sanitizer, plots"),
     "linear": ("linear", "linear_div beside its products and baselines, on the device at hand"),
@@ -22,12 +22,13 @@ COMMANDS = {
         "docstrings",
         "the standard library's documentation as a text: what make demo-compare reads",
     ),
+    "entry-memory": ("entry_memory", "memory of each function on logits, beside PyTorch's"),
     "linear-memory": ("linear_memory", "memory of linear_div against the number of rows, beside PyTorch's"),
     "figures": ("figures", "the pictures of the documentation, from stored results"),
     "plots": ("gpu.plots", "the pictures of a stored run"),
     "audit": ("audit.command", "the Triton kernels compiled for every architecture, without a GPU"),
     "host": ("host", "what a call of the Triton backend costs on the host, without a GPU"),
-    "accuracy": ("accuracy", "README's accuracy figures: errors on rows like a trained model's"),
+    "accuracy": ("accuracy", "accuracy figures: errors on rows like a trained model's"),
 }
 
 
