@@ -20,7 +20,7 @@ Grads = tuple[Tensor | None, Tensor | None]
 _NO_CHANGE = nullcontext()
 
 
-def _buffers(student: Tensor, teacher: Tensor, call: DivergenceCall, needs: tuple[bool, bool]) -> Grads:
+def buffers(student: Tensor, teacher: Tensor, call: DivergenceCall, needs: tuple[bool, bool]) -> Grads:
     """Where the gradients go, with what does not count already 0."""
     to_student = (student.detach() if call.inplace else gradient_buffer(student)) if needs[0] else None
     return to_student, gradient_buffer(teacher) if needs[1] else None
@@ -64,7 +64,7 @@ def _row_gradients(call: DivergenceCall, needs: Any, incoming: Any, tensors: Any
     student, teacher, valid, scales = tensors
     (row_scale,), (stats,) = incoming, kept
     with torch.no_grad():
-        grads = _buffers(student, teacher, call, needs[:2])
+        grads = buffers(student, teacher, call, needs[:2])
         sides, narrow = call.window.of_each(student, teacher), call.window.of_each(*grads)
         ops.gradient(*sides, valid, stats, row_scale.to(stats.dtype), None, *call.params, *narrow, scales)
         call.window.zero_rest(*grads)
@@ -122,7 +122,7 @@ class WeightedSum(torch.autograd.Function):
         if are_saved_tensors_managed():
             value, stats = _row_values(call, student, teacher, valid, scales)
         else:
-            grads = _buffers(student, teacher, call, ctx.needs_input_grad[:2])
+            grads = buffers(student, teacher, call, ctx.needs_input_grad[:2])
             sides, narrow = call.window.of_each(student, teacher), call.window.of_each(*grads)
             value, stats = ops.value_and_gradient(*sides, valid, row_scale, *call.params, *narrow, scales)
             call.window.zero_rest(*grads)

@@ -6,7 +6,7 @@
 #include <string>
 #include <string_view>
 
-#include "pair/layout.h"
+#include "pair/beside.h"
 #include "runtime/memory.h"
 #include "testing/slow_rows.h"
 
@@ -64,13 +64,19 @@ RowResult one_column(const Layout& layout, const Row& row) {
     return result;
 }
 
+// `kept` gets the blocks' states where it is given and they are all that the result comes from.
 template <class StateOf>
-RowResult evaluate(const Layout& layout, const Row& row, StateOf state_of) {
+RowResult evaluate(const Layout& layout, const Row& row, StateOf state_of,
+                   std::vector<State>* kept = nullptr) {
     if (!row.has_temperature()) return nan_result();
     if (row.columns == 1) return one_column(layout, row);
     if (!row.fits_fp32()) return layout.k.fallback(row);
     State state;
-    for (std::int64_t n = 0; n < layout.blocks(); ++n) state = merge(state, state_of(n));
+    for (std::int64_t n = 0; n < layout.blocks(); ++n) {
+        const State block = state_of(n);
+        if (kept != nullptr) kept->push_back(block);
+        state = merge(state, block);
+    }
     return finalise_row(layout, row, state);
 }
 
@@ -108,6 +114,7 @@ template <class R>
 struct Value {
     const Layout& layout;
     R *value, *stats;
+    const Beside* beside;
 
     State kl_block(std::int64_t r, std::int64_t n) const { return layout.block(layout.row(r), n); }
     FormulaSums formula_block(std::int64_t r, std::int64_t n) const {
@@ -115,8 +122,16 @@ struct Value {
     }
     template <class StateOf>
     void finish_kl(std::int64_t r, StateOf state_of) const {
+        std::vector<State> states;
+        const bool keeps = beside != nullptr && needs_states(layout, *beside, r);
+        write_kl(r, state_of, keeps ? &states : nullptr);
+        if (beside != nullptr) write_beside(layout, *beside, r, states);
+    }
+    template <class StateOf>
+    void write_kl(std::int64_t r, StateOf state_of, std::vector<State>* kept) const {
         R* const row_stats = stats + r * kStats;
-        if (layout.is_valid(r)) return write(evaluate(layout, layout.row(r), state_of), value + r, row_stats);
+        if (layout.is_valid(r))
+            return write(evaluate(layout, layout.row(r), state_of, kept), value + r, row_stats);
         value[r] = 0;
         std::fill_n(row_stats, static_cast<int>(kStats), R{0});
         row_stats[kRowClass] = static_cast<R>(static_cast<int>(RowClass::zero));
@@ -156,10 +171,17 @@ struct GradientOf {
     const Layout& layout;
     const R *stats, *row_scale;
     const Gradient &to_a, &to_b;
+    const Beside* beside;
     bool non_temporal;
 
-    GradientOf(const Layout& in, const R* stats_, const R* row_scale_, const Gradient& a, const Gradient& b)
-        : layout(in), stats(stats_), row_scale(row_scale_), to_a(a), to_b(b) {
+    GradientOf(const Layout& in, const R* stats_, const R* row_scale_, const Gradient& a, const Gradient& b,
+               const Beside* beside_)
+        : layout(in),
+          stats(stats_),
+          row_scale(row_scale_),
+          to_a(a),
+          to_b(b),
+          beside(beside_ != nullptr && beside_->label_row_scale != nullptr ? beside_ : nullptr) {
         const RowPair& p = in.p;
         const bool for_a = uses_non_temporal_stores(a, p.a, p.size_a, p.size_b, p.columns);
         const bool for_b = uses_non_temporal_stores(b, p.b, p.size_a, p.size_b, p.columns);
@@ -170,7 +192,7 @@ struct GradientOf {
         scalars.row_class = RowClass::zero;
         if (layout.is_valid(r)) scalars = read(layout.p, r, stats + r * kStats, row_scale[r]);
         layout.k.gradient(layout.row(r), scalars, layout.row_of(to_a, r), layout.row_of(to_b, r), first, last,
-                          non_temporal);
+                          non_temporal, beside == nullptr ? LabelTerm{} : label_term(layout, *beside, r));
     }
     void of_block(std::int64_t r, std::int64_t n) const { of_row(r, layout.first(n), layout.last(n)); }
     void of_all() const {
@@ -186,33 +208,35 @@ RowResult evaluate(const Layout& layout, const Row& row) {
     return evaluate(layout, row, [&](std::int64_t n) { return layout.block(row, n); });
 }
 
-void value(const RowPair& p, bool wide, void* value, void* stats) {
+void value(const RowPair& p, bool wide, void* value, void* stats, const Beside* beside) {
     const Layout layout{p, kernels()};
     in_compute_type(wide, [&]<class R>() {
         // The formulas' second sweep reads what the first one wrote to the stats.
         const std::size_t own_size = stats ? 0 : static_cast<std::size_t>(layout.rows() * kStats);
         const std::unique_ptr<R[]> own(new R[own_size]);
-        Value<R>{layout, static_cast<R*>(value), stats ? static_cast<R*>(stats) : own.get()}.of_all();
+        Value<R>{layout, static_cast<R*>(value), stats ? static_cast<R*>(stats) : own.get(), beside}.of_all();
     });
 }
 
 void gradient(const RowPair& p, bool wide, const void* stats, const void* row_scale, const Gradient& to_a,
-              const Gradient& to_b) {
+              const Gradient& to_b, const Beside* beside) {
     const Layout layout{p, kernels()};
     in_compute_type(wide, [&]<class R>() {
-        GradientOf<R>(layout, static_cast<const R*>(stats), static_cast<const R*>(row_scale), to_a, to_b)
+        GradientOf<R>(layout, static_cast<const R*>(stats), static_cast<const R*>(row_scale), to_a, to_b,
+                      beside)
             .of_all();
     });
 }
 
 void value_and_gradient(const RowPair& p, bool wide, const void* row_scale, void* value, void* stats,
-                        const Gradient& to_a, const Gradient& to_b) {
+                        const Gradient& to_a, const Gradient& to_b, const Beside* beside) {
     const Layout layout{p, kernels()};
     in_compute_type(wide, [&]<class R>() {
         R* const row_stats = static_cast<R*>(stats);
-        const Value<R> values{layout, static_cast<R*>(value), row_stats};
+        const Value<R> values{layout, static_cast<R*>(value), row_stats, beside};
         if (layout.splits_rows()) values.of_all();
-        const GradientOf<R> gradients(layout, row_stats, static_cast<const R*>(row_scale), to_a, to_b);
+        const GradientOf<R> gradients(layout, row_stats, static_cast<const R*>(row_scale), to_a, to_b,
+                                      beside);
         if (layout.splits_rows()) return gradients.of_all();
         for_each_row(layout, [&](std::int64_t r) {
             values.of_row(r);
