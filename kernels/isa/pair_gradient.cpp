@@ -90,9 +90,44 @@ void gradient_through_copies(const Row& row, const RowScalars& scalars, Destinat
                      });
 }
 
+const void* column_of(const void* row, Dtype dtype, std::int64_t column) {
+    return static_cast<const char*>(row) + column * size_of(dtype);
+}
+
 template <class T>
 T* from(Destination to, std::int64_t column) {
     return to.data == nullptr ? nullptr : static_cast<T*>(to.data) + column;
+}
+
+// In fp32. The label's own column is taken apart, before its logits may be written over.
+void gradient_with_label(const Row& row, const RowScalars& scalars, Destination to_a, Destination to_b,
+                         std::int64_t first, std::int64_t last, bool non_temporal, const LabelTerm& label) {
+    const bool here = label.column >= first && label.column < last;
+    const Destination& to = label.of_a ? to_a : to_b;
+    float at_label = 0;
+    if (here) {
+        const Destination own{&at_label, Dtype::f32};
+        const auto only = [&](bool of_a) {
+            return of_a == label.of_a ? own : Destination{nullptr, Dtype::f32};
+        };
+        Row one = row;
+        one.a = column_of(row.a, row.dtype_a, label.column);
+        one.b = column_of(row.b, row.dtype_b, label.column);
+        LabelTerm of_one = label;
+        of_one.column = 0;
+        gradient_through_copies<float>(one, scalars, only(true), only(false), 0, 1, of_one);
+    }
+    bool done = false;
+    if (scalars.formula == Formula::kl && row.dtype_a == row.dtype_b)
+        in_fp32_format(row.dtype_a, [&]<class T>() {
+            done = kl_gradient_with_label(at<T>(row.a, first), at<T>(row.b, first), last - first,
+                                          row.exact_scale(), scalars, label, from<T>(to_a, first),
+                                          from<T>(to_b, first), non_temporal);
+        });
+    if (!done) return gradient_through_copies<float>(row, scalars, to_a, to_b, first, last, label);
+    if (non_temporal) non_temporal_fence();
+    if (here)
+        in_format(to.dtype, [&]<class T>() { round_one(at_label, static_cast<T*>(to.data)[label.column]); });
 }
 
 }  // namespace
@@ -124,8 +159,9 @@ void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Desti
     if (again || !row.fits_fp32() || need_fp64(scalars) || (adds_label && !fits_fp32(label)))
         return gradient_through_copies<double>(row, again ? evaluated_again(row, scalars) : scalars, to_a,
                                                to_b, first, last, term);
-    if (row.dtype_a != row.dtype_b || adds_label)
-        return gradient_through_copies<float>(row, scalars, to_a, to_b, first, last, term);
+    if (adds_label) return gradient_with_label(row, scalars, to_a, to_b, first, last, non_temporal, label);
+    if (row.dtype_a != row.dtype_b)
+        return gradient_through_copies<float>(row, scalars, to_a, to_b, first, last, none);
     in_fp32_format(row.dtype_a, [&]<class T>() {
         gradient_run<T>(at<T>(row.a, first), at<T>(row.b, first), last - first, row.exact_scale(), scalars,
                         from<T>(to_a, first), from<T>(to_b, first), non_temporal);
