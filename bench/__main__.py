@@ -18,6 +18,8 @@ COMMANDS = {
         "linear_rows",
         "log-probabilities, top-k and statistics from hidden states, beside TRL's",
     ),
+    "linear-memory": ("linear_memory", "memory of linear_div against the number of rows, beside PyTorch's"),
+    "figures": ("figures", "the pictures of the documentation, from stored results"),
     "plots": ("gpu.plots", "the pictures of a stored run"),
     "audit": ("audit.command", "the Triton kernels compiled for every architecture, without a GPU"),
     "host": ("host", "what a call of the Triton backend costs on the host, without a GPU"),
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     raw = argparse.RawDescriptionHelpFormatter
     if name not in COMMANDS:
-        commands = "\n".join(f"  {name:12}{what}" for name, (_, what) in COMMANDS.items())
+        commands = "\n".join(f"  {name:15}{what}" for name, (_, what) in COMMANDS.items())
         about = f"{__doc__}\n\ncommands:\n{commands}"
         overview = argparse.ArgumentParser(prog="python -m bench", description=about, formatter_class=raw)
         overview.add_argument("command", choices=tuple(COMMANDS), metavar="COMMAND")

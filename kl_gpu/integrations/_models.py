@@ -32,20 +32,24 @@ class Head(NamedTuple):
         found = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
         return self.softcap * torch.tanh(found / self.softcap) if self.softcap else found
 
+    def check(self, side: str, hidden: Tensor, logits: Tensor) -> None:
+        """Refuse a head that does not make the model's own logits of the last token, to bfloat16's noise."""
+        with torch.no_grad():
+            again, own = self.logits(hidden[:, -1:]).float(), logits[:, -1:].float()
+        if again.shape != own.shape or not bool((again - own).abs().max() <= 0.05 * own.abs().max()):
+            raise ValueError(
+                f"the {side}'s logits are not softcap · tanh(scale · (hidden · weightᵀ + bias) / softcap) of "
+                "its backbone's hidden states and its head; use fused_linear=False"
+            )
+
 
 def unwrapped(model: Any) -> Any:
     """The causal language model inside what accelerate, torch.compile and PEFT put around it.
 
     Raises:
-        ValueError: an adapter changes what the model reads (prompt tuning), or FSDP's flat parameters hide
-            the head.
+        ValueError: an adapter changes what the model reads (prompt tuning).
     """
     while True:
-        if type(model).__name__ == "FullyShardedDataParallel":
-            raise ValueError(
-                "the head of a model wrapped by FSDP 1 is a part of a flat parameter; use FSDP 2 "
-                "(fsdp_version: 2) or fused_linear=False"
-            )
         if hasattr(model, "get_base_model"):
             if getattr(model.active_peft_config, "is_prompt_learning", False):
                 raise ValueError("adapters that prepend virtual tokens move the positions of the logits")
@@ -77,6 +81,11 @@ def head_of(model: Any) -> Head:
     if scale is None and getattr(config, "logits_scaling", None) is not None:
         # Granite and MiniCPM divide by it, HyperCLOVA X multiplies.
         scale = config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling
+    if weight.dim() != 2 or not weight.numel():
+        raise ValueError(
+            f"the head's weight is a part of shape {list(weight.shape)}, as FSDP 1 and DeepSpeed ZeRO-3 "
+            "hold it; use FSDP 2 (fsdp_version: 2) or fused_linear=False"
+        )
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(
         _whole(weight),

@@ -38,7 +38,13 @@ PACKAGES = [
     "datasets",
     "accelerate",
 ]
-USES = [["trl", "patch"], ["trl_grpo", "GRPOTrainer"]]
+USES = [
+    ["trl", "patch"],
+    ["trl_grpo", "GRPOTrainer"],
+    ["transformers", "DistillationTrainer"],
+    ["torchmetrics", "TokenDivergence"],
+    ["lightning", "TokenStatsCallback"],
+]
 
 
 def test_without_any_trainer() -> None:
@@ -47,7 +53,7 @@ def test_without_any_trainer() -> None:
         [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True
     )
     names, said = json.loads(done.stdout)
-    assert {"trl", "trl_grpo"} <= set(names)
+    assert {"trl", "trl_grpo", "liger"} <= set(names)
     assert len(said) == len(USES)
     assert all("pip install kl_gpu[integrations]" in message for message in said.values())
 
