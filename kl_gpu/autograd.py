@@ -80,19 +80,25 @@ def _row_gradients(call: DivergenceCall, needs: Any, incoming: Any, tensors: Any
 ROW_DIVERGENCE = transforms.Step(_row_values, _row_gradients)
 
 
+def is_differentiated(student: Tensor, teacher: Tensor) -> bool:
+    """Whether somebody may ask for a derivative.
+
+    Forward mode and torch.func need no requires_grad to differentiate. Called past a Function, an operator
+    would answer them with a derivative of 0.
+    """
+    return transforms.are_active() or (
+        torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)
+    )
+
+
 def per_row(
     student: Tensor, teacher: Tensor, valid: Tensor | None, scales: Tensor | None, call: DivergenceCall
 ) -> Tensor:
     """Per-row divergence `[N]`, differentiable; its value alone where nobody will ask for a derivative, for
     a Function costs 10 µs. `scales` as `Scales.rows` has them.
-
-    Forward mode and torch.func need no requires_grad to differentiate. Called past a Function, the operator
-    would answer them with a derivative of 0.
     """
     value: Tensor
-    if transforms.are_active() or (
-        torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)
-    ):
+    if is_differentiated(student, teacher):
         (value,) = transforms.apply(ROW_DIVERGENCE, call, student, teacher, valid, scales)
     else:
         value = ops.divergence(*call.window.of_each(student, teacher), valid, *call.params, scales)

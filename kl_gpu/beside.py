@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import transforms
+from . import autograd, transforms
 from .arguments.params import DivergenceCall
 from .arguments.validation import readable
-from .autograd import are_saved_tensors_managed, buffers
 from .inference_tensors import keep, kept
 from .ops import beside as ops
 from .ops import pair as plain
@@ -41,7 +40,7 @@ def _gradients(of: BesideCall, needs: Any, incoming: Any, tensors: Any, others: 
     student, teacher, valid, scales, labels = tensors
     (row_scale, label_row_scale, *_), (stats, surprises), call = incoming, others, of.call
     with torch.no_grad():
-        grads = buffers(student, teacher, call, needs[:2])
+        grads = autograd.buffers(student, teacher, call, needs[:2])
         sides, narrow = call.window.of_each(student, teacher), call.window.of_each(*grads)
         row_scale = row_scale.to(stats.dtype)
         if labels is None:
@@ -68,10 +67,16 @@ def per_row(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Per-row divergences, −log q of the labels at temperature 1, 0 without labels, both differentiable, and
     entropies, 0 where they are not asked for; `[N]` each, the last two in float64."""
-    value, surprises, entropies = transforms.apply(
-        ROW_DIVERGENCE, of, student, teacher, valid, scales, labels
+    if autograd.is_differentiated(student, teacher):
+        value, surprises, entropies = transforms.apply(
+            ROW_DIVERGENCE, of, student, teacher, valid, scales, labels
+        )
+        return value, surprises, entropies.detach()
+    sides = of.call.window.of_each(student, teacher)
+    value, _, entropies, surprises = ops.value_and_beside(
+        *sides, valid, labels, None, of.entropy, *of.call.params, scales
     )
-    return value, surprises, entropies.detach()
+    return value, surprises, entropies
 
 
 class WeightedSum(torch.autograd.Function):
@@ -86,10 +91,10 @@ class WeightedSum(torch.autograd.Function):
         labels: Tensor | None, row_scale: Tensor, label_row_scale: Tensor | None, of: BesideCall,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         call, grads = of.call, None
-        if are_saved_tensors_managed():
+        if autograd.are_saved_tensors_managed():
             value, surprises, entropies, stats, _ = _values(of, student, teacher, valid, scales, labels)
         else:
-            grads = buffers(student, teacher, call, ctx.needs_input_grad[:2])
+            grads = autograd.buffers(student, teacher, call, ctx.needs_input_grad[:2])
             sides, narrow = call.window.of_each(student, teacher), call.window.of_each(*grads)
             value, stats, entropies, surprises = ops.value_and_gradient_and_beside(
                 *sides, valid, labels, None, of.entropy, row_scale, label_row_scale, *call.params, *narrow,

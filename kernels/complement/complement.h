@@ -83,6 +83,9 @@ struct ComplementResult {
 
 struct ComplementKernels {
     ComplementSums (*sum)(const ComplementRow&, std::int64_t first, std::int64_t last, bool entropy);
+    // All columns in fp32 with their entropy, for rows known to hold neither a NaN nor +inf, measured from
+    // their log-sum-exp or nearly.
+    ComplementSums (*sum_known)(const ComplementRow&, float m, std::int64_t first, std::int64_t last);
     ComplementSums (*sum_in_fp64)(const ComplementRow&);
     // Leaves the picked columns to `place`.
     void (*gradient)(const ComplementRow&, const ComplementScalars&, Destination, std::int64_t first,

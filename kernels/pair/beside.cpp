@@ -40,6 +40,14 @@ double label_logit(const Layout& layout, const ComplementRow& row, std::int64_t 
     return layout.k.logit(row.x, row.dtype, label) * row.inverse_temperature;
 }
 
+// A span's sum measured from where the row's others lie; empty where that is too far below its top for fp32.
+ComplementSums sum_near(const ComplementKernels& kernels, const ComplementRow& row, double m,
+                        std::int64_t first, std::int64_t last) {
+    if (!(std::fabs(m) < 0x1p13)) return {};
+    const ComplementSums out = kernels.sum_known(row, static_cast<float>(m), first, last);
+    return out.z < 0x1p15 && out.t < 2 * out.z ? out : ComplementSums{};
+}
+
 // log sum e^x of the columns other than the label.
 double rest_of_row(const Layout& layout, const Beside& of, std::int64_t r, const std::vector<State>& states) {
     const ComplementKernels& kernels = *layout.k.complement;
@@ -55,6 +63,8 @@ double rest_of_row(const Layout& layout, const Beside& of, std::int64_t r, const
         ComplementSums block;
         const bool holds_label = label >= layout.first(n) && label < layout.last(n);
         if (!holds_label && !states.empty()) block = known_sum(states[static_cast<std::size_t>(n)], of.of_a);
+        if (block.z == 0 && !holds_label)
+            block = sum_near(kernels, row, total.m, layout.first(n), layout.last(n));
         if (block.z == 0) block = kernels.sum(row, layout.first(n), layout.last(n), false);
         total += block;
     }
@@ -69,10 +79,22 @@ double surprise_of_row(const Layout& layout, const Beside& of, std::int64_t r,
     return surprise(label_logit(layout, row, label), rest_of_row(layout, of, r, states));
 }
 
-double entropy_of_row(const Layout& layout, const Beside& of, std::int64_t r) {
+double entropy_of_row(const Layout& layout, const Beside& of, std::int64_t r, const RowResult& found) {
     const ComplementKernels& kernels = *layout.k.complement;
     const ComplementRow row = side_of(layout, of, r, own_scale(layout, of, r));
     ComplementSums total;
+    const double lse = of.of_a ? found.lse_a : found.lse_a + found.shift;
+    // Above it fp32's exponents lose the digits that count.
+    if (fits_fp32(row) && std::fabs(lse) < 0x1p13) {
+        for (std::int64_t n = layout.blocks() - 1; n >= 0; --n) {
+            const ComplementSums block =
+                kernels.sum_known(row, static_cast<float>(lse), layout.first(n), layout.last(n));
+            total.m = block.m;
+            total.z += block.z;
+            total.t += block.t;
+        }
+        return finish(kernels, row, total, true).entropy;
+    }
     for (std::int64_t n = layout.blocks() - 1; fits_fp32(row) && n >= 0; --n)
         total += kernels.sum(row, layout.first(n), layout.last(n), true);
     return finish(kernels, row, total, true).entropy;
@@ -84,10 +106,11 @@ bool needs_states(const Layout& layout, const Beside& of, std::int64_t r) {
     return of.labels != nullptr && layout.is_valid(r) && of.label_scale(r) == own_scale(layout, of, r);
 }
 
-void write_beside(const Layout& layout, const Beside& of, std::int64_t r, const std::vector<State>& states) {
+void write_beside(const Layout& layout, const Beside& of, std::int64_t r, const RowResult& found,
+                  const std::vector<State>& states) {
     const bool valid = layout.is_valid(r);
     if (of.surprises != nullptr) of.surprises[r] = valid ? surprise_of_row(layout, of, r, states) : 0;
-    if (of.entropies != nullptr) of.entropies[r] = valid ? entropy_of_row(layout, of, r) : 0;
+    if (of.entropies != nullptr) of.entropies[r] = valid ? entropy_of_row(layout, of, r, found) : 0;
 }
 
 LabelTerm label_term(const Layout& layout, const Beside& of, std::int64_t r) {

@@ -8,9 +8,11 @@
 
 namespace kl {
 
-// Writes a row's entropy and surprise where they are asked for. `states` are its blocks' where the sweep's
-// temperature is the label's too and found their log-sum-exps; otherwise empty.
-void write_beside(const Layout&, const Beside&, std::int64_t r, const std::vector<State>& states);
+// Writes a row's entropy and surprise where they are asked for, from what the divergence's sweep found.
+// `states` are the blocks' where its temperature is the label's too and they are what it came from; otherwise
+// empty.
+void write_beside(const Layout&, const Beside&, std::int64_t r, const RowResult&,
+                  const std::vector<State>& states);
 
 // Whether the states of the row's blocks are worth keeping for it.
 bool needs_states(const Layout&, const Beside&, std::int64_t r);

@@ -124,14 +124,14 @@ struct Value {
     void finish_kl(std::int64_t r, StateOf state_of) const {
         std::vector<State> states;
         const bool keeps = beside != nullptr && needs_states(layout, *beside, r);
-        write_kl(r, state_of, keeps ? &states : nullptr);
-        if (beside != nullptr) write_beside(layout, *beside, r, states);
-    }
-    template <class StateOf>
-    void write_kl(std::int64_t r, StateOf state_of, std::vector<State>* kept) const {
+        RowResult found;
         R* const row_stats = stats + r * kStats;
-        if (layout.is_valid(r))
-            return write(evaluate(layout, layout.row(r), state_of, kept), value + r, row_stats);
+        if (layout.is_valid(r)) {
+            found = evaluate(layout, layout.row(r), state_of, keeps ? &states : nullptr);
+            write(found, value + r, row_stats);
+        }
+        if (beside != nullptr) write_beside(layout, *beside, r, found, states);
+        if (layout.is_valid(r)) return;
         value[r] = 0;
         std::fill_n(row_stats, static_cast<int>(kStats), R{0});
         row_stats[kRowClass] = static_cast<R>(static_cast<int>(RowClass::zero));
@@ -187,18 +187,28 @@ struct GradientOf {
         const bool for_b = uses_non_temporal_stores(b, p.b, p.size_a, p.size_b, p.columns);
         non_temporal = for_a || for_b;
     }
-    void of_row(std::int64_t r, std::int64_t first, std::int64_t last) const {
+    LabelTerm label(std::int64_t r) const {
+        return beside == nullptr ? LabelTerm{} : label_term(layout, *beside, r);
+    }
+    // The label's term comes from logits that the gradient may be written over.
+    void of_row(std::int64_t r, std::int64_t first, std::int64_t last, const LabelTerm& of_label) const {
         RowScalars scalars{};
         scalars.row_class = RowClass::zero;
         if (layout.is_valid(r)) scalars = read(layout.p, r, stats + r * kStats, row_scale[r]);
         layout.k.gradient(layout.row(r), scalars, layout.row_of(to_a, r), layout.row_of(to_b, r), first, last,
-                          non_temporal, beside == nullptr ? LabelTerm{} : label_term(layout, *beside, r));
+                          non_temporal, of_label);
     }
-    void of_block(std::int64_t r, std::int64_t n) const { of_row(r, layout.first(n), layout.last(n)); }
+    void of_block(std::int64_t r, std::int64_t n, const LabelTerm& of_label) const {
+        of_row(r, layout.first(n), layout.last(n), of_label);
+    }
     void of_all() const {
-        if (layout.splits_rows())
-            return for_each_block(layout, [&](std::int64_t r, std::int64_t n) { of_block(r, n); });
-        for_each_row(layout, [&](std::int64_t r) { of_row(r, 0, layout.p.columns); });
+        if (!layout.splits_rows())
+            return for_each_row(layout, [&](std::int64_t r) { of_row(r, 0, layout.p.columns, label(r)); });
+        std::vector<LabelTerm> labels;
+        for (std::int64_t r = 0; r < layout.rows(); ++r) labels.push_back(label(r));
+        for_each_block(layout, [&](std::int64_t r, std::int64_t n) {
+            of_block(r, n, labels[static_cast<std::size_t>(r)]);
+        });
     }
 };
 
@@ -242,7 +252,8 @@ void value_and_gradient(const RowPair& p, bool wide, const void* row_scale, void
             values.of_row(r);
             // From the last block to the first: the end of the row was read last and is in cache, while in
             // reading order a row a little larger than the cache would be gone before it is read again.
-            for (std::int64_t n = layout.blocks() - 1; n >= 0; --n) gradients.of_block(r, n);
+            const LabelTerm label = gradients.label(r);
+            for (std::int64_t n = layout.blocks() - 1; n >= 0; --n) gradients.of_block(r, n, label);
         });
     });
 }
