@@ -10,7 +10,7 @@ from collections.abc import Sequence
 # By name; a module has add_arguments(parser), and run(options, parser), which returns the exit status.
 COMMANDS = {
     "suite": ("suite.command", "kl_gpu beside plain PyTorch and torch.compile, on the device at hand"),
-    "cpu": ("cpu.command", "the C++ kernels beside the machine's memory: README's CPU tables"),
+    "cpu": ("cpu.command", "the C++ kernels beside the machine's memory, torch.compile and plain PyTorch"),
     "steps": ("steps", "loss and gradient on the CPU, every system in processes of its own"),
     "gpu": ("gpu.session", "a whole session on a GPU: tests, timings, sanitizer, plots"),
     "linear": ("linear", "linear_div beside its products and baselines, on the device at hand"),
@@ -23,7 +23,7 @@ COMMANDS = {
     "plots": ("gpu.plots", "the pictures of a stored run"),
     "audit": ("audit.command", "the Triton kernels compiled for every architecture, without a GPU"),
     "host": ("host", "what a call of the Triton backend costs on the host, without a GPU"),
-    "accuracy": ("accuracy", "README's accuracy figures: errors on rows like a trained model's"),
+    "accuracy": ("accuracy", "accuracy figures: errors on rows like a trained model's"),
 }
 
 

@@ -251,8 +251,8 @@ def document(found: Findings, about: dict[str, Any]) -> dict[str, Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--rows", type=int, default=3000, help=f"of V = {MODEL_VOCAB}; README's figures are of 100000")
-    add("--wide-rows", type=int, default=0, help=f"of V = {WIDE_VOCAB}, beside them; README's: 2000")
+    add("--rows", type=int, default=3000, help=f"of V = {MODEL_VOCAB}; the published figures are of 100000")
+    add("--wide-rows", type=int, default=0, help=f"of V = {WIDE_VOCAB}, beside them; published: 2000")
     add("--out", type=Path, default=Path("out/accuracy"), metavar="DIR")
 
 

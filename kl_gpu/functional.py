@@ -13,9 +13,7 @@ from .dense import run_divergence
 _DIRECTIONS = {"forward": "forward_kl", "reverse": "reverse_kl"}
 
 
-def kl_div(
-    student_logits: Tensor, teacher_logits: Tensor, *, direction: str = "forward", **options: Any
-) -> Any:
+def kl_div(student_logits: Tensor, teacher_logits: Tensor, direction: str = "forward", **options: Any) -> Any:
     """KL divergence between two categorical distributions given by logits, per token, in nats.
 
     With p = softmax(teacher / T) and q = softmax(student / T), "forward" is KL(p‖q) = Σ p (log p − log q) and
@@ -51,7 +49,7 @@ def kl_div(
     return divergence(student_logits, teacher_logits, _DIRECTIONS[direction], **options)
 
 
-def js_div(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, **options: Any) -> Any:
+def js_div(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5, **options: Any) -> Any:
     """Generalised Jensen-Shannon divergence of two distributions given by logits, per token, in nats.
 
     β KL(p‖m) + (1−β) KL(q‖m) with m = βp + (1−β)q, p the teacher and q the student. β = 0 gives KL(p‖q) and β

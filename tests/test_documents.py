@@ -28,7 +28,7 @@ from sybil.parsers.rest import DocTestParser  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = {path.relative_to(ROOT).as_posix(): path for path in sorted(DOCS.glob("*.md"))}
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
 # How many blocks of a page are marked as not run.
 NOT_RUN = {"docs/compare.md": 1}
 ENTRIES = [name for name in kl_gpu.__all__ if callable(getattr(kl_gpu, name))]

@@ -183,8 +183,8 @@ def run_topk(
     validation.temperature("temperature", temperature)
     if tail != "renormalize" and (isinstance(temperature, Tensor) or temperature != 1):
         raise ValueError(
-            "temperature must be 1 but for tail='renormalize': p^(1/T) cannot be normalised without the rest "
-            f"of p, got {validation.shown_temperature(temperature)} with tail={tail!r}"
+            "temperature != 1 needs tail='renormalize': p^(1/T) cannot be normalised without the rest of p; "
+            f"got {validation.shown_temperature(temperature)} with tail={tail!r}"
         )
     student, device, columns = rows.tensor, rows.tensor.device, rows.columns
     validation.topk(student, teacher_logprobs, teacher_ids, teacher_tail_logprob, tail)

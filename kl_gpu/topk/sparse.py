@@ -153,7 +153,7 @@ def sparse_div(
     validation.temperature("temperature", temperature)
     if tail != "renormalize" and (isinstance(temperature, Tensor) or temperature != 1):
         raise ValueError(
-            f"temperature must be 1 but for tail='renormalize', got "
+            f"temperature != 1 needs tail='renormalize', got "
             f"{validation.shown_temperature(temperature)} with tail={tail!r}"
         )
     validation.one_side("student_logprobs", student_logprobs, columns=1)

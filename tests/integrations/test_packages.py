@@ -38,12 +38,17 @@ PACKAGES = [
     "datasets",
     "accelerate",
 ]
+PACKAGES += ["verl", "swift", "openrlhf", "axolotl", "torchtune"]
 USES = [
     ["trl", "patch"],
     ["trl_grpo", "GRPOTrainer"],
     ["transformers", "DistillationTrainer"],
     ["torchmetrics", "TokenDivergence"],
     ["lightning", "TokenStatsCallback"],
+    ["verl", "patch"],
+    ["swift", "patch"],
+    ["openrlhf", "patch"],
+    ["axolotl", "KLGpuPlugin"],
 ]
 
 
