@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,9 @@ class Theme(NamedTuple):
     others: tuple[str, ...]
 
 
+# Theme, the folder of stored results, and the file to write.
+Picture = Callable[[Theme, Path, Path], None]
+
 THEMES = {
     "light": Theme(
         "#24292f", "#b9c0c8", "#0b57a4", "#c77800", "#b3261e", ("#5b8fc7", "#3c8d6e", "#7c5fb0", "#8a8f98")
@@ -36,10 +39,6 @@ THEMES = {
         "#d6dbe1", "#4a525c", "#7ab7f0", "#f0b35a", "#ff8a80", ("#5d93c9", "#6cc5a1", "#b59ae6", "#9aa2ad")
     ),
 }
-
-
-def _read(name: str) -> Any:
-    return json.loads((RESULTS / name).read_text())
 
 
 def _axes(theme: Theme, size: tuple[float, float], panels: int = 1) -> tuple[Any, list[Any]]:
@@ -74,11 +73,11 @@ def _save(figure: Any, path: Path) -> None:
     path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
 
 
-def accuracy(theme: Theme, path: Path) -> None:
+def accuracy(theme: Theme, results: Path, path: Path) -> None:
     """Worst relative error against the size of the divergence."""
     from .accuracy import BASELINES, RELATIVE
 
-    rows = _read("accuracy.json")["results"]
+    rows = json.loads((results / "accuracy.json").read_text())["results"]
     figure, (axes,) = _axes(theme, (7.6, 4.4))
     for system, kind, label, style in (
         ("torch", "forward_kl", BASELINES["forward_kl"], {"color": theme.plain, "linewidth": 2}),
@@ -86,7 +85,9 @@ def accuracy(theme: Theme, path: Path) -> None:
         ("kl_gpu", "forward_kl", "kl_gpu forward_kl", {"color": theme.ours, "linewidth": 2}),
         ("kl_gpu", "reverse_kl", "kl_gpu reverse_kl", {"color": theme.others[0], "linewidth": 1.2}),
         ("kl_gpu", "js", "kl_gpu js", {"color": theme.others[1], "linewidth": 1.2}),
-        ("kl_gpu", "skew_forward_kl", "kl_gpu skew_forward_kl", {"color": theme.others[2], "linewidth": 1.2}),
+        ("kl_gpu", "skew_forward_kl", "kl_gpu jeffreys, skew", {"color": theme.others[2], "linewidth": 1.2}),
+        ("kl_gpu", "skew_reverse_kl", None, {"color": theme.others[2], "linewidth": 1.2}),
+        ("kl_gpu", "jeffreys", None, {"color": theme.others[2], "linewidth": 1.2}),
     ):
         line = [
             (row["D"], row["max_rel_error"]) for row in rows if (row["system"], row["kind"]) == (system, kind)
@@ -100,9 +101,9 @@ def accuracy(theme: Theme, path: Path) -> None:
     _save(figure, path)
 
 
-def training_step(theme: Theme, path: Path) -> None:
+def training_step(theme: Theme, results: Path, path: Path) -> None:
     """Loss and gradient of a training step: processor time at the widest vocabulary, two threads."""
-    record = _read("cpu_steps.json")
+    record = json.loads((results / "cpu_steps.json").read_text())
     systems = {"plain PyTorch": theme.plain, "torch.compile": theme.compiled, "kl_div": theme.ours}
     figure, panels = _axes(theme, (7.6, 2.3), 2)
     for axes, dtype in zip(panels, ("fp32", "bf16"), strict=True):
@@ -123,9 +124,29 @@ def training_step(theme: Theme, path: Path) -> None:
     _save(figure, path)
 
 
-def linear_memory(theme: Theme, path: Path) -> None:
+def entry_memory(theme: Theme, results: Path, path: Path) -> None:
+    """Peak memory of each function beyond its inputs, in tensors of logits."""
+    found = json.loads((results / "entry_memory.json").read_text())["found"]
+    functions = list(dict.fromkeys(row["function"] for row in found))
+    colours = {"kl_gpu": theme.ours, "torch.compile": theme.compiled, "plain PyTorch": theme.plain}
+    figure, (axes,) = _axes(theme, (7.6, 4.2))
+    for place, (system, colour) in enumerate(colours.items()):
+        sizes = {row["function"]: row["tensors_of_logits"] for row in found if row["system"] == system}
+        at = [i + 0.27 * (place - 1) for i in range(len(functions))]
+        bars = axes.barh(at, [sizes[name] for name in functions], height=0.25, color=colour, label=system)
+        labels = [f"{sizes[name]:.1f}" for name in functions]
+        axes.bar_label(bars, labels, padding=4, color=theme.ink, fontsize=9)
+    axes.set_yticks(range(len(functions)), functions)
+    axes.invert_yaxis()
+    axes.set(xlabel="peak memory beyond the inputs, in tensors of logits", xlim=(0, 10))
+    axes.tick_params(axis="y", length=0)
+    axes.legend(fontsize=10, frameon=False, loc="lower right")
+    _save(figure, path)
+
+
+def linear_memory(theme: Theme, results: Path, path: Path) -> None:
     """Peak memory of linear_div beyond inputs and gradients, against the number of rows."""
-    record = _read("linear_memory.json")
+    record = json.loads((results / "linear_memory.json").read_text())
     colours = {"plain PyTorch": theme.plain, "torch.compile": theme.compiled, "kl_gpu": theme.ours}
     figure, (axes,) = _axes(theme, (7.6, 3.6))
     for system, colour in colours.items():
@@ -146,29 +167,30 @@ def linear_memory(theme: Theme, path: Path) -> None:
     _save(figure, path)
 
 
-def _diagram(draw: Callable[[Any], str]) -> Callable[[Theme, Path], None]:
-    def write(theme: Theme, path: Path) -> None:
+def _diagram(draw: Callable[[Any], str]) -> Picture:
+    def write(theme: Theme, results: Path, path: Path) -> None:
         path.write_text(draw(theme))
 
     return write
 
 
-PICTURES: dict[str, Callable[[Theme, Path], None]] = {
+PICTURES: dict[str, Picture] = {
     "accuracy": accuracy,
     "training-step": training_step,
+    "entry-memory": entry_memory,
     "linear-memory": linear_memory,
     "sweep": _diagram(sweep),
     "package": _diagram(package),
 }
 
 
-def draw(folder: Path) -> list[Path]:
+def draw(folder: Path, results: Path = RESULTS, names: Sequence[str] = tuple(PICTURES)) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, picture in PICTURES.items():
+    for name in names:
         for shade, theme in THEMES.items():
             paths.append(folder / f"{name}-{shade}.svg")
-            picture(theme, paths[-1])
+            PICTURES[name](theme, results, paths[-1])
     return paths
 
 

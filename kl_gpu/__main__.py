@@ -1,5 +1,9 @@
-"""`python -m kl_gpu`: what a bug report needs."""
+"""`python -m kl_gpu`: what a bug report needs. Ends with 1 where the self-check fails."""
 
-from .diagnostics import show_config
+import sys
 
-show_config()
+from .diagnostics import report
+
+text, good = report()
+print(text)
+sys.exit(not good)

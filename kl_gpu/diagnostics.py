@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
 from importlib import metadata
 
 import numpy as np
@@ -50,8 +49,9 @@ def _on_gpus() -> list[str]:
     return lines or ["GPUs: none that PyTorch sees"]
 
 
-def _check(device: torch.device) -> str:
-    """The worst error of every kind on a few rows of 32 000 logits, as a share of the promised bound."""
+def _check(device: torch.device) -> tuple[float, str]:
+    """The worst error over all kinds on a few rows of 32 000 logits, as a share of the promised bound, and
+    the kind it was of."""
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(4, 32_000, generator=generator) * 2
     teacher[:, :3] += 12
@@ -66,8 +66,7 @@ def _check(device: torch.device) -> str:
         share = float(np.max(np.abs(got - want) / bound))
         if not share <= worst:  # NaN is the worst
             worst, of = share, kind
-    verdict = "good" if worst <= 1 else "BROKEN, please report it"
-    return f"worst error {worst:.0%} of what is promised ({of}): {verdict}"
+    return worst, of
 
 
 def _devices() -> list[torch.device]:
@@ -76,15 +75,19 @@ def _devices() -> list[torch.device]:
     return found
 
 
-def _or_error(ask: Callable[[torch.device], str], device: torch.device) -> str:
+def _checked(device: torch.device) -> tuple[str, bool]:
+    """A line on the self-check, and whether it passed."""
     try:
-        return ask(device)
+        worst, of = _check(device)
     except Exception as error:  # a report that stops at what is broken does not report it
-        return f"{type(error).__name__}: {error}"
+        return f"Self-check on {device.type}: {type(error).__name__}: {error}", False
+    good = worst <= 1
+    verdict = "good" if good else "BROKEN, please report it"
+    return f"Self-check on {device.type}: worst error {worst:.0%} of what is promised ({of}): {verdict}", good
 
 
-def config() -> str:
-    """What :func:`show_config` prints, as one string of several lines."""
+def report() -> tuple[str, bool]:
+    """What :func:`show_config` prints, and whether the self-check passed on every kind of device."""
     versions = ", ".join(_version(x) for x in ("kl_gpu", "torch", "triton", "numpy"))
     lines = [
         f"{versions}, Python {platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -93,8 +96,8 @@ def config() -> str:
     ]
     set_here = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
     lines.append(f"Environment: {' '.join(set_here) or 'nothing set that kl_gpu reads'}")
-    lines += [f"Self-check on {device.type}: {_or_error(_check, device)}" for device in _devices()]
-    return "\n".join(lines)
+    checks = [_checked(device) for device in _devices()]
+    return "\n".join([*lines, *(line for line, _ in checks)]), all(good for _, good in checks)
 
 
 def show_config() -> None:
@@ -107,4 +110,4 @@ def show_config() -> None:
     Example:
         >>> kl_gpu.show_config()  # doctest: +SKIP
     """
-    print(config())
+    print(report()[0])

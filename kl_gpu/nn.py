@@ -93,8 +93,8 @@ class DivergenceLoss(nn.Module):
         """The same loss from hidden states and LM heads, as in :func:`kl_gpu.linear_div`.
 
         `heads` are its arguments that describe the models: student_bias, softcap, logit_scale, their
-        counterparts of the teacher, and chunk_rows. The option `inplace` is ignored, because these logits are
-        nobody's.
+        counterparts of the teacher, and chunk_rows. The option `inplace` is ignored, because no caller
+        owns these logits.
         """
         from .linear.api import linear_div  # later: a fifth of the package's import time
 

@@ -96,7 +96,8 @@ def kl_penalty(
 
     Example:
         >>> import torch, kl_gpu
-        >>> policy, ref = torch.tensor([-1.0, -2.0, -9.0]), torch.tensor([-1.5, -2.0, float("-inf")])
+        >>> policy = torch.tensor([-1.0, -2.0, -9.0])
+        >>> ref = torch.tensor([-1.5, -2.0, float("-inf")])
         >>> mask = torch.tensor([True, True, False])
         >>> penalty = kl_gpu.kl_penalty(policy, ref, "k3", mask=mask)
         >>> [round(x, 4) for x in penalty.tolist()]

@@ -193,7 +193,8 @@ def token_stats(
         >>> import torch, kl_gpu
         >>> base = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
         >>> model = torch.tensor([[0.7, 0.3], [0.9, 0.1]]).log()
-        >>> stats = kl_gpu.token_stats(model, base, torch.tensor([0, -100]))  # the second row does not count
+        >>> labels = torch.tensor([0, -100])  # the second row does not count
+        >>> stats = kl_gpu.token_stats(model, base, labels)
         >>> [round(x, 4) for x in stats.forward_kl.tolist()]
         [0.0872, 0.0]
         >>> print(f"{stats.mean().forward_kl.item():.4f}")

@@ -33,11 +33,15 @@ def test_the_self_check_finds_wrong_values(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         reference, "divergence", lambda s, t, kind: right(s, t, kind) * (1.0 + 1e-5 * (kind == "js"))
     )
-    assert "(js): BROKEN" in diagnostics.config()
+    text, good = diagnostics.report()
+    assert "(js): BROKEN" in text
+    assert not good
     monkeypatch.setattr(reference, "divergence", lambda s, t, kind: right(s, t, kind) * float("nan"))
-    assert "nan% of what is promised" in diagnostics.config()
+    assert "nan% of what is promised" in diagnostics.report()[0]
     monkeypatch.setattr(diagnostics, "divergence", None)
-    assert "TypeError" in diagnostics.config()
+    text, good = diagnostics.report()
+    assert "TypeError" in text
+    assert not good
 
 
 def test_a_line_for_each_operator() -> None:
