@@ -89,8 +89,8 @@ def resolve(backend: str | None, device: torch.device) -> str:
     if backend == "native":
         if not _has_native():
             raise ValueError(
-                "backend='native' needs the compiled kernels, which this installation has not: "
-                "install kl_gpu again where a C++20 compiler is at hand"
+                "backend='native' needs the compiled kernels, which this installation lacks: "
+                "reinstall kl_gpu where a C++20 compiler is available"
             )
         if device.type != "cpu":
             raise ValueError(f"backend='native' runs on the CPU, got tensors on {device}")

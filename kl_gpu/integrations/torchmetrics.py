@@ -1,10 +1,12 @@
 """A torchmetrics `Metric` for divergences over tokens.
 
-from kl_gpu.integrations.torchmetrics import TokenDivergence
+    from kl_gpu.integrations.torchmetrics import TokenDivergence
 
-metric = TokenDivergence("js", beta=0.5, shift=True)
-metric.update(student_logits, teacher_logits, labels=labels)
-metric.compute()  # the mean over all tokens that counted, on all ranks
+    metric = TokenDivergence("js", beta=0.5, shift=True)
+    metric.update(student_logits, teacher_logits, labels=labels)
+    metric.compute()
+
+The result is the mean over all tokens that counted, on all ranks.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """Distillation in transformers' `Trainer`: as its `compute_loss_func`, or as a Trainer of its own.
 
-from kl_gpu.integrations.transformers import DistillationTrainer
+    from kl_gpu.integrations.transformers import DistillationTrainer
 
-DistillationTrainer(model=student, teacher=teacher, distillation={"temperature": 2.0}, args=args, ...).train()
-Trainer(model=student, compute_loss_func=distillation_loss(teacher, student=student), ...)  # or so
+    DistillationTrainer(model=student, teacher=teacher, distillation={"kind": "js"}, args=args).train()
+    Trainer(model=student, compute_loss_func=distillation_loss(teacher, student=student), args=args).train()
+
+Both do the same; the first moves the teacher to the Trainer's device.
 """
 
 from __future__ import annotations
@@ -44,8 +46,7 @@ class distillation_loss:
         **options: those of :func:`kl_gpu.divergence`: temperature, beta, t_squared, hard_weight, …
 
     Raises:
-        ValueError: in a call: there are no labels, the student got `inputs_embeds`, or with `fused_linear` a
-            head cannot be seen through.
+        ValueError: in a call, without labels, with `inputs_embeds`, or where a head cannot be seen through.
     """
 
     def __init__(
