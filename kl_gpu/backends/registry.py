@@ -129,9 +129,14 @@ def load(backend: str) -> Backend:
     return _loaded[backend]
 
 
+def joins(backend: str) -> bool:
+    """Whether the backend of this name has what `Joining` has; torch.compile can trace this question."""
+    return backend in _JOINING
+
+
 def joining(backend: str) -> Joining | None:
     """The backend of this name as one that joins functions, None where it does not."""
-    return cast(Joining, load(backend)) if backend in _JOINING else None
+    return cast(Joining, load(backend)) if joins(backend) else None
 
 
 def check(module: ModuleType, protocol: type = Backend) -> None:
