@@ -23,7 +23,7 @@ $(SMOLLM2): | $(READY)
 
 demo-compare: $(READY) $(SMOLLM2)  ## a language model beside its own 8-, 4- and 3-bit copies: a page that shows where they differ
 	$(BIN)/python -m bench docstrings out/docstrings.txt
-	$(BIN)/kl-gpu compare "SmolLM2=$(SMOLLM2)" --rtn 8 --rtn 4 --rtn 3 --text out/docstrings.txt --ctx 256 --windows 12 \
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/kl-gpu compare "SmolLM2=$(SMOLLM2)" --rtn 8 --rtn 4 --rtn 3 --text out/docstrings.txt --ctx 256 --windows 12 \
 		--out out/compare $(ARGS)
 
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
