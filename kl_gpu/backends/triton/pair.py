@@ -381,7 +381,8 @@ def pair_kernel(
     incoming_ptr,  # [] CT, where HAS_INCOMING
     grad_a_ptr, grad_b_ptr,  # [A, B, V] in the dtype of its side, where TO_A and where TO_B
     n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
-    a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low,
+    a_scale_high, a_scale_low, b_scale_high, b_scale_low,
+    a_log2_high, b_log2_high, a_over_low, b_over_low, a_under_low, beta_high, beta_low,
     near_0, near_1, near_2, near_3, near_4, near_5, near_6, near_7,
     grad_a_outer, grad_a_inner, grad_b_outer, grad_b_inner, num_splits, split_columns, lag,
     HAS_VALID: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_INCOMING: tl.constexpr, SAME_SCALE: tl.constexpr,
@@ -400,7 +401,8 @@ def pair_kernel(
         Strided(a_ptr, a_outer, a_inner), Strided(b_ptr, b_outer, b_inner),
         Strided(grad_a_ptr, grad_a_outer, grad_a_inner), Strided(grad_b_ptr, grad_b_outer, grad_b_inner),
         valid_ptr, scales_ptr, value_ptr, stats_ptr, states_ptr, row_scale_ptr, n_rows, n_inner, V,
-        (a_scale_high, a_scale_low, b_scale_high, b_scale_low), (beta_high, beta_low),
+        (a_scale_high, a_scale_low, b_scale_high, b_scale_low,
+        a_log2_high, b_log2_high, a_over_low, b_over_low, a_under_low), (beta_high, beta_low),
         (near_0, near_1, near_2, near_3, near_4, near_5, near_6, near_7), num_splits, split_columns, lag,
     )  # fmt: skip
     begin = tl.program_id(0)
