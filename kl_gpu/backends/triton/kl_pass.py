@@ -54,8 +54,8 @@ _REBASE_ABOVE = tl.constexpr(16.0)
 # A new reference leaves the largest of those sums below this power of 2, so that one twice as large rebases
 # nothing: rebasing costs about as much as its step. One eight times as large would cancel about the old c.
 _REBASED_LOG2 = tl.constexpr(3)
-# What a step's terms come times, so that those with eˣ beyond 2^12 are infinite: x and its exponent are rounded.
-_G_SCALE = tl.constexpr(2.0**116)
+# What a step's terms come times, so that those with eˣ beyond 2^16 are infinite: x and its exponent are rounded.
+_G_SCALE = tl.constexpr(2.0**112)
 _G_SCALE_64 = tl.constexpr(2.0**900)
 # The least KL, beside c², at which fl(b − a) may be taken for b − a where both have 16 bits. 0.75 − 1e-6 has
 # 26: the difference may be off by 2^-25·|c|, which shows where c is far larger than the usual x.
@@ -515,7 +515,8 @@ def _first_reference(a, b, scales, SAME_SCALE: tl.constexpr):
     mean = tl.sum(moment) / tl.sum(mass)
     near = tl.abs(mean) * scales.shared < 1000.0
     c = (start + mean) * (scales.k_a if SAME_SCALE else LOG2E)
-    return FastReference(tl.where(near, n + _rise_of(mass), NO_REFERENCE), tl.where(near, c, 0.0))
+    n += _rise_of(mass) + 1.0  # a step has twice as many columns
+    return FastReference(tl.where(near, n, NO_REFERENCE), tl.where(near, c, 0.0))
 
 
 @triton.jit

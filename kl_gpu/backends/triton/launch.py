@@ -76,6 +76,16 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def divisor(d: int) -> tuple[int, int]:
+    """The magic and the shift with which `device_math.quotient` divides numbers below 2^31 by d, exactly.
+
+    As Granlund and Montgomery have it: with s = ⌈log2 d⌉ and m = ⌈2^(31 + s)/d⌉, n // d is n·m >> (31 + s).
+    m needs all of 32 bits, and is passed as the int32 of the same bits.
+    """
+    shift = (d - 1).bit_length()
+    return cdiv(1 << (31 + shift), d) - (1 << 32), shift
+
+
 class Splits(NamedTuple):
     """How a row is shared: by V alone, so that no bit of it depends on how many rows there are."""
 

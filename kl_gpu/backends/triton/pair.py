@@ -25,7 +25,8 @@ from .device_math import (
     Sums,
     from_high_low,
     normalised,
-    row_start,
+    place_start,
+    quotient,
     scales_of,
     store_state,
     stored_side,
@@ -40,6 +41,7 @@ from .launch import (
     ProgramShape,
     cdiv,
     configuration,
+    divisor,
     geometry,
     gradient_layout,
     high_low,
@@ -79,7 +81,7 @@ Strided = namedtuple("Strided", "ptr outer inner")
 Launch = namedtuple(
     "Launch",
     "a b grad_a grad_b valid_ptr scales_ptr value_ptr stats_ptr states_ptr row_scale_ptr n_rows n_inner V "
-    "scale_parts beta_parts near num_splits split_columns lag",
+    "scale_parts beta_parts near num_splits split_columns lag by_inner by_splits",
 )
 # Pointers to one row, and its split number `split`, the columns [first, last).
 Work = namedtuple("Work", "a b grad_a grad_b value stats states split num_splits first last")
@@ -134,13 +136,21 @@ def _load_row(stats, beta, rest, scales, TOP: tl.constexpr, CT: tl.constexpr):
 
 
 @triton.jit
+def _place(launch, row):
+    """Where a row lies in the two leading dimensions."""
+    outer = quotient(row, *launch.by_inner)
+    return outer, row - outer * launch.n_inner
+
+
+@triton.jit
 def _work(launch, row, split, SPLITS: tl.constexpr):
     first = split * launch.split_columns
+    outer, inner = _place(launch, row)
     return Work(
-        row_start(row, launch.n_inner, *launch.a),
-        row_start(row, launch.n_inner, *launch.b),
-        row_start(row, launch.n_inner, *launch.grad_a),
-        row_start(row, launch.n_inner, *launch.grad_b),
+        place_start(outer, inner, *launch.a),
+        place_start(outer, inner, *launch.b),
+        place_start(outer, inner, *launch.grad_a),
+        place_start(outer, inner, *launch.grad_b),
         launch.value_ptr + row,
         launch.stats_ptr + row.to(tl.int64) * _STATS,
         launch.states_ptr + row.to(tl.int64) * (_STATE * SPLITS),
@@ -154,8 +164,9 @@ def _first_sweep(
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     first = split * launch.split_columns
+    outer, inner = _place(launch, row)
     reference, sums, alone, worst = sweep(
-        row_start(row, launch.n_inner, *launch.a), row_start(row, launch.n_inner, *launch.b),
+        place_start(outer, inner, *launch.a), place_start(outer, inner, *launch.b),
         first, tl.minimum(first + launch.split_columns, launch.V), scales,
         SAME_SCALE, EXACT, CT, R, VEC, LAYOUT,
     )  # fmt: skip
@@ -323,7 +334,7 @@ def _item(
 ):  # fmt: skip
     """One split of one row in one stage: a sweep, or behind the sweeps the gradient."""
     num_splits, V = launch.num_splits, launch.V
-    row = item // num_splits  # the only division by a number that is not known as the kernel is compiled
+    row = quotient(item, *launch.by_splits)
     split = item - row * num_splits
     if STAGE == ALL_STAGES:
         stage = row % STAGES
@@ -385,6 +396,7 @@ def pair_kernel(
     a_log2_high, b_log2_high, a_over_low, b_over_low, a_under_low, beta_high, beta_low,
     near_0, near_1, near_2, near_3, near_4, near_5, near_6, near_7,
     grad_a_outer, grad_a_inner, grad_b_outer, grad_b_inner, num_splits, split_columns, lag,
+    inner_magic, inner_shift, splits_magic, splits_shift,  # of `launch.divisor`
     HAS_VALID: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_INCOMING: tl.constexpr, SAME_SCALE: tl.constexpr,
     EXACT: tl.constexpr, FORMULA: tl.constexpr, VALUE: tl.constexpr, STAGE: tl.constexpr,
     TO_A: tl.constexpr, TO_B: tl.constexpr, LOG2: tl.constexpr, CT: tl.constexpr, R: tl.constexpr,
@@ -404,6 +416,7 @@ def pair_kernel(
         (a_scale_high, a_scale_low, b_scale_high, b_scale_low,
         a_log2_high, b_log2_high, a_over_low, b_over_low, a_under_low), (beta_high, beta_low),
         (near_0, near_1, near_2, near_3, near_4, near_5, near_6, near_7), num_splits, split_columns, lag,
+        (inner_magic, inner_shift), (splits_magic, splits_shift),
     )  # fmt: skip
     begin = tl.program_id(0)
     incoming = tl.full([], 1.0, CT)
@@ -477,6 +490,7 @@ def _plan(
     numbers = (
         p.n_rows, *geometry(p), *high_low(beta), *near_coefficients(formula, beta),
         *steps(a if grad_a is None else grad_a), *steps(b if grad_b is None else grad_b), *splits, lag,
+        *divisor(max(1, a.shape[-2])), *divisor(splits.number),
     )  # fmt: skip
     launches = tuple(
         PreparedLaunch(
