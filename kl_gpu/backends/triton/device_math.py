@@ -471,7 +471,7 @@ def weights(logit, k, n):
 
 
 @triton.jit
-def normalised(shift, n, inv, k, inv_temperature, TOP: tl.constexpr, CT: tl.constexpr):
+def normalised(shift, n, inv, k, over_k, TOP: tl.constexpr):
     """The `Softmax` of a side whose weights about n sum to 1/inv.
 
     n is lowered once more, from about 7 below the row's largest exponent to TOP. At 15, exponents are rounded
@@ -481,7 +481,7 @@ def normalised(shift, n, inv, k, inv_temperature, TOP: tl.constexpr, CT: tl.cons
     """
     low = n - (TOP - 7.0)
     scale = inv * tl.exp2(low - n)  # of 7 − TOP, unless n is too large to have units
-    correction = ((inv_temperature * LOG2E / k - 1.0) * 0.6931471805599453).to(CT) * scale
+    correction = (over_k * -LN2) * scale
     return Softmax(shift, k, low, mul_add(correction, -1.0 * TOP, scale), correction)
 
 

@@ -126,11 +126,11 @@ def _load_states(work, which: tl.constexpr, SPLITS: tl.constexpr, other: tl.cons
 
 
 @triton.jit
-def _load_row(stats, beta, rest, scales, TOP: tl.constexpr, CT: tl.constexpr):
+def _load_row(stats, beta, rest, scales, TOP: tl.constexpr):
     a = stored_side(_statistic(stats, 0), _statistic(stats, 1))
     b = stored_side(_statistic(stats, 2), _statistic(stats, 3))
     return Row(
-        normalised(*a, scales.k_a, scales.a, TOP, CT), normalised(*b, scales.k_b, scales.b, TOP, CT),
+        normalised(*a, scales.k_a, scales.over_k_a, TOP), normalised(*b, scales.k_b, scales.over_k_b, TOP),
         _statistic(stats, 4), _statistic(stats, 5), beta, rest, scales,
     )  # fmt: skip
 
@@ -232,7 +232,7 @@ def _second_sweep(
         _wait(work.stats, 1)
     kl = _statistic(work.stats, 6)
     SUMS: tl.constexpr = "overlap" if FORMULA == "nla" else ("tv" if FORMULA == "lk" else FORMULA)
-    row = _load_row(work.stats, beta, rest, scales, 31 if SUMS == "overlap" else 15, CT)
+    row = _load_row(work.stats, beta, rest, scales, 31 if SUMS == "overlap" else 15)
     row, unit = raised(row, SUMS)
     if _takes_fast_path(work.stats, 1.0, beta, rest, SUMS, False, LOG2):
         if _statistic(work.stats, _PATH) == PLAIN:
@@ -290,21 +290,21 @@ def _gradient(
     # A row without a divergence has no gradient, also where a probability of 0 would hide it. An infinite
     # mean leaves its side no gradient either: NaN, never a silent 0.
     nan = tl.full([], float("nan"), CT)
-    up_a = tl.where((value == value) & (tl.abs(mean_a) < float("inf")), upstream * scales.a.to(CT), nan)
+    up_a = tl.where((value == value) & (tl.abs(mean_a) < float("inf")), upstream * scales.shared, nan)
     has_b = value == value
     if FORMULA != "kl":
         has_b = has_b & (tl.abs(mean_b) < float("inf"))
-    up_b = tl.where(has_b, upstream * scales.b.to(CT), nan)
+    up_b = tl.where(has_b, upstream * (scales.shared if SAME_SCALE else scales.b.to(CT)), nan)
     if FORMULA == "nla" or FORMULA == "lk":
         beta = _statistic(work.stats, _ROW_BETA)
         rest = 1.0 - beta
     # The b − a of kl and tv subtracts exponentials that must be good far down; a (r + KL) multiplies one,
     # whose error near the top counts KL times.
     FAR: tl.constexpr = 31 if FORMULA == "kl" or FORMULA == "tv" or FORMULA == "nla" else 15
-    row, unit = raised(_load_row(work.stats, beta, rest, scales, FAR, CT), FORMULA)
+    row, unit = raised(_load_row(work.stats, beta, rest, scales, FAR), FORMULA)
     up_a *= unit
     up_b *= unit
-    near_a = _load_row(work.stats, beta, rest, scales, 15, CT).a
+    near_a = _load_row(work.stats, beta, rest, scales, 15).a
     to = Incoming(mean_a, mean_b, up_a, up_b)
     DIRECT: tl.constexpr = TO_B and SAME_SCALE and work.grad_b.dtype.element_ty.primitive_bitwidth == 16
     if _takes_fast_path(work.stats, upstream, beta, rest, FORMULA, DIRECT, LOG2):
@@ -346,9 +346,12 @@ def _item(
         if HAS_VALID:
             valid = tl.load(launch.valid_ptr + row) != 0
         scales = scales_of(row, launch.scales_ptr, launch.scale_parts, HAS_SCALES, SAME_SCALE, CT)
-        beta = from_high_low(*launch.beta_parts)
-        rest = (1.0 - beta).to(CT)
-        beta = beta.to(CT)
+        beta = tl.full([], 0.0, CT)
+        rest = beta
+        if FORMULA != "kl":
+            exact = from_high_low(*launch.beta_parts)
+            beta = exact.to(CT)
+            rest = (1.0 - exact).to(CT)
         if not valid:
             work = _work(launch, row, split, SPLITS)
             if SWEEPS > 0:

@@ -54,8 +54,8 @@ def formula_sums_kernel(
         scales = scales_of(row, scales_ptr, scale_parts, HAS_SCALES, SAME_SCALE, CT)
         beta = from_high_low(beta_high, beta_low)
         TOP: tl.constexpr = 15 if FORMULA != "overlap" and FORMULA != "comparison" else 31
-        a = normalised(*stored_a, scales.k_a, scales.a, TOP, CT)
-        b = normalised(*stored_b, scales.k_b, scales.b, TOP, CT)
+        a = normalised(*stored_a, scales.k_a, scales.over_k_a, TOP)
+        b = normalised(*stored_b, scales.k_b, scales.over_k_b, TOP)
         whole, unit = raised(
             Row(a, b, tl.load(stats + 4), tl.load(stats + 5), beta.to(CT), (1.0 - beta).to(CT), scales),
             FORMULA,
