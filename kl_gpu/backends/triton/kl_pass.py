@@ -604,6 +604,7 @@ def _fast_sweep(
         start += BLOCK
     reference, sums = _in_nats(reference, _total(sums), scales, SAME_SCALE)
     fits = (start < MISFIT) & ((sums.a1 + sums.a2) * 0.0 == 0.0)  # an x of −inf, or one that is none
+    fits = fits & (last - first > 1)  # c is rounded, and with V = 1 all is exactly 0
     if EXACT:
         if SAME_SCALE:
             if uniform(fits & ~rounding_is_small(sums, reference.c), R):
