@@ -87,7 +87,8 @@ def scales_of(row, scales_ptr, parts, HAS_SCALES: tl.constexpr, SAME_SCALE: tl.c
 @triton.jit
 def quotient(n, magic, shift):
     """n // d of n ≥ 0, with the numbers of `launch.divisor`: a division takes five times as long."""
-    return (tl.umulhi((n + n).to(tl.uint32, bitcast=True), magic.to(tl.uint32, bitcast=True)) >> shift).to(tl.int32)
+    high = tl.umulhi((n + n).to(tl.uint32, bitcast=True), magic.to(tl.uint32, bitcast=True))
+    return (high >> shift).to(tl.int32)
 
 
 @triton.jit

@@ -27,8 +27,8 @@ from .device_math import (
     load_ragged,
     load_tile,
     log1p_minus,
-    log_probability_ratio,
     log2_ratio,
+    log_probability_ratio,
     log_ratio,
     lowest,
     mul_add,
@@ -54,7 +54,7 @@ _REBASE_ABOVE = tl.constexpr(16.0)
 # A new reference leaves the largest of those sums below this power of 2, so that one twice as large rebases
 # nothing: rebasing costs about as much as its step. One eight times as large would cancel about the old c.
 _REBASED_LOG2 = tl.constexpr(3)
-# What a step's terms come times, so that those with eˣ beyond 2^16 are infinite: x and its exponent are rounded.
+# What a step's terms come times, so that those with eˣ beyond 2^16, whose exponent is rounded, are infinite.
 _G_SCALE = tl.constexpr(2.0**112)
 _G_SCALE_64 = tl.constexpr(2.0**900)
 # The least KL, beside c², at which fl(b − a) may be taken for b − a where both have 16 bits. 0.75 − 1e-6 has
@@ -188,7 +188,7 @@ def exp2_over_offset(n, n_b, c, scales, SAME_SCALE: tl.constexpr):
 
 @triton.jit
 def exp2_over_log2(n, n_b, c, scales, SAME_SCALE: tl.constexpr):
-    """`exp2_over_offset` of a `FastReference`, whose x has the rounding of k in it where both sides share k."""
+    """`exp2_over_offset` of a `FastReference`, whose x has the rounding of k in it as both weights have."""
     apart, apart_low = two_sum(n_b, -n)
     high, low = two_sum(apart, -c)
     low += apart_low
@@ -247,9 +247,7 @@ def _rebase_to_step(
 
     And whether `_fast_sweep` looks to be right for these columns.
     """
-    n, mean, _, fits = _step_reference(
-        a, b, later_a, later_b, inside, scales, SAME_SCALE, MASKED, TWO
-    )
+    n, mean, _, fits = _step_reference(a, b, later_a, later_b, inside, scales, SAME_SCALE, MASKED, TWO)
     c = mean * scales.k_a if SAME_SCALE else mean * LOG2E
     if uniform(reference.n != NO_REFERENCE, a.shape[0]):
         # In pairs: where one column outweighs the others, an error of e^−h is one of Z_b, and so of all of b.
@@ -362,10 +360,12 @@ def _fast_step(
 @triton.jit
 def _add_tile(a, b, inside, reference, sums, scales, SAME_SCALE: tl.constexpr, MASKED: tl.constexpr):
     """The reference and the sums of a robust sweep with a tile added."""
-    w, same, mass = _step_weights(a, a, scales.k_a, reference.n, False)
+    w = weights(a, scales.k_a, reference.n)
+    mass = tl.sum(w, axis=1)
     if any_reaches(mass, _REBASE_ABOVE):
         reference, sums = _robust_rebase(a, b, inside, reference, sums, scales, SAME_SCALE, MASKED)
-        w, same, mass = _step_weights(a, a, scales.k_a, reference.n, False)
+        w = weights(a, scales.k_a, reference.n)
+        mass = tl.sum(w, axis=1)
     x = log_ratio(a, b, reference.c, scales, SAME_SCALE, False)
     a1, a2 = _terms(x, b, w, inside, reference.n_b, reference.b_to_a, scales, MASKED)
     return reference, Sums(sums.z + mass, sums.a1 + a1, sums.a2 + a2)
@@ -509,7 +509,8 @@ def _first_reference(a, b, scales, SAME_SCALE: tl.constexpr):
     top_a = top_of(a)
     start = difference(top_a, top_of(b), scales, SAME_SCALE)
     n = exp2_offset(top_a, scales.k_a)
-    w, same, mass = _step_weights(a, a, scales.k_a, n, False)
+    w = weights(a, scales.k_a, n)
+    mass = tl.sum(w, axis=1)
     everywhere = tl.full([a.shape[0], a.shape[1]], 1, tl.int1)
     moment = _moment(w, a, b, everywhere, start, scales, SAME_SCALE, False)
     mean = tl.sum(moment) / tl.sum(mass)
@@ -645,7 +646,7 @@ def rounding_is_small(sums, c):
     """
     z, a1, a2 = sums
     y = a1 + a2
-    # KL is log1p(y) − a1 with sums over z, and log1p(y) is at least y − y²/(2 + y), or y − y²/(1 + y) below 0.
+    # KL is log1p(y) − a1 with sums over z, and log1p(y) at least y − y²/(2 + y), or y − y²/(1 + y) below 0.
     least = a2 - y * y / mul_add(z, tl.where(y < 0, 1.0, 2.0), y)
     return least >= c * c * (2.0 * _LEAST_KL) * z
 

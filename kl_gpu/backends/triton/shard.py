@@ -31,7 +31,8 @@ def formula_sums_kernel(
     out_ptr,  # [num_splits, 3, A*B] fp64, zeroed
     n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
     a_scale_high, a_scale_low, b_scale_high, b_scale_low,
-    a_log2_high, b_log2_high, a_over_low, b_over_low, a_under_low, beta_high, beta_low, num_splits, split_columns,
+    a_log2_high, b_log2_high, a_over_low, b_over_low, a_under_low,
+    beta_high, beta_low, num_splits, split_columns,
     HAS_VALID: tl.constexpr, HAS_SCALES: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
     FORMULA: tl.constexpr, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
