@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-rlhf demo-distributed test test-all lint bench gpu wheels audit sanitize clean
+.PHONY: demo demo-rlhf demo-distributed test test-all lint docs bench gpu wheels audit sanitize clean
 
 demo: $(READY)  ## distil a small language model through kl_gpu, on the text of Python's own library
 	$(BIN)/python examples/distill.py $(ARGS)
@@ -30,6 +30,9 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run --Werror $(wildcard kernels/*.h kernels/*.cpp kernels/*/*.h kernels/*/*.cpp tests/ptx/core/*)
+
+docs: $(READY)  ## the documentation site in build/docs; a warning ends the build
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs build/docs
 
 bench: $(READY)  ## ours against plain PyTorch and torch.compile on the device at hand
 	$(BIN)/python -m bench suite $(ARGS)
@@ -61,7 +64,7 @@ sanitize:
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/* kernels/*/*)
 	$(PYTHON) -m venv $(VENV)
 	SKBUILD_CMAKE_DEFINE=KL_GPU_WERROR=$(WERROR) $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable ".[triton,test,bench,demo,compare,lint]"
+		--constraint constraints.txt --editable ".[triton,test,bench,demo,compare,integrations,lint,docs]"
 	touch $@
 
 clean:

@@ -16,6 +16,7 @@ from .topk.sparse import sparse_div
 from .topk.teacher import TopkLogprobs, topk_logprobs
 
 if TYPE_CHECKING:
+    from .diagnostics import show_config
     from .linear.api import linear_div
     from .linear.stats import linear_token_stats
     from .linear.tokens import linear_token_logprobs
@@ -37,6 +38,7 @@ __all__ = [
     "linear_token_logprobs",
     "linear_token_stats",
     "linear_topk_div",
+    "show_config",
     "sparse_div",
     "token_logprobs",
     "token_stats",
@@ -46,11 +48,12 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-_FROM_HEADS = {
-    "linear_div": "api",
-    "linear_token_logprobs": "tokens",
-    "linear_token_stats": "stats",
-    "linear_topk_div": "topk",
+_LATER = {
+    "linear_div": "linear.api",
+    "linear_token_logprobs": "linear.tokens",
+    "linear_token_stats": "linear.stats",
+    "linear_topk_div": "linear.topk",
+    "show_config": "diagnostics",
 }
 
 
@@ -58,8 +61,8 @@ def __getattr__(name: str) -> Any:
     # Half of the package's import time, for those who ask for it.
     if name == "distributed":
         return import_module("kl_gpu.distributed")
-    if name in _FROM_HEADS:
+    if name in _LATER:
         # Kept, so that torch.compile finds it like any other function.
-        globals()[name] = getattr(import_module(f"kl_gpu.linear.{_FROM_HEADS[name]}"), name)
+        globals()[name] = getattr(import_module(f"kl_gpu.{_LATER[name]}"), name)
         return globals()[name]
     raise AttributeError(f"module 'kl_gpu' has no attribute {name!r}")

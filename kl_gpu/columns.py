@@ -45,6 +45,20 @@ def gather(logits: Tensor, ids: Tensor) -> Tensor:
     return found
 
 
+def _selected(call: None, logits: Tensor, columns: Tensor) -> tuple[Tensor]:
+    return (logits.index_select(-1, columns),)
+
+
+def _put_back(call: None, needs: Any, incoming: Any, tensors: Any, kept: Any) -> Any:
+    logits, columns = tensors
+    return torch.zeros_like(logits).index_copy_(-1, columns, incoming[0].to(logits.dtype)), None
+
+
+# From logits `[*, V]` and columns `[V']`, none of which is absent or given twice, to these columns `[*, V']`.
+# Ids of each row's own would take eight bytes an element, a third of the time on a CPU.
+_MAP_STEP = transforms.Step(_selected, _put_back, rowwise=False)
+
+
 def check_map(argument: str, value: Any, width: int, device: torch.device) -> None:
     """Check columns `[V']` against the V they are taken of: in range, each once."""
     validation.column_map(argument, value, device)
@@ -59,8 +73,8 @@ def mapped(argument: str, logits: Tensor, columns: Tensor | None) -> Tensor:
     if columns is None:
         return logits
     check_map(argument, columns, logits.shape[-1], logits.device)
-    ids = ordinary_rows(columns).long()
-    return gather(logits, ids.expand(*logits.shape[:-1], len(ids)))
+    found: Tensor = transforms.apply(_MAP_STEP, None, logits, ordinary_rows(columns).long())[0]
+    return found
 
 
 def support_ids(support: Tensor, lead: torch.Size, columns: int, valid: Tensor | None) -> Tensor:

@@ -126,6 +126,7 @@ class Rows(NamedTuple):
         window: the part that counts, of the columns that are here.
         columns: how many count in the whole vocabulary.
         split: what computes `split`.
+        factor: what `split` multiplies the logits by, besides 1/temperature.
     """
 
     argument: str
@@ -134,6 +135,7 @@ class Rows(NamedTuple):
     window: LogitsWindow
     columns: int
     split: SplitRows
+    factor: float = 1.0
 
 
 def logits_rows(

@@ -33,40 +33,48 @@ def token_logprobs(
     backend: str | None = None,
     support: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log q of one token per row, or of K, q = softmax(logits/T), in nats; with `entropy` also −Σ q log q.
+    """Log-probabilities of given tokens under softmax(logits / T), in nats, and optionally the entropy.
 
     One read of the logits; the gradient takes one more read and its own write. Nothing else of size `[N, V]`
-    exists. log q is good to 5e-6 of itself, also near 0, where subtracting a log-normaliser returns noise.
+    exists. log q is computed as −log(1 + Σ q_j/q over the other tokens), so it is accurate to 5e-6 of itself
+    also near 0, where subtracting a log-normaliser returns noise.
 
     Args:
-        logits: `[N, V]`, N any leading shape; float16, bfloat16, float32 or float64. Any view whose last
-            dimension is contiguous is read without a copy.
-        token_ids: int `[N]`, or `[N, K]`, within [0, V). On the CPU another id raises; on a GPU, where asking
-            would wait for the device, it is NaN. Of K ids one may stand more than once, and −1 or
-            `ignore_index` marks an absent entry, which is 0.
-        temperature: divides the logits; a float within [1e-6, 1e9], or `[N]` of each row's, as in
+        logits: `[N, V]`, where N is any leading shape; float16, bfloat16, float32 or float64. Any view whose
+            last dimension is contiguous is read without a copy.
+        token_ids: int `[N]`, or `[N, K]` for K tokens of each row, within [0, V). On the CPU another id
+            raises; on a GPU, where looking would wait for the device, its log-probability is NaN. Of K ids,
+            one may occur more than once, and −1 or `ignore_index` marks an absent entry, which is 0.
+        temperature: Divides the logits: a float within [1e-6, 1e9], or `[N]` with one per row, as in
             :func:`kl_gpu.divergence`.
-        entropy: also return the entropy of each row.
-        mask: bool or integers 0 and 1, `[N]`; True or 1 counts. A row that does not count is 0, with gradient
-            0, whatever it holds.
-        ignore_index: rows with this id do not count either; of K ids, only the entry.
-        shift: logits at t go with entry t+1 of token_ids and mask; needs `[batch, time, V]` and gives
+        entropy: Also return the entropy of each row.
+        mask: bool, or integers 0 and 1, `[N]`. True or 1 counts. A row that does not count is 0, with
+            gradient 0, whatever its logits hold.
+        ignore_index: Rows with this id do not count either; of K ids, only the entry.
+        shift: Pair logits at t with entry t + 1 of token_ids and mask. Needs `[batch, time, V]` and returns
             `[batch, time − 1]`.
-        vocab_size: columns at and past it are ignored.
-        inplace: allow the gradient to be written over the memory of `logits` in backward.
-        backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
-        support: the columns that the softmax runs over, as in :func:`kl_gpu.divergence`. A token outside
-            has log-probability −inf and no gradient. Nothing else is read of a row.
+        vocab_size: The softmax is over the first `vocab_size` columns.
+        inplace: Permit writing the gradient over the memory of `logits` in backward.
+        backend: One of `kl_gpu.BACKENDS`, or None for the fastest on this device.
+        support: The columns that the softmax runs over, as in :func:`kl_gpu.divergence`. A token outside has
+            log-probability −inf and no gradient. Nothing else is read of a row.
 
     Returns:
-        In the shape of `token_ids`, float32 (float64 for float64 logits), differentiable; with `entropy` a
-        pair of that and the entropies `[N]`.
+        In the shape of `token_ids`, float32 (float64 for float64 logits), differentiable. With `entropy`, a
+        pair of this and the entropies `[N]`.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, range or name is wrong; the message names the argument.
-        RuntimeError: from backward, when a second derivative is asked for, or when logits were modified
-            since the call.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, range or name is wrong; the message names the argument.
+        RuntimeError: From backward, when a second derivative is asked for, or when logits were modified since
+            the call.
+
+    Example:
+        >>> import torch, kl_gpu
+        >>> logits = torch.tensor([[0.7, 0.2, 0.1]]).log()
+        >>> logprob, entropy = kl_gpu.token_logprobs(logits, torch.tensor([0]), entropy=True)
+        >>> print(f"{logprob.exp().item():.4f} {entropy.item():.4f}")
+        0.7000 0.8018
     """
     validation.of_one_rank("token_logprobs", logits)
     rows = logits_rows("logits", logits, vocab_size, shift)
@@ -85,7 +93,7 @@ def run_token_logprobs(rows: Rows, options: Options, entropy: bool) -> Tensor | 
     several = validation.token_ids(rows.tensor, ids)
     of_rows = options._replace(labels=None) if several else options
     valid = of_rows.reduction_of(rows.tensor).computed
-    scale, _, scales = options.scales(rows.tensor, valid)
+    scale, _, scales = options.scales(rows.tensor, valid, over=rows.factor)
     chosen = registry.resolve(options.backend, rows.tensor.device)
     inplace = options.overwrites(rows.argument, rows.tensor)
 

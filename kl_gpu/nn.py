@@ -17,15 +17,27 @@ _OPTIONS = tuple(name for name in validation.options_of(divergence) if name not 
 
 
 class DivergenceLoss(nn.Module):
-    """`kl_gpu.divergence` as a module: options at construction, what differs per batch in forward.
+    """`kl_gpu.divergence` as a module: fixed options at construction, what differs per batch in forward.
 
     Args:
-        kind: a name in `kl_gpu.KINDS`.
-        **options: the options of :func:`kl_gpu.divergence` but mask, labels, weight, normalizer and support.
+        kind: A name in `kl_gpu.KINDS`.
+        **options: The options of :func:`kl_gpu.divergence`, except mask, labels, weight, normalizer and
+            support, which belong to `forward`. `student_columns` and `teacher_columns` become buffers that
+            move with the module and are not part of its state dict.
 
     Raises:
-        TypeError: an option is unknown or belongs to forward.
+        TypeError: An option is unknown or belongs to `forward`.
         ValueError: `kind` is unknown.
+
+    Example:
+        >>> import torch, kl_gpu
+        >>> criterion = kl_gpu.DivergenceLoss("js", beta=0.1, temperature=2.0, shift=True)
+        >>> student = torch.randn(2, 8, 100, requires_grad=True)
+        >>> labels = torch.randint(100, (2, 8))
+        >>> loss = criterion(student, torch.randn(2, 8, 100), labels=labels)
+        >>> loss.backward()
+        >>> student.grad.shape
+        torch.Size([2, 8, 100])
     """
 
     student_columns: Tensor | None
@@ -53,9 +65,9 @@ class DivergenceLoss(nn.Module):
         temperature: float | Tensor | None = None,
         teacher_temperature: float | Tensor | None = None,
     ) -> Any:
-        """Arguments, result and errors as :func:`kl_gpu.divergence`.
+        """The loss of a batch of logits; arguments, result and errors as in :func:`kl_gpu.divergence`.
 
-        Temperatures given here, such as those of each row, take the place of those given at construction.
+        Temperatures given here, such as those of each row, replace those given at construction.
         """
         return divergence(
             student_logits, teacher_logits, self.kind, mask=mask, labels=labels, weight=weight,
@@ -78,11 +90,11 @@ class DivergenceLoss(nn.Module):
         teacher_temperature: float | Tensor | None = None,
         **heads: Any,
     ) -> Any:
-        """The same loss from hidden states and LM heads, as :func:`kl_gpu.linear_div`.
+        """The same loss from hidden states and LM heads, as in :func:`kl_gpu.linear_div`.
 
         `heads` are its arguments that describe the models: student_bias, softcap, logit_scale, their
-        counterparts of the teacher, and chunk_rows. The option `inplace` has no meaning here and is ignored:
-        the logits are nobody's.
+        counterparts of the teacher, and chunk_rows. The option `inplace` is ignored, because no caller
+        owns these logits.
         """
         from .linear.api import linear_div  # later: a fifth of the package's import time
 

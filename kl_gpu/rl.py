@@ -61,38 +61,47 @@ def kl_penalty(
     mask: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Estimate of KL(policy‖ref) from one sampled token each, in nats, with r = policy − ref log-probability.
+    """Estimate of KL(policy‖ref) from one sampled token each, in nats.
 
-    "k1" = r, "k2" = r²/2, "k3" = e^−r − 1 + r, "abs" = |r|: Schulman (2020), "Approximating KL divergence".
-    Over tokens sampled from the policy k1 and k3 have the KL as their mean, k2 and abs have not. As a *loss*,
-    only k2 has the KL's gradient as its mean; k1's is 0 on average, and k3's is that of KL(ref‖policy). Where
-    the logits are at hand, `kl_div(policy, ref, direction="reverse")` is exact and has no variance.
+    With r = policy − ref log-probability, "k1" is r, "k2" is r²/2, "k3" is e^−r − 1 + r and "abs" is the
+    absolute value of r: Schulman (2020), "Approximating KL divergence". Over tokens sampled from the policy,
+    the mean of k1 and k3 is the KL; that of k2 and abs is not. As a *loss*, only k2 has the KL's gradient as
+    its mean: k1's is 0 on average, and k3's is that of KL(ref‖policy). If you have the logits,
+    `kl_div(policy, ref, direction="reverse")` is exact and has no variance.
 
     Args:
-        policy_logprobs: `[N]`, any shape; float16, bfloat16, float32 or float64; r of two −inf is NaN. An
-            infinite r has an infinite estimate, or the clamp's, and never NaN.
-        ref_logprobs: the same shape and device; the dtype may differ.
-        estimator: a name in `kl_gpu.rl.ESTIMATORS`, or verl's for it: "kl" is k1, "mse" k2, "low_var_kl" k3,
-            and a "+" behind a name stands for `straight_through=True`.
-        clamp: limits the estimate to [−clamp, clamp]; the gradient beyond is 0.
-        input_clamp: limits r to [−input_clamp, input_clamp] before anything is made of it; the gradient
-            beyond is 0. verl's k3 has 20 here, and 10 as `clamp`.
-        straight_through: the estimator's value with the gradient of k2 without `clamp`, which is r.
-        mask: bool or integers 0 and 1, `[N]`; True or 1 counts. An entry that does not, padding, has estimate
-            0 and gradient 0, whatever it holds: −1e10, −inf or NaN. The mean over the others is
+        policy_logprobs: `[N]`, any shape; float16, bfloat16, float32 or float64. Where both sides are −inf,
+            the estimate is NaN; an infinite r gives an infinite estimate, or the clamp's.
+        ref_logprobs: The same shape and device; the dtype may differ.
+        estimator: "k1", "k2", "k3" or "abs", or verl's name: "kl" is k1, "mse" is k2, "low_var_kl" is k3, and
+            "+" after a name means `straight_through=True`.
+        clamp: Limits the estimate to [−clamp, clamp]; the gradient beyond is 0.
+        input_clamp: Limits r to [−input_clamp, input_clamp] before anything is computed from it; the gradient
+            beyond is 0. verl's k3 uses 20 here and 10 as `clamp`.
+        straight_through: Return the estimator's value with the gradient of k2 without `clamp`, which is r.
+        mask: bool, or integers 0 and 1, `[N]`. True or 1 counts. An entry that does not count (padding) has
+            estimate 0 and gradient 0, whatever it holds: −1e10, −inf or NaN. The mean over the others is
             `penalty.sum() / mask.sum()`.
-
         weight: float `[N]`, multiplies each estimate and its gradient: importance ratios, for tokens sampled
-            from another policy than the one whose log-probabilities these are. What an entry that does not
-            count has here does not matter. Differentiable; detach it where it shall be a constant.
+            from another policy. Entries that do not count are ignored. Differentiable; detach it if it should
+            be a constant.
 
     Returns:
-        float32 (float64 where both inputs are), in the inputs' shape. Without `weight` never negative but for
-        k1.
+        float32 (float64 where both inputs are float64), in the inputs' shape. Without `weight`, never
+        negative except for k1.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes or devices differ, `estimator` is unknown, or a clamp is not a finite number > 0.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes or devices differ, `estimator` is unknown, or a clamp is not a finite number > 0.
+
+    Example:
+        >>> import torch, kl_gpu
+        >>> policy = torch.tensor([-1.0, -2.0, -9.0])
+        >>> ref = torch.tensor([-1.5, -2.0, float("-inf")])
+        >>> mask = torch.tensor([True, True, False])
+        >>> penalty = kl_gpu.kl_penalty(policy, ref, "k3", mask=mask)
+        >>> [round(x, 4) for x in penalty.tolist()]
+        [0.1065, 0.0, 0.0]
     """
     validation.name("estimator", estimator, _NAMES)
     validation.booleans(straight_through=straight_through)

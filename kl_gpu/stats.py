@@ -19,9 +19,10 @@ from .ops import pair as ops
 
 
 class TokenStats(NamedTuple):
-    """Per-token numbers of a student q against a teacher p, `[N]` each; in nats but for the last two.
+    """Per-token numbers of a student q against a teacher p, `[N]` each; in nats up to `teacher_logprob`.
 
-    A row that does not count is 0 in every field.
+    A row that does not count holds 0 in every field, so `field.mean()` is too small: use :meth:`mean`,
+    :meth:`summary`, or select `field[counts > 0]`.
 
     Attributes:
         forward_kl: KL(p‖q).
@@ -30,15 +31,24 @@ class TokenStats(NamedTuple):
         teacher_entropy: H(p).
         student_logprob: log q(label); NaN in rows that count where no labels were given.
         teacher_logprob: log p(label), and NaN likewise.
-        top1_agree: 1.0 where both sides' largest logit is in one column, else 0.0. Of equal logits the first
-            counts, as in torch.argmax; logits that only dividing by a temperature would make equal are not.
-            NaN where a side has no distribution.
+        top1_agree: 1.0 where both sides' largest logit is in the same column, otherwise 0.0. Of equal logits
+            the first counts, as in torch.argmax; logits that only dividing by a temperature would make equal
+            do not count as equal. NaN where a side has no distribution.
         counts: 1.0 in rows that `mask` and `labels` let count; `summary` averages over those.
-        js: ½ KL(p‖m) + ½ KL(q‖m), m = (p + q)/2.
-        tv: ½ Σ |p − q|.
+        js: ½ KL(p‖m) + ½ KL(q‖m), m = (p + q)/2. In nats.
+        tv: ½ Σ abs(p − q).
         acceptance: α = Σ min(p, q) = 1 − tv, the share of q's tokens that speculative sampling accepts
-            (Leviathan et al. 2023, theorem 3.5), good relative to itself. NaN, as js and tv are, where
+            (Leviathan et al. 2023, theorem 3.5), accurate relative to itself. NaN, as js and tv are, where
             `overlap` is off.
+
+    Example:
+        >>> import torch, kl_gpu
+        >>> base = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+        >>> model = torch.tensor([[0.7, 0.3], [0.9, 0.1]]).log()
+        >>> batches = [kl_gpu.token_stats(model, base), kl_gpu.token_stats(base, base)]
+        >>> report = kl_gpu.TokenStats.cat(batches).summary()
+        >>> report["count"], round(report["forward_kl_mean"], 4), report["top1_agree"]
+        (4.0, 0.0218, 1.0)
     """
 
     forward_kl: Tensor
@@ -57,8 +67,8 @@ class TokenStats(NamedTuple):
     def cat(cls, parts: Iterable[TokenStats]) -> TokenStats:
         """The rows that count of several batches, one after the other, on the CPU: `[rows]` each.
 
-        `parts` may be a generator: of each batch only its numbers per row are kept, so a text of any length
-        can be compared a batch at a time. Waits for the device.
+        `parts` may be a generator: of each batch only its per-row numbers are kept, so a text of any length
+        can be compared one batch at a time. Waits for the device.
         """
         found = []
         for part in parts:
@@ -76,26 +86,28 @@ class TokenStats(NamedTuple):
     def mean(self) -> TokenStats:
         """The mean of every field over the rows that count, 0-d each, without waiting for the device.
 
-        `field.mean()` would count the zeros of the others. Where no row counts the means are NaN.
+        `field.mean()` would include the zeros of the other rows. Where no row counts, the means are NaN.
         """
         return TokenStats(*(x.sum() / self.count for x in self))
 
     def summary(self) -> dict[str, float]:
-        """Statistics over the rows that count, as floats for a logger; waits for the device.
+        """Statistics over the rows that count, as floats for a logger. Waits for the device.
 
-        `_se` is the standard error of what stands before it, NaN for a single row. A perplexity is exp of the
-        mean −log-probability, Δp is q(label) − p(label), percentiles interpolate linearly, and the errors of
-        functions of a mean are of first order. Those that llama.cpp's `llama-perplexity --kl-divergence`
-        prints too, all 34 of them, are defined as there, its base model being the teacher here.
+        A name ending in `_se` is the standard error of the name before it, NaN for a single row. A perplexity
+        is exp of the mean −log-probability, Δp is q(label) − p(label), percentiles interpolate linearly, and
+        the errors of functions of a mean are of first order. All 34 figures that llama.cpp's
+        `llama-perplexity --kl-divergence` prints are included and defined as there; its base model is the
+        teacher here.
 
         Returns:
-            count; forward_kl_mean, _mean_se, _min, _median, _max, _p1, _p5, _p10, _p90, _p95, _p99, _p99.9;
-            reverse_kl_mean, _mean_se; student_entropy_mean, teacher_entropy_mean; top1_agree, _se; js_mean,
-            tv_mean and acceptance_mean, each with _se. With labels also, each with _se: student_ppl,
+            Always: count; forward_kl_mean, _mean_se, _min, _median, _max, _p1, _p5, _p10, _p90, _p95, _p99,
+            _p99.9; reverse_kl_mean, _mean_se; student_entropy_mean, teacher_entropy_mean; top1_agree, _se;
+            js_mean, tv_mean and acceptance_mean, each with _se. With labels also, each with _se: student_ppl,
             teacher_ppl, ppl_ratio (student over teacher), ppl_difference (student less teacher),
             log_ppl_ratio, delta_p_mean, delta_p_rms; and log_ppl_correlation, delta_p_min, _median, _max and
-            _p0.1, _p1, _p5, _p10, _p25, _p75, _p90, _p95, _p99, _p99.9. Where no row counts, NaN but for
-            count. A NaN or an infinity in a row that counts is in what depends on it, never left out.
+            _p0.1, _p1, _p5, _p10, _p25, _p75, _p90, _p95, _p99, _p99.9. Where no row counts, all are NaN
+            except count. A NaN or an infinity in a row that counts appears in every figure that depends on
+            it.
         """
         return summary.of(self._fields, torch.stack([x.reshape(-1) for x in self]))
 
@@ -105,11 +117,11 @@ def all_fields(
     call: tuple[float, float, str], overlap: bool,
 ) -> Tensor:  # fmt: skip
     """The ten fields `[TOKEN_STATS + COMPARISON, N]`; the last three are NaN without `overlap`."""
-    fields = ops.token_stats(student, teacher, valid, tokens, *call, scales)
     if not overlap:
+        fields = ops.token_stats(student, teacher, valid, tokens, *call, scales)
         nothing = torch.full_like(fields[:COMPARISON], torch.nan)
         return torch.cat((fields, nothing if valid is None else torch.where(valid, nothing, 0.0)))
-    sums = ops.comparison(student, teacher, valid, None, *call, scales)
+    fields, sums = ops.token_stats_and_comparison(student, teacher, valid, tokens, *call, scales)
     return torch.cat((fields, ops.overlap(sums, valid, student.shape[-1]).to(fields.dtype)))
 
 
@@ -141,39 +153,52 @@ def token_stats(
     teacher_columns: Tensor | None = None,
     overlap: bool = True,
 ) -> TokenStats:
-    """Both KLs, both entropies, the labels' log-probabilities and equal top-1, in one read of both tensors.
+    """Compare two models' logits token by token: KLs, entropies, labels' log-probabilities, top-1 agreement.
 
-    js, tv and the acceptance take two more: `overlap=False` leaves them out.
-
-    With p = softmax(teacher/T_t), q = softmax(student/T_s). No gradient: logits that require one are fine,
-    the result is detached. The KLs keep the accuracy of :func:`kl_gpu.kl_div`; entropies are good to about
-    1e-6 of max(1, H).
+    With p = softmax(teacher / T_t) and q = softmax(student / T_s). One read of both tensors; js, tv and the
+    acceptance rate take two more, except in the "native" backend, which computes them while a row is in
+    cache; `overlap=False` leaves them out. There is no gradient: logits that require one are fine, and the
+    result is detached. The KLs are as accurate as those of :func:`kl_gpu.kl_div`; entropies are accurate to
+    about 1e-6 of max(1, H).
 
     Args:
-        student_logits: `[N, V]`, N any leading shape; float16, bfloat16, float32 or float64.
+        student_logits: `[N, V]`, where N is any leading shape; float16, bfloat16, float32 or float64.
         teacher_logits: `[N, V]`, on the same device; the dtype may differ.
-        labels: int `[N]`, tokens; a row counts where labels != ignore_index. On the CPU other labels outside
-            [0, V) raise; elsewhere, and under torch.compile or torch.func, their log-probabilities are NaN.
-        temperature: divides both logits; a float within [1e-6, 1e9], or `[N]` of each row's, as in
+        labels: int `[N]`, tokens. A row counts where `labels != ignore_index`. On the CPU other labels
+            outside [0, V) raise; on a GPU, and under torch.compile or torch.func, their log-probabilities are
+            NaN.
+        temperature: Divides both logits: a float within [1e-6, 1e9], or `[N]` with one per row, as in
             :func:`kl_gpu.divergence`.
-        teacher_temperature: overrides `temperature` on the teacher's side.
-        mask: bool or integers 0 and 1, `[N]`; True or 1 counts; combines with `labels` by and. The logits of
-            a row that does not count do not matter.
-        ignore_index: the label of rows that do not count.
-        shift: logits at t go with entry t+1 of labels and mask; needs `[batch, time, V]` and gives
+        teacher_temperature: Replaces `temperature` on the teacher's side.
+        mask: bool, or integers 0 and 1, `[N]`. True or 1 counts; combined with `labels` by *and*. The logits
+            of a row that does not count do not matter.
+        ignore_index: The label of rows that do not count.
+        shift: Pair logits at t with entry t + 1 of labels and mask. Needs `[batch, time, V]` and returns
             `[batch, time − 1]`.
-        vocab_size: columns at and past it are ignored on both sides; required where the two V differ.
-        backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
-        student_columns, teacher_columns: as in :func:`kl_gpu.divergence`; `labels` are columns of the
+        vocab_size: The softmax is over the first `vocab_size` columns on both sides. Required where the two
+            widths differ.
+        backend: One of `kl_gpu.BACKENDS`, or None for the fastest on this device.
+        student_columns, teacher_columns: As in :func:`kl_gpu.divergence`; `labels` are columns of the
             comparison.
-        overlap: whether to find js, tv and acceptance.
+        overlap: Whether to compute js, tv and acceptance.
 
     Returns:
-        TokenStats, float32 (float64 where both inputs are).
+        TokenStats: float32 (float64 where both inputs are float64).
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, range, name or combination is wrong; the message names the argument.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, range, name or combination is wrong; the message names the argument.
+
+    Example:
+        >>> import torch, kl_gpu
+        >>> base = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+        >>> model = torch.tensor([[0.7, 0.3], [0.9, 0.1]]).log()
+        >>> labels = torch.tensor([0, -100])  # the second row does not count
+        >>> stats = kl_gpu.token_stats(model, base, labels)
+        >>> [round(x, 4) for x in stats.forward_kl.tolist()]
+        [0.0872, 0.0]
+        >>> print(f"{stats.mean().forward_kl.item():.4f}")
+        0.0872
     """
     validation.of_one_rank("token_stats", student_logits, teacher_logits)
     validation.booleans(shift=shift, overlap=overlap)

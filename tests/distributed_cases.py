@@ -687,7 +687,9 @@ def kept_sets(rank: int, ranks: int, backend: str) -> bytes:
     return bits(*seen)
 
 
-def topk(rank: int, ranks: int, tail: str, kind: str, backend: str) -> bytes:
+def topk(
+    rank: int, ranks: int, tail: str, kind: str, backend: str, outside_logprob: float | None = None
+) -> bytes:
     columns = 61
     student, teacher = pair(6, columns)
     log_p, ids = teacher.log_softmax(-1).topk(8)
@@ -696,7 +698,10 @@ def topk(rank: int, ranks: int, tail: str, kind: str, backend: str) -> bytes:
     mine = span(rank, ranks, columns)
     mask = torch.arange(6, device=DEVICE) != 3
     whole, shard = student.clone().requires_grad_(), student[:, mine].clone().requires_grad_()
-    given = {"tail": tail, "mask": mask, "return_mass": True, "backend": backend}
+    given = {
+        "tail": tail, "mask": mask, "return_mass": True, "backend": backend,
+        "outside_logprob": outside_logprob,
+    }  # fmt: skip
     got = distributed.vocab_parallel_topk_div(shard, log_p, ids, kind, **given)
     want = kl_gpu.topk_div(whole, log_p, ids, kind, **given)
     for a, b in zip(got, want, strict=True):

@@ -212,6 +212,32 @@ def topk_div(
     return _same(rank, ranks, given, shard, got, want, sequence_dim)
 
 
+def hard_labels(rank: int, ranks: int, backend: str, **options: Any) -> bytes:
+    """The labels' cross-entropy beside the divergence: that of one process, in values and in gradients."""
+    given = heads((2, 8), bias=True).require_grad()
+    shard = shared(given, rank, ranks)
+    columns = options.get("vocab_size", 60)
+    labels = torch.randint(0, columns, (2, 8), device=DEVICE)
+    # Of the first rank's columns and of the last one's.
+    labels[0, :3] = torch.tensor([0, columns - 1, -100])
+    options |= {"labels": labels, "temperature": 1.7, "chunk_rows": 3, "backend": backend}
+    got = div(shard, "js", hard_weight=0.3, **options)
+    biases = {"student_bias": given.student_bias, "teacher_bias": given.teacher_bias}
+    want = kl_gpu.linear_div(*given[:4], "js", hard_weight=0.3, **biases, **options)
+    soft = div(shard, "js", **options).sum()
+    assert got.sum() > soft + 0.1
+    torch.testing.assert_close(got, want)
+    whole = torch.autograd.grad(want.sum(), given.leaves)
+    parts = together(rank, ranks, given, list(torch.autograd.grad(got.sum(), shard.leaves)))
+    for part_of, exact in zip(parts, whole, strict=True):
+        torch.testing.assert_close(part_of, exact, rtol=2e-5, atol=1e-6)
+    refused(
+        lambda: div(shard, "js", hard_weight=0.3, **(options | {"labels": labels + columns})),
+        ValueError, f"labels must be within.*{columns}",
+    )  # fmt: skip
+    return bits(got)
+
+
 def token_stats(
     rank: int, ranks: int, backend: str, dtype: str = "float32", sequence_dim: int | None = None,
     labelled: bool = True, masked: bool = False, **options: Any,

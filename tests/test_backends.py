@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 from kl_gpu.arguments.reduction import wide_dtype
 from kl_gpu.backends import registry
 from kl_gpu.backends.eager.pair import worker_for
-from kl_gpu.backends.interface import Backend
+from kl_gpu.backends.interface import Backend, Joining
 from kl_gpu.kinds import KINDS
 
 MEMBERS = [name for name in vars(Backend) if not name.startswith("_")]
@@ -25,6 +26,14 @@ def test_a_backend_offers_the_interface(backend: str) -> None:
     assert all(hasattr(module, name) for name in MEMBERS)
     assert isinstance(module.fuses, bool)
     assert isinstance(module.viewless, bool)
+
+
+def test_a_backend_that_joins_functions_offers_all_of_them() -> None:
+    assert registry.joining("eager") is None
+    with pytest.raises(TypeError, match="eager is no backend: it lacks value_and_beside"):
+        registry.check(registry.load("eager"), Joining)
+    if importlib.util.find_spec("kl_gpu._native"):
+        assert registry.joining("native") is registry.load("native")
 
 
 def incomplete(**changes: object) -> ModuleType:

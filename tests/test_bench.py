@@ -235,3 +235,16 @@ def test_accuracy_loses_no_nan() -> None:
         assert worst.case == "nan"
         (result,) = accuracy.document(found, {})["results"]
         assert np.isnan(result["max_rel_error"])
+
+
+def test_the_figures_of_the_documentation(tmp_path: Path) -> None:
+    """Drawn from the stored results alone; those committed have the same names, and are small."""
+    pytest.importorskip("matplotlib")
+    from bench.figures import FIGURES, draw
+
+    drawn = draw(tmp_path)
+    assert {path.name for path in drawn} == {path.name for path in FIGURES.glob("*.svg")}
+    for path in drawn:
+        text = path.read_text()
+        assert text.count("<path") + text.count("<rect") >= 6, path.name
+        assert (FIGURES / path.name).stat().st_size < 100_000

@@ -157,6 +157,12 @@ def test_topk(world: World, backend: str, tail: str, kind: str) -> None:
     same_on_all_ranks(world.run("topk", tail=tail, kind=kind, backend=backend))
 
 
+@pytest.mark.parametrize(("kind", "tail"), [("reverse_kl", "student_full"), ("jeffreys", "truncate")])
+def test_topk_div_of_a_probability_outside(world: World, kind: str, tail: str) -> None:
+    options = {"backend": "native", "outside_logprob": -9.0}
+    same_on_all_ranks(world.run("topk", tail=tail, kind=kind, **options))
+
+
 def test_kept_sets_and_several_tokens(world: World, backend: str) -> None:
     same_on_all_ranks(world.run("kept_sets", backend=backend))
 
@@ -190,6 +196,17 @@ def test_linear_div_options(world: World, backend: str, options: dict[str, objec
         pytest.skip("Triton's interpreter is slow, and options are not its affair")
     for kind in ("forward_kl", "js"):
         same_on_all_ranks(world.run("linear.dense", kind=kind, backend=backend, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"reduction": "none"}, {"vocab_size": 41}, {"softcap": 4.0, "logit_scale": 2.0, "t_squared": True}],
+    ids=lambda options: ", ".join(map(str, options)),
+)
+def test_linear_div_with_labels(world: World, backend: str, options: dict[str, object]) -> None:
+    if is_slow(backend) and "vocab_size" not in options:
+        pytest.skip("Triton's interpreter is slow, and options are not its affair")
+    same_on_all_ranks(world.run("linear.hard_labels", backend=backend, **options))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -234,6 +251,12 @@ def test_linear_topk_div(world: World, backend: str, tail: str, options: dict[st
     for kind in ("forward_kl",) if tail in ("student_full", "truncate") else ("forward_kl", "js"):
         options = options | {"reduction": "none", "rest": tail == "bucket"}
         same_on_all_ranks(world.run("linear.topk_div", backend=backend, tail=tail, kind=kind, **options))
+
+
+def test_linear_topk_div_of_a_probability_outside(world: World) -> None:
+    options = {"backend": "native", "tail": "student_full", "outside_logprob": -9.0, "reduction": "none"}
+    for kind in ("forward_kl", "jeffreys"):
+        same_on_all_ranks(world.run("linear.topk_div", kind=kind, masked=True, **options))
 
 
 @pytest.mark.parametrize("options", OF_HEADS, ids=lambda options: ", ".join(map(str, options)) or "plain")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -64,3 +65,43 @@ def test_a_symbol_that_instruction_sets_would_share_fails_the_build(tmp_path: Pa
     assert shared.returncode != 0
     assert "define symbols outside kl::v4" in shared.stderr
     assert "St6vector" in shared.stderr
+
+
+# A compiler for which GNU C's attributes mean nothing, as Microsoft's.
+WITHOUT_VECTORS = f"""#!/bin/sh
+exec {COMPILER} '-D__attribute__(x)=' "$@"
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.system() != "Linux", reason="the compiler is a shell script")
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+def test_where_no_kernel_can_be_built_nothing_is_and_the_message_says_why(tmp_path: Path) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(WITHOUT_VECTORS)
+    compiler.chmod(0o755)
+
+    def configured(folder: str, *options: str) -> subprocess.CompletedProcess[str]:
+        command = ["cmake", "-S", str(KERNELS.parent), "-B", str(tmp_path / folder), *options]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    for folder, options, why in [
+        (
+            "plain",
+            [f"-DCMAKE_CXX_COMPILER={compiler}"],
+            f"{compiler} lacks C\\+\\+20 or the vectors of GNU C",
+        ),
+        ("msvc", ["-DMSVC=ON"], "Microsoft's compiler, and Clang in its place"),
+        (
+            "universal",
+            ["-DAPPLE=ON", "-DCMAKE_OSX_ARCHITECTURES=x86_64;arm64"],
+            "one build is for one architecture",
+        ),
+    ]:
+        plain = configured(folder, *options)
+        assert plain.returncode == 0, plain.stderr
+        message = " ".join(plain.stderr.split())
+        assert re.search(f"kl_gpu: no CPU kernels are built: {why}", message), message
+        assert not list((tmp_path / folder).rglob("*kl_isa*"))
+        # scikit-build-core makes the pure wheel, and names it so, of a build that failed.
+        assert configured(f"{folder} wheel", *options, "-DSKBUILD=2").returncode != 0

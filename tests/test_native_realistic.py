@@ -40,6 +40,11 @@ def check_stats(student: Tensor, teacher: Tensor, labels: Tensor, where: str) ->
         bound = RELATIVE * np.maximum(1, np.abs(want[name]))
         share = np.abs(to_numpy(getattr(found, name)) - want[name]) / bound
         assert (share <= 1).all(), f"{name}: {share.max()} of the bound at {where}"
+    for name, least in (("js", 1e-12), ("acceptance", 1e-12)):
+        counts = want[name] > least
+        np.testing.assert_allclose(
+            to_numpy(getattr(found, name))[counts], want[name][counts], rtol=RELATIVE, err_msg=where
+        )
 
 
 def five_tokens(rows: int, vocab: int = 4096) -> tuple[Tensor, Tensor]:

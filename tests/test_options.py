@@ -30,6 +30,13 @@ def test_kl_div_names_the_two_directions(backend: str) -> None:
         np.testing.assert_allclose(to_numpy(named), expected(student, teacher, kind), rtol=5e-6)
 
 
+def test_what_names_the_divergence_may_stand_third() -> None:
+    student, teacher = pair(4, 50)
+    named = kl_gpu.kl_div(student, teacher, direction="reverse"), kl_gpu.js_div(student, teacher, beta=0.2)
+    assert named == (kl_gpu.kl_div(student, teacher, "reverse"), kl_gpu.js_div(student, teacher, 0.2))
+    assert len({*named, kl_gpu.kl_div(student, teacher), kl_gpu.js_div(student, teacher)}) == 4
+
+
 def test_forward_is_mode_covering_and_reverse_is_not() -> None:
     # Pins the orientation by a number from outside: KL((½, ½) ‖ (0.7, 0.3)) = ½ ln(0.25/0.21).
     p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.7, 0.3])

@@ -173,7 +173,7 @@ def test_top_k(backend: str) -> None:
     want = row_by_row(kl_gpu.topk_div, student, per_row=per_row, **more)
     assert want[0].min() > 0
     same_bits(got, want)
-    with pytest.raises(ValueError, match=r"temperature must be 1 .* got a temperature of shape \(6,\)"):
+    with pytest.raises(ValueError, match=r"needs tail='renormalize'.* got a temperature of shape \(6,\)"):
         kl_gpu.topk_div(student, logprobs, ids, temperature=own(STUDENT), backend=backend)
     # Both sides known by K tokens, which PyTorch compares.
     known, places = torch.log_softmax(student, -1).topk(40)
@@ -373,6 +373,13 @@ def test_refused_where_the_row_counts(bad: float) -> None:
     assert kl_gpu.kl_div(student, teacher, temperature=temperature, mask=mask).isfinite()
     with pytest.raises(ValueError, match="logit_scale"):
         kl_gpu.linear_div(*heads(), temperature=own(STUDENT) * 1e-5, logit_scale=1e3)
+    hidden, weight, *_ = heads()
+    both = {"temperature": own(STUDENT) * 1e-5, "logit_scale": 1e3}
+    ids = torch.zeros(N, dtype=torch.int64)
+    with pytest.raises(ValueError, match="logit_scale"):
+        kl_gpu.linear_token_logprobs(hidden, weight, ids, **both)
+    with pytest.raises(ValueError, match="logit_scale"):
+        kl_gpu.linear_topk_div(hidden, weight, torch.zeros(N, 1), ids[:, None], tail="renormalize", **both)
 
 
 def test_t_squared_wants_one_temperature() -> None:

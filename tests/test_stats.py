@@ -17,6 +17,7 @@ import kl_gpu
 from kl_gpu import TokenStats, reference, token_stats
 from kl_gpu.backends import native
 from kl_gpu.ops import pair as ops
+from realistic_rows import raised_token
 from support import DEVICE, DTYPES, check_value, pair, record, to_numpy
 
 INF, NAN = math.inf, math.nan
@@ -602,6 +603,22 @@ def test_overlap(backend: str, dtype: torch.dtype) -> None:
         assert (error <= 5e-6 * exact[:5] + slack).all(), (name, got, exact)
     assert found.js[4] == found.tv[4] == 0
     assert found.acceptance[4] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_overlap_of_peaked_rows(backend: str, dtype: torch.dtype) -> None:
+    """Tokens that hold nearly all the mass, a js of 1e-13 to 0.1, and sides that lie far apart."""
+    student, teacher = raised_token(4, 900, torch.Generator().manual_seed(7))
+    student[0] = teacher[0] + 1e-2 * (student[0] - teacher[0])
+    for side in (student, teacher):
+        side[:2, 17] = teacher[:2].amax(-1) + 18
+    student, teacher = (x.to(DEVICE, dtype) for x in (student + 30, teacher))
+    found = kl_gpu.token_stats(student, teacher, temperature=1.3, backend=backend)
+    want = reference.token_stats(to_numpy(student), to_numpy(teacher), temperature=1.3)
+    assert (want["js"][:2] < 1e-5).all()
+    assert (want["js"][2:] > 1e-4).all()
+    for name, slack in (("js", 0), ("tv", 6e-6), ("acceptance", 0)):
+        np.testing.assert_allclose(to_numpy(getattr(found, name)), want[name], rtol=5e-6, atol=slack)
 
 
 def test_without_overlap(backend: str) -> None:

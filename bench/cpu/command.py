@@ -1,8 +1,8 @@
 """The C++ kernels beside the machine's memory, torch.compile and plain PyTorch, in rounds.
 
-RACE is README's CPU table, token_stats, or token_logprobs and topk_div. Shares of the memory's own speed move
-by ten points with whatever else the machine does just then, so contestants take turns in every round, which
-pytest-benchmark cannot do, and ratios are medians of the ratios within a round.
+RACE is the table of KLs in docs/performance.md, token_stats, or token_logprobs and topk_div. Shares of the
+memory's own speed move by ten points with whatever else the machine does just then, so contestants take turns
+in every round, which pytest-benchmark cannot do, and ratios are medians of the ratios within a round.
 """
 
 from __future__ import annotations

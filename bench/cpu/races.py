@@ -93,7 +93,7 @@ def table(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Race]:
     yield Race("value + gradient, 3 U", calls, ("kernel", "kl_div"), before)
 
 
-def _plain_stats(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+def plain_stats(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     """What people write, from one log-softmax a side."""
     log_q, log_p = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
     q, p = log_q.exp(), log_p.exp()
@@ -114,12 +114,12 @@ def token_stats(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Rac
     calls: Calls = {
         "token_stats": lambda: kl_gpu.token_stats(student, teacher, labels),
         "kl_div": lambda: kl_gpu.kl_div(student, teacher, reduction="none"),
-        "plain PyTorch": lambda: _plain_stats(student, teacher, labels),
+        "plain PyTorch": lambda: plain_stats(student, teacher, labels),
     }
     yield Race("token_stats", calls, ("token_stats", "kl_div"))
 
 
-def _plain_bucket(logits: Tensor, logprobs: Tensor, ids: Tensor) -> Tensor:
+def plain_bucket(logits: Tensor, logprobs: Tensor, ids: Tensor) -> Tensor:
     """Forward KL of K + 1 outcomes as people write it."""
     log_q = F.log_softmax(logits, -1).gather(-1, ids).float()
     p, q = logprobs.exp(), log_q.exp()
@@ -174,7 +174,7 @@ def topk(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Race]:
     ours: Callable[..., Any] = partial(kl_gpu.token_logprobs, token_ids=tokens)
     yield race("token_logprobs", ours, lambda x: F.log_softmax(x, -1).gather(-1, tokens[:, None])[:, 0])
     ours = partial(kl_gpu.topk_div, teacher_logprobs=logprobs, teacher_ids=ids, reduction="none")
-    yield race("topk_div", ours, lambda x: _plain_bucket(x, logprobs, ids))
+    yield race("topk_div", ours, lambda x: plain_bucket(x, logprobs, ids))
 
 
 RACES: dict[str, Callable[[argparse.Namespace, torch.dtype], Iterator[Race]]] = {

@@ -1,4 +1,4 @@
-"""The targets for a GPU, and what a run says of each: README's table."""
+"""The targets for a GPU, and what a run says of each, as a table."""
 
 from __future__ import annotations
 
@@ -118,6 +118,6 @@ def worded(target: Target, rows: Rows) -> str:
 
 
 def table(rows: Rows) -> str:
-    """README's, of one run."""
+    """Of one run, as Markdown."""
     lines = [f"| {target.work} | {target.wanted} | {worded(target, rows)} |" for target in TARGETS]
     return "\n".join(["| | target | measured |", "|---|---|---|", *lines])

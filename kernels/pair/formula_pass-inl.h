@@ -8,6 +8,7 @@
 
 #include "isa/entries-inl.h"
 #include "pair/column_span-inl.h"
+#include "pair/comparison-inl.h"
 #include "pair/formulas-inl.h"
 #include "pair/gradient_loop-inl.h"
 
@@ -154,7 +155,12 @@ FormulaSums formula_sums_run(const T* a, const T* b, std::int64_t n, double scal
         if (in.rest > 0) total += sum_steps<F, true>(in.last_a, in.last_b, kStep<T>, row);
         return total.scaled(-gain_of<Wide<T>>(scalars.formula));
     };
-    if (scalars.formula == Formula::comparison) return sums.template operator()<formulas::comparison>();
+    if (scalars.formula == Formula::comparison) {
+        if constexpr (!std::is_same_v<T, double>)
+            if (!may_have_neg_inf<T>(scalars) && may_compare_fast(scalars))
+                return compare(ColumnSpan<T>(a, b, n), scale, scalars);
+        return sums.template operator()<formulas::comparison>();
+    }
     return with_formula(scalars.formula,
                         [&]<class F>() { return sums.template operator()<typename F::Sums>(); });
 }

@@ -220,7 +220,7 @@ inline LoneB sweep_lone_b(const ColumnSpan<T>& in, float scale, Reference refere
     VF z{}, e{}, run_z{}, run_e{};
     const auto column = [&](VF a, VF b) KL_INLINE_LAMBDA {
         const VF log_u = weight.log2_of(b), u_ = exp2(log_u),
-                 u = (a == minus_inf) & (b > minus_inf) ? u_ : zero;
+                 u = ((a == minus_inf) & (b > minus_inf)) ? u_ : zero;
         run_z += u;
         run_e = mad(u, log_u, run_e);
     };

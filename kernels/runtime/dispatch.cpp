@@ -1,5 +1,9 @@
 #include "runtime/dispatch.h"
 
+#if defined(KL_X86)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -17,20 +21,29 @@ KL_ISAS
 
 namespace {
 
+#if defined(KL_X86)
+// Clang 14 has no name for it that __builtin_cpu_supports would take.
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 std::vector<const Kernels*> detect() {
     std::vector<const Kernels*> found;
 #if defined(KL_X86)
     __builtin_cpu_init();
     [[maybe_unused]] const bool v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
     [[maybe_unused]] const bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                                     __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
+                                     has_f16c() && __builtin_cpu_supports("bmi") &&
                                      __builtin_cpu_supports("bmi2");
     [[maybe_unused]] const bool v4 = v3 && __builtin_cpu_supports("avx512f") &&
                                      __builtin_cpu_supports("avx512bw") &&
                                      __builtin_cpu_supports("avx512cd") &&
                                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #else
-    const bool baseline = true;
+    // Every processor of these architectures has the one set that is compiled for it.
+    [[maybe_unused]] const bool neon = true, baseline = true;
 #endif
 #define X(set) \
     if (set) found.push_back(&set::kernels);

@@ -60,7 +60,8 @@ struct Poly<VD> {
 // x = n + r with integer n and |r| <= 1/2; scale(p, n) is p * 2^n.
 //
 // With AVX-512 both are single instructions and right for every x. Elsewhere n is taken from the
-// low bits of x + magic, and x must have been clamped to the exponents that the format can hold.
+// low bits of x + magic, and x must have been clamped to the exponents that the format can hold. (NEON rounds
+// and converts in one instruction each, but on fewer of its pipes than it adds on.)
 template <class V>
 struct Reduced {
     V r, n;
@@ -121,7 +122,7 @@ template <class V>
 KL_INLINE V clamp_exponent(V x) {
     using S = typename Traits<V>::Scalar;
     constexpr S limit = Traits<V>::bias - 1;
-    return min(splat<V>(limit), max(splat<V>(-limit + 1), x));
+    return at_most(splat<V>(limit), at_least(splat<V>(-limit + 1), x));
 }
 template <class V>
 KL_INLINE Reduced<V> reduce(V x) {
@@ -144,7 +145,7 @@ template <class V>
 KL_INLINE V clamp_for_product(V x) {
     using S = typename Traits<V>::Scalar;
     constexpr S limit = 2 * Traits<V>::bias - 4;
-    return min(splat<V>(limit), max(splat<V>(-limit), x));
+    return at_most(splat<V>(limit), at_least(splat<V>(-limit), x));
 }
 template <class V>
 KL_INLINE V scale_product(V p, V factor, Reduced<V> x) {
@@ -238,7 +239,7 @@ template <class V>
 KL_INLINE V g2_domain(V x) {
 #if KL_WIDTH < 64
     using S = typename Traits<V>::Scalar;
-    x = min(splat<V>(static_cast<S>(Traits<V>::bias - 1)), x);
+    x = at_most(splat<V>(static_cast<S>(Traits<V>::bias - 1)), x);
 #endif
     return x;
 }
@@ -268,7 +269,7 @@ KL_INLINE BothWays<V> both_ways(V x) {
     using S = typename Traits<V>::Scalar;
     const V log2e = splat<V>(static_cast<S>(kLog2e)), ln2 = splat<V>(static_cast<S>(kLn2));
 #if KL_WIDTH < 64
-    x = min(splat<V>(static_cast<S>(Traits<V>::bias - 1)), x);
+    x = at_most(splat<V>(static_cast<S>(Traits<V>::bias - 1)), x);
 #endif
     const Reduced<V> e = reduce(clamp_exponent(x));
     const V n = integer(e), two_n = scale(splat<V>(1), e);
@@ -289,7 +290,7 @@ KL_INLINE V exp2m1_split(V r, V two_n, V sign) {
 template <class V>
 KL_INLINE V exp2m1(V x) {
     const V one = splat<V>(1);
-    const Split<V> e = split(max(splat<V>(-100), x), one);
+    const Split<V> e = split(at_least(splat<V>(-100), x), one);
     return exp2m1_split(e.r, e.two_n, one);
 }
 

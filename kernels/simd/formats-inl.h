@@ -27,6 +27,8 @@ template <class V>
 struct Pair {
     V x, y;
 };
+template <class V>
+Pair(V, V) -> Pair<V>;  // which Clang 16 does not find by itself
 template <class T>
 constexpr int kStep = 2 * lanes<Wide<T>>;
 
@@ -60,6 +62,8 @@ KL_INLINE VF widen(const F16* p) {
 KL_INLINE VF widen(const F16* p) {
     return bits<VF>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+#elif KL_NEON
+KL_INLINE VF widen(const F16* p) { return bits<VF>(vcvt_f32_f16(load<float16x4_t>(p))); }
 #else
 typedef std::uint16_t Half __attribute__((vector_size(KL_WIDTH / 2)));
 KL_INLINE VF widen(const F16* p) {
@@ -84,6 +88,12 @@ KL_INLINE void put(NonTemporal non_temporal, void* p, V v) {
 
 template <class NonTemporal, class T>
 KL_INLINE void store_pair(NonTemporal non_temporal, T* p, Pair<Wide<T>> v) {
+#if KL_NEON
+    if (non_temporal) {
+        asm volatile("stnp %q1, %q2, [%0]" : : "r"(p), "w"(v.x), "w"(v.y) : "memory");
+        return;
+    }
+#endif
     put(non_temporal, p, v.x);
     put(non_temporal, p + lanes<Wide<T>>, v.y);
 }
@@ -102,10 +112,15 @@ KL_INLINE void store_pair(NonTemporal non_temporal, Bf16* p, Pair<VF> v) {
 #else
     even += 0x7fffu + ((even >> 16) & 1u);
     odd += 0x7fffu + ((odd >> 16) & 1u);
+#if KL_NEON
+    put(non_temporal, p, bits<VU>(vsriq_n_u32(bits<uint32x4_t>(odd), bits<uint32x4_t>(even), 16)));
+#else
     put(non_temporal, p, (even >> 16) | (odd & 0xffff0000u));
+#endif
 #endif
 }
 
+#if !KL_NEON
 // fp16's bits in the lower half of each lane.
 KL_INLINE VU round_to_f16(VF x) {
     const VI u = bits<VI>(x), sign = (u >> 16) & 0x8000, m = u & INT32_MAX;
@@ -116,6 +131,7 @@ KL_INLINE VU round_to_f16(VF x) {
              special = m > 0x7f800000 ? VI{} + 0x7e00 : VI{} + 0x7c00;
     return bits<VU>(sign | (m < 0x477ff000 ? finite : special));
 }
+#endif
 
 template <class NonTemporal>
 KL_INLINE void store_pair([[maybe_unused]] NonTemporal non_temporal, F16* p, Pair<VF> v) {
@@ -127,6 +143,9 @@ KL_INLINE void store_pair([[maybe_unused]] NonTemporal non_temporal, F16* p, Pai
     __m128i x = _mm256_cvtps_ph(bits<__m256>(v.x), _MM_FROUND_TO_NEAREST_INT);
     __m128i y = _mm256_cvtps_ph(bits<__m256>(v.y), _MM_FROUND_TO_NEAREST_INT);
     put(non_temporal, p, bits<VU>(_mm256_inserti128_si256(_mm256_castsi128_si256(x), y, 1)));
+#elif KL_NEON
+    const float16x4_t x = vcvt_f16_f32(bits<float32x4_t>(v.x));
+    put(non_temporal, p, bits<VU>(vcvt_high_f16_f32(x, bits<float32x4_t>(v.y))));
 #else
     store(p, __builtin_convertvector(round_to_f16(v.x), Half));
     store(p + lanes<VF>, __builtin_convertvector(round_to_f16(v.y), Half));
@@ -155,7 +174,11 @@ inline void round_one(float x, Bf16& out) {
     out.bits = static_cast<std::uint16_t>(u >> 16);
 }
 inline void round_one(float x, F16& out) {
+#if KL_NEON
+    out.bits = bits<std::uint16_t>(static_cast<__fp16>(x));
+#else
     out.bits = static_cast<std::uint16_t>(round_to_f16(splat<VF>(x))[0]);
+#endif
 }
 // Through fp32 a double would be rounded twice; the odd bit keeps the second rounding honest.
 template <class T>

@@ -8,6 +8,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__AARCH64EL__)
+#include <arm_neon.h>
 #endif
 
 #if !defined(KL_ISA)
@@ -20,6 +22,12 @@
 #define KL_WIDTH 32
 #else
 #define KL_WIDTH 16
+#endif
+// The one set of 16 bytes that has fused multiply-adds and conversions of fp16.
+#if defined(__AARCH64EL__)
+#define KL_NEON 1
+#else
+#define KL_NEON 0
 #endif
 
 #define KL_INLINE inline __attribute__((always_inline))
@@ -87,6 +95,7 @@ KL_INLINE void store(void* p, V v) {
 }
 
 // A non-temporal store: the line is neither read first nor kept in the cache. p is aligned to the vector.
+// NEON has one of two registers only, see store_pair.
 template <class V>
 KL_INLINE void store_non_temporal(void* p, V v) {
 #if KL_WIDTH == 64
@@ -113,9 +122,8 @@ KL_INLINE VF fma(VF a, VF b, VF c) {
     return bits<VF>(_mm512_fmadd_ps(bits<__m512>(a), bits<__m512>(b), bits<__m512>(c)));
 #elif KL_WIDTH == 32
     return bits<VF>(_mm256_fmadd_ps(bits<__m256>(a), bits<__m256>(b), bits<__m256>(c)));
-#elif defined(__FP_FAST_FMAF)
-    for (int i = 0; i < lanes<VF>; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-    return c;
+#elif KL_NEON
+    return bits<VF>(vfmaq_f32(bits<float32x4_t>(c), bits<float32x4_t>(a), bits<float32x4_t>(b)));
 #else
     typedef double Wide __attribute__((vector_size(2 * KL_WIDTH)));
     const auto wide = [](VF x) KL_INLINE_LAMBDA { return __builtin_convertvector(x, Wide); };
@@ -129,6 +137,8 @@ KL_INLINE VD fma(VD a, VD b, VD c) {
     return bits<VD>(_mm512_fmadd_pd(bits<__m512d>(a), bits<__m512d>(b), bits<__m512d>(c)));
 #elif KL_WIDTH == 32
     return bits<VD>(_mm256_fmadd_pd(bits<__m256d>(a), bits<__m256d>(b), bits<__m256d>(c)));
+#elif KL_NEON
+    return bits<VD>(vfmaq_f64(bits<float64x2_t>(c), bits<float64x2_t>(a), bits<float64x2_t>(b)));
 #else
     return a * b + c;
 #endif
@@ -137,14 +147,15 @@ KL_INLINE VD fma(VD a, VD b, VD c) {
 // a*b + c with one or two roundings, whichever is faster.
 template <class V>
 KL_INLINE V mad(V a, V b, V c) {
-#if KL_WIDTH >= 32 || defined(__FP_FAST_FMAF)
+#if KL_WIDTH >= 32 || KL_NEON
     return fma(a, b, c);
 #else
     return a * b + c;
 #endif
 }
 
-// The second argument where either is NaN, as the hardware has it.
+// The second argument where either is NaN, as x86 has it. NEON's own maxima drop or keep NaN whichever
+// argument it is, so there this is a comparison and a selection.
 KL_INLINE VF max(VF a, VF b) {
 #if KL_WIDTH == 64
     return bits<VF>(_mm512_max_ps(bits<__m512>(a), bits<__m512>(b)));
@@ -170,6 +181,36 @@ KL_INLINE VF min(VF a, VF b) {
 #endif
 }
 KL_INLINE VD min(VD a, VD b) { return a < b ? a : b; }
+
+// max(bound, x) and min(bound, x) for a bound that is a number: NaN stays NaN.
+KL_INLINE VF at_least(VF bound, VF x) {
+#if KL_NEON
+    return bits<VF>(vmaxq_f32(bits<float32x4_t>(bound), bits<float32x4_t>(x)));
+#else
+    return max(bound, x);
+#endif
+}
+KL_INLINE VF at_most(VF bound, VF x) {
+#if KL_NEON
+    return bits<VF>(vminq_f32(bits<float32x4_t>(bound), bits<float32x4_t>(x)));
+#else
+    return min(bound, x);
+#endif
+}
+KL_INLINE VD at_least(VD bound, VD x) {
+#if KL_NEON
+    return bits<VD>(vmaxq_f64(bits<float64x2_t>(bound), bits<float64x2_t>(x)));
+#else
+    return max(bound, x);
+#endif
+}
+KL_INLINE VD at_most(VD bound, VD x) {
+#if KL_NEON
+    return bits<VD>(vminq_f64(bits<float64x2_t>(bound), bits<float64x2_t>(x)));
+#else
+    return min(bound, x);
+#endif
+}
 
 // As std::min and std::max have it, without <algorithm>, which takes a quarter of a second to read.
 template <class T>
@@ -201,6 +242,9 @@ KL_INLINE bool any(Mask<V> mask) {
 #elif KL_WIDTH == 32
     const auto all = bits<__m256i>(mask);
     return _mm256_testz_si256(all, all) == 0;
+#elif KL_NEON
+    const auto all = bits<uint32x4_t>(mask);
+    return vgetq_lane_u64(bits<uint64x2_t>(vpmaxq_u32(all, all)), 0) != 0;
 #else
     for (int i = 0; i < lanes<V>; ++i)
         if (mask[i]) return true;
@@ -211,6 +255,12 @@ KL_INLINE bool any(Mask<V> mask) {
 template <class V>
 KL_INLINE double sum(V v) {
     // Pairwise and in one order, whatever the compiler: the bits of a row must not depend on it.
+#if KL_NEON
+    if constexpr (sizeof v[0] == sizeof(float)) {
+        const auto all = bits<float32x4_t>(v);
+        return vpaddd_f64(vaddq_f64(vcvt_f64_f32(vget_low_f32(all)), vcvt_high_f64_f32(all)));
+    }
+#endif
     double s[lanes<V>];
     for (int i = 0; i < lanes<V>; ++i) s[i] = static_cast<double>(v[i]);
     for (int n = lanes<V> / 2; n >= 1; n /= 2)
@@ -220,6 +270,13 @@ KL_INLINE double sum(V v) {
 
 template <class V>
 KL_INLINE auto largest(V v) {
+#if KL_NEON
+    if constexpr (sizeof v[0] == sizeof(float)) {
+        const auto all = bits<float32x4_t>(v);
+        const VF halves = max(bits<VF>(vextq_f32(all, all, 2)), v);
+        return halves[1] > halves[0] ? halves[1] : halves[0];
+    }
+#endif
     typename Traits<V>::Scalar m[lanes<V>];
     for (int i = 0; i < lanes<V>; ++i) m[i] = v[i];
     for (int n = lanes<V> / 2; n >= 1; n /= 2)

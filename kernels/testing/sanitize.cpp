@@ -60,13 +60,14 @@ Bytes run(kl::Dtype a, kl::Dtype b, std::int64_t rows, std::int64_t columns, int
     const kl::Logits x{left.data(), columns, columns, a, 1.0};
     const kl::Logits y{right.data(), columns, columns, b, columns % 2 == 0 ? 1.0 : 0.5};
     const kl::RowPair p{x, y, {mask.data(), 1, 1}, rows, 1, columns, threads, formula, 0.3};
-    std::vector<double> value(n), alone(n), stats(n * kl::kStats), token_stats(n * kl::kTokenStats);
+    std::vector<double> value(n), alone(n), stats(n * kl::kStats), token_stats(n * kl::kTokenStats),
+        sums(3 * n);
     const std::vector<double> wide_scale(n, 0.5);
     const std::vector<float> scale(n, 0.5f);
     const void* row_scale = wide ? static_cast<const void*>(wide_scale.data()) : scale.data();
     Bytes grad_a(left.size()), grad_b(right.size()), out;
     const kl::Gradient to_a{grad_a.data(), columns, columns, a}, to_b{grad_b.data(), columns, columns, b};
-    if (formula == kl::Formula::kl) kl::token_stats(p, wide, tokens.data(), token_stats.data());
+    if (formula == kl::Formula::kl) kl::token_stats(p, wide, tokens.data(), token_stats.data(), sums.data());
     kl::value(p, wide, alone.data(), nullptr);
     if (fused) {
         kl::value_and_gradient(p, wide, row_scale, value.data(), stats.data(), to_a, to_b);
@@ -74,7 +75,7 @@ Bytes run(kl::Dtype a, kl::Dtype b, std::int64_t rows, std::int64_t columns, int
         kl::value(p, wide, value.data(), stats.data());
         kl::gradient(p, wide, stats.data(), row_scale, to_a, to_b);
     }
-    for (const auto& numbers : {value, token_stats}) append(out, numbers);
+    for (const auto& numbers : {value, token_stats, sums}) append(out, numbers);
     for (const auto& grad : {grad_a, grad_b}) append(out, grad);
     // A value that depends on whether the stats were asked for makes the two runs differ.
     if (std::memcmp(value.data(), alone.data(), n * sizeof(double)) != 0) out.push_back(fused);

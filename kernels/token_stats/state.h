@@ -67,6 +67,7 @@ struct PairResult {
     double forward = 0, reverse = 0;      // KL(a||b) and KL(b||a), nats
     double entropy_a = 0, entropy_b = 0;  // nats
     double lse_a = 0, lse_b = 0;          // log2 sum 2^a, of b
+    double shift = 0;                     // lse_b - lse_a, known better than as their difference
     bool trusted = true;                  // false: cancellation may have lost some of it
 };
 

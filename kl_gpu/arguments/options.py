@@ -55,10 +55,12 @@ class Options(NamedTuple):
         validation.hard_weight(self.hard_weight, self.labels, self.support)
         validation.temperatures(self.temperature, self.teacher_temperature, self.t_squared)
 
-    def scales(self, rows: Tensor, valid: Tensor | None, factors: tuple[float, float] = (1.0, 1.0)) -> Scales:
+    def scales(
+        self, rows: Tensor, valid: Tensor | None, factors: tuple[float, float] = (1.0, 1.0), over: float = 1.0
+    ) -> Scales:
         """What multiplies both sides' logits, as `temperatures.scales` has it."""
         both = self.temperature, self.teacher_temperature
-        return temperatures.scales(*both, rows, valid, self.shift, factors)
+        return temperatures.scales(*both, rows, valid, self.shift, factors, over)
 
     def reduction_of(self, logits: Tensor) -> Reduction:
         """Check what is given per row against the logits; returns what becomes of their divergences."""

@@ -58,11 +58,12 @@ def of_rows(
 
 def scales(
     temperature: Temperature, teacher_temperature: Temperature | None, rows: Tensor, valid: Tensor | None,
-    shift: bool, factors: tuple[float, float] = (1.0, 1.0),
+    shift: bool, factors: tuple[float, float] = (1.0, 1.0), over: float = 1.0,
 ) -> Scales:  # fmt: skip
     """What multiplies both sides, whose logits come with these factors. A teacher's None is the student's.
 
-    The temperatures' types have been checked, as have numbers; `rows` and `valid` as in `of_rows`.
+    The temperatures' types have been checked, as have numbers; `rows` and `valid` as in `of_rows`. `over` is
+    a factor that is applied elsewhere: rows' temperatures must be in range over it as well.
     """
     teacher = temperature if teacher_temperature is None else teacher_temperature
     if not (isinstance(temperature, Tensor) or isinstance(teacher, Tensor)):
@@ -74,7 +75,7 @@ def scales(
         name = "temperature" if teacher is temperature else "teacher_temperature"
         sides.append((name, teacher, factors[1]))
     columns = [
-        factor / (of_rows(name, x, rows, valid, shift, factor) if isinstance(x, Tensor) else float(x))
+        factor / (of_rows(name, x, rows, valid, shift, factor * over) if isinstance(x, Tensor) else float(x))
         for name, x, factor in sides
     ]
     whole = next(x for x in columns if isinstance(x, Tensor))

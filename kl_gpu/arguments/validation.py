@@ -58,7 +58,14 @@ def name(argument: str, value: object, allowed: Collection[str]) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{argument} must be a string, got {_type_name(value)}")
     if value not in allowed:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        # Nobody pays for this import but who is wrong.
+        from difflib import get_close_matches
+
+        close = get_close_matches(value, allowed, 1)
+        raise ValueError(
+            f"{argument} must be one of {', '.join(map(repr, allowed))}, got {value!r}"
+            f"{f'; did you mean {close[0]!r}?' if close else ''}"
+        )
 
 
 def booleans(**flags: object) -> None:
@@ -235,8 +242,8 @@ def of_one_rank(entry: str, *tensors: object) -> None:
     for value in tensors:
         if is_shared(value):
             raise TypeError(
-                f"{entry} must be given plain tensors, got a DTensor: give each rank's to_local(), where the "
-                f"vocabulary is sharded to kl_gpu.distributed.vocab_parallel_{entry}"
+                f"{entry} must be given plain tensors, got a DTensor: pass each rank's to_local(), or, where "
+                f"the vocabulary is sharded, call kl_gpu.distributed.vocab_parallel_{entry}"
             )
 
 

@@ -15,9 +15,11 @@ import torch
 
 from ..arguments import validation
 from ..arguments.reduction import has_float64
-from .interface import Backend
+from .interface import Backend, Joining
 
 BACKENDS = ("triton", "native", "eager")
+# Those with what `Joining` has.
+_JOINING = frozenset({"native"})
 _TRITON_DEVICES = frozenset({"cuda", "xpu"})
 _CPU = torch.device("cpu")  # comparing with it is quicker than asking a device for its type
 _OLDEST_TRITON = (3, 4)  # older compilers refuse the kernels
@@ -87,8 +89,8 @@ def resolve(backend: str | None, device: torch.device) -> str:
     if backend == "native":
         if not _has_native():
             raise ValueError(
-                "backend='native' needs the compiled kernels, which this installation has not: "
-                "install kl_gpu again where a C++20 compiler is at hand"
+                "backend='native' needs the compiled kernels, which this installation lacks: "
+                "reinstall kl_gpu where a C++20 compiler is available"
             )
         if device.type != "cpu":
             raise ValueError(f"backend='native' runs on the CPU, got tensors on {device}")
@@ -121,13 +123,25 @@ def load(backend: str) -> Backend:
     if backend not in _loaded:
         module = import_module(f"kl_gpu.backends.{backend}")
         check(module)
+        if backend in _JOINING:
+            check(module, Joining)
         _loaded[backend] = cast(Backend, module)
     return _loaded[backend]
 
 
-def check(module: ModuleType) -> None:
-    """Check a module against `Backend`, member by member and parameter by parameter."""
-    for name, member in vars(Backend).items():
+def joins(backend: str) -> bool:
+    """Whether the backend of this name has what `Joining` has; torch.compile can trace this question."""
+    return backend in _JOINING
+
+
+def joining(backend: str) -> Joining | None:
+    """The backend of this name as one that joins functions, None where it does not."""
+    return cast(Joining, load(backend)) if joins(backend) else None
+
+
+def check(module: ModuleType, protocol: type = Backend) -> None:
+    """Check a module against `Backend`, or `Joining`, member by member and parameter by parameter."""
+    for name, member in vars(protocol).items():
         if name.startswith("_"):
             continue
         if not hasattr(module, name):

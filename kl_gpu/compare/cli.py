@@ -1,8 +1,8 @@
-"""`kl-gpu`: two models, one report."""
+"""`kl-gpu`: two models, one report; and a model's predictions on disk."""
 
 from __future__ import annotations
 
-import os
+import hashlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +12,10 @@ from typing import Annotated, Any
 
 from . import report
 from .errors import ComparisonError
+from .ranks import rank_and_world
+from .recording import FORMS, record
 from .run import Comparison, Opens, Progress, compare, noise_floor
-from .sides import Model, Side, named, open_side
+from .sides import DTYPES, Model, Side, named, open_side
 from .windows import SCORED, Windows, cut, of_texts, read_ids, read_texts
 
 try:
@@ -48,69 +50,153 @@ def _kl_gpu() -> None:
     """Exact divergences between language models."""
 
 
+_Text = Annotated[Path | None, typer.Option(help="a file or folder; .parquet, .jsonl by --column")]
+_Ids = Annotated[Path | None, typer.Option(help="token ids instead: a .npy file of integers")]
+_Column = Annotated[str, typer.Option(help="where .parquet and .jsonl have the text")]
+_Category = Annotated[str | None, typer.Option(help="a column that names each text's category")]
+_Ctx = Annotated[int, typer.Option(help="tokens of a window")]
+_Windows = Annotated[int | None, typer.Option(help="take the first so many windows only")]
+_Dtype = Annotated[str, typer.Option(help=f"of the weights: {', '.join(DTYPES)}")]
+_Device = Annotated[str | None, typer.Option(help="default: a GPU, else the CPU")]
+_Batch = Annotated[int, typer.Option(help="windows that go through a model together")]
+_Fresh = Annotated[bool, typer.Option(help="begin anew where the folder holds an interrupted run")]
+
+
 @app.command("compare")
 @_told()
 def _compare(
-    base: Annotated[str, typer.Argument(help="a model's folder or name, .gguf, .kld, .safetensors")],
-    models: Annotated[list[str], typer.Argument(help="what is compared with it; NAME=model gives it a name")],
-    text: Annotated[Path | None, typer.Option(help="a file or folder; .parquet, .jsonl by --column")] = None,
-    ids: Annotated[Path | None, typer.Option(help="token ids instead: a .npy file of integers")] = None,
-    column: Annotated[str, typer.Option(help="where .parquet and .jsonl have the text")] = "text",
-    category: Annotated[str | None, typer.Option(help="a column that names each text's category")] = None,
-    ctx: Annotated[int, typer.Option(help="tokens of a window")] = 512,
-    score: Annotated[str, typer.Option(help=f"of a window: {' or '.join(SCORED)}")] = "half",
-    windows: Annotated[int | None, typer.Option(help="compare on the first so many windows only")] = None,
+    base: Annotated[
+        str, typer.Argument(help="a model's folder or name, a recording's folder, .gguf, .kld, .safetensors, "
+                            "or top-k log-probabilities in .jsonl or .parquet")
+    ],
+    models: Annotated[list[str], typer.Argument(help="what is compared with it; NAME=side gives it a name")],
+    text: _Text = None, ids: _Ids = None, column: _Column = "text", category: _Category = None,
+    ctx: _Ctx = 512,
+    score: Annotated[
+        str | None, typer.Option(help=f"of a window: {' or '.join(SCORED)}; default: half, where it is known")
+    ] = None,
+    windows: _Windows = None,
     vocab_size: Annotated[int | None, typer.Option(help="columns to compare if they differ")] = None,
-    dtype: Annotated[str, typer.Option(help="of the weights: float32, bfloat16, float16")] = "float32",
-    device: Annotated[str | None, typer.Option(help="default: a GPU, else the CPU")] = None,
-    batch: Annotated[int, typer.Option(help="windows that go through a model together")] = 1,
+    dtype: _Dtype = "float32", device: _Device = None, batch: _Batch = 1,
     out: Annotated[Path, typer.Option(help="the report's folder")] = Path("kl-gpu-report"),
     noise: Annotated[bool, typer.Option("--noise-floor", help="the base against itself, too")] = False,
-    fresh: Annotated[bool, typer.Option(help="begin anew where the folder holds an interrupted run")] = False,
+    fresh: _Fresh = False,
 ) -> None:  # fmt: skip
     """Compare models with a base on a text, token by token: KL, perplexities, and where they differ.
 
     Interrupted, the same command goes on where it stopped. Under torchrun, ranks share the windows.
     """
     opened = open_side(base, dtype, device)
-    given = _windows_of(opened, text, ids, column, category, ctx, score)
-    if windows is not None:
-        if windows < 1:
-            raise ComparisonError(f"--windows must be at least 1, got {windows}")
-        categories = None if given.categories is None else given.categories[:windows]
-        given = given._replace(ids=given.ids[:windows], categories=categories)
+    given = _few(_windows_of(opened, text, ids, column, category, ctx, score), windows)
     sides: list[tuple[str, Opens]] = [(named(x)[0], partial(open_side, x, dtype, device)) for x in models]
+    if noise and not isinstance(opened, Model):
+        raise ComparisonError(
+            f"--noise-floor runs the base again, and {opened.name} is not a model that runs"
+        )
     if noise:
         sides.append(noise_floor(opened))
     about = {"dtype": dtype, "text": str(text or ids or base), "specs": [base, *models]}
     options: dict[str, Any] = {"vocab_size": vocab_size, "batch": batch, "fresh": fresh, "about": about}
-    first = os.environ.get("RANK", "0") == "0"
-    with _Progress(Console(stderr=True), first) as progress:
+    rank, _ = rank_and_world()
+    with _Progress(Console(stderr=True), rank == 0) as progress:
         found = compare(opened, sides, given, out, progress=progress, **options)
-    if first:
+    if rank == 0:
         _print(found)
-        encoder = opened.encoder if isinstance(opened, Model) else None
+        encoder = opened.encoder
         decode = None if encoder is None else lambda token: str(encoder.decode([token]))
         print(report.write(found, out, decode))
 
 
+@app.command("record")
+@_told()
+def _record(
+    model: Annotated[str, typer.Argument(help="a folder, a name or .gguf; NAME=model gives it a name")],
+    text: _Text = None, ids: _Ids = None, column: _Column = "text", category: _Category = None,
+    ctx: _Ctx = 512,
+    score: Annotated[str, typer.Option(help=f"what to keep of a window: {' or '.join(SCORED)}")] = "all",
+    windows: _Windows = None,
+    form: Annotated[
+        str, typer.Option("--as", help="hidden: hidden states and the LM head, small and exact; logits: in "
+                          "16 bits, with each row's log-sum-exp; topk: the likeliest tokens and the rest")
+    ] = "hidden",
+    k: Annotated[int, typer.Option("-k", "--k", help="tokens of a row that --as topk keeps")] = 64,
+    store: Annotated[
+        str | None, typer.Option(help=f"of --as logits: {', '.join(DTYPES)}; default: the model's or float16")
+    ] = None,
+    dtype: _Dtype = "float32", device: _Device = None, batch: _Batch = 1,
+    out: Annotated[Path, typer.Option(help="the recording's folder")] = Path("kl-gpu-recording"),
+    shard: Annotated[int | None, typer.Option(help="windows of a file; default: up to 64 MiB")] = None,
+    fresh: _Fresh = False,
+) -> None:  # fmt: skip
+    """Keep what a model says of a text, to compare others with it or to train from it without the model.
+
+    Interrupted, the same command goes on where it stopped. Under torchrun, ranks share the windows.
+    """
+    if form not in FORMS:
+        raise ComparisonError(f"--as must be one of {', '.join(FORMS)}, got {form!r}")
+    opened = open_side(model, dtype, device)
+    if not isinstance(opened, Model):
+        raise ComparisonError(f"{opened.name} is a recording already")
+    given = _few(_windows_of(opened, text, ids, column, category, ctx, score), windows)
+    source = text or ids
+    about = {"text": str(source), "text_sha256": None if source is None else _sha256(source)}
+    rank, _ = rank_and_world()
+    with _Progress(Console(stderr=True), rank == 0) as progress:
+        options: dict[str, Any] = {"k": k, "store": store, "batch": batch, "shard": shard, "fresh": fresh}
+        record(opened, given, out, form, about=about, progress=progress, **options)
+    if rank == 0:
+        size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+        tokens = len(given.ids) * given.rows
+        print(f"{tokens} predictions in {size / 2**20:.1f} MiB\n{out}")
+
+
+def _few(windows: Windows, count: int | None) -> Windows:
+    if count is None:
+        return windows
+    if count < 1:
+        raise ComparisonError(f"--windows must be at least 1, got {count}")
+    return windows.few(count)
+
+
+def _sha256(path: Path) -> str:
+    """Of a file, or of all files of a folder in the order of their names."""
+    found = hashlib.sha256()
+    for file in sorted(x for x in path.rglob("*") if x.is_file()) if path.is_dir() else [path]:
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
 def _windows_of(
-    base: Side, text: Path | None, ids: Path | None, column: str, category: str | None, ctx: int, score: str
-) -> Windows:
+    base: Side, text: Path | None, ids: Path | None, column: str, category: str | None, ctx: int,
+    score: str | None,
+) -> Windows:  # fmt: skip
     if (text is not None) + (ids is not None) + (base.windows is not None) != 1:
         raise ComparisonError(
             f"{base.name} was recorded on its own tokens: leave --text and --ids away"
             if base.windows is not None
             else "name the text with --text, or token ids with --ids"
         )
+    if score not in (None, *SCORED):
+        raise ComparisonError(f"--score must be one of {', '.join(SCORED)}, got {score!r}")
     if base.windows is not None:
-        return base.windows
+        return _part_of(base.name, base.windows, score)
     if ids is not None:
-        return cut(read_ids(ids), ctx, score)
+        return cut(read_ids(ids), ctx, score or "half")
     assert text is not None
     if not isinstance(base, Model):
         raise ComparisonError(f"{base.name} has no tokenizer, so a text cannot be read with it")
-    return of_texts(read_texts(text, column, category), base.encode, ctx, score)
+    return of_texts(read_texts(text, column, category), base.encode, ctx, score or "half")
+
+
+def _part_of(name: str, known: Windows, score: str | None) -> Windows:
+    """What of recorded windows is compared: texts of unequal lengths have no second half."""
+    half = known.ids.shape[1] // 2
+    if score is None:
+        return known.narrowed(half) if known.first == 0 and known.counts is None else known
+    first = half if score == "half" else 0
+    if first < known.first:
+        raise ComparisonError(f"{name} knows what follows from position {known.first} on, not from {first}")
+    return known.narrowed(first)
 
 
 class _Progress:
@@ -145,4 +231,5 @@ def _print(found: Comparison) -> None:
         for name, cells in rows:
             table.add_row(name, *cells)
         console.print(table)
-    console.print(report.error_note(found))
+    for note in report.notes(found):
+        console.print(note, markup=False)

@@ -175,7 +175,7 @@ def buckets(comparison: Comparison, scores: Scores) -> dict[str, list[tuple[str,
     """Mean KL by the base's confidence, position in the window, category: (name, tokens, mean, error)."""
     window, kl = comparison.window_of.numpy(), scores.tokens["forward_kl"].double().numpy()
     rows, first = comparison.windows.rows, comparison.windows.first
-    place = np.tile(np.arange(rows), len(comparison.windows.ids))
+    place = comparison.place_of.numpy() - 1
     top = scores.tokens["base_top_p"].double().numpy()
     edges = np.array(CONFIDENCE[1:-1])
     names = [f"{low:g} to {high:g}" for low, high in pairwise(CONFIDENCE)]
@@ -183,7 +183,7 @@ def buckets(comparison: Comparison, scores: Scores) -> dict[str, list[tuple[str,
     bins = min(_POSITIONS, rows)
     bounds = [first + i * rows // bins for i in range(bins + 1)]
     names = [f"{low} to {high - 1}" for low, high in pairwise(bounds)]
-    found["position"] = _by(np.digitize(first + place, bounds[1:-1]), names, kl, window)
+    found["position"] = _by(np.digitize(place, bounds[1:-1]), names, kl, window)
     categories = comparison.windows.categories
     if categories is not None:
         names, index = np.unique(categories, return_inverse=True)  # type: ignore[assignment]

@@ -79,11 +79,14 @@ def _against_entropy(axes: Any, comparison: Comparison) -> None:
 
 def _by_position(axes: Any, comparison: Comparison) -> None:
     rows, first = comparison.windows.rows, comparison.windows.first
+    place, window = comparison.place_of.numpy() - 1 - first, comparison.window_of.numpy()
     parts = np.array_split(np.arange(rows), min(16, rows))
     for name, colour, kl in _each(comparison):
-        by_window = kl.reshape(-1, rows)
-        middle = [first + part.mean() for part in parts]
-        of = [mean(by_window[:, part].mean(1), np.arange(len(by_window))) for part in parts]
+        # A part that no token counts in is not drawn.
+        some = [(part, (place >= part[0]) & (place <= part[-1])) for part in parts]
+        some = [(part, which) for part, which in some if which.any()]
+        middle = [first + part.mean() for part, _ in some]
+        of = [mean(kl[which], window[which]) for _, which in some]
         axes.errorbar(
             middle, [x.value for x in of], [x.error for x in of], color=colour, label=name, capsize=2, lw=1
         )

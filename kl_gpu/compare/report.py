@@ -40,7 +40,13 @@ def record(comparison: Comparison) -> dict[str, Any]:
         dict(zip(("first", "second", "mean_difference_of_kl", "error"), row, strict=True))
         for row in differences(comparison)
     ]
-    found = {"base": comparison.base, "about": comparison.about, "models": models, "differences": pairs}
+    found = {
+        "base": comparison.base,
+        "about": comparison.about,
+        "notes": comparison.notes,
+        "models": models,
+        "differences": pairs,
+    }
     return dict(_without_nan(found))
 
 
@@ -114,9 +120,15 @@ def error_note(comparison: Comparison) -> str:
     )
 
 
+def notes(comparison: Comparison) -> list[str]:
+    """What a reader must know of the figures."""
+    return [*comparison.notes, error_note(comparison)]
+
+
 def markdown(comparison: Comparison) -> str:
     names = [scores.name for scores in comparison.models]
-    lines = [f"# {', '.join(names)} against {comparison.base}", "", error_note(comparison), ""]
+    lines = [f"# {', '.join(names)} against {comparison.base}", ""]
+    lines += [line for note in notes(comparison) for line in (note, "")]
     for heading, rows in sections(comparison):
         lines += [f"## {heading}", "", f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
         lines += [f"| {' '.join(name.split())} | {' | '.join(cells)} |" for name, cells in rows]
@@ -141,7 +153,7 @@ def page(comparison: Comparison, decode: Decode | None) -> str:
     """
     names = [scores.name for scores in comparison.models]
     title = f"{', '.join(names)} against {comparison.base}"
-    parts = [f"<h1>{_text(title)}</h1><p>{_text(error_note(comparison))}</p>"]
+    parts = [f"<h1>{_text(title)}</h1>", *(f"<p>{_text(note)}</p>" for note in notes(comparison))]
     for heading, svg in pictures(comparison).items():
         parts.append(f"<figure><figcaption>{_text(heading)}</figcaption>{svg}</figure>")
     head = "".join(f'<th scope="col">{_text(name)}</th>' for name in names)
@@ -174,11 +186,12 @@ def _text_view(comparison: Comparison, decode: Decode) -> str:
             words[token] = decode(token)
         return words[token]
 
-    labels = comparison.windows.labels.reshape(-1)
-    count = min(len(labels), _SHOWN)
+    window = comparison.window_of[:_SHOWN]
+    labels, count = comparison.windows.ids[window, comparison.place_of[:_SHOWN]], len(window)
     data = {
-        "rows": comparison.windows.rows,
-        "tokens": [word(int(x)) for x in labels[:count]],
+        # Where a window begins.
+        "starts": [i for i in range(1, count) if window[i] != window[i - 1]],
+        "tokens": [word(int(x)) for x in labels],
         "base": _tops(comparison.models[0], "base_top", count, word),
         "models": [
             {
@@ -218,8 +231,7 @@ def _worst(comparison: Comparison, scores: Scores, word: Decode) -> list[dict[st
     kl = np.nan_to_num(scores.tokens["forward_kl"].numpy(), nan=np.inf)
     found = []
     for at in np.argsort(-kl, kind="stable")[:_WORST].tolist():
-        window, row = divmod(at, comparison.windows.rows)
-        place = comparison.windows.first + 1 + row
+        window, place = int(comparison.window_of[at]), int(comparison.place_of[at])
         before = comparison.windows.ids[window, max(0, place - _BEFORE) : place].tolist()
         token = int(comparison.windows.ids[window, place])
         found.append(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from .. import __version__
 from .errors import ComparisonError
-from .scores import scored, scored_from_floor
-from .sides import Side
+from .ranks import rank_and_world, wait
+from .sides import Partial, Side
 from .store import Store
 from .windows import Windows
 
@@ -24,14 +23,12 @@ class Scores(NamedTuple):
     Attributes:
         name: of the model.
         nbytes: of its weights, or None.
-        tokens: numbers of each scored token, as `scores.NUMBERS` has them, window by window.
-        partial: whether the base is known above a floor only, so that some of them are NaN.
+        tokens: numbers of each token that counts, as `scores.NUMBERS` has them, window by window.
     """
 
     name: str
     nbytes: int | None
     tokens: dict[str, Tensor]
-    partial: bool
 
 
 class Comparison(NamedTuple):
@@ -42,17 +39,31 @@ class Comparison(NamedTuple):
         windows: the tokens.
         models: what was found of each model.
         about: versions, text and settings.
+        notes: what a reader must know of the figures.
     """
 
     base: str
     windows: Windows
     models: list[Scores]
     about: dict[str, Any]
+    notes: list[str]
 
     @property
     def window_of(self) -> Tensor:
-        """The window that each scored token lies in."""
-        return torch.arange(len(self.windows.ids), device="cpu").repeat_interleave(self.windows.rows)
+        """The window that each token that counts lies in."""
+        return self._places[0]
+
+    @property
+    def place_of(self) -> Tensor:
+        """Its place in the window: 0 is the first of the ids."""
+        return self._places[1] + self.windows.first + 1
+
+    @property
+    def _places(self) -> Tensor:
+        counts = self.windows.counts
+        shape = len(self.windows.ids), self.windows.rows
+        everything = torch.ones(shape, dtype=torch.bool, device="cpu") if counts is None else counts
+        return everything.nonzero().t()
 
 
 # Beside the tokens' numbers in every part: a model that is done is not opened again to ask.
@@ -73,19 +84,23 @@ def check(base: Side, model: Side, windows: Windows, vocab_size: int | None) -> 
         raise ComparisonError(
             f"{base.name} and {model.name} have different tokenizers ({base.tokenizer} and {model.tokenizer})"
         )
-    if vocab_size is None and base.vocab_size != model.vocab_size:
+    if isinstance(model, Partial):
+        raise ComparisonError(f"{model.name} knows a part of the vocabulary only: name it first, as the base")
+    sizes = [side.vocab_size for side in (base, model) if side.vocab_size is not None]
+    if vocab_size is None and len(set(sizes)) > 1:
         raise ComparisonError(
             f"{base.name} has {base.vocab_size} columns of logits and {model.name} {model.vocab_size}; "
             "--vocab-size says how many to compare"
         )
-    columns = min(base.vocab_size, model.vocab_size) if vocab_size is None else vocab_size
-    if not 1 <= columns <= min(base.vocab_size, model.vocab_size):
-        raise ComparisonError(
-            f"vocab_size must lie between 1 and {min(base.vocab_size, model.vocab_size)}, got {columns}"
-        )
+    columns = min(sizes) if vocab_size is None else vocab_size
+    if not 1 <= columns <= min(sizes):
+        raise ComparisonError(f"vocab_size must lie between 1 and {min(sizes)}, got {columns}")
     for side in (base, model):
         own = side.windows
-        if own is not None and (own.first != windows.first or not torch.equal(own.ids, windows.ids)):
+        if own is None:
+            continue
+        # What scores more than is asked for will do.
+        if own.first > windows.first or not torch.equal(own.ids[: len(windows.ids)], windows.ids):
             raise ComparisonError(f"{side.name} was recorded on other tokens or windows")
     if int(windows.ids.max()) >= columns or int(windows.ids.min()) < 0:
         raise ComparisonError(
@@ -128,7 +143,7 @@ def compare(
         "windows": len(windows.ids), "ctx": windows.ids.shape[1], "first": windows.first, "batch": batch,
         "vocab_size": vocab_size, "kl_gpu": __version__, "torch": torch.__version__, **(about or {}),
     }  # fmt: skip
-    rank, world = _rank()
+    rank, world = rank_and_world()
     store = _store_of(out, settings, fresh, rank)
     for index, (name, opens) in enumerate(models):
         own = range(rank, len(groups), world)
@@ -144,45 +159,33 @@ def compare(
             if progress is not None:
                 progress(name, done * batch * windows.rows, total * batch * windows.rows)
         del model
-    _wait()
+    wait()
     everything = range(len(groups))
     found = []
+    counts = None if windows.counts is None else windows.counts.flatten()
     for index, (name, _) in enumerate(models):
         tokens = store.get(index, everything)
         nbytes = int(tokens.pop(_BYTES)[0]) or None
-        found.append(Scores(name, nbytes, tokens, base.floor is not None))
-    return Comparison(base.name, windows, found, settings)
+        tokens = tokens if counts is None else {key: x[counts] for key, x in tokens.items()}
+        found.append(Scores(name, nbytes, tokens))
+    return Comparison(base.name, windows, found, settings, [base.note] if base.note else [])
 
 
 def _scores_of(
     base: Side, model: Side, windows: Windows, which: list[int], columns: int
 ) -> dict[str, Tensor]:
-    labels = windows.labels[which].reshape(-1)
-    p, q = (side.logits(windows, which)[..., :columns].flatten(0, 1) for side in (base, model))
-    found = scored(p, q, labels) if base.floor is None else scored_from_floor(p, base.floor, q, labels)
+    blocks = list(base.scores(model, windows, which, columns))
+    found = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
     return found | {_BYTES: torch.tensor([model.nbytes or 0], device="cpu")}
-
-
-def _rank() -> tuple[int, int]:
-    """This process among those that torchrun started."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
-    return (torch.distributed.get_rank(), world) if world > 1 else (0, 1)
-
-
-def _wait() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 def _store_of(out: Path, settings: dict[str, Any], fresh: bool, rank: int) -> Store:
     """The folder, made by the first rank."""
     if rank == 0:
         store = Store(out, settings, fresh)
-        _wait()
+        wait()
         return store
-    _wait()
+    wait()
     return Store(out, settings)
 
 
@@ -197,7 +200,7 @@ class _Doubled(Side):
     def __init__(self, side: Side) -> None:
         self.side = side
         self.name, self.vocab_size, self.tokenizer = side.name, side.vocab_size, side.tokenizer
-        self.windows, self.nbytes, self.floor = side.windows, side.nbytes, side.floor
+        self.windows, self.nbytes = side.windows, side.nbytes
 
     def logits(self, windows: Windows, which: Sequence[int]) -> Tensor:
         return self.side.logits(windows, [*which, *which])[: len(which)]

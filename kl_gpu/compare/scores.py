@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ..logprobs import token_logprobs
 from ..stats import token_stats
+from ..topk.api import topk_div
 
 TOP = 5
 # Numbers of a token, float32 each. "top5" is the share of either side's five likeliest tokens that the other
@@ -85,6 +86,67 @@ def scored_from_floor(base: Tensor, floor: float, model: Tensor, labels: Tensor)
     return _stored(
         found | {"base_top_logprob": top_p, "top_logprob": top_q}, {"base_top": base_top, "top": top}
     )
+
+
+class TopK(NamedTuple):
+    """Rows of a base of whom K tokens are known.
+
+    Attributes:
+        logprobs: `[n, K]`, under its softmax over the whole vocabulary.
+        ids: int `[n, K]`; −1 marks an absent entry.
+        tail_logprob: `[n]`, the log of what all other tokens have together; None where nobody summed it.
+        label_logprob: `[n]`, of the tokens that came; None where only the entries may know it.
+    """
+
+    logprobs: Tensor
+    ids: Tensor
+    tail_logprob: Tensor | None
+    label_logprob: Tensor | None
+
+
+def scored_from_topk(base: TopK, model: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The same of a base known by K tokens: the divergences are those of K + 1 outcomes, the tokens and the
+    rest, which are never more than those of the whole vocabulary (:func:`kl_gpu.topk_div`).
+
+    Where nobody summed the rest it is 1 − Σ p, whose rounding KL(model‖base) would be made of: that is NaN.
+    """
+    base = TopK._make(None if x is None else x.to(model.device) for x in base)
+    ids, labels = base.ids.long(), labels.to(model.device)
+    here = ids >= 0
+    log_p = torch.where(here, base.logprobs.double(), -torch.inf)
+
+    def of(kind: str) -> Tensor:
+        found = topk_div(
+            model, base.logprobs, ids, kind, teacher_tail_logprob=base.tail_logprob, reduction="none"
+        )
+        return cast(Tensor, found)
+
+    unknown = torch.full_like(base.logprobs[:, 0], torch.nan)
+    picked, entropy = token_logprobs(model, ids, entropy=True)
+    p, q = log_p.exp(), torch.where(here, picked.double().exp(), 0.0)
+    rest_p = 1 - p.sum(-1) if base.tail_logprob is None else base.tail_logprob.double().exp()
+    rest_q = (1 - q.sum(-1)).clamp_min(0)
+    order = log_p.sort(-1, descending=True)
+    base_top = ids.gather(1, order.indices[:, :TOP])
+    top = model.topk(base_top.shape[1]).indices
+    named = torch.where(ids == labels[:, None], log_p, -torch.inf).amax(-1)
+    label_logprob = named.masked_fill(named.isneginf(), torch.nan)
+    found = {
+        "forward_kl": of("forward_kl"),
+        "reverse_kl": unknown if base.tail_logprob is None else of("reverse_kl"),
+        "js": of("js"),
+        "acceptance": torch.minimum(p, q).sum(-1) + torch.minimum(rest_p.clamp_min(0), rest_q),
+        "base_entropy": unknown.clone(),
+        "entropy": entropy,
+        "base_logprob": label_logprob if base.label_logprob is None else base.label_logprob,
+        "logprob": cast(Tensor, token_logprobs(model, labels)),
+        "same_top": (base_top[:, 0] == top[:, 0]).float(),
+        "top5": _shared(base_top, top),
+        "base_top_p": order.values[:, 0].exp(),
+        "base_top_logprob": order.values[:, :TOP],
+        "top_logprob": cast(Tensor, token_logprobs(model, top)),
+    }
+    return _stored(found, {"base_top": base_top, "top": top})
 
 
 def _shared(left: Tensor, right: Tensor) -> Tensor:

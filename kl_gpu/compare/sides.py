@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import torch
 from torch import Tensor
 
 from .errors import ComparisonError
-from .kld import KldFile
+from .scores import scored
 from .windows import Windows
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Rows whose logits are compared at once; and how many numbers of a weight tell it from another.
+BLOCK, _SAMPLED = 512, 1024
+# What a side's file may be called, which is no part of its name.
+SUFFIXES = (".kld", ".safetensors", ".gguf", ".parquet", ".jsonl")
 
 
 class Side:
@@ -26,19 +31,46 @@ class Side:
         tokenizer: a hash of its vocabulary, or None where it has none.
         windows: the tokens it was recorded on, or None where it takes any.
         nbytes: of its weights, or None.
-        floor: None where its logits are whole; else it has log-probabilities, and those ≤ −floor are unknown.
+        encoder: its tokenizer, or None.
+        note: what a reader of the report must know of its figures, or None.
     """
 
     name: str
-    vocab_size: int
+    vocab_size: int | None
+    note: str | None = None
     tokenizer: str | None = None
     windows: Windows | None = None
     nbytes: int | None = None
-    floor: float | None = None
+    encoder: Any = None
 
     def logits(self, windows: Windows, which: Sequence[int]) -> Tensor:
         """Of the scored rows of some windows, `[len(which), rows, V]`."""
         raise NotImplementedError
+
+    def blocks(self, windows: Windows, which: Sequence[int]) -> Iterator[Tensor]:
+        """The same rows, `[n, V]`, a block at a time."""
+        yield from self.logits(windows, which).flatten(0, 1).split(BLOCK)
+
+    def scores(
+        self, model: Side, windows: Windows, which: Sequence[int], columns: int
+    ) -> Iterator[dict[str, Tensor]]:
+        """What is kept of each scored row of some windows, a block of rows at a time, with this as the base.
+
+        Args:
+            model: what is compared with it.
+            columns: those at and past it are ignored on both sides.
+        """
+        labels = windows.labels[list(which)].reshape(-1).split(BLOCK)
+        blocks = self.blocks(windows, which), model.blocks(windows, which)
+        for p, q, some in zip(*blocks, labels, strict=True):
+            yield scored(p[:, :columns], q[:, :columns], some)
+
+
+class Partial(Side):
+    """A base whose distributions are known in part: another side's cannot be compared with it."""
+
+    def logits(self, windows: Windows, which: Sequence[int]) -> Tensor:
+        raise ComparisonError(f"{self.name} knows a part of the vocabulary only: name it first, as the base")
 
 
 class Model(Side):
@@ -58,6 +90,31 @@ class Model(Side):
         self.nbytes = sum(x.numel() * x.element_size() for x in model.parameters())
         self.bos = _leading_token(tokenizer)
 
+    vocab_size: int
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of its configuration and of a sample of every weight."""
+        config = {k: v for k, v in self.model.config.to_dict().items() if not k.startswith("_")}
+        found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, x in sorted(self.model.named_parameters()):
+            flat = x.detach().flatten()
+            some = flat[:: max(1, len(flat) // _SAMPLED)].cpu()
+            found.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
+            found.update(some.contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()[:16]
+
+    def states(self, windows: Windows, which: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What the LM head reads, `[len(which), rows, H]`, and the logits, of the scored rows."""
+        read: list[Tensor] = []
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, x: read.append(x[0]))
+        try:
+            logits = self.logits(windows, which)
+        finally:
+            hook.remove()
+        rows = windows.rows
+        return read[-1][:, -rows - 1 : -1], logits
+
     @torch.inference_mode()
     def logits(self, windows: Windows, which: Sequence[int]) -> Tensor:
         ids = windows.ids[list(which)]
@@ -74,71 +131,24 @@ class Model(Side):
         return list(self.encoder(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-class Recorded(Side):
-    """Logits in a safetensors file: `ids` int `[windows, ctx]`, and `logits` `[windows, rows, V]` of the last
-    predictions of each window."""
-
-    def __init__(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self.name, self.path = path.stem, path
-        try:
-            self.file = safe_open(path, "pt")
-            missing = {"ids", "logits"} - set(self.file.keys())
-            if missing:
-                raise ComparisonError(f"{path}: no tensor named {' or '.join(sorted(missing))}")
-            ids = self.file.get_tensor("ids").to(torch.int64)
-            count, rows, self.vocab_size = self.file.get_slice("logits").get_shape()
-        except (OSError, SafetensorError, ValueError) as error:
-            raise (
-                error if isinstance(error, ComparisonError) else ComparisonError(f"{path}: {error}")
-            ) from None
-        if ids.dim() != 2 or count != len(ids) or not 1 <= rows < ids.shape[1]:
-            raise ComparisonError(
-                f"{path}: ids {list(ids.shape)} do not go with logits [{count}, {rows}, ...]"
-            )
-        self.windows = Windows(ids, ids.shape[1] - 1 - rows)
-
-    def logits(self, windows: Windows, which: Sequence[int]) -> Tensor:
-        return torch.stack([self.file.get_slice("logits")[i] for i in which])
-
-
-class LlamaCpp(Side):
-    """A `.kld` file of llama.cpp."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = KldFile(path)
-        self.name, self.windows = path.stem, self.file.windows
-        self.vocab_size, self.floor = self.file.vocab_size, self.file.floor
-
-    def logits(self, windows: Windows, which: Sequence[int]) -> Tensor:
-        return torch.stack([self.file.logprobs(i) for i in which])
-
-
 def open_side(spec: str, dtype: str = "float32", device: str | None = None) -> Side:
     """The side that a command line names.
 
     Args:
-        spec: a .kld file of llama.cpp, a .safetensors file of logits, a .gguf file, or what transformers
-            takes, a folder or a name. `NAME=spec` gives it a name for the report.
+        spec: a recording's folder, a .kld file of llama.cpp, a .safetensors file of logits, a .parquet or
+            .jsonl file of top-k log-probabilities, a .gguf file, or what transformers takes, a folder or a
+            name. `NAME=spec` gives it a name for the report.
         dtype: of a model's weights, "float32", "bfloat16" or "float16".
         device: where a model runs; None is the GPU where there is one.
 
     Raises:
         ComparisonError: it cannot be opened; the message says why.
     """
+    from . import recorded
+
     name, where = named(spec)
     path = Path(where)
-    side: Side
-    if path.suffix in (".kld", ".safetensors") or (path.is_file() and path.suffix != ".gguf"):
-        if path.suffix == ".safetensors":
-            if not path.is_file():
-                raise ComparisonError(f"{path}: no such file")
-            side = Recorded(path)
-        else:
-            side = LlamaCpp(path)
-    else:
-        side = _from_transformers(path, where, dtype, device)
+    side = recorded.opened(path) or _from_transformers(path, where, dtype, device)
     side.name = name
     return side
 
@@ -147,12 +157,12 @@ def named(spec: str) -> tuple[str, str]:
     """The name that a command line gives a side, else its file's or folder's, and where it is."""
     name, _, where = spec.rpartition("=") if "=" in spec and not Path(spec).exists() else ("", "", spec)
     path = Path(where)
-    return name or (path.stem if path.suffix in (".kld", ".safetensors", ".gguf") else path.name), where
+    return name or (path.stem if path.suffix in SUFFIXES else path.name), where
 
 
 def _from_transformers(path: Path, where: str, dtype: str, device: str | None) -> Model:
-    if dtype not in _DTYPES:
-        raise ComparisonError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    if dtype not in DTYPES:
+        raise ComparisonError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
@@ -165,7 +175,7 @@ def _from_transformers(path: Path, where: str, dtype: str, device: str | None) -
         where, options = str(path.parent), {"gguf_file": path.name}
     try:
         # A GGUF file's weights are dequantised to the dtype.
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=_DTYPES[dtype], **options)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype], **options)
     except Exception as error:  # what transformers raises for a folder that is no model has no common class
         raise ComparisonError(f"{path if options else where}: {_first_line(error)}") from None
     try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import ComparisonError
+from .files import claim, replace
 
 
 class Store:
@@ -29,21 +28,16 @@ class Store:
 
     def __init__(self, folder: Path, about: dict[str, Any], fresh: bool = False) -> None:
         self.parts = folder / "parts"
-        manifest, text = self.parts / "comparison.json", json.dumps(about, indent=1, sort_keys=True) + "\n"
+        manifest = self.parts / "comparison.json"
+        refusal = f"{folder}: holds another comparison; name another folder with --out, or pass --fresh"
         try:
-            if fresh and manifest.exists():
+            # One that came to nothing, say by a wrong option, claims no folder.
+            if manifest.exists() and (fresh or not any(self.parts.glob("model*.safetensors"))):
                 shutil.rmtree(self.parts)
             self.parts.mkdir(parents=True, exist_ok=True)
-            if not manifest.exists():
-                _replace(manifest, text.encode())
-            elif json.loads(manifest.read_text()) != json.loads(text):
-                raise ComparisonError(
-                    f"{folder}: holds another comparison; name another folder with --out, or pass --fresh"
-                )
+            claim(manifest, about, refusal)
         except OSError as error:
             raise ComparisonError(f"{folder}: {error.strerror or error}") from None
-        except json.JSONDecodeError:
-            raise ComparisonError(f"{manifest}: not the manifest of a comparison") from None
 
     def path(self, model: int, group: int) -> Path:
         return self.parts / f"model{model:02d}-{group:06d}.safetensors"
@@ -56,7 +50,7 @@ class Store:
         from safetensors.torch import save
 
         try:
-            _replace(self.path(model, group), save(found))
+            replace(self.path(model, group), save(found))
         except OSError as error:
             raise ComparisonError(f"{self.path(model, group)}: {error.strerror or error}") from None
 
@@ -73,12 +67,3 @@ class Store:
             except (OSError, SafetensorError) as error:
                 raise ComparisonError(f"{path}: {error}; remove it, and it is computed again") from None
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -25,11 +25,13 @@ class Windows(NamedTuple):
         ids: int64 `[windows, ctx]`.
         first: the first position of a window whose prediction is scored; position j predicts token j + 1.
         categories: of each window, or None where the text has none.
+        counts: bool `[windows, rows]`, which of the scored predictions count; None where all do.
     """
 
     ids: Tensor
     first: int
     categories: list[str] | None = None
+    counts: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -45,7 +47,19 @@ class Windows(NamedTuple):
     def fingerprint(self) -> str:
         """A hash of the tokens and of what is scored."""
         about = f"{tuple(self.ids.shape)} {self.first}".encode()
-        return hashlib.sha256(about + self.ids.numpy().tobytes()).hexdigest()[:16]
+        counts = b"" if self.counts is None else self.counts.numpy().tobytes()
+        return hashlib.sha256(about + self.ids.numpy().tobytes() + counts).hexdigest()[:16]
+
+    def few(self, windows: int) -> Windows:
+        """The first so many windows."""
+        categories = None if self.categories is None else self.categories[:windows]
+        counts = None if self.counts is None else self.counts[:windows]
+        return Windows(self.ids[:windows], self.first, categories, counts)
+
+    def narrowed(self, first: int) -> Windows:
+        """The same, scored from a later position on."""
+        counts = None if self.counts is None else self.counts[:, first - self.first :]
+        return Windows(self.ids, first, self.categories, counts)
 
 
 def cut(ids: Tensor, ctx: int, scored: str = "half") -> Windows:
@@ -110,33 +124,49 @@ def read_texts(path: Path, column: str = "text", category: str | None = None) ->
 
 
 def _texts_of(file: Path, column: str, category: str | None) -> Iterator[tuple[str, str]]:
+    if file.suffix not in (".parquet", ".jsonl", ".ndjson"):
+        try:
+            yield "", file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ComparisonError(f"{file}: {error}") from None
+        return
+    for row in rows_of(file):
+        try:
+            yield str(row[category]) if category else "", str(row[column])
+        except KeyError as error:
+            raise ComparisonError(f"{file}: no column {error}") from None
+
+
+def rows_of(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a .parquet file, or of one with a JSON object a line.
+
+    Raises:
+        ComparisonError: it cannot be read, or is not that.
+    """
     try:
         if file.suffix == ".parquet":
-            rows: Any = _parquet(file)
-        elif file.suffix in (".jsonl", ".ndjson"):
-            rows = (
-                json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()
-            )
-        else:
-            yield "", file.read_text(encoding="utf-8")
+            yield from _parquet(file)
             return
-        for row in rows:
-            yield str(row[category]) if category else "", str(row[column])
-    except KeyError as error:
-        raise ComparisonError(f"{file}: no column {error}") from None
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                row = json.loads(line) if line.strip() else {}
+                if not isinstance(row, dict):
+                    raise ComparisonError(f"{file}: line {number} is no JSON object")
+                if row:
+                    yield row
     except (OSError, ValueError) as error:
-        raise ComparisonError(f"{file}: {error}") from None
+        raise error if isinstance(error, ComparisonError) else ComparisonError(f"{file}: {error}") from None
 
 
-def _parquet(file: Path) -> list[dict[str, Any]]:
+def _parquet(file: Path) -> Iterator[dict[str, Any]]:
     try:
         from pyarrow import parquet
     except ImportError:
         raise ComparisonError(
             f"{file}: reading parquet needs pyarrow; pip install 'kl_gpu[compare]'"
         ) from None
-    found: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
-    return found
+    for batch in parquet.ParquetFile(file).iter_batches(1024):
+        yield from batch.to_pylist()
 
 
 def read_ids(path: Path) -> Tensor:

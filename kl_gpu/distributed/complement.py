@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,35 @@ from ..backends.shard_merge import log_sum
 from ..ops.complement import check_ids
 from . import collectives
 from .shards import Shard
+
+
+def _whole(found: Tensor, columns: int, rest_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The picked columns and the others' log-sum-exp of whole rows, and this rank's share of the others.
+
+    `found` is `[ranks, *, columns + 1]` or more: each rank's picked columns and the log-sum-exp `rest_lse`.
+    """
+    picked, rests = found[..., :columns].amax(0), found[..., columns]
+    rest = torch.where(rests.isneginf().all(0), -torch.inf, log_sum(rests))
+    return picked, rest, torch.where(rest_lse.isneginf(), 0.0, torch.exp(rest_lse - rest))
+
+
+class SharedColumns(NamedTuple):
+    """`linear.heads.SharedRows` of a group of ranks."""
+
+    shard: Shard
+    group: Any
+
+    @property
+    def columns(self) -> int:
+        return self.shard.total
+
+    def own(self, labels: Tensor) -> Tensor:
+        return self.shard.own(labels)
+
+    def merged(self, picked: Tensor, rest_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        numbers = torch.cat((picked, rest_lse[:, None]), -1)
+        found = collectives.gather(numbers, self.group, "the labels' logits and the others' mass")
+        return _whole(found, picked.shape[-1], rest_lse)
 
 
 class _Merged(torch.autograd.Function):
@@ -29,11 +58,9 @@ class _Merged(torch.autograd.Function):
         numbers = [picked, rest_lse[..., None]] + ([rest_entropy[..., None]] if entropy else [])
         found = collectives.gather(torch.cat(numbers, -1), group, "the given columns and the rest's mass")
         columns = picked.shape[-1]
-        whole_picked, rests = found[..., :columns].amax(0), found[..., columns]
-        nothing = rests.isneginf().all(0)
-        whole_rest = torch.where(nothing, -torch.inf, log_sum(rests))
+        whole_picked, whole_rest, own = _whole(found, columns, rest_lse)
+        rests = found[..., columns]
         log_share = torch.where(rests.isneginf(), -torch.inf, rests - whole_rest)
-        own = torch.where(rest_lse.isneginf(), 0.0, torch.exp(rest_lse - whole_rest))
         whole_entropy, turn = torch.zeros_like(rest_lse), torch.zeros_like(rest_lse)
         if entropy:
             share = torch.exp(log_share)

@@ -113,40 +113,47 @@ def vocab_parallel_div(
 ) -> Any:
     """`kl_gpu.divergence` of logits whose columns are shared among the ranks of a group, in nats.
 
-    Each rank gives the columns it holds and gets the divergence of the whole rows: the same bits on every
+    Each rank passes the columns it holds and gets the divergence of the whole rows: the same bits on every
     rank, within the bounds of the dense call. Shards may differ in width, and may be empty. The KLs and
-    `jeffreys` take one collective (24 and 32 bytes a row and rank), the others two (16 and 24 bytes; `lk` 24
-    and 24);
-    backward takes none, and writes the gradient of this rank's columns. The mathematics is that of
-    `docs/distributed.md`: the chain rule of relative entropy (Cover and Thomas, theorem 2.5.3).
+    `jeffreys` take one collective (24 and 32 bytes a row and rank), the other kinds two (16 and 24 bytes;
+    `lk` 24 and 24). Backward takes none, and writes the gradient of this rank's columns. Shards are merged by
+    the chain rule of relative entropy (Cover and Thomas, theorem 2.5.3; `docs/distributed.md`).
 
     Args:
-        student_shard: `[N, V_r]`, N any leading shape, the same on every rank; float16, bfloat16, float32 or
-            float64.
+        student_shard: `[N, V_r]`, where N is any leading shape, the same on every rank; float16, bfloat16,
+            float32 or float64.
         teacher_shard: `[N, V_r]`, the same columns of the teacher, on the same device; the dtype may differ.
-        kind: a name in `kl_gpu.KINDS`.
-        group: the process group that shares the vocabulary; None is the default group.
-        vocab_start: the number of this rank's first column. Only `vocab_size` asks for it; None takes the
-            ranks' columns one behind the other, and then `vocab_size` costs a collective of 8 bytes and
+        kind: A name in `kl_gpu.KINDS`.
+        group: The process group that shares the vocabulary; None is the default group.
+        vocab_start: The number of this rank's first column. Only `vocab_size` needs it. None assumes the
+            ranks' columns in the order of the ranks, and then `vocab_size` costs a collective of 8 bytes and
             waits for the device.
-        check: when to ask, by a small collective that waits for the device, whether the ranks' arguments
-            agree: "first" (at the first call of this function in this group), "always" or "never"; None
-            takes the environment's KL_GPU_DISTRIBUTED_CHECK, or "first".
-        **options: those of :func:`kl_gpu.divergence`, given alike on every rank, but for `student_columns`
+        check: When to compare the ranks' arguments, by a small collective that waits for the device: "first"
+            (at the first call of this function in this group), "always" or "never". None takes the
+            environment variable KL_GPU_DISTRIBUTED_CHECK, or "first".
+        **options: The options of :func:`kl_gpu.divergence`, the same on every rank, except `student_columns`
             and `teacher_columns`, which must be None. `vocab_size` and `support` count the whole vocabulary;
-            with `support` alone of the three, finding out where a shard lies costs a collective of 8 bytes
-            and waits for the device. `return_entropy` costs one collective of 24 bytes a row and rank.
+            with `support` but neither `vocab_size` nor `vocab_start`, finding out where a shard lies costs a
+            collective of 8 bytes and waits for the device. `return_entropy` costs one collective of 24 bytes
+            a row and rank.
 
     Returns:
-        float32 (float64 where both inputs are); `[N]` for reduction="none", else 0-d. Never negative. With
-        `return_entropy` a pair, as :func:`kl_gpu.divergence`.
+        float32 (float64 where both inputs are float64); `[N]` for `reduction="none"`, otherwise 0-d. Never
+        negative. With `return_entropy`, a pair, as in :func:`kl_gpu.divergence`.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, range, name or combination is wrong, or the ranks disagree; the message names
-            the argument.
-        RuntimeError: a collective failed; from backward, when a second derivative is asked for, or when
-            logits were modified since the call.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, range, name or combination is wrong, or the ranks disagree; the message names the
+            argument.
+        RuntimeError: A collective failed; from backward, when a second derivative is asked for, or when a
+            tensor was modified since the call.
+
+    Example:
+        >>> # on every rank of a process group
+        >>> loss = vocab_parallel_div(  # doctest: +SKIP
+        ...     student_shard, teacher_shard, group=tp_group, labels=labels, shift=True
+        ... )
+        >>> loss.backward()  # doctest: +SKIP
     """
     validation.known("vocab_parallel_div", options, _OPTIONS)
     sides = {"student_shard": student_shard, "teacher_shard": teacher_shard}

@@ -106,15 +106,17 @@ def _agreed(params: LinearParams, hidden: Tensor, group: Any) -> tuple[LinearPar
     return params._replace(chunk_rows=rows), widest
 
 
-def _linear(*arguments: Any, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _linear(*arguments: Any, shard: shards.Shard, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator `linear` of shards."""
     heads, (params, extras) = arguments[:9], LinearParams.from_arguments(*arguments[9:])
     params, widest = _agreed(params, heads[0], group)
     sweep_rows = partial(_sweep_rows, group=group)
+    # Where its columns lie does not matter to an entropy.
     split_rows = partial(complement.split, shard=shards.Shard(0, params.vocab_size, 0), group=group)
     return op.over_chunks(
-        *heads, *params.as_arguments(), *extras, sweep_rows=sweep_rows, split_rows=split_rows, widest=widest
-    )
+        *heads, *params.as_arguments(), *extras, sweep_rows=sweep_rows, split_rows=split_rows, widest=widest,
+        shared=complement.SharedColumns(shard, group),
+    )  # fmt: skip
 
 
 def _token_stats(*arguments: Any, shard: shards.Shard, group: Any) -> Tensor:
@@ -142,36 +144,44 @@ def vocab_parallel_linear_div(
 ) -> Any:
     """`kl_gpu.linear_div` where the rows of both LM heads are shared among the ranks of a group, in nats.
 
-    Chunk by chunk each rank makes the logits of its columns; the states of whole rows travel as in
-    :func:`vocab_parallel_div`, at its cost per row. A rank's weight and bias get their own gradient; that of
-    the hidden states is summed over the ranks, in float32, by one all_reduce of `[N, H_s]` in backward. One
-    collective of 16 bytes settles the rows of a chunk, and waits for the device.
+    Chunk by chunk, each rank makes the logits of its columns; the states of whole rows are exchanged as in
+    :func:`vocab_parallel_div`, at its cost per row. A rank's weight and bias get their own gradient. That of
+    the hidden states is summed over the ranks, in float32, by one all-reduce of `[N, H_s]` in backward. One
+    collective of 16 bytes settles the rows of a chunk, and waits for the device. `hard_weight` takes another
+    of 16 bytes a row and rank.
 
     Args:
         student_hidden: `[N, H_s]`, the same on every rank, or this rank's share of them, see `sequence_dim`.
-        student_weight_shard: `[V_r, H_s]`, this rank's rows of the head; V_r may differ between ranks, and
-            be 0.
-        teacher_hidden, teacher_weight_shard: `[N, H_t]` and `[V_r, H_t]`, the same rows of the teacher's
-            head. Nothing of the teacher may require a gradient.
-        kind: a name in `kl_gpu.KINDS`.
-        group, vocab_start, check: as in :func:`vocab_parallel_div`.
-        sequence_dim: the dimension of the hidden states that is split evenly over the ranks, in their order
-            (Megatron's sequence parallelism); one all_gather of each side's hidden states comes first, and
+        student_weight_shard: `[V_r, H_s]`, this rank's rows of the head; V_r may differ between ranks, and be
+            0.
+        teacher_hidden: `[N, H_t]`. Nothing of the teacher may require a gradient.
+        teacher_weight_shard: `[V_r, H_t]`, the same rows of the teacher's head.
+        kind: A name in `kl_gpu.KINDS`.
+        group, vocab_start, check: As in :func:`vocab_parallel_div`.
+        sequence_dim: The dimension of the hidden states that is split evenly over the ranks, in their order
+            (Megatron's sequence parallelism). One all-gather of each side's hidden states comes first, and
             the student's gradient is that of this rank's share. None where every rank has all of them.
-        **options: those of :func:`kl_gpu.linear_div`, given alike on every rank, but for `student_bias` and
+        **options: The options of :func:`kl_gpu.linear_div`, the same on every rank, except `student_bias` and
             `teacher_bias`: `[V_r]`, this rank's. `mask`, `labels` and `weight` are those of all rows.
             `vocab_size` counts the whole vocabulary.
 
     Returns:
-        float32 (float64 where both sides' logits are); `[N]`, of all rows, for reduction="none", else 0-d.
-        The same bits on every rank.
+        float32 (float64 where both sides' logits are float64); `[N]`, of all rows, for `reduction="none"`,
+        otherwise 0-d. The same bits on every rank.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, range, name or combination is wrong, or the ranks disagree; the message names
-            the argument.
-        RuntimeError: a collective failed; from backward, when a second derivative is asked for, or when a
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, range, name or combination is wrong, or the ranks disagree; the message names the
+            argument.
+        RuntimeError: A collective failed; from backward, when a second derivative is asked for, or when a
             tensor was modified since the call.
+
+    Example:
+        >>> # on every rank of a process group
+        >>> loss = vocab_parallel_linear_div(  # doctest: +SKIP
+        ...     hidden, head_shard, teacher_hidden, teacher_head_shard, group=tp_group
+        ... )
+        >>> loss.backward()  # doctest: +SKIP
     """
     validation.known("vocab_parallel_linear_div", options, _OPTIONS)
     options = _OPTIONS | options
@@ -179,18 +189,15 @@ def vocab_parallel_linear_div(
         student_hidden, student_weight_shard, options.pop("student_bias"),
         teacher_hidden, teacher_weight_shard, options.pop("teacher_bias"),
     )  # fmt: skip
+    validation.hard_weight(options["hard_weight"], options["labels"], None)
     sides, shard, group = _located(
-        "vocab_parallel_linear_div", sides, group, vocab_start, sequence_dim, check, options, kind=kind
-    )
-    if options["hard_weight"]:
-        raise ValueError(
-            "hard_weight must be 0 where the heads are shared among ranks: add "
-            "vocab_parallel_linear_token_logprobs of the labels"
-        )
+        "vocab_parallel_linear_div", sides, group, vocab_start, sequence_dim, check, options,
+        whole=options["hard_weight"] > 0, kind=kind,
+    )  # fmt: skip
     products = {name: options.pop(name) for name in _PRODUCTS}
     options["vocab_size"] = None
-    linear = partial(_linear, group=group)
-    return api.run_linear(sides, kind, Options(**options), linear, shard.columns, **products)
+    linear = partial(_linear, shard=shard, group=group)
+    return api.run_linear(sides, kind, Options(**options), linear, shard.columns, shard.total, **products)
 
 
 def vocab_parallel_linear_token_stats(
@@ -208,27 +215,35 @@ def vocab_parallel_linear_token_stats(
 ) -> TokenStats:
     """`kl_gpu.linear_token_stats` where the rows of both LM heads are shared among the ranks of a group.
 
-    Chunk by chunk each rank makes the logits of its columns; what whole rows need travels as in
+    Chunk by chunk, each rank makes the logits of its columns; what whole rows need is exchanged as in
     :func:`vocab_parallel_token_stats`, at its cost per row. One collective of 16 bytes settles the rows of a
     chunk, and waits for the device. The same bits on every rank.
 
     Args:
-        student_hidden, student_weight_shard, teacher_hidden, teacher_weight_shard, group, vocab_start,
-            sequence_dim, check: as in :func:`vocab_parallel_linear_div`. Where `vocab_start` or `vocab_size`
-            is not given, finding out costs a collective of 8 bytes and waits for the device.
+        student_hidden, student_weight_shard: As in :func:`vocab_parallel_linear_div`.
+        teacher_hidden, teacher_weight_shard: Likewise.
+        group, vocab_start, sequence_dim, check: As in :func:`vocab_parallel_linear_div`. Where `vocab_start`
+            or `vocab_size` is not given, finding out costs a collective of 8 bytes and waits for the device.
         labels: int `[N]`, columns of the whole vocabulary, of all rows, the same on every rank.
-        **options: those of :func:`kl_gpu.linear_token_stats`, given alike on every rank, but for
+        **options: The options of :func:`kl_gpu.linear_token_stats`, the same on every rank, except
             `student_bias` and `teacher_bias`: `[V_r]`, this rank's. `mask` is that of all rows. `vocab_size`
             counts the whole vocabulary.
 
     Returns:
-        TokenStats of all rows, float32 (float64 where both sides' logits are).
+        TokenStats: Of all rows, float32 (float64 where both sides' logits are float64).
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, range, name or combination is wrong, or the ranks disagree; the message names
-            the argument.
-        RuntimeError: a collective failed.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, range, name or combination is wrong, or the ranks disagree; the message names the
+            argument.
+        RuntimeError: A collective failed.
+
+    Example:
+        >>> # on every rank of a process group
+        >>> stats = vocab_parallel_linear_token_stats(  # doctest: +SKIP
+        ...     hidden, head_shard, base_hidden, base_head_shard, labels
+        ... )
+        >>> stats.summary()  # doctest: +SKIP
     """
     validation.known("vocab_parallel_linear_token_stats", options, _STATS_OPTIONS)
     options = _STATS_OPTIONS | options

@@ -33,8 +33,8 @@ def vocab_parallel_linear_token_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`kl_gpu.linear_token_logprobs` where the rows of the LM head are shared among the ranks of a group.
 
-    One collective of 16 bytes a row and rank (24 with `entropy`; of K tokens 8·(K + 1), and 8 more); in
-    backward one all_reduce of the hidden states' gradient `[N, H]` in float32, if they require one. The same
+    One collective of 16 bytes a row and rank (24 with `entropy`; for K tokens 8·(K + 1), and 8 more). In
+    backward, one all-reduce of the hidden states' gradient `[N, H]` in float32, if they require one. The same
     bits on every rank.
 
     Args:
@@ -42,19 +42,26 @@ def vocab_parallel_linear_token_logprobs(
         weight_shard: `[V_r, H]`, this rank's rows of the head; V_r may differ between ranks, and be 0.
         token_ids: int `[N]` or `[N, K]`, columns of the whole vocabulary, of all rows, the same on every
             rank.
-        group, vocab_start, sequence_dim, check: as in :func:`vocab_parallel_linear_div`. Where `vocab_start`
+        group, vocab_start, sequence_dim, check: As in :func:`vocab_parallel_linear_div`. Where `vocab_start`
             or `vocab_size` is not given, finding out costs a collective of 8 bytes and waits for the device.
-        **options: those of :func:`kl_gpu.linear_token_logprobs`, given alike on every rank, but for `bias`:
+        **options: The options of :func:`kl_gpu.linear_token_logprobs`, the same on every rank, except `bias`:
             `[V_r]`, this rank's. `mask` is that of all rows. `vocab_size` counts the whole vocabulary.
 
     Returns:
         As :func:`kl_gpu.linear_token_logprobs`, of all rows.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, range or name is wrong, or the ranks disagree; the message names the argument.
-        RuntimeError: a collective failed; from backward, when a second derivative is asked for, or when a
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, range, name or combination is wrong, or the ranks disagree; the message names the
+            argument.
+        RuntimeError: A collective failed; from backward, when a second derivative is asked for, or when a
             tensor was modified since the call.
+
+    Example:
+        >>> # on every rank of a process group
+        >>> logprobs = vocab_parallel_linear_token_logprobs(  # doctest: +SKIP
+        ...     hidden, head_shard, tokens, group=tp_group
+        ... )
     """
     validation.known("vocab_parallel_linear_token_logprobs", options, _LOGPROB_OPTIONS)
     options = _LOGPROB_OPTIONS | options
@@ -81,7 +88,7 @@ def vocab_parallel_linear_topk_div(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """`kl_gpu.linear_topk_div` where the rows of the student's LM head are shared among the ranks of a group.
 
-    One collective of 8·(K + 1) bytes a row and rank; in backward one all_reduce of the hidden states'
+    One collective of 8·(K + 1) bytes a row and rank. In backward, one all-reduce of the hidden states'
     gradient `[N, H]` in float32, if they require one. The same bits on every rank.
 
     Args:
@@ -90,10 +97,10 @@ def vocab_parallel_linear_topk_div(
             0.
         teacher_logprobs, teacher_ids: `[N, K]`, of all rows, the same on every rank; ids are columns of the
             whole vocabulary.
-        kind: as in :func:`kl_gpu.topk_div`.
-        group, vocab_start, sequence_dim, check: as in :func:`vocab_parallel_linear_div`. Where `vocab_start`
+        kind: As in :func:`kl_gpu.topk_div`.
+        group, vocab_start, sequence_dim, check: As in :func:`vocab_parallel_linear_div`. Where `vocab_start`
             or `vocab_size` is not given, finding out costs a collective of 8 bytes and waits for the device.
-        **options: those of :func:`kl_gpu.linear_topk_div`, given alike on every rank, but for
+        **options: The options of :func:`kl_gpu.linear_topk_div`, the same on every rank, except
             `student_bias`: `[V_r]`, this rank's. What is given per row is that of all rows. `vocab_size`
             counts the whole vocabulary.
 
@@ -101,11 +108,17 @@ def vocab_parallel_linear_topk_div(
         As :func:`kl_gpu.linear_topk_div`, of all rows.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, range, name or combination is wrong, or the ranks disagree; the message names
-            the argument.
-        RuntimeError: a collective failed; from backward, when a second derivative is asked for, or when a
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, range, name or combination is wrong, or the ranks disagree; the message names the
+            argument.
+        RuntimeError: A collective failed; from backward, when a second derivative is asked for, or when a
             tensor was modified since the call.
+
+    Example:
+        >>> # on every rank of a process group
+        >>> loss = vocab_parallel_linear_topk_div(  # doctest: +SKIP
+        ...     hidden, head_shard, logprobs, ids, group=tp_group
+        ... )
     """
     validation.known("vocab_parallel_linear_topk_div", options, _TOPK_OPTIONS)
     options = _TOPK_OPTIONS | options

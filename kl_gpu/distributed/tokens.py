@@ -32,23 +32,31 @@ def vocab_parallel_token_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`kl_gpu.token_logprobs` of logits whose columns are shared among the ranks of a group.
 
-    One collective of 16 bytes a row and rank (24 with `entropy`), none in backward; the same bits on every
+    One collective of 16 bytes a row and rank (24 with `entropy`), none in backward. The same bits on every
     rank.
 
     Args:
         logits_shard: `[N, V_r]`, this rank's columns; float16, bfloat16, float32 or float64.
         token_ids: int `[N]`, columns of the whole vocabulary, the same on every rank.
-        group, vocab_start, check: as in :func:`vocab_parallel_div`. Where `vocab_start` or `vocab_size` is
+        group, vocab_start, check: As in :func:`vocab_parallel_div`. Where `vocab_start` or `vocab_size` is
             not given, finding out costs a collective of 8 bytes and waits for the device.
-        **options: those of :func:`kl_gpu.token_logprobs`, given alike on every rank.
+        **options: The options of :func:`kl_gpu.token_logprobs`, the same on every rank.
 
     Returns:
-        `[N]` in float32 (float64 for float64 logits), differentiable; with `entropy` a pair of them.
+        `[N]` in float32 (float64 for float64 logits), differentiable. With `entropy`, a pair of them.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, range or name is wrong, or the ranks disagree; the message names the argument.
-        RuntimeError: a collective failed; from backward, when a second derivative is asked for.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, range, name or combination is wrong, or the ranks disagree; the message names the
+            argument.
+        RuntimeError: A collective failed; from backward, when a second derivative is asked for, or when a
+            tensor was modified since the call.
+
+    Example:
+        >>> # on every rank of a process group
+        >>> logprobs = vocab_parallel_token_logprobs(  # doctest: +SKIP
+        ...     logits_shard, tokens, group=tp_group, shift=True
+        ... )
     """
     validation.known("vocab_parallel_token_logprobs", options, _LOGPROB_OPTIONS)
     group = consistency.agree(
@@ -156,27 +164,34 @@ def vocab_parallel_token_stats(
 ) -> TokenStats:
     """`kl_gpu.token_stats` of logits whose columns are shared among the ranks of a group.
 
-    Four reads of both shards, and collectives of 104 and of 24 bytes a row and rank; without `overlap` three
-    reads and the first collective. Entropies follow the chain
-    rule H = Σ P_r H_r + H(P), a label's log-probability comes from the rank that holds it, and of equal
-    largest logits the first column of the whole vocabulary counts. The same bits on every rank.
+    Four reads of both shards, and collectives of 104 and of 24 bytes a row and rank; without `overlap`, three
+    reads and the first collective. Entropies follow the chain rule H = Σ P_r H_r + H(P); a label's
+    log-probability comes from the rank that holds it; of equal largest logits the first column of the whole
+    vocabulary counts. The same bits on every rank.
 
     Args:
-        student_shard, teacher_shard, group, vocab_start, check: as in :func:`vocab_parallel_div`. Where
-            `vocab_start` or `vocab_size` is not given, finding out costs a collective of 8 bytes and waits
-            for the device.
+        student_shard, teacher_shard: As in :func:`vocab_parallel_div`.
+        group, vocab_start, check: As in :func:`vocab_parallel_div`. Where `vocab_start` or `vocab_size` is
+            not given, finding out costs a collective of 8 bytes and waits for the device.
         labels: int `[N]`, columns of the whole vocabulary, the same on every rank.
-        temperature, teacher_temperature, mask, ignore_index, shift, vocab_size, backend, overlap: as in
-            :func:`kl_gpu.token_stats`; `vocab_size` counts the whole vocabulary.
+        temperature, teacher_temperature, mask, ignore_index: As in :func:`kl_gpu.token_stats`.
+        shift, vocab_size, backend, overlap: Likewise; `vocab_size` counts the whole vocabulary.
 
     Returns:
-        TokenStats, float32 (float64 where both inputs are).
+        TokenStats: float32 (float64 where both inputs are float64).
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, range, name or combination is wrong, or the ranks disagree; the message names
-            the argument.
-        RuntimeError: a collective failed.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, range, name or combination is wrong, or the ranks disagree; the message names the
+            argument.
+        RuntimeError: A collective failed.
+
+    Example:
+        >>> # on every rank of a process group
+        >>> stats = vocab_parallel_token_stats(  # doctest: +SKIP
+        ...     model_shard, base_shard, labels, group=tp_group, shift=True
+        ... )
+        >>> stats.summary()  # doctest: +SKIP
     """
     sides = {"student_shard": student_shard, "teacher_shard": teacher_shard}
     group = consistency.agree(

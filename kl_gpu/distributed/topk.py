@@ -26,25 +26,33 @@ def vocab_parallel_topk_div(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """`kl_gpu.topk_div` where the student's columns are shared among the ranks of a group.
 
-    One collective of 8·(K + 1) bytes a row and rank, none in backward; the same bits on every rank.
+    One collective of 8·(K + 1) bytes a row and rank, none in backward. The same bits on every rank.
 
     Args:
         student_shard: `[N, V_r]`, this rank's columns; float16, bfloat16, float32 or float64.
-        teacher_logprobs: `[N, K]`, and
-        teacher_ids: int `[N, K]`, as in :func:`kl_gpu.topk_div`, columns of the whole vocabulary, the same on
-            every rank. Each is looked up by the rank that holds it.
-        kind, **options: those of :func:`kl_gpu.topk_div`, given alike on every rank.
-        group, vocab_start, check: as in :func:`vocab_parallel_div`. Where `vocab_start` or `vocab_size` is
+        teacher_logprobs: `[N, K]`, as in :func:`kl_gpu.topk_div`, the same on every rank.
+        teacher_ids: int `[N, K]`, columns of the whole vocabulary, the same on every rank. Each is looked up
+            by the rank that holds it.
+        kind: As in :func:`kl_gpu.topk_div`.
+        **options: The options of :func:`kl_gpu.topk_div`, the same on every rank.
+        group, vocab_start, check: As in :func:`vocab_parallel_div`. Where `vocab_start` or `vocab_size` is
             not given, finding out costs a collective of 8 bytes and waits for the device.
 
     Returns:
         As :func:`kl_gpu.topk_div`.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, range, name or combination is wrong, or the ranks disagree; the message names
-            the argument.
-        RuntimeError: a collective failed; from backward, when a second derivative is asked for.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, range, name or combination is wrong, or the ranks disagree; the message names the
+            argument.
+        RuntimeError: A collective failed; from backward, when a second derivative is asked for, or when a
+            tensor was modified since the call.
+
+    Example:
+        >>> # on every rank of a process group
+        >>> loss = vocab_parallel_topk_div(  # doctest: +SKIP
+        ...     student_shard, logprobs, ids, group=tp_group, labels=labels, shift=True
+        ... )
     """
     validation.known("vocab_parallel_topk_div", options, _OPTIONS)
     group = consistency.agree(

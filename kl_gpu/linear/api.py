@@ -181,56 +181,65 @@ def linear_div(
 ) -> Any:
     """Divergence of `kind` between two models known by their hidden states and LM heads, per token, in nats.
 
-    That of :func:`kl_gpu.divergence` for the logits
+    The divergence that :func:`kl_gpu.divergence` gives for the logits
 
         z = hidden · weightᵀ + bias,    logits = softcap · tanh(logit_scale · z / softcap)
 
-    (logit_scale · z without a soft cap), of which only `chunk_rows` rows exist at a time. With a reduction
-    the gradients are computed in forward; with "none" and in float16, where a loss scale must come first, in
-    backward, from the products again. The cap is computed in float32 at least. The student's hidden states,
-    weight and bias are differentiable, the teacher is a constant.
+    (logit_scale · z without a soft cap), of which only `chunk_rows` rows exist at a time. With a reduction,
+    the gradients are computed in forward; with "none", and in float16, where a loss scale must be applied
+    first, they are computed in backward from a second set of products. The cap is computed in float32 at
+    least. The student's hidden states, weight and bias are differentiable; the teacher is a constant.
 
-    Rows that do not count cost nothing on the CPU; elsewhere they are computed with the others, since finding
-    them would wait for the device. How the products round is the vendor library's affair: a row's last bits
-    may depend on the size of its chunk, so on N. A NaN in a row that counts stays in that row of the values
+    Rows that do not count cost nothing on the CPU. On a GPU they are computed with the others, because
+    finding them would wait for the device. Matrix products are the vendor library's: a row's last bits may
+    depend on the size of its chunk, and so on N. A NaN in a row that counts stays in that row of the values
     and of the hidden states' gradient, but reaches all of the weight's and the bias's.
 
     Args:
-        student_hidden: `[N, H_s]`, N any leading shape; float16, bfloat16, float32 or float64.
+        student_hidden: `[N, H_s]`, where N is any leading shape; float16, bfloat16, float32 or float64.
         student_weight: `[V_s, H_s]`, of the same dtype. Under autocast both are cast as `F.linear` would; a
-            gradient has its input's dtype. The weight's is summed over chunks in float32 at least.
-        teacher_hidden, teacher_weight: `[N, H_t]` and `[V_t, H_t]`; H and dtype may differ from the
-            student's. Nothing of the teacher may require a gradient.
-        kind: a name in `kl_gpu.KINDS`.
+            gradient has its input's dtype. The weight's gradient is summed over chunks in float32 at least.
+        teacher_hidden: `[N, H_t]`; H and dtype may differ from the student's. Nothing of the teacher may
+            require a gradient.
+        teacher_weight: `[V_t, H_t]`.
+        kind: A name in `kl_gpu.KINDS`.
         student_bias, teacher_bias: `[V]`, of the weight's dtype.
-        softcap, teacher_softcap: each model's cap, a float > 0; None or 0 for none.
-        logit_scale, teacher_logit_scale: each model's factor, a float > 0; the temperature over it must be
+        softcap, teacher_softcap: Each model's soft cap, a float > 0; None or 0 for none.
+        logit_scale, teacher_logit_scale: Each model's factor, a float > 0. The temperature over it must be
             within [1e-6, 1e9].
-        chunk_rows: rows of logits held at once; None chooses by V, dtype and device, and takes fewer where a
-            GPU is short of memory.
-        beta, temperature, teacher_temperature, t_squared, mask, labels, ignore_index, weight, reduction,
-            normalizer, backend: as in :func:`kl_gpu.divergence`.
-        shift: hidden states at t go with entry t+1 of labels, mask and weight; needs `[batch, time, H]` and
-            gives `[batch, time − 1]`.
-        vocab_size: rows of the weights at and past it are ignored on both sides; required where the two V
-            differ.
-        student_columns, teacher_columns: as in :func:`kl_gpu.divergence`, of rows of the weights and numbers
+        chunk_rows: How many rows of logits exist at once. None decides by V, dtype and device, and takes
+            fewer where a GPU is short of memory.
+        beta, temperature, teacher_temperature, t_squared, backend: As in :func:`kl_gpu.divergence`.
+        mask, labels, ignore_index, weight, reduction, normalizer: Likewise.
+        shift: Hidden states at t go with entry t + 1 of labels, mask and weight. Needs `[batch, time, H]` and
+            returns `[batch, time − 1]`.
+        vocab_size: The softmax is over the first `vocab_size` rows of the weights on both sides. Required
+            where the two V differ.
+        student_columns, teacher_columns: As in :func:`kl_gpu.divergence`, of rows of the weights and entries
             of the biases, which are copied.
-        hard_weight: as in :func:`kl_gpu.divergence`, chunk by chunk from the logits that are there; the
-            gradient of a chunk's logits is the sum of the two in their dtype.
-        return_entropy: also return the student's entropies, as :func:`kl_gpu.divergence` does, chunk by chunk
-            from the logits that are there: no product is taken for them.
+        hard_weight: As in :func:`kl_gpu.divergence`, from the logits of each chunk.
+        return_entropy: Also return the student's entropies, from the logits of each chunk; no product is
+            taken for them.
 
     Returns:
-        float32 (float64 where both sides' logits are); `[N]` for reduction="none", else 0-d. Never negative.
-        With `return_entropy` a pair of that and the entropies `[N]`, detached.
+        float32 (float64 where both sides' logits are float64); `[N]` for `reduction="none"`, otherwise 0-d.
+        Never negative. With `return_entropy`, a pair of this and the entropies `[N]`, detached.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, range, name or combination is wrong, or the teacher requires a gradient; the
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, range, name or combination is wrong, or the teacher requires a gradient; the
             message names the argument.
-        RuntimeError: from backward, when a second derivative is asked for, or when a tensor was modified
+        RuntimeError: From backward, when a second derivative is asked for, or when a tensor was modified
             since the call.
+
+    Example:
+        >>> import torch, kl_gpu
+        >>> hidden = torch.randn(2, 8, 16, requires_grad=True)
+        >>> head = torch.randn(100, 16, requires_grad=True)
+        >>> loss = kl_gpu.linear_div(hidden, head, torch.randn(2, 8, 24), torch.randn(100, 24))
+        >>> loss.backward()
+        >>> hidden.grad.shape, head.grad.shape
+        (torch.Size([2, 8, 16]), torch.Size([100, 16]))
     """
     validation.of_one_rank("linear_div", student_hidden, student_weight, teacher_hidden, teacher_weight)
     heads = student_weight, student_bias, teacher_weight, teacher_bias
@@ -251,13 +260,14 @@ def linear_div(
 
 def run_linear(
     sides: tuple[Any, ...], kind: str, options: Options, linear: Linear, columns: int | None = None,
-    **products: Any,
+    vocabulary: int = 0, **products: Any,
 ) -> Any:  # fmt: skip
     """`linear_div`, whatever computes it.
 
     Args:
         sides: hidden states, weight and bias, of the student and then of the teacher.
         columns: how many rows of the weights count, where they are a shard's.
+        vocabulary: how many count on all ranks, where they are a shard's and there is a `hard_weight`.
         products: what makes the logits, as `rows.two_heads` has it.
     """
     options.check(kind)
@@ -281,7 +291,7 @@ def run_linear(
     dtype, labels, label_scale = compute_dtype(*dtypes), None, None
     hard = reduction._replace(factor=None)
     if options.hard_weight > 0:
-        labels = options.hard_labels(reduction.computed, params.vocab_size).reshape(-1)
+        labels = options.hard_labels(reduction.computed, vocabulary or params.vocab_size).reshape(-1)
         ones = torch.ones((len(labels), 1), dtype=wide_dtype(device), device=device)
         label_scale = ones * factors[0]
     of_rows = row_scales, labels, label_scale

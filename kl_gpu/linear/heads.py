@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ..arguments.temperatures import Scales
 from ..backends import registry
 from ..backends.native.memory import on_huge_pages
 from ..complement import SplitRows, entropies
+from ..ops import beside
 from ..ops import complement as ops_of_rows
 from ..ops import pair as ops
 from ..ops.complement import present
@@ -107,10 +108,27 @@ def sweep_rows(
     return value
 
 
-def with_extras(rows: SweepRows, split_rows: SplitRows, entropy: bool) -> SweepRows:
+class SharedRows(Protocol):
+    """Rows whose columns are shared among ranks: what the labels' term asks of the other ranks."""
+
+    @property
+    def columns(self) -> int:
+        """The size of the whole vocabulary."""
+
+    def own(self, labels: Tensor) -> Tensor:
+        """The labels as this rank counts its columns, −1 where another rank holds them."""
+
+    def merged(self, picked: Tensor, rest_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The whole row's picked logits `[n, 1]` and log-sum-exp of the others `[n]` from those of this
+        rank's columns, and this rank's share of the others' mass."""
+
+
+def with_extras(
+    rows: SweepRows, split_rows: SplitRows, entropy: bool, shared: SharedRows | None = None
+) -> SweepRows:
     """`SweepRows` of divergences, with the student's entropies and the labels' −log q behind them.
 
-    What is given of each row goes on with the labels, as `LinearExtras` has it.
+    What is given of each row goes on with the labels, as `LinearExtras` has it. `shared` as in `label_term`.
     """
 
     def run(
@@ -119,6 +137,9 @@ def with_extras(rows: SweepRows, split_rows: SplitRows, entropy: bool) -> SweepR
         label_row_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         of, found, to_student = params.divergence, [], None
+        if rows is sweep_rows and registry.joins(of.backend):
+            per_row = scales, row_scale, labels, label_scale, label_row_scale
+            return rows_and_extras(params, entropy, student, teacher, keep, *per_row)
         # Both before the gradient comes in the logits' place.
         x = two_at_least(student)
         if entropy:
@@ -126,7 +147,7 @@ def with_extras(rows: SweepRows, split_rows: SplitRows, entropy: bool) -> SweepR
             window = LogitsWindow(x.shape[-1], shift=False)
             found.append(entropies(split_rows, x, keep, both, window, of.backend))
         if labels is not None:
-            own, to_student = label_term(x, labels, keep, label_scale, label_row_scale, of.backend)
+            own, to_student = label_term(x, labels, keep, label_scale, label_row_scale, of.backend, shared)
             found.append(own)
         value = rows(params, student, teacher, keep, scales, row_scale)
         if to_student is not None:
@@ -136,16 +157,42 @@ def with_extras(rows: SweepRows, split_rows: SplitRows, entropy: bool) -> SweepR
     return run
 
 
+def rows_and_extras(
+    params: LinearParams, entropy: bool, student: Tensor, teacher: Tensor, keep: Tensor | None,
+    scales: Tensor | None, row_scale: Tensor | None, labels: Tensor | None, label_scale: Tensor | None,
+    label_row_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """What `with_extras` makes of `sweep_rows`, where the backend finds it all in one visit of a row."""
+    asked, of = (student, teacher, keep, labels, label_scale, entropy), params.divergence
+    if row_scale is None:
+        found = beside.value_and_beside(*asked, *of, scales)
+    else:
+        factors = row_scale, None if label_row_scale is None else label_row_scale.double()
+        found = beside.value_and_gradient_and_beside(*asked, *factors, *of, student, None, scales)
+    value, _, entropies, surprises = found
+    each = [value, *[entropies] * entropy, *[surprises] * (labels is not None)]
+    return torch.stack([x.to(value.dtype) for x in each], -1)
+
+
 def label_term(
     logits: Tensor, labels: Tensor, keep: Tensor | None, scale: Tensor | None, row_scale: Tensor | None,
-    backend: str,
+    backend: str, shared: SharedRows | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """−log q of the labels `[n]`, and with factors `[n]` of the rows its gradient to the logits."""
-    ids = labels[:, None]
+    """−log q of the labels `[n]`, and with factors `[n]` of the rows its gradient to the logits.
+
+    `shared` merges the ranks' parts where the logits are a shard of the columns; labels count those of all.
+    """
+    ids, columns = labels[:, None], logits.shape[-1]
+    known = present(ids, columns if shared is None else shared.columns)
+    if shared is not None:
+        ids = shared.own(ids)
     picked = ops_of_rows.picked_logits(logits, ids, keep, False, "")
     picked = picked if scale is None else picked * scale
     rest_lse, rest_entropy, stats = ops_of_rows.complement(logits, ids, keep, 1.0, False, backend, scale)
-    s = torch.where(present(ids, logits.shape[-1]), picked, torch.nan)[:, 0]
+    share = None
+    if shared is not None:
+        picked, rest_lse, share = shared.merged(picked, rest_lse)
+    s = torch.where(known, picked, torch.nan)[:, 0]
     logprob, _, to_s, to_rest, *_ = token(s, rest_lse, rest_entropy)
     value = -logprob if keep is None else torch.where(keep, -logprob, 0.0)
     if row_scale is None:
@@ -153,6 +200,7 @@ def label_term(
     flow = -row_scale.to(to_s.dtype)
     flow = flow if keep is None else torch.where(keep, flow, 0.0)
     gradient = torch.empty_like(logits)
+    to_rest = to_rest if share is None else to_rest * share
     grads = (flow * to_s)[:, None], flow * to_rest
     ops_of_rows.complement_gradient(logits, ids, keep, stats, *grads, None, 1.0, backend, gradient, scale)
     return value, gradient

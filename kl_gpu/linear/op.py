@@ -19,7 +19,7 @@ from ..complement import SplitRows, split
 from ..ops.register import operator
 from .accumulate import HeadGradients, gradient_outputs
 from .chunks import chunks_of, memory_of_rows
-from .heads import Head, Sweep, SweepRows, sweep_rows, with_extras
+from .heads import Head, SharedRows, Sweep, SweepRows, sweep_rows, with_extras
 
 
 def settled(device: torch.device) -> AbstractContextManager[object]:
@@ -29,19 +29,19 @@ def settled(device: torch.device) -> AbstractContextManager[object]:
 
 def over_chunks(
     *arguments: Any, sweep_rows: SweepRows = sweep_rows, split_rows: SplitRows = split, widest: int = 0,
-    fields: tuple[int, ...] = (),
+    fields: tuple[int, ...] = (), shared: SharedRows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The operator `linear`, whose schema names the arguments, whatever sweeps the rows.
 
     `widest` as in `Sweep`; `fields` is the shape of what `sweep_rows` finds for a row. Where the student's
     entropies are asked for, `split_rows` finds them. They and the labels' −log q stand behind the
-    divergences.
+    divergences; `shared` as in `heads.label_term`.
     """
     student_side, teacher_side, (valid, per_row, needs) = arguments[:3], arguments[3:6], arguments[6:9]
     params, extras = LinearParams.from_arguments(*arguments[9:])
     hidden, n = student_side[0], len(student_side[0])
     if extras.fields:
-        sweep_rows, fields = with_extras(sweep_rows, split_rows, extras.entropy), extras.fields
+        sweep_rows, fields = with_extras(sweep_rows, split_rows, extras.entropy, shared), extras.fields
     of_rows = [extras.scales, per_row]
     if extras.labels is not None:
         of_rows += extras[2:]

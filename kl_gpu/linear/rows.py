@@ -74,7 +74,8 @@ def one_head(
         columns = validation.vocabulary({f"{side}weight": len(weight)}, "rows", vocab_size)
     how = _products(hidden, ("softcap", softcap), ("logit_scale", logit_scale), temperature)
     of = partial(_split, weight=weight, bias=bias, how=how, chunk_rows=_rows_per_chunk(chunk_rows))
-    return Rows(f"{side}hidden", hidden, how[0].dtype, LogitsWindow(columns, shift), columns, of)
+    window = LogitsWindow(columns, shift)
+    return Rows(f"{side}hidden", hidden, how[0].dtype, window, columns, of, factor=how[1])
 
 
 def _split(

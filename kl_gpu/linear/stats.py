@@ -83,27 +83,37 @@ def linear_token_stats(
     vocab_size: int | None = None,
     backend: str | None = None,
 ) -> TokenStats:
-    """:func:`kl_gpu.token_stats` of two models known by their hidden states and LM heads.
+    """Compare two models token by token, from their hidden states and LM heads.
 
-    The logits are those that :func:`kl_gpu.linear_div` describes; only `chunk_rows` rows of both exist at a
-    time, made by one product a side. No gradient: tensors that require one are fine, the result is detached.
+    :func:`kl_gpu.token_stats` of the logits that :func:`kl_gpu.linear_div` describes. Only `chunk_rows` rows
+    of both sides exist at a time, made by one matrix product each. There is no gradient: tensors that require
+    one are fine, and the result is detached.
 
     Args:
-        student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias, softcap,
-            teacher_softcap, logit_scale, teacher_logit_scale, chunk_rows: as in :func:`kl_gpu.linear_div`.
-        labels, temperature, teacher_temperature, mask, ignore_index, backend: as in
-            :func:`kl_gpu.token_stats`.
-        shift: hidden states at t go with entry t+1 of labels and mask; needs `[batch, time, H]` and gives
+        student_hidden, student_weight, teacher_hidden, teacher_weight: As in :func:`kl_gpu.linear_div`.
+        labels: int `[N]`, as in :func:`kl_gpu.token_stats`.
+        student_bias, teacher_bias, softcap, teacher_softcap: As in :func:`kl_gpu.linear_div`.
+        logit_scale, teacher_logit_scale, chunk_rows: Likewise.
+        temperature, teacher_temperature, mask, ignore_index, backend: As in :func:`kl_gpu.token_stats`.
+        shift: Hidden states at t go with entry t + 1 of labels and mask. Needs `[batch, time, H]` and returns
             `[batch, time − 1]`.
-        vocab_size: rows of the weights at and past it are ignored on both sides; required where the two V
-            differ.
+        vocab_size: The softmax is over the first `vocab_size` rows of the weights on both sides. Required
+            where the two V differ.
 
     Returns:
-        TokenStats, float32 (float64 where both sides' logits are).
+        TokenStats: float32 (float64 where both sides' logits are float64).
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, range, name or combination is wrong; the message names the argument.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, range, name or combination is wrong; the message names the argument.
+
+    Example:
+        >>> import torch, kl_gpu
+        >>> hidden, head = torch.randn(4, 16), torch.randn(100, 16)
+        >>> rounded = head.to(torch.float16).float()
+        >>> stats = kl_gpu.linear_token_stats(hidden, rounded, hidden, head)
+        >>> stats.forward_kl.shape
+        torch.Size([4])
     """
     validation.of_one_rank(
         "linear_token_stats", student_hidden, student_weight, teacher_hidden, teacher_weight

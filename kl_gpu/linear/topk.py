@@ -38,34 +38,45 @@ def linear_topk_div(
     outside_logprob: float | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """:func:`kl_gpu.topk_div` of a student known by hidden states and LM head, per token, in nats.
+    """Divergence between a student's hidden states and the K tokens known of a teacher, per token, in nats.
 
-    The student's logits are those that :func:`kl_gpu.linear_div` describes; only `chunk_rows` rows of them
-    exist at a time. Forward takes one product; backward takes it again, and one product for each of hidden
-    states and weight that require a gradient. What else is held is O(N·K).
+    :func:`kl_gpu.topk_div` of the student's logits that :func:`kl_gpu.linear_div` describes. Only
+    `chunk_rows` rows of them exist at a time. Forward takes one matrix product; backward takes it again, and
+    one product for each of hidden states and weight that require a gradient. Beside that, O(N·K) numbers are
+    held.
 
     Args:
-        student_hidden: `[N, H]`, N any leading shape; float16, bfloat16, float32 or float64.
+        student_hidden: `[N, H]`, where N is any leading shape; float16, bfloat16, float32 or float64.
         student_weight: `[V, H]`, of the same dtype; under autocast as in :func:`kl_gpu.linear_div`.
-        teacher_logprobs, teacher_ids, kind, tail, teacher_tail_logprob: as in :func:`kl_gpu.topk_div`.
+        teacher_logprobs, teacher_ids, kind, tail, teacher_tail_logprob: As in :func:`kl_gpu.topk_div`.
         student_bias: `[V]`, of the weight's dtype.
-        softcap: a float > 0; None or 0 for none.
-        logit_scale: a float > 0; the temperature over it must be within [1e-6, 1e9].
-        chunk_rows: as in :func:`kl_gpu.linear_div`.
-        beta, temperature, t_squared, mask, labels, ignore_index, weight, reduction, normalizer, validate,
-            return_mass, outside_logprob, backend: as in :func:`kl_gpu.topk_div`.
-        shift: hidden states and the teacher's entries at t go with entry t+1 of labels, mask and weight;
-            needs `[batch, time, H]` and gives `[batch, time − 1]`.
-        vocab_size: rows of the student's weight at and past it are ignored.
+        softcap: A float > 0; None or 0 for none.
+        logit_scale: A float > 0. The temperature over it must be within [1e-6, 1e9].
+        chunk_rows: As in :func:`kl_gpu.linear_div`.
+        beta, temperature, t_squared, validate, return_mass: As in :func:`kl_gpu.topk_div`.
+        outside_logprob, backend: Likewise.
+        mask, labels, ignore_index, weight, reduction, normalizer: As in :func:`kl_gpu.divergence`.
+        shift: Hidden states and the teacher's entries at t go with entry t + 1 of labels, mask and weight.
+            Needs `[batch, time, H]` and returns `[batch, time − 1]`.
+        vocab_size: The softmax is over the first `vocab_size` rows of the student's weight.
 
     Returns:
         As :func:`kl_gpu.topk_div`, differentiable in the student's hidden states, weight and bias.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, range, name or combination is wrong; the message names the argument.
-        RuntimeError: from backward, when a second derivative is asked for, or when a tensor was modified
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, range, name or combination is wrong; the message names the argument.
+        RuntimeError: From backward, when a second derivative is asked for, or when a tensor was modified
             since the call.
+
+    Example:
+        >>> import torch, kl_gpu
+        >>> known = kl_gpu.topk_logprobs(torch.randn(4, 100), 8)
+        >>> hidden, head = torch.randn(4, 16), torch.randn(100, 16, requires_grad=True)
+        >>> loss = kl_gpu.linear_topk_div(hidden, head, known.logprobs, known.ids)
+        >>> loss.backward()
+        >>> head.grad.shape
+        torch.Size([100, 16])
     """
     validation.of_one_rank("linear_topk_div", student_hidden, student_weight)
     rows = one_head(

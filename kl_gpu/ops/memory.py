@@ -37,9 +37,14 @@ def _is_large(like: Tensor) -> bool:
 
 
 def empty_cache() -> None:
-    """Give the memory that is kept on the CPU for the next gradients back to the system.
+    """Return the memory that is kept on the CPU for the next gradients to the system.
 
-    Gradients that are alive keep theirs. `KL_GPU_CACHE_MB` in the environment says how many MiB may be kept.
+    Gradients that are alive keep theirs. The environment variable KL_GPU_CACHE_MB limits how many MiB are
+    kept.
+
+    Example:
+        >>> import kl_gpu
+        >>> kl_gpu.empty_cache()
     """
     from ..backends.native import memory
 

@@ -9,6 +9,7 @@ import torch
 
 from . import symbols
 from .direct import nobody_listens
+from .log import logged
 
 Function = Callable[..., Any]
 _library = torch.library.Library("kl_gpu", "FRAGMENT")
@@ -29,7 +30,8 @@ def operator(schema: str, fake: Function, *, of_rows: bool = False) -> Callable[
         def run_rows(*arguments: Any) -> Any:
             return function(*arguments) if arguments[0].numel() else fake(*arguments)
 
-        name, run = schema.partition("(")[0], run_rows if of_rows else function
+        name = schema.partition("(")[0]
+        run = logged(name, run_rows if of_rows else function)
         _library.define(schema)
         _library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"kl_gpu::{name}", fake, lib=_library)

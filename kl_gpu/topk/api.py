@@ -79,65 +79,75 @@ def topk_div(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Divergence between a student's logits and the K tokens known of a teacher, per token, in nats.
 
-    With p the teacher, q = softmax(student), Σ_K over the ids and P, Q what each side has outside them:
+    With p the teacher, q = softmax(student), sums Σ over the ids, and P, Q what each side has outside them:
 
-    - "bucket": the divergence of K + 1 outcomes, the rest of each side in one. Never more than that of the
+    - "bucket": the divergence of K + 1 outcomes, the rest of each side being one. Never more than that of the
       full distributions (data processing inequality; Cover and Thomas, section 2.8), and equal for K = V.
-    - "renormalize": of both sides conditioned on the ids: p̂ ∝ p^(1/T), q̂ ∝ e^(s/T). The only one for
-      temperature ≠ 1, and the only one that tells the student nothing about the rest of the vocabulary.
-    - "student_full": KL(p̂‖q), p̂ = p/Σ_K p and q over the whole vocabulary. Forward KL only.
-    - "truncate": Σ_K p (log p − log q), not renormalised. Can be negative. Forward KL only.
-    - "generalized": Σ_K [p log(p/q) − p + q], the KL of two measures, and its reverse; jeffreys and js are
-      made of these. Never negative.
+    - "renormalize": both sides conditioned on the ids, p̂ ∝ p^(1/T) and q̂ ∝ e^(s/T). The only rule for a
+      temperature other than 1, and the only one that tells the student nothing about the other tokens.
+    - "student_full": KL(p̂‖q) with p̂ = p/Σ p and q over the whole vocabulary. Forward KL only, unless
+      `outside_logprob` is given.
+    - "truncate": Σ p (log p − log q), not renormalised. May be negative. Forward KL only, unless
+      `outside_logprob` is given.
+    - "generalized": Σ [p log(p/q) − p + q], the KL of two measures, and its reverse; jeffreys and js are made
+      of these. Never negative.
 
-    One read of the student's logits for the value ("renormalize" reads only the ids), one more and one write
-    for the gradient. Extra memory is O(N·K).
+    One read of the student's logits for the value ("renormalize" reads only the ids), one more read and a
+    write for the gradient. The extra memory is O(N·K).
 
     Args:
-        student_logits: `[N, V]`, N any leading shape; float16, bfloat16, float32 or float64.
+        student_logits: `[N, V]`, where N is any leading shape; float16, bfloat16, float32 or float64.
         teacher_logprobs: `[N, K]`, K ≥ 1, log-probabilities under the teacher's full softmax at temperature
-            1; the same dtypes. It gets no gradient: one that requires it is refused.
-        teacher_ids: int `[N, K]`, the columns they belong to, in any order; −1 or −100 marks an absent entry,
-            whose log-probability is not looked at. An entry of log-probability −inf whose id stands elsewhere
-            in its row is absent too: padding with (0, −inf). Rows without any entry are NaN under
-            "renormalize" and "student_full".
+            1; the same dtypes. They get no gradient, and are refused if they require one.
+        teacher_ids: int `[N, K]`, the columns they belong to, in any order. −1 or −100 marks an absent entry,
+            whose log-probability is ignored. An entry with log-probability −inf whose id occurs elsewhere in
+            its row is absent too: padding with (0, −inf). Rows without any entry are NaN under "renormalize"
+            and "student_full".
         kind: "forward_kl", "reverse_kl", "jeffreys" or "js".
-        tail: what to make of the rest of the vocabulary, see above.
-        teacher_tail_logprob: `[N]`, log P for "bucket", as :func:`kl_gpu.topk_logprobs` gives it. Without it
-            P = 1 − Σ_K p, but never less than what the rounding of teacher_logprobs may hide, lest KL(q‖p)
-            be infinite (where the student has no mass outside the ids, such a P is 0). Where the ids are the
-            whole vocabulary P is 0, whatever was given.
-        beta: as in :func:`kl_gpu.divergence`.
-        temperature: divides the student's logits and the teacher's log-probabilities; 1 but for
-            "renormalize", which also takes `[N]` of each row's, as :func:`kl_gpu.divergence` does.
-        t_squared: multiply value and gradient by T².
-        mask, labels, ignore_index, shift, weight, reduction, normalizer: as in :func:`kl_gpu.divergence`;
-            with `shift` the teacher's entries at t go with the student's logits at t.
-        vocab_size: the student's columns at and past it are ignored.
-        inplace: allow the gradient to be written over the memory of `student_logits` in backward.
-        outside_logprob: for "truncate" and "student_full" alone: what the teacher's log-probability is taken
-            for of every token that the ids do not name. It allows "reverse_kl" and "jeffreys", whose KL(q‖p)
-            then is Σ q (log q − log p) over the whole vocabulary, p̂ in p's place for "student_full"; the
-            forward KL is not changed. NeMo-RL has −100. Such a p may sum to anything, so a value may be
-            below 0.
-        validate: refuse ids outside [0, V) that mark no absent entry, and ids given twice in a row that
-            counts, and for tails other than "renormalize" probabilities that sum to more than 1.05, with P
-            where it is given, or a given P that is NaN where teacher_logprobs are not; a row with a NaN in
-            those is NaN. On the CPU always; on a GPU it waits for the device. Not validated, an id outside
-            counts as absent and is never read, and one given twice counts twice.
-        return_mass: also return the probability of the ids, Σ_K p and Σ_K q at temperature 1, `[N]`, not
-            differentiable; rows that do not count have 0.
-        backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
+        tail: The rule for tokens outside the ids, see above.
+        teacher_tail_logprob: `[N]`, log P for "bucket", as :func:`kl_gpu.topk_logprobs` gives it. Without it,
+            P is 1 − Σ p, but never less than what the rounding of teacher_logprobs may hide, lest KL(q‖p) be
+            infinite. (Where the student has no mass outside the ids, such a P is 0.) Where the ids are the
+            whole vocabulary, P is 0 whatever is given.
+        beta: As in :func:`kl_gpu.divergence`.
+        temperature: Divides the student's logits and the teacher's log-probabilities. A temperature other
+            than 1 needs `tail="renormalize"`, which also accepts `[N]` with one per row.
+        t_squared: Multiply value and gradient by T².
+        mask, labels, ignore_index, weight, reduction, normalizer: As in :func:`kl_gpu.divergence`.
+        shift: Likewise. The teacher's entries at t belong to the student's logits at t.
+        vocab_size: The student's softmax is over its first `vocab_size` columns.
+        inplace: Permit writing the gradient over the memory of `student_logits` in backward.
+        validate: Refuse ids outside [0, V) that mark no absent entry, ids given twice in a row that counts,
+            and, for tails other than "renormalize", probabilities that sum to more than 1.05 (with P where it
+            is given) and a P of NaN beside log-probabilities that are not. Always done on the CPU; on a GPU
+            it waits for the device. Without it, an id outside counts as absent and is never read, and one
+            given twice counts twice.
+        return_mass: Also return Σ p and Σ q at temperature 1, `[N]` each, not differentiable; 0 in rows that
+            do not count.
+        outside_logprob: For "truncate" and "student_full": the log-probability that the teacher is taken to
+            give every token outside the ids. Permits "reverse_kl" and "jeffreys", whose KL(q‖p) is then Σ q
+            (log q − log p) over the whole vocabulary, with p̂ in place of p for "student_full"; the forward
+            KL does not change. NeMo-RL uses −100. Such a p need not sum to 1, so a value may be negative.
+        backend: One of `kl_gpu.BACKENDS`, or None for the fastest on this device.
 
     Returns:
-        float32 (float64 where logits and log-probabilities are); `[N]` for reduction="none", else 0-d. With
-        `return_mass` a triple: that, the teacher's mass, the student's mass.
+        float32 (float64 where logits and log-probabilities are float64); `[N]` for `reduction="none"`,
+        otherwise 0-d. With `return_mass`, a triple of this, the teacher's mass and the student's mass.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, range, name or combination is wrong; the message names the argument.
-        RuntimeError: from backward, when a second derivative is asked for, or when logits were modified
-            since the call.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, range, name or combination is wrong; the message names the argument.
+        RuntimeError: From backward, when a second derivative is asked for, or when logits were modified since
+            the call.
+
+    Example:
+        >>> import torch, kl_gpu
+        >>> teacher = torch.tensor([[0.6, 0.2, 0.1, 0.1]]).log()
+        >>> student = torch.tensor([[0.4, 0.4, 0.1, 0.1]]).log().requires_grad_()
+        >>> logprobs, ids, rest = kl_gpu.topk_logprobs(teacher, 2)
+        >>> loss = kl_gpu.topk_div(student, logprobs, ids, teacher_tail_logprob=rest)
+        >>> print(f"{loss.item():.4f}")
+        0.1046
     """
     validation.of_one_rank("topk_div", student_logits)
     rows = logits_rows("student_logits", student_logits, vocab_size, shift)
@@ -173,8 +183,8 @@ def run_topk(
     validation.temperature("temperature", temperature)
     if tail != "renormalize" and (isinstance(temperature, Tensor) or temperature != 1):
         raise ValueError(
-            "temperature must be 1 but for tail='renormalize': p^(1/T) cannot be normalised without the rest "
-            f"of p, got {validation.shown_temperature(temperature)} with tail={tail!r}"
+            "temperature != 1 needs tail='renormalize': p^(1/T) cannot be normalised without the rest of p; "
+            f"got {validation.shown_temperature(temperature)} with tail={tail!r}"
         )
     student, device, columns = rows.tensor, rows.tensor.device, rows.columns
     validation.topk(student, teacher_logprobs, teacher_ids, teacher_tail_logprob, tail)
@@ -203,7 +213,7 @@ def run_topk(
         if rest_log_p is not None:
             rest_log_p = complement.checked_tail(rest_log_p, log_p, valid)
 
-    scale, _, scales = options.scales(student, reduction.valid)
+    scale, _, scales = options.scales(student, reduction.valid, over=rows.factor)
     sweeps = tail != "renormalize"
     entropy = outside_logprob is not None
     params = ComplementParams(scale, sweeps, entropy, validate, "teacher_ids", chosen, rows.window, inplace)

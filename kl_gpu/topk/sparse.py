@@ -88,45 +88,57 @@ def sparse_div(
     normalizer: float | Tensor | None = None,
     return_mass: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Divergence between two models of each of whom only the K best tokens are known, per token, in nats.
+    """Divergence between two models of each of which only the K best tokens are known, per token, in nats.
 
     A token that one side does not name has an unknown probability there, so only the common tokens are
     compared one by one. With p the teacher, q the student, and P, Q what each has outside the common tokens:
 
     - "bucket": the divergence of the common tokens and one more outcome, all others. Never more than that of
       the full distributions (data processing inequality; Cover and Thomas, section 2.8).
-    - "renormalize": of both sides conditioned on the common tokens. The only one for temperature ≠ 1.
-    - "truncate": Σ p (log p − log q) over the common tokens. Can be negative. Forward KL only.
+    - "renormalize": both sides conditioned on the common tokens. The only rule for a temperature other than
+      1.
+    - "truncate": Σ p (log p − log q) over the common tokens. May be negative. Forward KL only.
     - "generalized": Σ [p log(p/q) − p + q] over the common tokens, and its like for the other kinds.
 
     Plain PyTorch in float64 on O(N·K) numbers. Where no token is common, "bucket" and "generalized" are 0 and
-    "renormalize" is NaN: `return_mass` tells how much was compared.
+    "renormalize" is NaN; `return_mass` tells how much was compared.
 
     Args:
-        student_logprobs: `[N, K_s]`, N any leading shape, log-probabilities under the student's full softmax;
-            float16, bfloat16, float32 or float64. Differentiable.
-        student_ids: int `[N, K_s]`, the tokens they belong to, in any order, each once in a row; an absent
+        student_logprobs: `[N, K_s]`, where N is any leading shape: log-probabilities under the student's full
+            softmax; float16, bfloat16, float32 or float64. Differentiable.
+        student_ids: int `[N, K_s]`, the tokens they belong to, in any order, each once in a row. An absent
             entry is marked as in :func:`kl_gpu.topk_div`, by −1 or any id below 0.
-        teacher_logprobs, teacher_ids: `[N, K_t]`, the same of the teacher, who gets no gradient.
+        teacher_logprobs, teacher_ids: `[N, K_t]`, the same of the teacher, without a gradient.
         kind: "forward_kl", "reverse_kl", "jeffreys" or "js".
-        tail: what to make of the other tokens, see above.
-        student_tail_logprob, teacher_tail_logprob: `[N]`, for "bucket": the log of what each side's unnamed
-            tokens have together, as :func:`kl_gpu.topk_logprobs` gives it. Without it what is left of 1, but
-            never less than what the rounding of the log-probabilities may hide.
-        beta, temperature, t_squared, mask, labels, ignore_index, weight, reduction, normalizer: as in
-            :func:`kl_gpu.topk_div`.
-        shift: both sides' entries at t go with entry t+1 of labels, mask and weight.
-        return_mass: also return the probability of the common tokens, Σ p and Σ q, `[N]`, not
-            differentiable; rows that do not count have 0.
+        tail: The rule for the other tokens, see above.
+        student_tail_logprob: `[N]`, for "bucket": the log of what the student's unnamed tokens have together,
+            as :func:`kl_gpu.topk_logprobs` gives it. Without it, what is left of 1, but never less than what
+            the rounding of the log-probabilities may hide.
+        teacher_tail_logprob: The same of the teacher.
+        beta, temperature, t_squared: As in :func:`kl_gpu.topk_div`.
+        mask, labels, ignore_index, weight, reduction, normalizer: As in :func:`kl_gpu.divergence`.
+        shift: Both sides' entries at t go with entry t + 1 of labels, mask and weight.
+        return_mass: Also return Σ p and Σ q over the common tokens, `[N]` each, not differentiable; 0 in rows
+            that do not count.
 
     Returns:
-        float32 (float64 where both sides' log-probabilities are); `[N]` for reduction="none", else 0-d. With
-        `return_mass` a triple: that, the teacher's mass, the student's mass.
+        float32 (float64 where both sides' log-probabilities are float64); `[N]` for `reduction="none"`,
+        otherwise 0-d. With `return_mass`, a triple of this, the teacher's mass and the student's mass.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, range, name or combination is wrong; on the CPU also where ids stand twice in a
-            row that counts or probabilities sum to more than 1.05. The message names the argument.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, range, name or combination is wrong; on the CPU also where an id occurs twice in
+            a row that counts, or probabilities sum to more than 1.05. The message names the argument.
+
+    Example:
+        >>> import torch, kl_gpu
+        >>> student = kl_gpu.topk_logprobs(torch.tensor([[0.4, 0.4, 0.1, 0.1]]).log(), 2)
+        >>> teacher = kl_gpu.topk_logprobs(torch.tensor([[0.6, 0.2, 0.1, 0.1]]).log(), 2)
+        >>> value, teacher_mass, student_mass = kl_gpu.sparse_div(
+        ...     student.logprobs, student.ids, teacher.logprobs, teacher.ids, return_mass=True
+        ... )
+        >>> print(f"{value.item():.4f} {teacher_mass.item():.2f} {student_mass.item():.2f}")
+        0.1046 0.80 0.80
     """
     options = Options(
         beta=beta, temperature=temperature, t_squared=t_squared, mask=mask, labels=labels,
@@ -141,7 +153,7 @@ def sparse_div(
     validation.temperature("temperature", temperature)
     if tail != "renormalize" and (isinstance(temperature, Tensor) or temperature != 1):
         raise ValueError(
-            f"temperature must be 1 but for tail='renormalize', got "
+            f"temperature != 1 needs tail='renormalize', got "
             f"{validation.shown_temperature(temperature)} with tail={tail!r}"
         )
     validation.one_side("student_logprobs", student_logprobs, columns=1)

@@ -16,12 +16,18 @@ from . import formulas
 
 
 class TopkLogprobs(NamedTuple):
-    """A teacher's K best tokens, row by row, as :func:`kl_gpu.topk_div` takes them.
+    """A teacher's K most likely tokens, row by row, as :func:`kl_gpu.topk_div` takes them.
 
     Attributes:
         logprobs: `[N, K]`, log-probabilities under the full softmax, the largest first.
         ids: int64 `[N, K]`, the columns they belong to.
         tail_logprob: `[N]`, the log of the summed probability of all other columns.
+
+    Example:
+        >>> import torch, kl_gpu
+        >>> logprobs, ids, rest = kl_gpu.topk_logprobs(torch.tensor([[0.6, 0.1, 0.3]]).log(), 2)
+        >>> ids.tolist()
+        [[0, 2]]
     """
 
     logprobs: Tensor
@@ -40,32 +46,38 @@ def topk_logprobs(
 ) -> TopkLogprobs:
     """The K largest log-probabilities of each row, their columns, and the log of what all others have.
 
-    With p = softmax(logits/T): log p_i is −log(1 + Σ_{j≠i} p_j/p_i), and the tail is the log of the *sum* of
-    the other probabilities. Neither is a difference, so both are good to 5e-6 of themselves however peaked
-    the row is, where 1 − Σ p of rounded numbers is noise or negative. No gradient: logits that require one
-    are fine, the result is detached. `torch.topk` and one read of the logits; beside what `torch.topk` takes
-    the extra memory is O(N·K).
+    With p = softmax(logits / T), log p_i is computed as −log(1 + Σ p_j/p_i) over j ≠ i, and the tail is the
+    log of the *sum* of the other probabilities. Neither is a difference, so both are accurate to 5e-6 of
+    themselves however peaked the row is, where 1 − Σ p of rounded numbers is noise or negative. There is no
+    gradient: logits that require one are fine, and the result is detached. Costs `torch.topk` and one read of
+    the logits; beside what `torch.topk` takes, the extra memory is O(N·K).
 
     Args:
-        logits: `[N, V]`, N any leading shape; float16, bfloat16, float32 or float64. Any view whose last
-            dimension is contiguous is read without a copy.
-        k: how many, within [1, V].
-        temperature: divides the logits; a float or `[N]` of each row's, as in :func:`kl_gpu.token_logprobs`.
-            `topk_div` wants log-probabilities at temperature 1.
-        mask: bool or integers 0 and 1, `[N]`; True or 1 counts. A row that does not count is a teacher of
-            whom nothing is known: logprobs 0, ids −1 (absent), tail_logprob 0, whatever its logits hold.
-        vocab_size: columns at and past it are ignored.
-        backend: one of `kl_gpu.BACKENDS`, or None for the fastest on this device.
+        logits: `[N, V]`, where N is any leading shape; float16, bfloat16, float32 or float64. Any view whose
+            last dimension is contiguous is read without a copy.
+        k: How many, within [1, V].
+        temperature: Divides the logits: a float, or `[N]` with one per row, as in
+            :func:`kl_gpu.token_logprobs`. `topk_div` expects log-probabilities at temperature 1.
+        mask: bool, or integers 0 and 1, `[N]`. True or 1 counts. A row that does not count becomes a teacher
+            of whom nothing is known: logprobs 0, ids −1 (absent) and tail_logprob 0, whatever its logits
+            hold.
+        vocab_size: The softmax is over the first `vocab_size` columns.
+        backend: One of `kl_gpu.BACKENDS`, or None for the fastest on this device.
 
     Returns:
-        TopkLogprobs: logprobs and tail_logprob in float32 (float64 for float64 logits), ids in int64, those
-        that `torch.topk` of the logits gives, ties included. A column at −inf has log p = −inf, and so has a
-        tail without mass (K = V). A row with NaN, with +inf or with nothing but −inf is NaN, and its ids
-        mean nothing.
+        TopkLogprobs: logprobs and tail_logprob in float32 (float64 for float64 logits), ids in int64, in the
+        order and with the ties of `torch.topk`. A column at −inf has log p = −inf, and so has a tail without
+        mass (K = V). A row with NaN, with +inf or with nothing but −inf is NaN, and its ids mean nothing.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, range or name is wrong; the message names the argument.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, range or name is wrong; the message names the argument.
+
+    Example:
+        >>> import torch, kl_gpu
+        >>> logprobs, ids, rest = kl_gpu.topk_logprobs(torch.tensor([[0.6, 0.1, 0.3]]).log(), 2)
+        >>> [round(x, 4) for x in logprobs[0].exp().tolist()], round(rest.exp().item(), 4)
+        ([0.6, 0.3], 0.1)
     """
     options = Options(temperature=temperature, mask=mask, vocab_size=vocab_size, backend=backend)
     validation.temperature("temperature", temperature)

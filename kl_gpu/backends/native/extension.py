@@ -28,7 +28,7 @@ def available() -> bool:
 
 
 def isa() -> str:
-    """The instruction set in use: v4 (AVX-512), v3 (AVX2), v2 (SSE4.2) of x86-64, or baseline elsewhere."""
+    """The set in use: v4 (AVX-512), v3 (AVX2), v2 (SSE4.2) of x86-64, neon of AArch64, baseline elsewhere."""
     return _native.isa()
 
 
