@@ -106,18 +106,32 @@ enum class RowClass : int {
     masked = 5,      // -inf on both sides somewhere, in no column on one side alone
 };
 
+// What is asked of one side beside the divergence, [A*B] each: its entropy in nats, and its surprise
+// -log q(label) with q at a temperature of its own. nullptr: not asked for.
+struct Beside {
+    bool of_a;
+    double* entropies;
+    const std::int64_t* labels;
+    const double* label_scales;     // 1 / temperature of the surprise; nullptr: 1
+    double* surprises;              // NaN for a label that is no column; 0 in rows that do not count
+    const double* label_row_scale;  // what multiplies the surprise's gradient
+
+    double label_scale(std::int64_t r) const { return label_scales == nullptr ? 1 : label_scales[r]; }
+};
+
 // Value and stats hold fp64 where `wide`, else fp32; [A*B] and [A*B, kStats], contiguous. Callers who want
 // no gradient give nullptr for the stats.
-void value(const RowPair&, bool wide, void* value, void* stats);
+void value(const RowPair&, bool wide, void* value, void* stats, const Beside* = nullptr);
 
-// row_scale [A*B] in the stats' dtype. A gradient may be written over the logits it belongs to.
+// row_scale [A*B] in the stats' dtype. A gradient may be written over the logits it belongs to. With labels
+// the side's gradient is that of both terms.
 void gradient(const RowPair&, bool wide, const void* stats, const void* row_scale, const Gradient& to_a,
-              const Gradient& to_b);
+              const Gradient& to_b, const Beside* = nullptr);
 
 // Both in one visit of each row, for callers who know row_scale beforehand: the second read of a row comes
 // from cache.
 void value_and_gradient(const RowPair&, bool wide, const void* row_scale, void* value, void* stats,
-                        const Gradient& to_a, const Gradient& to_b);
+                        const Gradient& to_a, const Gradient& to_b, const Beside* = nullptr);
 
 // What the terms and flows of the pair's formula add up to, fp64 [A*B, 3], 0 in rows that do not count. Of
 // nla they are tv's terms and the two halves of alpha, of lk those of tv: a caller makes the row's numbers of

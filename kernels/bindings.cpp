@@ -31,6 +31,8 @@ using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t, int>;    // A
 using Scales = std::tuple<Address, std::int64_t>;                           // data or 0, columns
 using Pair = std::tuple<Side, Side, Valid, Sizes, std::string, double, bool, Scales>;  // formula, beta, fp64
 using Complement = std::tuple<Side, Valid, Sizes, Address, std::int64_t, Scales>;      // ids, ids per row
+// Whose, entropies, labels, their scales, surprises, their factors in the gradient.
+using Beside = std::tuple<bool, Address, Address, Address, Address, Address>;
 using Units = std::tuple<double, Address>;  // of all, or of each row
 
 template <class T = void>
@@ -67,6 +69,16 @@ kl::RowPair row_pair(const Pair& of) {
     return {logits(a), logits(b),         row_mask(valid), size_a,
             size_b,    columns,           threads,         kl::formula_named(formula.c_str()),
             beta,      row_scales(scales)};
+}
+
+kl::Beside beside(const Beside& of) {
+    const auto& [of_a, entropies, labels, label_scales, surprises, label_row_scale] = of;
+    return {of_a,
+            pointer<double>(entropies),
+            pointer<const std::int64_t>(labels),
+            pointer<const double>(label_scales),
+            pointer<double>(surprises),
+            pointer<const double>(label_row_scale)};
 }
 
 bool is_wide(const Pair& of) { return std::get<6>(of); }
@@ -107,6 +119,26 @@ NB_MODULE(_native, m) {
         kl::value_and_gradient(row_pair(of), is_wide(of), pointer(row_scale), pointer(value), pointer(stats),
                                target(to_a), target(to_b));
     });
+    m.def("value_and_beside", [](const Pair& of, const Beside& more, Address value, Address stats) {
+        const kl::Beside found = beside(more);
+        nb::gil_scoped_release unlocked;
+        kl::value(row_pair(of), is_wide(of), pointer(value), pointer(stats), &found);
+    });
+    m.def("gradient_with_labels", [](const Pair& of, const Beside& more, Address stats, Address row_scale,
+                                     const Target& to_a, const Target& to_b) {
+        const kl::Beside found = beside(more);
+        nb::gil_scoped_release unlocked;
+        kl::gradient(row_pair(of), is_wide(of), pointer(stats), pointer(row_scale), target(to_a),
+                     target(to_b), &found);
+    });
+    m.def("value_and_gradient_and_beside",
+          [](const Pair& of, const Beside& more, Address row_scale, Address value, Address stats,
+             const Target& to_a, const Target& to_b) {
+              const kl::Beside found = beside(more);
+              nb::gil_scoped_release unlocked;
+              kl::value_and_gradient(row_pair(of), is_wide(of), pointer(row_scale), pointer(value),
+                                     pointer(stats), target(to_a), target(to_b), &found);
+          });
     m.def("formula_sums", [](const Pair& of, Address stats, Address out) {
         nb::gil_scoped_release unlocked;
         kl::formula_sums(row_pair(of), is_wide(of), pointer(stats), pointer<double>(out));

@@ -7,6 +7,7 @@ _Valid = tuple[int, int, int]
 _Sizes = tuple[int, int, int, int]
 _Target = tuple[int, int, int, int]
 _Scales = tuple[int, int]
+_Beside = tuple[bool, int, int, int, int, int]
 _Pair = tuple[_Side, _Side, _Valid, _Sizes, str, float, bool, _Scales]
 _Complement = tuple[_Side, _Valid, _Sizes, int, int, _Scales]
 _Units = tuple[float, int]
@@ -29,6 +30,32 @@ def gradient(
 ) -> None: ...
 def value_and_gradient(
     of: _Pair,
+    row_scale: int,
+    value: int,
+    stats: int,
+    to_a: _Target,
+    to_b: _Target,
+    /,
+) -> None: ...
+def value_and_beside(
+    of: _Pair,
+    more: _Beside,
+    value: int,
+    stats: int,
+    /,
+) -> None: ...
+def gradient_with_labels(
+    of: _Pair,
+    more: _Beside,
+    stats: int,
+    row_scale: int,
+    to_a: _Target,
+    to_b: _Target,
+    /,
+) -> None: ...
+def value_and_gradient_and_beside(
+    of: _Pair,
+    more: _Beside,
     row_scale: int,
     value: int,
     stats: int,

@@ -20,7 +20,7 @@ Grads = tuple[Tensor | None, Tensor | None]
 _NO_CHANGE = nullcontext()
 
 
-def _buffers(student: Tensor, teacher: Tensor, call: DivergenceCall, needs: tuple[bool, bool]) -> Grads:
+def buffers(student: Tensor, teacher: Tensor, call: DivergenceCall, needs: tuple[bool, bool]) -> Grads:
     """Where the gradients go, with what does not count already 0."""
     to_student = (student.detach() if call.inplace else gradient_buffer(student)) if needs[0] else None
     return to_student, gradient_buffer(teacher) if needs[1] else None
@@ -64,7 +64,7 @@ def _row_gradients(call: DivergenceCall, needs: Any, incoming: Any, tensors: Any
     student, teacher, valid, scales = tensors
     (row_scale,), (stats,) = incoming, kept
     with torch.no_grad():
-        grads = _buffers(student, teacher, call, needs[:2])
+        grads = buffers(student, teacher, call, needs[:2])
         sides, narrow = call.window.of_each(student, teacher), call.window.of_each(*grads)
         ops.gradient(*sides, valid, stats, row_scale.to(stats.dtype), None, *call.params, *narrow, scales)
         call.window.zero_rest(*grads)
@@ -80,19 +80,25 @@ def _row_gradients(call: DivergenceCall, needs: Any, incoming: Any, tensors: Any
 ROW_DIVERGENCE = transforms.Step(_row_values, _row_gradients)
 
 
+def is_differentiated(student: Tensor, teacher: Tensor) -> bool:
+    """Whether somebody may ask for a derivative.
+
+    Forward mode and torch.func need no requires_grad to differentiate. Called past a Function, an operator
+    would answer them with a derivative of 0.
+    """
+    return transforms.are_active() or (
+        torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)
+    )
+
+
 def per_row(
     student: Tensor, teacher: Tensor, valid: Tensor | None, scales: Tensor | None, call: DivergenceCall
 ) -> Tensor:
     """Per-row divergence `[N]`, differentiable; its value alone where nobody will ask for a derivative, for
     a Function costs 10 µs. `scales` as `Scales.rows` has them.
-
-    Forward mode and torch.func need no requires_grad to differentiate. Called past a Function, the operator
-    would answer them with a derivative of 0.
     """
     value: Tensor
-    if transforms.are_active() or (
-        torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)
-    ):
+    if is_differentiated(student, teacher):
         (value,) = transforms.apply(ROW_DIVERGENCE, call, student, teacher, valid, scales)
     else:
         value = ops.divergence(*call.window.of_each(student, teacher), valid, *call.params, scales)
@@ -122,7 +128,7 @@ class WeightedSum(torch.autograd.Function):
         if are_saved_tensors_managed():
             value, stats = _row_values(call, student, teacher, valid, scales)
         else:
-            grads = _buffers(student, teacher, call, ctx.needs_input_grad[:2])
+            grads = buffers(student, teacher, call, ctx.needs_input_grad[:2])
             sides, narrow = call.window.of_each(student, teacher), call.window.of_each(*grads)
             value, stats = ops.value_and_gradient(*sides, valid, row_scale, *call.params, *narrow, scales)
             call.window.zero_rest(*grads)

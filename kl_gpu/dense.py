@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import transforms
+from . import beside, transforms
 from .arguments import validation
 from .arguments.options import Options
 from .arguments.params import DivergenceCall, DivergenceParams
 from .arguments.reduction import LogitsWindow, Reduction, compute_dtype, last_contiguous
 from .autograd import WeightedSum, per_row
 from .backends import registry
+from .beside import BesideCall
 from .columns import selected
 from .complement import SplitRows, entropies, split
 from .kinds import KINDS
@@ -52,6 +53,14 @@ def run_divergence(
     if options.hard_weight > 0:
         labels = options.hard_labels(reduction.computed, columns or vocab_size)
 
+    at_once = rows_of is None and _gradient_at_once(student, teacher, reduction, call)
+    of_rows = student, teacher, reduction, scales.rows, labels
+    if rows_of is None and (labels is not None or options.return_entropy) and registry.joins(chosen):
+        of_call = BesideCall(call, options.return_entropy)
+        result, found = _with_beside(*of_rows, options.hard_weight, of_call, at_once=at_once)
+        result = result.float() if mixed else result
+        return (result, found.to(result.dtype)) if options.return_entropy else result
+
     def completed(result: Tensor) -> Any:
         if labels is not None:
             result = result + options.hard_weight * hard_term(labels).to(result.dtype)
@@ -70,7 +79,7 @@ def run_divergence(
         values = hard.completed(of(hard.computed).to(dtype), lambda others: of(others).to(dtype))
         return hard.reduced(values)
 
-    if rows_of is None and _gradient_at_once(student, teacher, reduction, call):
+    if at_once:
         row_scale = reduction.scale(
             window.of(student).shape[:-1], compute_dtype(student.dtype, teacher.dtype), student.device
         )
@@ -81,6 +90,33 @@ def run_divergence(
     value = of(student, teacher, reduction.computed, scales.rows, call)
     value = reduction.completed(value, lambda others: of(student, teacher, others, scales.rows, call))
     return completed(reduction.reduced(value.float() if mixed else value))
+
+
+def _with_beside(
+    student: Tensor, teacher: Tensor, reduction: Reduction, scales: Tensor | None, labels: Tensor | None,
+    hard_weight: float, of: BesideCall, *, at_once: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The result and the entropies `[N]`, where the backend finds them and the labels' term as it goes."""
+    hard, lead = reduction._replace(factor=None), of.call.window.of(student).shape[:-1]
+    dtype, device = compute_dtype(student.dtype, teacher.dtype), student.device
+    if at_once:
+        row_scale, label_row_scale = reduction.scale(lead, dtype, device), None
+        if labels is not None:
+            label_row_scale = hard_weight * hard.scale(lead, torch.float64, device)
+        result, entropies = beside.WeightedSum.apply(
+            student, teacher, reduction.computed, scales, labels, row_scale, label_row_scale, of
+        )
+        return result, entropies
+
+    def rows_of(valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return beside.per_row(student, teacher, valid, scales, labels, of)
+
+    value, surprises, entropies = rows_of(reduction.computed)
+    result = reduction.reduced(reduction.completed(value, lambda others: rows_of(others)[0]))
+    if labels is not None:
+        surprises = hard.completed(surprises.to(dtype), lambda others: rows_of(others)[1].to(dtype))
+        result = result + hard_weight * hard.reduced(surprises)
+    return result, entropies
 
 
 def _gradient_at_once(student: Tensor, teacher: Tensor, reduction: Reduction, call: DivergenceCall) -> bool:

@@ -155,7 +155,7 @@ def divergence(
             count the columns of the comparison, and `vocab_size` must be None.
         teacher_columns: The same on the teacher's side.
         return_entropy: Also return the student's entropies −Σ q log q, at the cost of one more read of its
-            logits.
+            logits, except in the "native" backend, which computes them while a row is in cache.
         hard_weight: Adds hard_weight · (−log q(label)) to each row's value and gradient, with q at
             temperature 1 and without T² (Hinton et al. 2015, section 2), and with the same mask, weight and
             reduction. Needs `labels`, which must be valid columns in rows that count; excludes `support`;

@@ -8,7 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from realistic_rows import COPIES, FAMILIES, SmallModel, Trained, train
+from realistic_rows import (
+    COPIES,
+    FAMILIES,
+    SmallModel,
+    Trained,
+    raised_token,
+    tops_on_a_floor,
+    train,
+)
 from support import DEVICE
 
 CASES = (*FAMILIES, *COPIES)
@@ -37,3 +45,12 @@ def realistic(case: str, rows: int, vocab: int, model: Trained, seed: int = 0) -
     else:
         student, teacher = model.pair(case, rows, generator)
     return student.to(DEVICE), teacher.to(DEVICE)
+
+
+def peaked_sides(
+    rows: int = 6, vocab: int = 300, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """(student, teacher), half of them five tokens on a floor, half with one token that holds most."""
+    generator = torch.Generator().manual_seed(1)
+    parts = [family(rows // 2, vocab, generator) for family in (tops_on_a_floor, raised_token)]
+    return tuple(torch.cat(side).to(DEVICE, dtype) for side in zip(*parts, strict=True))  # type: ignore[return-value]

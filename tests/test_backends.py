@@ -30,7 +30,7 @@ def test_a_backend_offers_the_interface(backend: str) -> None:
 
 def test_a_backend_that_joins_functions_offers_all_of_them() -> None:
     assert registry.joining("eager") is None
-    with pytest.raises(TypeError, match="eager is no backend: it lacks token_stats_and_comparison"):
+    with pytest.raises(TypeError, match="eager is no backend: it lacks value_and_beside"):
         registry.check(registry.load("eager"), Joining)
     if importlib.util.find_spec("kl_gpu._native"):
         assert registry.joining("native") is registry.load("native")

@@ -85,6 +85,26 @@ def test_docstring_examples_run(name: str) -> None:
     evaluate(document)
 
 
+def _anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", x.replace("`", "").lower()).replace(" ", "-") for x in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    """Of the pages that the site does not have; its own are checked when it is built."""
+    text = (ROOT / page).read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text)
+    for target in (x or y for x, y in links):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        assert (ROOT / path).exists(), target
+        assert not anchor or anchor in _anchors(ROOT / (path or page)), target
+    assert page != "README.md" or len(links) >= 10
+
+
 def test_every_key_of_a_summary_is_listed() -> None:
     page = (DOCS / "evaluation.md").read_text().partition("## Every key")[2]
     listed = set()

@@ -10,17 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kl_gpu
-from realistic_rows import raised_token, tops_on_a_floor
+from realistic import peaked_sides as sides
 from support import DEVICE, is_slow
 
 N, COLUMNS, HARD = 6, 300, 0.3
 REDUCTIONS = ["none", "sum", "mean", "batchmean"]
-
-
-def sides(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    parts = [family(N // 2, COLUMNS, generator) for family in (tops_on_a_floor, raised_token)]
-    return tuple(torch.cat(side).to(DEVICE, dtype) for side in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
 def labels_of(columns: int = COLUMNS) -> Tensor:

@@ -9,16 +9,10 @@ from torch import Tensor
 
 import kl_gpu
 from kl_gpu import reference
-from realistic_rows import raised_token, tops_on_a_floor
+from realistic import peaked_sides as sides
 from support import DEVICE, is_slow, to_numpy
 
 N, COLUMNS = 6, 300
-
-
-def sides(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    parts = [family(N // 2, COLUMNS, generator) for family in (tops_on_a_floor, raised_token)]
-    return tuple(torch.cat(side).to(DEVICE, dtype) for side in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
 def exact(logits: Tensor, temperature: object = 1.0) -> np.ndarray:
@@ -36,7 +30,7 @@ def check(got: Tensor, want: np.ndarray, relative: float = 1e-6) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_of_logits(backend: str, dtype: torch.dtype, reduction: str) -> None:
-    student, teacher = sides(dtype)
+    student, teacher = sides(dtype=dtype)
     temperature = torch.linspace(0.7, 2, N, device=DEVICE) if reduction == "none" else 1.3
     options = {"temperature": temperature, "reduction": reduction, "backend": backend}
     leaf, other = (student.clone().requires_grad_() for _ in range(2))

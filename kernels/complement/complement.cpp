@@ -39,41 +39,38 @@ struct Layout : RowBlocks<ComplementArgs> {
         numbers.resize(static_cast<std::size_t>(p.n_ids));
         return numbers.data();
     }
-    // Whether 2^exponents at this temperature fit fp32 at all; single rows may turn out not to.
-    bool fits_fp32(std::int64_t r) const {
-        const double scale = row_scale(r);
-        return p.x.dtype != Dtype::f64 && scale > 0x1p-60 && scale < 0x1p60;
-    }
-    double row_scale(std::int64_t r) const { return p.scale(r) * Row::kLog2e; }
+    bool fits_fp32(std::int64_t r) const { return kl::fits_fp32(row(r)); }
 };
 
-void finalise_row(const Layout& layout, std::int64_t r, ComplementSums sums, bool entropy, double* rest_lse,
-                  double* rest_entropy, double* stats) {
+}  // namespace
+
+bool fits_fp32(const ComplementRow& row) {
+    const double scale = row.exact_scale();
+    return row.dtype != Dtype::f64 && scale > 0x1p-60 && scale < 0x1p60;
+}
+
+ComplementResult finish(const ComplementKernels& kernels, const ComplementRow& row, ComplementSums sums,
+                        bool entropy) {
     ComplementForm form = ComplementForm::fp32;
     // fp64 decides what is a NaN, and takes rows so large that the rounding of m shows in the result.
     const bool has_mass = sums.m > -__builtin_inf();
-    if (!layout.fits_fp32(r) || sums.bad || (has_mass && !(std::fabs(sums.m) < 0x1p20))) {
+    if (!fits_fp32(row) || sums.bad || (has_mass && !(std::fabs(sums.m) < 0x1p20))) {
         form = ComplementForm::fp64;
-        sums = layout.kernels_of_set().sum_in_fp64(layout.row(r));
+        sums = kernels.sum_in_fp64(row);
     }
     double lse = sums.z == 0 ? -__builtin_inf() : sums.m + std::log2(sums.z), exact = lse;
     if (form == ComplementForm::fp32 && sums.z > 0) {
         // The sums were taken with the scale rounded to fp32. That shows where all logits are large.
-        const double scale = layout.row_scale(r), rounded = static_cast<double>(static_cast<float>(scale));
+        const double scale = row.exact_scale(), rounded = static_cast<double>(static_cast<float>(scale));
         exact += (scale / rounded - 1) * (sums.m + (entropy ? sums.t / sums.z : 0));
     }
-    sums.bad = sums.bad || std::isnan(layout.row_scale(r));
+    sums.bad = sums.bad || std::isnan(row.exact_scale());
     if (sums.bad) lse = exact = std::nan("");
     // sum pi (log2 z - y): neither part is negative.
-    *rest_entropy = !entropy || sums.z == 0 ? 0 : std::max(0.0, (std::log2(sums.z) - sums.t / sums.z) * kLn2);
-    if (sums.bad) *rest_entropy = std::nan("");
-    *rest_lse = exact * kLn2;
-    stats[kRestLse] = lse;
-    stats[kRestForm] = static_cast<double>(static_cast<int>(form));
-    stats[kRestEntropy] = *rest_entropy;
+    const double nats = (std::log2(sums.z) - sums.t / sums.z) * kLn2;
+    const double of_row = !entropy || sums.z == 0 ? 0 : std::max(0.0, nats);
+    return {lse, form, exact * kLn2, sums.bad ? std::nan("") : of_row};
 }
-
-}  // namespace
 
 void complement(const ComplementArgs& p, bool entropy, double* rest_lse, double* rest_entropy,
                 double* stats) {
@@ -91,7 +88,12 @@ void complement(const ComplementArgs& p, bool entropy, double* rest_lse, double*
         }
         ComplementSums total;
         for (std::int64_t n = 0; layout.fits_fp32(r) && n < layout.blocks(); ++n) total += sums_of(n);
-        finalise_row(layout, r, total, entropy, rest_lse + r, rest_entropy + r, row_stats);
+        const ComplementResult found = finish(layout.kernels_of_set(), layout.row(r), total, entropy);
+        rest_lse[r] = found.rest_lse;
+        rest_entropy[r] = found.entropy;
+        row_stats[kRestLse] = found.lse;
+        row_stats[kRestForm] = static_cast<double>(static_cast<int>(found.form));
+        row_stats[kRestEntropy] = found.entropy;
     });
 }
 

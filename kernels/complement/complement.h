@@ -70,8 +70,22 @@ struct ComplementScalars {
     double entropy, grad_rest_lse, grad_rest_entropy;  // flows already times 1/T
 };
 
+// Whether 2^exponents at this temperature fit fp32 at all; single rows may turn out not to.
+bool fits_fp32(const ComplementRow&);
+
+// What a row's sums come to: log2 sum 2^x with x scaled as `form` says, and in nats the very log-sum-exp of
+// the logits and the entropy.
+struct ComplementResult {
+    double lse;
+    ComplementForm form;
+    double rest_lse, entropy;
+};
+
 struct ComplementKernels {
     ComplementSums (*sum)(const ComplementRow&, std::int64_t first, std::int64_t last, bool entropy);
+    // All columns in fp32 with their entropy, for rows known to hold neither a NaN nor +inf, measured from
+    // their log-sum-exp or nearly.
+    ComplementSums (*sum_known)(const ComplementRow&, float m, std::int64_t first, std::int64_t last);
     ComplementSums (*sum_in_fp64)(const ComplementRow&);
     // Leaves the picked columns to `place`.
     void (*gradient)(const ComplementRow&, const ComplementScalars&, Destination, std::int64_t first,
@@ -80,5 +94,8 @@ struct ComplementKernels {
     void (*place)(Destination, const std::int64_t* ids, const double* values, std::int64_t n, double factor,
                   std::int64_t first, std::int64_t last);
 };
+
+// From the sums in fp32; those of a row that fp32 does not fit play no part.
+ComplementResult finish(const ComplementKernels&, const ComplementRow&, ComplementSums, bool entropy);
 
 }  // namespace kl

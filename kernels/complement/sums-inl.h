@@ -148,6 +148,58 @@ private:
     S k_;
 };
 
+// All of n columns from a reference that none lies far above, where nothing is a NaN or +inf.
+template <class T>
+inline ComplementSums sum_known_run(const T* x, std::int64_t n, float scale, float reference) {
+    const VF k = splat<VF>(scale), m = splat<VF>(reference),
+             deepest = splat<VF>(static_cast<float>(kDeepest));
+    struct Column {
+        VF y;
+        Reduced<VF> e;
+    };
+    ComplementSums out;
+    out.m = static_cast<double>(reference);
+    VF z{}, t{}, run_z{}, run_t{};
+    const auto begin = [&](VF logit) KL_INLINE_LAMBDA {
+        const VF y = max(fma(logit, k, -m), deepest);
+        return Column{y, reduce(clamp_exponent(y))};
+    };
+    const auto begin_step = [&](const T* at) KL_INLINE_LAMBDA {
+        const auto both = load_pair(at);
+        return Pair<Column>{begin(both.x), begin(both.y)};
+    };
+    const auto end = [&](std::int64_t, const Pair<Column>& c) KL_INLINE_LAMBDA {
+        const VF w0 = exp2_from(c.x.y, c.x.e), w1 = exp2_from(c.y.y, c.y.e);
+        run_z += w0 + w1;
+        run_t += mad(w0, c.x.y, w1 * c.y.y);
+    };
+    const auto end_run = [&]() KL_INLINE_LAMBDA {
+        z += run_z;
+        t += run_t;
+        run_z = run_t = VF{};
+    };
+    const auto end_tile = [&]() {
+        end_run();
+        out.z += sum(z);
+        out.t += sum(t);
+        z = t = VF{};
+    };
+    const std::int64_t whole = n / kStep<T> * kStep<T>;
+    for (std::int64_t i = 0; i < whole; i += kTile) {
+        pipelined(
+            smaller(kTile, whole - i), kStep<T>,
+            [&](std::int64_t j) KL_INLINE_LAMBDA { return begin_step(x + i + j); }, end, kRun, end_run);
+        end_tile();
+    }
+    if (whole == n) return out;
+    T last[kStep<T>];
+    std::memcpy(last, x + whole, static_cast<std::size_t>(n - whole) * sizeof(T));
+    for (std::int64_t i = n - whole; i < kStep<T>; ++i) last[i] = minus_infinity<T>();
+    end(0, begin_step(last));
+    end_tile();
+    return out;
+}
+
 // The picked columns of a block, tile by tile.
 class PickedColumns {
 public:

@@ -13,6 +13,13 @@ ComplementSums sum(const ComplementRow& row, std::int64_t first, std::int64_t la
     });
 }
 
+ComplementSums sum_known(const ComplementRow& row, float m, std::int64_t first, std::int64_t last) {
+    return in_fp32_format(row.dtype, [&]<class T>() {
+        return sum_known_run(static_cast<const T*>(row.x) + first, last - first,
+                             static_cast<float>(row.exact_scale()), m);
+    });
+}
+
 // Calls take(x, first, n) with copies in fp64 of scaled columns, -inf at the picked ones.
 template <class Take>
 void for_each_wide_copy(const ComplementRow& row, std::int64_t first, std::int64_t last, Take take) {
@@ -73,6 +80,6 @@ void place(Destination to, const std::int64_t* ids, const double* values, std::i
 
 }  // namespace
 
-const ComplementKernels complement_kernels{sum, sum_in_fp64, gradient, fill, place};
+const ComplementKernels complement_kernels{sum, sum_known, sum_in_fp64, gradient, fill, place};
 
 }  // namespace kl::KL_ISA

@@ -11,7 +11,7 @@ State sweep_block(const Row&, std::int64_t first, std::int64_t last);
 RowResult fallback(const Row&);
 FormulaSums formula_sums(const Row&, const RowScalars&, std::int64_t first, std::int64_t last);
 void gradient(const Row&, const RowScalars&, Destination to_a, Destination to_b, std::int64_t first,
-              std::int64_t last, bool non_temporal);
+              std::int64_t last, bool non_temporal, const LabelTerm&);
 PairState sweep_pair_block(const Row&, std::int64_t first, std::int64_t last);
 SideResult side_result(const void* logits, Dtype, std::int64_t columns, double scale);
 double logit(const void* logits, Dtype, std::int64_t column);
@@ -22,6 +22,10 @@ extern const ComplementKernels complement_kernels;
 template <class T>
 void kl_gradient_run(const T* a, const T* b, std::int64_t n, double scale, const RowScalars&, T* to_a,
                      T* to_b, bool non_temporal);
+// The same with a label's term beside it, to one side alone; false where that is not to be had.
+template <class T>
+bool kl_gradient_with_label(const T* a, const T* b, std::int64_t n, double scale, const RowScalars&,
+                            const LabelTerm&, T* to_a, T* to_b, bool non_temporal);
 template <class T>
 void formula_gradient_run(const T* a, const T* b, std::int64_t n, double scale, const RowScalars&, T* to_a,
                           T* to_b, bool non_temporal);

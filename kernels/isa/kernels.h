@@ -15,7 +15,7 @@ struct Kernels {
     FormulaSums (*formula_sums)(const Row&, const RowScalars&, std::int64_t first, std::int64_t last);
     // Where non_temporal, gradients bypass the cache.
     void (*gradient)(const Row&, const RowScalars&, Destination to_a, Destination to_b, std::int64_t first,
-                     std::int64_t last, bool non_temporal);
+                     std::int64_t last, bool non_temporal, const LabelTerm&);
     PairState (*sweep_pair_block)(const Row&, std::int64_t first, std::int64_t last);
     SideResult (*side)(const void* logits, Dtype, std::int64_t columns, double scale);
     // One logit; and the first of some columns that holds a logit, or -1.

@@ -3,8 +3,11 @@
 
 namespace kl::KL_ISA {
 
-#define X(T) \
-    template void kl_gradient_run(const T*, const T*, std::int64_t, double, const RowScalars&, T*, T*, bool);
+#define X(T)                                                                                           \
+    template void kl_gradient_run(const T*, const T*, std::int64_t, double, const RowScalars&, T*, T*, \
+                                  bool);                                                               \
+    template bool kl_gradient_with_label(const T*, const T*, std::int64_t, double, const RowScalars&,  \
+                                         const LabelTerm&, T*, T*, bool);
 KL_FORMATS(X)
 #undef X
 

@@ -3,6 +3,7 @@
 
 #include "isa/entries-inl.h"
 #include "pair/copies-inl.h"
+#include "pair/label-inl.h"
 
 namespace kl::KL_ISA {
 namespace {
@@ -73,15 +74,24 @@ void gradient_run(const T* a, const T* b, std::int64_t n, double scale, const Ro
 
 template <class R>
 void gradient_through_copies(const Row& row, const RowScalars& scalars, Destination to_a, Destination to_b,
-                             std::int64_t first, std::int64_t last) {
-    R out_a[kScratchColumns], out_b[kScratchColumns];
+                             std::int64_t first, std::int64_t last, const LabelTerm& label) {
+    R out_a[kScratchColumns] = {}, out_b[kScratchColumns] = {};
+    // Copies in fp64 are scaled already.
+    const double own = label.of_a ? row.scale_a() : row.scale_b();
+    const LabelColumns<Wide<R>> columns(std::is_same_v<R, double> ? label.scale / own : label.scale, label);
     for_each_copy<R>(row, first, last,
                      [&](const R* a, const R* b, std::int64_t i, std::int64_t n, double scale) {
                          gradient_run(a, b, n, scale, scalars, to_a.data ? out_a : nullptr,
                                       to_b.data ? out_b : nullptr, false);
+                         if (label.factor != 0)
+                             columns.add(label.of_a ? a : b, n, label.of_a ? out_a : out_b, label, i);
                          if (to_a.data) round_run(out_a, n, to_a.data, to_a.dtype, i);
                          if (to_b.data) round_run(out_b, n, to_b.data, to_b.dtype, i);
                      });
+}
+
+const void* column_of(const void* row, Dtype dtype, std::int64_t column) {
+    return static_cast<const char*>(row) + column * size_of(dtype);
 }
 
 template <class T>
@@ -89,31 +99,69 @@ T* from(Destination to, std::int64_t column) {
     return to.data == nullptr ? nullptr : static_cast<T*>(to.data) + column;
 }
 
+// In fp32. The label's own column is taken apart, before its logits may be written over.
+void gradient_with_label(const Row& row, const RowScalars& scalars, Destination to_a, Destination to_b,
+                         std::int64_t first, std::int64_t last, bool non_temporal, const LabelTerm& label) {
+    const bool here = label.column >= first && label.column < last;
+    const Destination& to = label.of_a ? to_a : to_b;
+    float at_label = 0;
+    if (here) {
+        const Destination own{&at_label, Dtype::f32};
+        const auto only = [&](bool of_a) {
+            return of_a == label.of_a ? own : Destination{nullptr, Dtype::f32};
+        };
+        Row one = row;
+        one.a = column_of(row.a, row.dtype_a, label.column);
+        one.b = column_of(row.b, row.dtype_b, label.column);
+        LabelTerm of_one = label;
+        of_one.column = 0;
+        gradient_through_copies<float>(one, scalars, only(true), only(false), 0, 1, of_one);
+    }
+    bool done = false;
+    if (scalars.formula == Formula::kl && row.dtype_a == row.dtype_b)
+        in_fp32_format(row.dtype_a, [&]<class T>() {
+            done = kl_gradient_with_label(at<T>(row.a, first), at<T>(row.b, first), last - first,
+                                          row.exact_scale(), scalars, label, from<T>(to_a, first),
+                                          from<T>(to_b, first), non_temporal);
+        });
+    if (!done) return gradient_through_copies<float>(row, scalars, to_a, to_b, first, last, label);
+    if (non_temporal) non_temporal_fence();
+    if (here)
+        in_format(to.dtype, [&]<class T>() { round_one(at_label, static_cast<T*>(to.data)[label.column]); });
+}
+
 }  // namespace
 
 void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Destination to_b,
-              std::int64_t first, std::int64_t last, bool non_temporal) {
+              std::int64_t first, std::int64_t last, bool non_temporal, const LabelTerm& label) {
     // Sides whose gradient is one number in all columns are done before the sweep.
-    const auto finish_side = [&](Destination& to, double coefficient, bool is_nan) {
-        is_nan = is_nan || scalars.row_class == RowClass::nan || std::isnan(coefficient);
+    const auto finish_side = [&](Destination& to, double coefficient, bool is_nan, bool with_label) {
+        is_nan = is_nan || scalars.row_class == RowClass::nan || std::isnan(coefficient) ||
+                 (with_label && !std::isfinite(label.lse));
         const bool is_zero = scalars.row_class == RowClass::zero;
         // A factor of 0 gives 0, and never -0: p and q are finite where the gradient is not NaN.
-        if (!is_zero && !is_nan && coefficient != 0) return;
+        if (!is_zero && !is_nan && (coefficient != 0 || with_label)) return;
         fill(to, first, last, is_nan && !is_zero ? std::nan("") : 0);
         to.data = nullptr;
     };
     const bool is_kl = scalars.formula == Formula::kl;
+    const bool labelled = label.factor != 0 && (label.of_a ? to_a : to_b).data != nullptr;
     finish_side(to_a, scalars.coefficient_a,
-                is_kl ? scalars.row_class == RowClass::infinite : !std::isfinite(scalars.mean_a));
-    finish_side(to_b, scalars.coefficient_b, !is_kl && !std::isfinite(scalars.mean_b));
+                is_kl ? scalars.row_class == RowClass::infinite : !std::isfinite(scalars.mean_a),
+                labelled && label.of_a);
+    finish_side(to_b, scalars.coefficient_b, !is_kl && !std::isfinite(scalars.mean_b),
+                labelled && !label.of_a);
     if (to_a.data == nullptr && to_b.data == nullptr) return;
 
     const bool again = is_out_of_range(scalars, is_kl && to_a.data != nullptr);
-    if (again || !row.fits_fp32() || need_fp64(scalars))
+    const bool adds_label = labelled && (label.of_a ? to_a : to_b).data != nullptr;
+    const LabelTerm none, &term = adds_label ? label : none;
+    if (again || !row.fits_fp32() || need_fp64(scalars) || (adds_label && !fits_fp32(label)))
         return gradient_through_copies<double>(row, again ? evaluated_again(row, scalars) : scalars, to_a,
-                                               to_b, first, last);
+                                               to_b, first, last, term);
+    if (adds_label) return gradient_with_label(row, scalars, to_a, to_b, first, last, non_temporal, label);
     if (row.dtype_a != row.dtype_b)
-        return gradient_through_copies<float>(row, scalars, to_a, to_b, first, last);
+        return gradient_through_copies<float>(row, scalars, to_a, to_b, first, last, none);
     in_fp32_format(row.dtype_a, [&]<class T>() {
         gradient_run<T>(at<T>(row.a, first), at<T>(row.b, first), last - first, row.exact_scale(), scalars,
                         from<T>(to_a, first), from<T>(to_b, first), non_temporal);

@@ -6,7 +6,7 @@
 #include <string>
 #include <string_view>
 
-#include "pair/layout.h"
+#include "pair/beside.h"
 #include "runtime/memory.h"
 #include "testing/slow_rows.h"
 
@@ -64,13 +64,19 @@ RowResult one_column(const Layout& layout, const Row& row) {
     return result;
 }
 
+// `kept` gets the blocks' states where it is given and they are all that the result comes from.
 template <class StateOf>
-RowResult evaluate(const Layout& layout, const Row& row, StateOf state_of) {
+RowResult evaluate(const Layout& layout, const Row& row, StateOf state_of,
+                   std::vector<State>* kept = nullptr) {
     if (!row.has_temperature()) return nan_result();
     if (row.columns == 1) return one_column(layout, row);
     if (!row.fits_fp32()) return layout.k.fallback(row);
     State state;
-    for (std::int64_t n = 0; n < layout.blocks(); ++n) state = merge(state, state_of(n));
+    for (std::int64_t n = 0; n < layout.blocks(); ++n) {
+        const State block = state_of(n);
+        if (kept != nullptr) kept->push_back(block);
+        state = merge(state, block);
+    }
     return finalise_row(layout, row, state);
 }
 
@@ -108,6 +114,7 @@ template <class R>
 struct Value {
     const Layout& layout;
     R *value, *stats;
+    const Beside* beside;
 
     State kl_block(std::int64_t r, std::int64_t n) const { return layout.block(layout.row(r), n); }
     FormulaSums formula_block(std::int64_t r, std::int64_t n) const {
@@ -115,8 +122,16 @@ struct Value {
     }
     template <class StateOf>
     void finish_kl(std::int64_t r, StateOf state_of) const {
+        std::vector<State> states;
+        const bool keeps = beside != nullptr && needs_states(layout, *beside, r);
+        RowResult found;
         R* const row_stats = stats + r * kStats;
-        if (layout.is_valid(r)) return write(evaluate(layout, layout.row(r), state_of), value + r, row_stats);
+        if (layout.is_valid(r)) {
+            found = evaluate(layout, layout.row(r), state_of, keeps ? &states : nullptr);
+            write(found, value + r, row_stats);
+        }
+        if (beside != nullptr) write_beside(layout, *beside, r, found, states);
+        if (layout.is_valid(r)) return;
         value[r] = 0;
         std::fill_n(row_stats, static_cast<int>(kStats), R{0});
         row_stats[kRowClass] = static_cast<R>(static_cast<int>(RowClass::zero));
@@ -156,27 +171,44 @@ struct GradientOf {
     const Layout& layout;
     const R *stats, *row_scale;
     const Gradient &to_a, &to_b;
+    const Beside* beside;
     bool non_temporal;
 
-    GradientOf(const Layout& in, const R* stats_, const R* row_scale_, const Gradient& a, const Gradient& b)
-        : layout(in), stats(stats_), row_scale(row_scale_), to_a(a), to_b(b) {
+    GradientOf(const Layout& in, const R* stats_, const R* row_scale_, const Gradient& a, const Gradient& b,
+               const Beside* beside_)
+        : layout(in),
+          stats(stats_),
+          row_scale(row_scale_),
+          to_a(a),
+          to_b(b),
+          beside(beside_ != nullptr && beside_->label_row_scale != nullptr ? beside_ : nullptr) {
         const RowPair& p = in.p;
         const bool for_a = uses_non_temporal_stores(a, p.a, p.size_a, p.size_b, p.columns);
         const bool for_b = uses_non_temporal_stores(b, p.b, p.size_a, p.size_b, p.columns);
         non_temporal = for_a || for_b;
     }
-    void of_row(std::int64_t r, std::int64_t first, std::int64_t last) const {
+    LabelTerm label(std::int64_t r) const {
+        return beside == nullptr ? LabelTerm{} : label_term(layout, *beside, r);
+    }
+    // The label's term comes from logits that the gradient may be written over.
+    void of_row(std::int64_t r, std::int64_t first, std::int64_t last, const LabelTerm& of_label) const {
         RowScalars scalars{};
         scalars.row_class = RowClass::zero;
         if (layout.is_valid(r)) scalars = read(layout.p, r, stats + r * kStats, row_scale[r]);
         layout.k.gradient(layout.row(r), scalars, layout.row_of(to_a, r), layout.row_of(to_b, r), first, last,
-                          non_temporal);
+                          non_temporal, of_label);
     }
-    void of_block(std::int64_t r, std::int64_t n) const { of_row(r, layout.first(n), layout.last(n)); }
+    void of_block(std::int64_t r, std::int64_t n, const LabelTerm& of_label) const {
+        of_row(r, layout.first(n), layout.last(n), of_label);
+    }
     void of_all() const {
-        if (layout.splits_rows())
-            return for_each_block(layout, [&](std::int64_t r, std::int64_t n) { of_block(r, n); });
-        for_each_row(layout, [&](std::int64_t r) { of_row(r, 0, layout.p.columns); });
+        if (!layout.splits_rows())
+            return for_each_row(layout, [&](std::int64_t r) { of_row(r, 0, layout.p.columns, label(r)); });
+        std::vector<LabelTerm> labels;
+        for (std::int64_t r = 0; r < layout.rows(); ++r) labels.push_back(label(r));
+        for_each_block(layout, [&](std::int64_t r, std::int64_t n) {
+            of_block(r, n, labels[static_cast<std::size_t>(r)]);
+        });
     }
 };
 
@@ -186,39 +218,42 @@ RowResult evaluate(const Layout& layout, const Row& row) {
     return evaluate(layout, row, [&](std::int64_t n) { return layout.block(row, n); });
 }
 
-void value(const RowPair& p, bool wide, void* value, void* stats) {
+void value(const RowPair& p, bool wide, void* value, void* stats, const Beside* beside) {
     const Layout layout{p, kernels()};
     in_compute_type(wide, [&]<class R>() {
         // The formulas' second sweep reads what the first one wrote to the stats.
         const std::size_t own_size = stats ? 0 : static_cast<std::size_t>(layout.rows() * kStats);
         const std::unique_ptr<R[]> own(new R[own_size]);
-        Value<R>{layout, static_cast<R*>(value), stats ? static_cast<R*>(stats) : own.get()}.of_all();
+        Value<R>{layout, static_cast<R*>(value), stats ? static_cast<R*>(stats) : own.get(), beside}.of_all();
     });
 }
 
 void gradient(const RowPair& p, bool wide, const void* stats, const void* row_scale, const Gradient& to_a,
-              const Gradient& to_b) {
+              const Gradient& to_b, const Beside* beside) {
     const Layout layout{p, kernels()};
     in_compute_type(wide, [&]<class R>() {
-        GradientOf<R>(layout, static_cast<const R*>(stats), static_cast<const R*>(row_scale), to_a, to_b)
+        GradientOf<R>(layout, static_cast<const R*>(stats), static_cast<const R*>(row_scale), to_a, to_b,
+                      beside)
             .of_all();
     });
 }
 
 void value_and_gradient(const RowPair& p, bool wide, const void* row_scale, void* value, void* stats,
-                        const Gradient& to_a, const Gradient& to_b) {
+                        const Gradient& to_a, const Gradient& to_b, const Beside* beside) {
     const Layout layout{p, kernels()};
     in_compute_type(wide, [&]<class R>() {
         R* const row_stats = static_cast<R*>(stats);
-        const Value<R> values{layout, static_cast<R*>(value), row_stats};
+        const Value<R> values{layout, static_cast<R*>(value), row_stats, beside};
         if (layout.splits_rows()) values.of_all();
-        const GradientOf<R> gradients(layout, row_stats, static_cast<const R*>(row_scale), to_a, to_b);
+        const GradientOf<R> gradients(layout, row_stats, static_cast<const R*>(row_scale), to_a, to_b,
+                                      beside);
         if (layout.splits_rows()) return gradients.of_all();
         for_each_row(layout, [&](std::int64_t r) {
             values.of_row(r);
             // From the last block to the first: the end of the row was read last and is in cache, while in
             // reading order a row a little larger than the cache would be gone before it is read again.
-            for (std::int64_t n = layout.blocks() - 1; n >= 0; --n) gradients.of_block(r, n);
+            const LabelTerm label = gradients.label(r);
+            for (std::int64_t n = layout.blocks() - 1; n >= 0; --n) gradients.of_block(r, n, label);
         });
     });
 }

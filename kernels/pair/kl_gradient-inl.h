@@ -12,6 +12,7 @@
 #include "isa/entries-inl.h"
 #include "pair/difference-inl.h"
 #include "pair/gradient_loop-inl.h"
+#include "pair/label-inl.h"
 
 namespace kl::KL_ISA {
 
@@ -167,6 +168,98 @@ struct BothSides {
 
 template <class V>
 constexpr bool asks_at_each_store<KlGradient<Form::general, V>> = true;
+
+// A side's gradient with a label's columns added before it is rounded.
+template <class Of>
+struct WithLabel {
+    struct Steps {
+        decltype(std::declval<const Of&>().template begin<false, true>(VF{}, VF{})) of;
+        Reduced<VF> label;
+    };
+
+    Of of;
+    LabelColumns<VF> label;
+
+    template <bool ToA, bool ToB>
+    KL_INLINE Steps begin(VF a, VF b) const {
+        return {of.template begin<ToA, ToB>(a, b), label.begin(ToA ? a : b)};
+    }
+    template <bool ToA, bool ToB>
+    KL_INLINE Gradients<VF> end(const Steps& x) const {
+        Gradients<VF> out = of.template end<ToA, ToB>(x.of);
+        (ToA ? out.a : out.b) += label.end(x.label);
+        return out;
+    }
+};
+
+// The gradient of b with a label's columns at the row's own temperature: p (factor (e^r - 1) + label e^r).
+template <Form form>
+struct WithOwnLabel {
+    RowConstants<VF> row;  // its factor of b is the sum of both
+    VF label;
+
+    WithOwnLabel(double scale, const RowScalars& scalars, double factor)
+        : row(scale, with(scalars, factor), form != Form::fast, form == Form::fast ? kRaised : 0),
+          label(row.factor_b * splat<VF>(static_cast<float>(factor / (scalars.coefficient_b + factor)))) {}
+
+    template <bool ToA, bool ToB>
+    KL_INLINE Begun<VF> begin(VF a, VF b) const {
+        return begin_gradient<form, ToA, ToB>(a, b, row);
+    }
+    template <bool ToA, bool ToB>
+    KL_INLINE Gradients<VF> end(const Begun<VF>& x) const {
+        const VF both = exp2m1_split(x.ratio.r, scaled(row.factor_b, x.ratio), row.factor_b) + label;
+        return {VF{}, scale_product(exp2_fraction(x.log_p.r), both, x.log_p)};
+    }
+
+private:
+    static RowScalars with(RowScalars scalars, double factor) {
+        scalars.coefficient_b += factor;
+        return scalars;
+    }
+};
+
+template <class T>
+bool kl_gradient_with_label(const T* a, const T* b, std::int64_t n, double scale, const RowScalars& scalars,
+                            const LabelTerm& label, T* to_a, T* to_b, bool non_temporal) {
+    if constexpr (std::is_same_v<T, double>)
+        return false;
+    else {
+        if ((to_a != nullptr) != label.of_a || (to_b != nullptr) == label.of_a) return false;
+        const LabelColumns<VF> columns(label.scale, label);
+        const auto go = [&](const auto& of) {
+            const WithLabel<std::remove_cvref_t<decltype(of)>> both{of, columns};
+            if (label.of_a)
+                gradient_span<true, false>(a, b, n, both, to_a, to_b, non_temporal);
+            else
+                gradient_span<false, true>(a, b, n, both, to_a, to_b, non_temporal);
+        };
+        const Form form = form_for(scale, scalars, std::is_same_v<T, float>);
+        // q is at hand where the label's is at the row's temperature.
+        const bool own = to_b != nullptr && label.scale == scale && label.factor * scalars.coefficient_b > 0;
+        const auto go_own = [&](const auto& of) {
+            gradient_span<false, true>(a, b, n, of, to_a, to_b, non_temporal);
+        };
+        if (form == Form::fast && !std::is_same_v<T, float>) {
+            if (own)
+                go_own(WithOwnLabel<Form::fast>(scale, scalars, label.factor));
+            else
+                go(KlGradient<Form::fast, VF>{RowConstants<VF>(scale, scalars, false, kRaised)});
+        } else if (to_b != nullptr && may_take_difference(scalars)) {
+            if (own)
+                go_own(Difference<true, VF>(scale, scalars, label.factor));
+            else
+                go(Difference<true, VF>(scale, scalars));
+        } else if (form == Form::general) {
+            return false;
+        } else if (own) {
+            go_own(WithOwnLabel<Form::precise>(scale, scalars, label.factor));
+        } else {
+            go(KlGradient<Form::precise, VF>{RowConstants<VF>(scale, scalars, true, 0)});
+        }
+        return true;
+    }
+}
 
 template <class T>
 void kl_gradient_run(const T* a, const T* b, std::int64_t n, double scale, const RowScalars& scalars, T* to_a,

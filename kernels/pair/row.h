@@ -54,6 +54,16 @@ struct RowScalars {
     double mean_a, mean_b;  // not for KL, whose only mean is its divergence
 };
 
+// What -log q of a label, q at a temperature of its own, adds to one side's gradient: factor (q - onehot).
+struct LabelTerm {
+    bool of_a = false;
+    double factor = 0;  // 0: nothing is added
+    double scale = 0;   // log2(e) / temperature
+    double lse = 0;     // log2 sum 2^(scale x)
+    double at_label = 0;
+    std::int64_t column = -1;
+};
+
 // nla's beta of a row is -1/alpha over this, so that fp32 holds it wherever -log alpha < 100.
 constexpr double kNlaScale = 0x1p64;
 

@@ -242,8 +242,8 @@ def of_one_rank(entry: str, *tensors: object) -> None:
     for value in tensors:
         if is_shared(value):
             raise TypeError(
-                f"{entry} must be given plain tensors, got a DTensor: give each rank's to_local(), where the "
-                f"vocabulary is sharded to kl_gpu.distributed.vocab_parallel_{entry}"
+                f"{entry} must be given plain tensors, got a DTensor: pass each rank's to_local(), or, where "
+                f"the vocabulary is sharded, call kl_gpu.distributed.vocab_parallel_{entry}"
             )
 
 

@@ -94,6 +94,27 @@ class RowPair(NamedTuple):
         return math.prod(self.a.shape[:-1])
 
 
+class Beside(NamedTuple):
+    """What is asked of the student's side beside its divergence.
+
+    Attributes:
+        of_a: whether the student is a, of the roles a and b.
+        entropy: whether −Σ q log q is asked for.
+        labels: int64 `[A*B]`, contiguous, whose −log q is asked for; None for none.
+        label_scales: 1/temperature of that q, in `wide_dtype`, contiguous `[A*B]`; None: 1.
+    """
+
+    of_a: bool
+    entropy: bool
+    labels: Tensor | None
+    label_scales: Tensor | None
+
+
+# What is found beside a divergence, float64 `[A*B]` each: the entropies, and −log q of the labels. None where
+# it was not asked for; 0 in rows that do not count, NaN for a label that is no column.
+Found = tuple[Tensor | None, Tensor | None]
+
+
 class ComplementArgs(NamedTuple):
     """Rows whose complement is asked for: log Σ exp(scale · logit) over the columns not in `ids`.
 
@@ -198,6 +219,26 @@ class Joining(Protocol):
 
     `registry.joining` says which backends do. Of the others the two are called one after the other.
     """
+
+    def value_and_beside(self, p: RowPair, beside: Beside) -> tuple[Tensor, Tensor, Found]:
+        """`value`, and what is asked for beside it."""
+
+    def value_and_gradient_and_beside(
+        self, p: RowPair, beside: Beside, row_scale: Tensor, label_row_scale: Tensor | None,
+        grad_a: Tensor | None, grad_b: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Found]:  # fmt: skip
+        """`value_and_gradient` likewise; the gradient is `gradient_with_labels`' where there are labels."""
+
+    def gradient_with_labels(
+        self, p: RowPair, beside: Beside, stats: Tensor, surprises: Tensor, row_scale: Tensor,
+        label_row_scale: Tensor, grad_a: Tensor | None, grad_b: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Write row_scale · ∂value/∂logits + label_row_scale · ∂(−log q(label))/∂logits.
+
+        Args:
+            surprises: float64 `[A*B]`, −log q as `value_and_beside` found them.
+            label_row_scale: float64 `[A*B]`.
+        """
 
     def token_stats_and_comparison(self, p: RowPair, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
         """`token_stats`, and `formula_sums` of the comparison, `[3, A*B]`; NaN in rows of no distribution."""

@@ -89,8 +89,8 @@ def resolve(backend: str | None, device: torch.device) -> str:
     if backend == "native":
         if not _has_native():
             raise ValueError(
-                "backend='native' needs the compiled kernels, which this installation has not: "
-                "install kl_gpu again where a C++20 compiler is at hand"
+                "backend='native' needs the compiled kernels, which this installation lacks: "
+                "reinstall kl_gpu where a C++20 compiler is available"
             )
         if device.type != "cpu":
             raise ValueError(f"backend='native' runs on the CPU, got tensors on {device}")
@@ -129,9 +129,14 @@ def load(backend: str) -> Backend:
     return _loaded[backend]
 
 
+def joins(backend: str) -> bool:
+    """Whether the backend of this name has what `Joining` has; torch.compile can trace this question."""
+    return backend in _JOINING
+
+
 def joining(backend: str) -> Joining | None:
     """The backend of this name as one that joins functions, None where it does not."""
-    return cast(Joining, load(backend)) if backend in _JOINING else None
+    return cast(Joining, load(backend)) if joins(backend) else None
 
 
 def check(module: ModuleType, protocol: type = Backend) -> None:

@@ -14,6 +14,7 @@ from ..arguments.temperatures import Scales
 from ..backends import registry
 from ..backends.native.memory import on_huge_pages
 from ..complement import SplitRows, entropies
+from ..ops import beside
 from ..ops import complement as ops_of_rows
 from ..ops import pair as ops
 from ..ops.complement import present
@@ -136,6 +137,9 @@ def with_extras(
         label_row_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         of, found, to_student = params.divergence, [], None
+        if rows is sweep_rows and registry.joins(of.backend):
+            per_row = scales, row_scale, labels, label_scale, label_row_scale
+            return rows_and_extras(params, entropy, student, teacher, keep, *per_row)
         # Both before the gradient comes in the logits' place.
         x = two_at_least(student)
         if entropy:
@@ -151,6 +155,23 @@ def with_extras(
         return torch.stack((value, *(y.to(value.dtype) for y in found)), -1)
 
     return run
+
+
+def rows_and_extras(
+    params: LinearParams, entropy: bool, student: Tensor, teacher: Tensor, keep: Tensor | None,
+    scales: Tensor | None, row_scale: Tensor | None, labels: Tensor | None, label_scale: Tensor | None,
+    label_row_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """What `with_extras` makes of `sweep_rows`, where the backend finds it all in one visit of a row."""
+    asked, of = (student, teacher, keep, labels, label_scale, entropy), params.divergence
+    if row_scale is None:
+        found = beside.value_and_beside(*asked, *of, scales)
+    else:
+        factors = row_scale, None if label_row_scale is None else label_row_scale.double()
+        found = beside.value_and_gradient_and_beside(*asked, *factors, *of, student, None, scales)
+    value, _, entropies, surprises = found
+    each = [value, *[entropies] * entropy, *[surprises] * (labels is not None)]
+    return torch.stack([x.to(value.dtype) for x in each], -1)
 
 
 def label_term(

@@ -7,7 +7,7 @@ count and numbers; masks by label, weights and reductions stay with the public f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,28 +22,30 @@ from ..kinds import KINDS
 from .register import no_output, operator
 from .views import blocks, each_whole, flat_rows, whole
 
-_INPUTS = "Tensor student, Tensor teacher, Tensor? rows"
+INPUTS = "Tensor student, Tensor teacher, Tensor? rows"
 _SCALES = "float student_scale, float teacher_scale, str backend"
-_PARAMS = f"str kind, float beta, {_SCALES}"  # DivergenceParams
-_GRADS = "Tensor(a!)? grad_student, Tensor(b!)? grad_teacher"
+PARAMS = f"str kind, float beta, {_SCALES}"  # DivergenceParams
+GRADS = "Tensor(a!)? grad_student, Tensor(b!)? grad_teacher"
 # 1/temperature of each row, `[N, 1]` or `[N, 2]`, as `arguments.temperatures.Scales` has it.
-_ROW_SCALES = "Tensor? scales=None"
+ROW_SCALES = "Tensor? scales=None"
 
 _operator = partial(operator, of_rows=True)
 
 
-def _ask(
-    member: str, student: Tensor, teacher: Tensor, valid: Tensor | None, params: DivergenceParams,
-    scales: Tensor | None, per_row: Sequence[Tensor] = (), strided: Sequence[Tensor | None] = (),
-    last: tuple[Any, ...] = (), formula: str | None = None,
+def ask(
+    member: str | Callable[..., Any], student: Tensor, teacher: Tensor, valid: Tensor | None,
+    params: DivergenceParams, scales: Tensor | None, per_row: Sequence[Tensor | None] = (),
+    strided: Sequence[Tensor | None] = (), last: tuple[Any, ...] = (), formula: str | None = None,
 ) -> list[Any]:  # fmt: skip
-    """What the backend's `member(row_pair, *per_row, *strided, *last)` answers for each block of rows.
+    """What the backend's `member(row_pair, *per_row, *strided, *last)` answers for each block of rows, or
+    what a function in its place does.
 
     A block has its own rows of what is given `per_row`, flat, and of the `strided` tensors as views. A
     `formula` takes the place of the kind's.
     """
     backend, lead = registry.load(params.backend), student.shape[:-1]
-    run, flat = getattr(backend, member), [flat_rows(x, lead) for x in (scales, *per_row)]
+    run: Any = getattr(backend, member) if isinstance(member, str) else member
+    flat = [flat_rows(x, lead) for x in (scales, *per_row)]
     valid = None if valid is None else valid.contiguous()
     if backend.viewless and 1 <= len(lead) <= 2:
         scales, *flat = flat
@@ -63,20 +65,20 @@ def _params(arguments: tuple[Any, ...]) -> tuple[DivergenceParams, Tensor | None
     return DivergenceParams(*params), scales[0] if scales else None
 
 
-def _value_outputs(student: Tensor, teacher: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def value_outputs(student: Tensor, teacher: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     value = _divergence_output(student, teacher)
     return value, value.new_empty((*value.shape, STATS))
 
 
-@_operator(f"value({_INPUTS}, {_PARAMS}, {_ROW_SCALES}) -> (Tensor, Tensor)", _value_outputs)
+@_operator(f"value({INPUTS}, {PARAMS}, {ROW_SCALES}) -> (Tensor, Tensor)", value_outputs)
 def value(student: Tensor, teacher: Tensor, rows: Tensor | None, *params: Any) -> tuple[Tensor, Tensor]:
     """Values `[N]`, and the statistics `[N, STATS]` that `gradient` needs."""
-    found = _ask("value", student, teacher, rows, *_params(params))
+    found = ask("value", student, teacher, rows, *_params(params))
     values, stats = each_whole(found, student.shape[:-1])
     return values, stats
 
 
-def _params_and_grads(
+def split_arguments(
     arguments: tuple[Any, ...],
 ) -> tuple[DivergenceParams, Tensor | None, tuple[Tensor | None, Tensor | None]]:
     """`_params`, with the gradients' buffers, a's and b's, that stand between the two."""
@@ -89,16 +91,16 @@ def _divergence_output(student: Tensor, teacher: Tensor, *_: object) -> Tensor:
     return student.new_empty(student.shape[:-1], dtype=compute_dtype(student.dtype, teacher.dtype))
 
 
-@_operator(f"divergence({_INPUTS}, {_PARAMS}, {_ROW_SCALES}) -> Tensor", _divergence_output)
+@_operator(f"divergence({INPUTS}, {PARAMS}, {ROW_SCALES}) -> Tensor", _divergence_output)
 def divergence(student: Tensor, teacher: Tensor, rows: Tensor | None, *params: Any) -> Tensor:
     """`value` for callers who will ask for no gradient."""
-    found = _ask("divergence", student, teacher, rows, *_params(params))
+    found = ask("divergence", student, teacher, rows, *_params(params))
     return whole(found, student.shape[:-1])
 
 
 @_operator(
-    f"gradient({_INPUTS}, Tensor stats, Tensor row_scale, Tensor? incoming, {_PARAMS}, {_GRADS}, "
-    f"{_ROW_SCALES}) -> ()",
+    f"gradient({INPUTS}, Tensor stats, Tensor row_scale, Tensor? incoming, {PARAMS}, {GRADS}, "
+    f"{ROW_SCALES}) -> ()",
     no_output,
 )
 def gradient(
@@ -106,21 +108,20 @@ def gradient(
     incoming: Tensor | None, *params_and_grads: Any,
 ) -> None:  # fmt: skip
     """As `Backend.gradient` has it."""
-    of, scales, grads = _params_and_grads(params_and_grads)
-    _ask("gradient", student, teacher, rows, of, scales, (stats, row_scale), grads, (incoming,))
+    of, scales, grads = split_arguments(params_and_grads)
+    ask("gradient", student, teacher, rows, of, scales, (stats, row_scale), grads, (incoming,))
 
 
 @_operator(
-    f"value_and_gradient({_INPUTS}, Tensor row_scale, {_PARAMS}, {_GRADS}, {_ROW_SCALES}) -> "
-    "(Tensor, Tensor)",
-    _value_outputs,
+    f"value_and_gradient({INPUTS}, Tensor row_scale, {PARAMS}, {GRADS}, {ROW_SCALES}) -> (Tensor, Tensor)",
+    value_outputs,
 )
 def value_and_gradient(
     student: Tensor, teacher: Tensor, rows: Tensor | None, row_scale: Tensor, *params_and_grads: Any
 ) -> tuple[Tensor, Tensor]:
     """As `Backend.value_and_gradient` has it."""
-    of, scales, grads = _params_and_grads(params_and_grads)
-    found = _ask("value_and_gradient", student, teacher, rows, of, scales, (row_scale,), grads)
+    of, scales, grads = split_arguments(params_and_grads)
+    found = ask("value_and_gradient", student, teacher, rows, of, scales, (row_scale,), grads)
     values, stats = each_whole(found, student.shape[:-1])
     return values, stats
 
@@ -129,12 +130,12 @@ def _formula_sums_output(student: Tensor, *_: object) -> Tensor:
     return student.new_empty((*student.shape[:-1], 3), dtype=torch.float64)
 
 
-@_operator(f"formula_sums({_INPUTS}, Tensor stats, {_PARAMS}, {_ROW_SCALES}) -> Tensor", _formula_sums_output)
+@_operator(f"formula_sums({INPUTS}, Tensor stats, {PARAMS}, {ROW_SCALES}) -> Tensor", _formula_sums_output)
 def formula_sums(
     student: Tensor, teacher: Tensor, rows: Tensor | None, stats: Tensor, *params: Any
 ) -> Tensor:
     """What a formula adds up to over these columns, for rows whose normalisers lie elsewhere."""
-    found = _ask("formula_sums", student, teacher, rows, *_params(params), (stats,))
+    found = ask("formula_sums", student, teacher, rows, *_params(params), (stats,))
     return whole(found, student.shape[:-1])
 
 
@@ -143,14 +144,14 @@ def _token_stats_output(student: Tensor, teacher: Tensor, *_: object) -> Tensor:
     return student.new_empty((TOKEN_STATS, *student.shape[:-1]), dtype=dtype)
 
 
-@_operator(f"token_stats({_INPUTS}, Tensor? labels, {_SCALES}, {_ROW_SCALES}) -> Tensor", _token_stats_output)
+@_operator(f"token_stats({INPUTS}, Tensor? labels, {_SCALES}, {ROW_SCALES}) -> Tensor", _token_stats_output)
 def token_stats(
     student: Tensor, teacher: Tensor, rows: Tensor | None, labels: Tensor | None, *scales_and_backend: Any
 ) -> Tensor:
     """`[TOKEN_STATS, N]`, in the order of `backends.interface`."""
     tokens = None if labels is None else labels.contiguous()
     of = _params(("forward_kl", 0.0, *scales_and_backend))
-    found = _ask("token_stats", student, teacher, rows, *of, strided=(tokens,))
+    found = ask("token_stats", student, teacher, rows, *of, strided=(tokens,))
     return whole(found, student.shape[:-1], dim=1)
 
 
@@ -158,7 +159,7 @@ def _comparison_output(student: Tensor, *_: object) -> Tensor:
     return student.new_empty((COMPARISON, *student.shape[:-1]), dtype=torch.float64)
 
 
-@_operator(f"comparison({_INPUTS}, Tensor? stats, {_SCALES}, {_ROW_SCALES}) -> Tensor", _comparison_output)
+@_operator(f"comparison({INPUTS}, Tensor? stats, {_SCALES}, {ROW_SCALES}) -> Tensor", _comparison_output)
 def comparison(
     student: Tensor, teacher: Tensor, rows: Tensor | None, stats: Tensor | None, *scales_and_backend: Any
 ) -> Tensor:
@@ -170,7 +171,7 @@ def comparison(
     kl = None
     if stats is None:
         kl, stats = value(student, teacher, rows, *of, scales)
-    found = _ask("formula_sums", student, teacher, rows, of, scales, (stats,), formula="comparison")
+    found = ask("formula_sums", student, teacher, rows, of, scales, (stats,), formula="comparison")
     sums = whole(found, student.shape[:-1]).movedim(-1, 0)
     return sums.contiguous() if kl is None else torch.where(kl.isnan(), torch.nan, sums)
 
@@ -180,7 +181,7 @@ def _both_outputs(student: Tensor, teacher: Tensor, *_: object) -> tuple[Tensor,
 
 
 @_operator(
-    f"token_stats_and_comparison({_INPUTS}, Tensor? labels, {_SCALES}, {_ROW_SCALES}) -> (Tensor, Tensor)",
+    f"token_stats_and_comparison({INPUTS}, Tensor? labels, {_SCALES}, {ROW_SCALES}) -> (Tensor, Tensor)",
     _both_outputs,
 )
 def token_stats_and_comparison(
@@ -192,7 +193,7 @@ def token_stats_and_comparison(
         fields: Tensor = token_stats(student, teacher, rows, labels, *scales_and_backend)
         return fields, comparison(student, teacher, rows, None, *scales_and_backend)
     tokens = None if labels is None else labels.contiguous()
-    found = _ask("token_stats_and_comparison", student, teacher, rows, *of, strided=(tokens,))
+    found = ask("token_stats_and_comparison", student, teacher, rows, *of, strided=(tokens,))
     fields, sums = (whole(parts, student.shape[:-1], dim=1) for parts in zip(*found, strict=True))
     return fields, sums
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..interface import COMPARISON, STATS, TOKEN_STATS, RowPair
+from ..interface import COMPARISON, STATS, TOKEN_STATS, Beside, Found, RowPair
 from . import extension
 from .extension import CPU, pair_arguments, target
 
@@ -73,6 +73,49 @@ def value_and_gradient(
         target(grad_b),
     )  # fmt: skip
     return value, stats
+
+
+def _beside(
+    p: RowPair, of: Beside, surprises: Tensor | None = None, label_row_scale: Tensor | None = None
+) -> tuple[Found, tuple[bool, int, int, int, int, int]]:
+    """Memory for what is asked for, and the extension's arguments. A caller keeps both until it returns."""
+    entropies = torch.empty(p.n_rows, dtype=torch.float64, device=CPU) if of.entropy else None
+    if of.labels is not None and surprises is None:
+        surprises = torch.empty(p.n_rows, dtype=torch.float64, device=CPU)
+    given = entropies, of.labels, of.label_scales, surprises, label_row_scale
+    addresses = [0 if x is None else x.data_ptr() for x in given]
+    return (entropies, surprises), (of.of_a, *addresses)  # type: ignore[return-value]
+
+
+def value_and_beside(p: RowPair, beside: Beside) -> tuple[Tensor, Tensor, Found]:
+    """As `Joining.value_and_beside` has it."""
+    (value, stats), (found, more) = _outputs(p), _beside(p, beside)
+    extension._native.value_and_beside(pair_arguments(p), more, value.data_ptr(), stats.data_ptr())
+    return value, stats, found
+
+
+def value_and_gradient_and_beside(
+    p: RowPair, beside: Beside, row_scale: Tensor, label_row_scale: Tensor | None, grad_a: Tensor | None,
+    grad_b: Tensor | None,
+) -> tuple[Tensor, Tensor, Found]:  # fmt: skip
+    """As `Joining.value_and_gradient_and_beside` has it."""
+    (value, stats), (found, more) = _outputs(p), _beside(p, beside, None, label_row_scale)
+    extension._native.value_and_gradient_and_beside(
+        pair_arguments(p), more, row_scale.data_ptr(), value.data_ptr(), stats.data_ptr(), target(grad_a),
+        target(grad_b),
+    )  # fmt: skip
+    return value, stats, found
+
+
+def gradient_with_labels(
+    p: RowPair, beside: Beside, stats: Tensor, surprises: Tensor, row_scale: Tensor, label_row_scale: Tensor,
+    grad_a: Tensor | None, grad_b: Tensor | None,
+) -> None:  # fmt: skip
+    """As `Joining.gradient_with_labels` has it."""
+    _, more = _beside(p, beside._replace(entropy=False), surprises, label_row_scale)
+    extension._native.gradient_with_labels(
+        pair_arguments(p), more, stats.data_ptr(), row_scale.data_ptr(), target(grad_a), target(grad_b)
+    )
 
 
 def token_stats(p: RowPair, tokens: Tensor | None) -> Tensor:
