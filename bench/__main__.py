@@ -18,6 +18,10 @@ COMMANDS = {
         "linear_rows",
         "log-probabilities, top-k and statistics from hidden states, beside TRL's",
     ),
+    "docstrings": (
+        "docstrings",
+        "the standard library's documentation as a text: what make demo-compare reads",
+    ),
     "entry-memory": ("entry_memory", "memory of each function on logits, beside PyTorch's"),
     "linear-memory": ("linear_memory", "memory of linear_div against the number of rows, beside PyTorch's"),
     "figures": ("figures", "the pictures of the documentation, from stored results"),

@@ -1,7 +1,5 @@
 """What the examples share of language models: text, small Llamas, training, sampling, what a loss costs."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import itertools
@@ -39,10 +37,7 @@ Objective = Callable[[Any, Tensor], Tensor]  # of the model that trains, or its 
 
 
 def read(path: Path | None) -> tuple[list[str], list[str]]:
-    """Documents to train on and held-out ones, under `path` or of Python's own standard library.
-
-    They are split by file, so that no held-out line has a training line beside it.
-    """
+    """Documents to train on, and held-out files' ones, under `path` or of Python's standard library."""
     root = path or Path(sysconfig.get_path("stdlib"))
     suffixes, skipped = ((".py", ".md", ".txt"), set()) if path else ((".py",), NOT_THE_LIBRARY)
     documents: list[str] = []
@@ -60,9 +55,7 @@ def read(path: Path | None) -> tuple[list[str], list[str]]:
         cut = len(lines) - max(1, len(lines) // HELD_OUT_EVERY)
         documents = ["".join(lines[:cut]), "".join(lines[cut:])]
     every = min(HELD_OUT_EVERY, len(documents))
-    held_out = documents[every - 1 :: every]
-    del documents[every - 1 :: every]
-    return documents, held_out
+    return [x for i, x in enumerate(documents, 1) if i % every], documents[every - 1 :: every]
 
 
 def trained_tokeniser(documents: Sequence[str], vocabulary: int = 32_000) -> Any:
@@ -76,10 +69,7 @@ def trained_tokeniser(documents: Sequence[str], vocabulary: int = 32_000) -> Any
 
 
 def windows(tokeniser: Any, documents: Sequence[str], sequence: int, device: str = "cpu") -> Tensor:
-    """Each document behind a start token, cut into rows of `sequence` tokens.
-
-    The rows, [count, sequence], are labels and input alike: `IGNORED` is the padding behind a document's end.
-    """
+    """Each document behind a start token, cut into rows, [count, sequence], padded with `IGNORED`."""
     rows = []
     for encoded in tokeniser(list(documents), add_special_tokens=False)["input_ids"]:
         tokens = torch.tensor([tokeniser.bos_token_id, *encoded])
@@ -155,10 +145,7 @@ def train(
     run: report.Run, model: Any, objective: Objective, training: Tensor, settings: Any,
     measure: Callable[[], dict[str, float]],
 ) -> None:  # fmt: skip
-    """Trains `model` for `run.steps` steps, with the batch, peak learning rate and seed of `settings`.
-
-    The rate rises over a tenth of the steps, then falls to a tenth of its peak.
-    """
+    """`run.steps` steps; the rate rises over a tenth of them, then falls to a tenth of its peak."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.01)
     rising = max(1, round(0.1 * run.steps))
     schedule = cosine_schedule(optimizer, rising + 1, run.steps + 1, min_lr_rate=0.1)
@@ -191,19 +178,9 @@ def check(out: Path, backend: str | None, device: str = "cpu") -> None:
         raise report.BadInput(f"--device {device}, --backend {backend or 'by choice'}: {reason}") from error
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The log-probabilities of `tokens`, `[batch, time]`, under `logits`, `[batch, time, V]`."""
-    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
-
-
 @torch.no_grad()
 def complete(model: Any, prompts: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`prompts`, [batch, time], each with `count` tokens more, [batch, time + count].
-
-    Drawn from the model's own distribution, at temperature 1 and with no token ruled out: the estimators of
-    the KL are unbiased over just those. Every completion has the same length, because the model has seen no
-    document end.
-    """
+    """[batch, time + count]: `prompts` go on, with no token ruled out, lest the KL's estimators be biased."""
     ids, new, cache = prompts, prompts, None
     for _ in range(count):
         output = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -238,11 +215,7 @@ def line_parses(line: str) -> bool:
 
 
 def share_that_parses(prompt: str, completion: str) -> float:
-    """The share of the lines that `completion` brought to their end that parse, in [0, 1]; of none it is 0.
-
-    Blank lines and comments count on neither side, since they are no achievement. The first line begins where
-    the prompt left off. The last one was cut off by the limit on tokens, and is not judged.
-    """
+    """The share in [0, 1] of the finished lines that parse; of none, comments aside, it is 0."""
     first, *others = completion.split("\n")
     lines = [prompt.rpartition("\n")[2] + first, *others][:-1]
     judged = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]

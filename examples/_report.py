@@ -1,7 +1,5 @@
 """What the examples share of command lines and reports: options, one-line errors, Ctrl-C, tables, plots."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -93,9 +91,7 @@ class Run:
     def each_step(self, measure: Callable[[], dict[str, Any]]) -> Iterator[None]:
         """Yields for each step, which the caller takes, and measures in between.
 
-        The first Ctrl-C is held until a step's end; a second one acts at once. Raised wherever the
-        interpreter happens to be, it can land in a callback that the autograd engine or a destructor runs,
-        where Python prints it and goes on: the run would never end.
+        The first Ctrl-C is held until a step's end: in a callback of the autograd engine it would be lost.
         """
         requests = []
 

@@ -3,17 +3,10 @@
     python examples/distill.py
 
 trains a small Llama-style teacher on the sources of Python's standard library, then two students from the
-same start, with the same batches: one on the labels alone, one through
-
-    kl_gpu.kl_div(student_logits, teacher_logits, direction="forward", temperature=T,
-                  labels=labels, shift=True, t_squared=True)
-
-(with --fused-linear through kl_gpu.linear_div, which makes the logits itself, a few rows at a time).
-It prints how close each came to the teacher on text none of them saw, and what this loss costs beside plain
-PyTorch's on the same logits. `--text notes/` takes text of your own.
+same start, with the same batches: one on the labels alone, one through `kl_gpu.kl_div` (with --fused-linear
+through `kl_gpu.linear_div`, which makes the logits itself, a few rows at a time). It prints how close each
+came to the teacher on text none of them saw, and what this loss costs beside plain PyTorch's.
 """
-
-from __future__ import annotations
 
 import argparse
 import copy
@@ -90,7 +83,6 @@ class Distillation:
             )  # fmt: skip
 
         def in_pytorch(student: Tensor, teacher: Tensor) -> Tensor:
-            """As it is usually written."""
             log_q = F.log_softmax(student[:, :-1] / temperature, -1, dtype=torch.float32)
             log_p = F.log_softmax(teacher[:, :-1] / temperature, -1, dtype=torch.float32)
             divergences = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)

@@ -2,16 +2,10 @@
 
     torchrun --standalone --nproc-per-node 2 examples/distill_tp.py
 
-On every rank: a small Llama-style teacher and student on the text of Python's own library, both LM heads
-sharded over the vocabulary by `parallelize_module`, the student's body sharded by FSDP2. The loss is
-
-    kl_gpu.kl_div(student_logits, teacher_logits, labels=labels, shift=True)
-
-on DTensors that stay where they are: 24 bytes a token and rank cross between the processes, where gathering
-the logits would take 4 V. Rank 0 first runs the same thing alone, and prints both loss curves side by side.
+On every rank: a small Llama-style teacher and student, both LM heads sharded over the vocabulary, the
+student's body by FSDP2. `kl_gpu.kl_div` takes the DTensors where they are: 24 bytes a token and rank cross
+between the processes, where gathering the logits would take 4 V. Rank 0 first runs the same thing alone.
 """
-
-from __future__ import annotations
 
 import argparse
 import copy
@@ -85,9 +79,8 @@ def study(options: argparse.Namespace, rank: int, ranks: int) -> int:
         return losses
 
     if rank == 0:
-        print(
-            f"{ranks} ranks, {columns} columns, {options.batch * options.sequence} tokens a step", flush=True
-        )
+        tokens = options.batch * options.sequence
+        print(f"{ranks} ranks, {columns} columns, {tokens} tokens a step", flush=True)
         fit(teacher, lm.label_loss, TEACHER_STEPS)
     teacher.requires_grad_(False)
     compares = rank == 0 and not options.skip_alone

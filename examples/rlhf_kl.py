@@ -2,17 +2,12 @@
 
     python examples/rlhf_kl.py
 
-pretrains a small Llama on the sources of Python's standard library, and from this reference trains one policy
-for each form of the penalty, with the same prompts, noise, steps and coefficient. The reward is the share of
-the lines written that parse as Python. The forms are
+pretrains a small Llama on Python's standard library, and from this reference trains a policy for each form of
+the penalty, all else the same. The reward is the share of the lines written that parse as Python. The forms:
 
     none; kl_gpu.kl_div(policy_logits, ref_logits, direction="reverse"), exact at every token;
     kl_gpu.kl_penalty(policy_logprobs, ref_logprobs, "k1"), in the reward; "k2" and "k3", as a loss.
-
-It prints the reward and the exact KL of each on held-out prompts, and draws one against the other.
 """
-
-from __future__ import annotations
 
 import argparse
 import copy
@@ -25,11 +20,11 @@ from typing import Any
 import _language_models as lm
 import _report as report
 import torch
-from _language_models import share_that_parses, token_logprobs
+from _language_models import share_that_parses
 from _report import Parser, add_common_options, at_least
 from torch import Tensor
 
-from kl_gpu import kl_div, kl_penalty
+from kl_gpu import kl_div, kl_penalty, token_logprobs
 
 OPTIONS = {
     "--pretraining": (at_least(1), 300, "steps of the reference"),
@@ -68,9 +63,8 @@ def exact_kl(policy_logits: Tensor, ref_logits: Tensor, backend: str | None) -> 
 def penalty(form: str, policy: Tensor, reference: Tensor, tokens: Tensor, backend: Any = None) -> Sides:
     """In nats, what to take from the reward of the token at t, without a gradient, and what to differentiate.
 
-    It is made of both models' logits, `[batch, time, V]`; `tokens` were drawn from the policy's.
-    Detached in the reward, the KL at a token trains only what leads there; as a loss, only what the policy
-    does there. The exact form uses it as both, which is the whole gradient: docs/rlhf.md has each form's.
+    In the reward, the KL at a token trains only what leads there; as a loss, only what the policy does there.
+    The exact form uses it as both, which is the whole gradient: docs/rlhf.md has each form's.
     """
     nothing = torch.zeros(tokens.shape, dtype=policy.dtype)
     if form == "none":
@@ -78,7 +72,8 @@ def penalty(form: str, policy: Tensor, reference: Tensor, tokens: Tensor, backen
     if form == "exact":
         kl = exact_kl(policy, reference, backend)
         return to_go(kl.detach()) - kl.detach(), kl
-    estimate = kl_penalty(token_logprobs(policy, tokens), token_logprobs(reference, tokens), form)
+    log_q, log_p = (token_logprobs(logits, tokens) for logits in (policy, reference))
+    estimate = kl_penalty(log_q, log_p, form)  # type: ignore[arg-type]
     return (to_go(estimate.detach()), nothing) if form == "k1" else (nothing, estimate)
 
 

@@ -178,6 +178,39 @@ def test_refuses_what_cannot_work(main: Main, tmp_path: Path, capsys: pytest.Cap
         assert reason in refused(main, [*TINY, "--out", str(tmp_path / "out"), *arguments], capsys)
 
 
+@pytest.mark.parametrize("form", ["topk", "hidden", "logits"])
+def test_distils_from_a_recording(
+    form: str, main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import _language_models as lm
+    import distill_offline
+
+    from kl_gpu.compare import Model, cut, record
+
+    torch.manual_seed(0)
+    teacher = lm.small_llama((32, 1), 64, 16, 0)
+    # Far from a student's even distribution: otherwise there is nothing to learn in a few steps.
+    torch.nn.init.normal_(teacher.lm_head.weight, std=0.5)
+    windows = cut(torch.randint(64, (6 * 16,)), 16, "all")
+    record(Model("teacher", teacher), windows, tmp_path / "teacher", form, k=8)
+    lm.small_llama((32, 1), 64, 16, 1).save_pretrained(tmp_path / "student")
+    out = tmp_path / "out"
+    arguments = [str(tmp_path / "teacher"), str(tmp_path / "student"), "--steps", "60", "--out", str(out)]
+    if form == "logits":
+        with pytest.raises(SystemExit) as stop:
+            distill_offline.main(arguments)
+        assert stop.value.code == 2
+        assert "error: 'logits' (wanted: a recording --as topk or hidden" in capsys.readouterr().err
+        return
+    assert distill_offline.main(arguments) == 0
+    *steps, last = capsys.readouterr().out.splitlines()
+    losses = [float(line.split()[2]) for line in steps]
+    assert len(losses) == 60
+    assert sum(losses[-6:]) < 0.95 * sum(losses[:6])
+    assert last == str(out)
+    assert (out / "model.safetensors").exists()
+
+
 # Stands in for an import that takes seconds, and says when it has begun.
 SLOW_TORCH = """
 import pathlib, time
@@ -186,7 +219,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("name", ["distill.py", "rlhf_kl.py", "distill_tp.py"])
+@pytest.mark.parametrize("name", ["distill.py", "rlhf_kl.py", "distill_tp.py", "distill_offline.py"])
 def test_interrupt_while_imports_take_their_time(name: str, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text(SLOW_TORCH)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from . import report
 from .errors import ComparisonError
 from .ranks import rank_and_world
 from .recording import FORMS, record
+from .rounding import rounded
 from .run import Comparison, Opens, Progress, compare, noise_floor
 from .sides import DTYPES, Model, Side, named, open_side
 from .windows import SCORED, Windows, cut, of_texts, read_ids, read_texts
@@ -30,6 +31,15 @@ except ImportError:
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
 )
+
+
+def _opened(spec: str, dtype: str, device: str | None) -> Side:
+    """A side, without the bars of transformers beside ours."""
+    with suppress(ImportError):
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    return open_side(spec, dtype, device)
 
 
 @contextmanager
@@ -69,7 +79,9 @@ def _compare(
         str, typer.Argument(help="a model's folder or name, a recording's folder, .gguf, .kld, .safetensors, "
                             "or top-k log-probabilities in .jsonl or .parquet")
     ],
-    models: Annotated[list[str], typer.Argument(help="what is compared with it; NAME=side gives it a name")],
+    models: Annotated[
+        list[str] | None, typer.Argument(help="what is compared with it; NAME=side gives it a name")
+    ] = None,
     text: _Text = None, ids: _Ids = None, column: _Column = "text", category: _Category = None,
     ctx: _Ctx = 512,
     score: Annotated[
@@ -79,6 +91,9 @@ def _compare(
     vocab_size: Annotated[int | None, typer.Option(help="columns to compare if they differ")] = None,
     dtype: _Dtype = "float32", device: _Device = None, batch: _Batch = 1,
     out: Annotated[Path, typer.Option(help="the report's folder")] = Path("kl-gpu-report"),
+    rtn: Annotated[
+        list[int] | None, typer.Option(help="also the base's own copy, its matrices rounded to so many bits")
+    ] = None,
     noise: Annotated[bool, typer.Option("--noise-floor", help="the base against itself, too")] = False,
     fresh: _Fresh = False,
 ) -> None:  # fmt: skip
@@ -86,16 +101,17 @@ def _compare(
 
     Interrupted, the same command goes on where it stopped. Under torchrun, ranks share the windows.
     """
-    opened = open_side(base, dtype, device)
+    opened = _opened(base, dtype, device)
     given = _few(_windows_of(opened, text, ids, column, category, ctx, score), windows)
-    sides: list[tuple[str, Opens]] = [(named(x)[0], partial(open_side, x, dtype, device)) for x in models]
+    sides: list[tuple[str, Opens]] = [(named(x)[0], partial(_opened, x, dtype, device)) for x in models or []]
+    sides += _rounded(opened, rtn or [])
     if noise and not isinstance(opened, Model):
         raise ComparisonError(
             f"--noise-floor runs the base again, and {opened.name} is not a model that runs"
         )
     if noise:
         sides.append(noise_floor(opened))
-    about = {"dtype": dtype, "text": str(text or ids or base), "specs": [base, *models]}
+    about = {"dtype": dtype, "text": str(text or ids or base), "specs": [base, *(models or [])]}
     options: dict[str, Any] = {"vocab_size": vocab_size, "batch": batch, "fresh": fresh, "about": about}
     rank, _ = rank_and_world()
     with _Progress(Console(stderr=True), rank == 0) as progress:
@@ -134,7 +150,7 @@ def _record(
     """
     if form not in FORMS:
         raise ComparisonError(f"--as must be one of {', '.join(FORMS)}, got {form!r}")
-    opened = open_side(model, dtype, device)
+    opened = _opened(model, dtype, device)
     if not isinstance(opened, Model):
         raise ComparisonError(f"{opened.name} is a recording already")
     given = _few(_windows_of(opened, text, ids, column, category, ctx, score), windows)
@@ -148,6 +164,13 @@ def _record(
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         tokens = len(given.ids) * given.rows
         print(f"{tokens} predictions in {size / 2**20:.1f} MiB\n{out}")
+
+
+def _rounded(base: Side, rtn: list[int]) -> list[tuple[str, Opens]]:
+    """Copies that are made when their turn comes."""
+    if rtn and not isinstance(base, Model):
+        raise ComparisonError(f"--rtn rounds the base's weights, and {base.name} is not a model that runs")
+    return [(f"{base.name} rtn{bits}", partial(rounded, cast(Model, base), bits)) for bits in rtn]
 
 
 def _few(windows: Windows, count: int | None) -> Windows:

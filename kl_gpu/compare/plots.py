@@ -90,7 +90,12 @@ def _by_position(axes: Any, comparison: Comparison) -> None:
         axes.errorbar(
             middle, [x.value for x in of], [x.error for x in of], color=colour, label=name, capsize=2, lw=1
         )
-    axes.set(xlabel="position in the window", ylabel="mean KL, nats", ylim=(0, None))
+    axes.set(xlabel="position in the window", ylabel="mean KL, nats")
+    if len(comparison.models) > 1:
+        # Beside a model that is far off one that is close would be a line at 0.
+        axes.set_yscale("log", nonpositive="clip")
+    else:
+        axes.set_ylim(0, None)
 
 
 def _against_size(axes: Any, comparison: Comparison) -> None:

@@ -108,16 +108,20 @@ _WORDS = {
 
 def error_note(comparison: Comparison) -> str:
     """How far the errors of independent tokens would be off."""
-    of = next(
-        x for x in figures(comparison.models[0], comparison.window_of.numpy()) if x.name == "Mean    KLD"
-    )
-    if not of.error or not of.token_error or math.isnan(of.error):
+    if len(comparison.windows.ids) == 1:
         return "With one window there are no errors: they are taken over windows."
-    return (
-        f"Errors are taken over {len(comparison.windows.ids)} windows: a window's tokens depend on each "
-        f"other. Taken over tokens, that of the first mean KLD would be {_digits(of.token_error, False)} in "
-        f"place of {_digits(of.error, False)}."
+    window = comparison.window_of.numpy()
+    ratios = []
+    for scores in comparison.models:
+        of = next(x for x in figures(scores, window) if x.name == "Mean    KLD")
+        if of.error and of.token_error and math.isfinite(of.error):
+            ratios.append(f"{of.error / of.token_error:.1f}")
+    note = (
+        f"Errors are taken over {len(comparison.windows.ids)} windows: a window's tokens depend on each other"
     )
+    if not ratios:
+        return f"{note}."
+    return f"{note}. For mean KLD that makes them {', '.join(ratios)} times what they would be over tokens."
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -154,8 +158,11 @@ def page(comparison: Comparison, decode: Decode | None) -> str:
     names = [scores.name for scores in comparison.models]
     title = f"{', '.join(names)} against {comparison.base}"
     parts = [f"<h1>{_text(title)}</h1>", *(f"<p>{_text(note)}</p>" for note in notes(comparison))]
-    for heading, svg in pictures(comparison).items():
-        parts.append(f"<figure><figcaption>{_text(heading)}</figcaption>{svg}</figure>")
+    drawn = [
+        f"<figure><figcaption>{_text(heading)}</figcaption>{svg}</figure>"
+        for heading, svg in pictures(comparison).items()
+    ]
+    parts += ['<div id="pictures">', *drawn, "</div>"] if drawn else []
     head = "".join(f'<th scope="col">{_text(name)}</th>' for name in names)
     for heading, rows in sections(comparison):
         body = "".join(f'<tr><th scope="row">{_text(name)}</th>{_cells(cells)}</tr>' for name, cells in rows)

@@ -20,14 +20,18 @@ import transformers
 from safetensors.torch import save_file
 
 from kl_gpu import reference
+from kl_gpu.compare import compare, open_side
+from kl_gpu.compare.figures import figures as of_model
 
 CTX, BATCH = 64, 2
+# A product's last bits may depend on the number of threads, and torchrun gives its ranks one.
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 Run = subprocess.CompletedProcess
 
 
 def kl_gpu(*arguments: object, launch: tuple[str, ...] = (), **options: Any) -> Run[str]:
     command = [sys.executable, *launch, "-m", "kl_gpu.compare", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ONE_THREAD, **options)
 
 
 def figures(out: Path, model: int = 0) -> dict[str, dict[str, Any]]:
@@ -148,8 +152,9 @@ def test_interrupted_and_resumed_the_same_bits(
         "--batch", BATCH, "--out", tmp_path, "--noise-floor",
     )  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, "-m", "kl_gpu.compare", *map(str, command)], stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "kl_gpu.compare", *map(str, command)],
+        stderr=subprocess.PIPE, text=True, env=ONE_THREAD,
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("parts/model*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -179,14 +184,10 @@ def test_two_ranks_give_the_table_of_one(
     found = kl_gpu(
         "compare", models["base"], models["near"], f"noisy={models['far']}", "--text", text, "--ctx", CTX,
         "--batch", BATCH, "--out", tmp_path, "--noise-floor", launch=launch,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     ours, theirs = (json.loads((out / "report.json").read_text()) for out in (tmp_path, live))
-    # A product's last bits may depend on the number of threads, which torchrun sets.
-    for mine, other in zip(ours["models"], theirs["models"], strict=True):
-        for row, of in zip(mine["figures"], other["figures"], strict=True):
-            assert row["value"] == pytest.approx(of["value"], rel=1e-3, abs=1e-9), row["name"]
+    assert ours == theirs
 
 
 def test_recorded_logits_give_the_live_figures(
@@ -238,6 +239,79 @@ def test_a_kld_file_by_llama_cpps_rule(models: dict[str, Path], ids: torch.Tenso
         math.exp(-log_p.gather(-1, labels).mean()), rel=1e-3
     )
     assert got["Mean PPL(Q)"]["value"] == pytest.approx(math.exp(-log_q.gather(-1, labels).mean()), rel=1e-5)
+
+
+def llama_cpp(
+    file: Path, logits: torch.Tensor, labels: torch.Tensor
+) -> dict[str, tuple[float, float | None]]:
+    """What the tool prints of a file and a model: (value, error), in the order and by the rules of
+    `kl_divergence` of its tools/perplexity/perplexity.cpp, numbers of a token in float32 as there."""
+    _, columns, chunks = np.fromfile(file, np.int32, 3, offset=8)
+    rows = 2 * ((columns + 1) // 2) + 4
+    codes = np.fromfile(file, np.uint16, offset=20 + 4 * chunks * CTX).reshape(-1, rows)
+    scale, lowest = np.split(np.ascontiguousarray(codes[:, :4]).view(np.float32), 2, axis=1)
+    base = scale * codes[:, 4 : 4 + columns] + lowest
+    q, at = logits.flatten(0, 1).numpy(), labels.numpy().ravel()
+    tokens, n = np.arange(len(at)), len(at)
+    top = q.max(1, keepdims=True)
+    lse = np.log(np.exp(q - top).sum(1, dtype=np.float64)).astype(np.float32)[:, None] + top
+    nll, nll_base = lse[:, 0] - q[tokens, at], -base[tokens, at]
+    kld = np.where(base > -16, np.exp(base) * (base - q + lse), 0).sum(1, dtype=np.float64)
+    delta = np.exp(-nll) - np.exp(-nll_base)
+    same = (q.argmax(1) == base.argmax(1)).astype(float)
+
+    def mean(x: np.ndarray) -> tuple[float, float]:
+        x = x.astype(float)
+        return x.mean(), math.sqrt((np.square(x).mean() - x.mean() ** 2) / (n - 1))
+
+    (model, error), (of_base, base_error) = mean(nll), mean(nll_base)
+    covariance = ((nll.astype(float) * nll_base).mean() - model * of_base) / (n - 1)
+    apart = math.sqrt(error**2 + base_error**2 - 2 * covariance)
+    ppl, base_ppl, ratio = math.exp(model), math.exp(of_base), math.exp(model - of_base)
+    difference = (ppl * error) ** 2 + (base_ppl * base_error) ** 2 - 2 * ppl * base_ppl * covariance
+    square, square_error = mean(np.square(delta))
+    found: dict[str, tuple[float, float | None]] = {
+        "Mean PPL(Q)": (ppl, ppl * error),
+        "Mean PPL(base)": (base_ppl, base_ppl * base_error),
+        "Cor(ln(PPL(Q)), ln(PPL(base)))": (covariance / (error * base_error), None),
+        "Mean ln(PPL(Q)/PPL(base))": (model - of_base, apart),
+        "Mean PPL(Q)/PPL(base)": (ratio, ratio * apart),
+        "Mean PPL(Q)-PPL(base)": (ppl - base_ppl, math.sqrt(difference)),
+        "Mean KLD": mean(kld),
+    }
+    percents = (100, 99.9, 99, 95, 90, 50, 10, 5, 1, 0.1, 0)
+    names = {100: "Maximum", 50: "Median", 0: "Minimum"}
+    for percent in percents:
+        found[f"{names.get(percent, f'{percent:.1f}%')} KLD"] = (float(np.percentile(kld, percent)), None)
+    found["Mean Δp"] = mean(delta)
+    for percent in (*percents[:5], 75, 50, 25, *percents[6:]):
+        found[f"{names.get(percent, f'{percent:.1f}%')} Δp"] = (float(np.percentile(delta, percent)), None)
+    rms = math.sqrt(square)
+    return found | {
+        "RMS Δp": (rms, 0.5 / rms * square_error),
+        "Same top p": (same.mean(), math.sqrt(same.mean() * (1 - same.mean()) / (n - 1))),
+    }
+
+
+def test_every_line_of_llama_cpps_table(models: dict[str, Path], ids: torch.Tensor, tmp_path: Path) -> None:
+    # Weights a step away from the base's, as a quantised copy's are, and a model that is far off.
+    for name in ("near", "far"):
+        kld_file(tmp_path / "base.kld", ids, logits_of(models["base"], ids))
+        side = open_side(str(tmp_path / "base.kld"))
+        assert side.windows is not None
+        model = open_side(str(models[name]), device="cpu")
+        compared = compare(side, [(name, lambda model=model: model)], side.windows, tmp_path / name)
+        got = {" ".join(x.name.split()): x for x in of_model(compared.models[0], compared.window_of.numpy())}
+        labels = ids[:, CTX // 2 + 1 :]
+        printed = llama_cpp(tmp_path / "base.kld", logits_of(models[name], ids), labels)
+        assert list(printed) == list(got)[: len(printed)]
+        for line, (value, error) in printed.items():
+            # Six digits behind the point, of percentages three: 1e-6 and 1e-5. A large perplexity is of
+            # float32 numbers there as here.
+            digits = 5e-6 if "Δp" in line or line == "Same top p" else 5e-7
+            assert got[line].value == pytest.approx(value, rel=3e-6, abs=digits), line
+            if error is not None:
+                assert got[line].token_error == pytest.approx(error, rel=1e-4, abs=digits), line
 
 
 def bad_inputs(models: dict[str, Path], text: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
