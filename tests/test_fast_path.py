@@ -163,3 +163,21 @@ def test_a_support_that_one_side_lacks(
     for grad, exact in zip(found, want, strict=True):
         bound = 2e-6 * largest * ratio + 2**-8 * np.abs(exact)
         assert (np.abs(to_numpy(grad) - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("top", [1e-5, 0.25], ids=["rounded difference", "exact differences"])
+def test_an_offset_student_that_differs_in_its_top_alone(top: float) -> None:
+    # KL is 2e-11 or so, c is 20, so that nothing but the differences themselves tells whether they are exact:
+    # the top's is, at 0.25, and at 1e-5 its rounding is a tenth of the KL.
+    teacher = -1 - torch.arange(600, device=DEVICE).remainder(40)[None] / 8
+    teacher = teacher.to(torch.bfloat16)
+    student = teacher + 20
+    teacher[0, 333] = top
+    student[0, 333] = 20 if top < 1e-3 else 20.25
+    if top > 1e-3:
+        student[0, 17] += 0.125
+    value = kl_gpu.kl_div(student, teacher, reduction="none", backend="triton")
+    check_value(value, student, teacher, "forward_kl", "triton", "an offset student's top")
+    student[0, 18] += 40  # far above what the teacher has of it: by the student's own exponents
+    value = kl_gpu.kl_div(student, teacher, reduction="none", backend="triton")
+    check_value(value, student, teacher, "forward_kl", "triton", "a token of the student's alone")

@@ -14,9 +14,20 @@ import torch
 
 pytest.importorskip("triton")
 
+from kl_gpu.backends.triton.launch import divisor
 from kl_gpu.backends.triton.prepared import PreparedLaunch
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_rows_are_divided_without_a_division() -> None:
+    """What `device_math.quotient` computes, in 32 bits, is n // d up to the largest grid."""
+    for d in (1, 2, 3, 5, 31, 32, 33, 1000, 4097, 2**20, 2**31 - 1):
+        magic, shift = divisor(d)
+        assert -(2**31) <= magic < 0
+        for n in {0, 1, d - 1, d, d + 1, 7 * d - 1, 7 * d, 2**31 - 1 - 2**31 % d, 2**31 - 2, 2**31 - 1}:
+            if n < 2**31:
+                assert ((2 * n * (magic % 2**32)) >> 32) >> shift == n // d, (n, d)
 
 
 def test_the_interpreter_launches_with_every_option_and_no_device() -> None:

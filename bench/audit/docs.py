@@ -43,9 +43,9 @@ def regions(path: Path = RESULTS) -> dict[str, str]:
     head, rows = load(path)
     spills = sum(row.spill_bytes > 0 for row in rows)
     compiled = f"{len(rows)} compilations with Triton {head['triton']} on {head['date']}"
-    # Before each row had the hash of what it follows from.
+    # Rows that were not compiled again when what they follow from changed have no hash of it.
     older = sum(not row.source for row in rows)
-    kept = f" ({older} of them kept from 2026-11-22)" if older else ""
+    kept = f" ({older} of them of earlier kernels)" if older else ""
     return {"summary": f"{compiled}{kept}; {spills} of them spill.", "counts": counts_table(rows, "sm_90")}
 
 

@@ -43,7 +43,13 @@ class Entry:
     gcn_loops: tuple[int, ...] = (0,)
 
     function: ClassVar[Any] = pair.pair_kernel
-    types: ClassVar[dict[str, str]] = dict.fromkeys(("n_rows", "num_splits", "split_columns", "lag"), "i32")
+    types: ClassVar[dict[str, str]] = dict.fromkeys(
+        (
+            *("n_rows", "num_splits", "split_columns", "lag"),
+            *("inner_magic", "inner_shift", "splits_magic", "splits_shift"),
+        ),
+        "i32",
+    )
 
     def configuration(self, logits: torch.Tensor, lanes: int) -> dict[str, Any]:
         """Every compile-time argument and option, as the launcher would choose them."""

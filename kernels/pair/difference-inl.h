@@ -33,10 +33,11 @@ struct Difference {
         Reduced<V> p, q;
     };
 
-    Difference(double scale, const RowScalars& scalars)
+    // more_q: what is added to q's factor alone.
+    Difference(double scale, const RowScalars& scalars, double more_q = 0)
         : row(scale, scalars, WithLow),
           p(scalars.coefficient_b * rest_of(row.lse_a)),
-          q(scalars.coefficient_b * rest_of(row.lse_b)) {}
+          q((scalars.coefficient_b + more_q) * rest_of(row.lse_b)) {}
 
     template <bool ToA, bool ToB>
     KL_INLINE Begun begin(V a, V b) const {

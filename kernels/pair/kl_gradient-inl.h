@@ -192,6 +192,33 @@ struct WithLabel {
     }
 };
 
+// The gradient of b with a label's columns at the row's own temperature: p (factor (e^r - 1) + label e^r).
+template <Form form>
+struct WithOwnLabel {
+    RowConstants<VF> row;  // its factor of b is the sum of both
+    VF label;
+
+    WithOwnLabel(double scale, const RowScalars& scalars, double factor)
+        : row(scale, with(scalars, factor), form != Form::fast, form == Form::fast ? kRaised : 0),
+          label(row.factor_b * splat<VF>(static_cast<float>(factor / (scalars.coefficient_b + factor)))) {}
+
+    template <bool ToA, bool ToB>
+    KL_INLINE Begun<VF> begin(VF a, VF b) const {
+        return begin_gradient<form, ToA, ToB>(a, b, row);
+    }
+    template <bool ToA, bool ToB>
+    KL_INLINE Gradients<VF> end(const Begun<VF>& x) const {
+        const VF both = exp2m1_split(x.ratio.r, scaled(row.factor_b, x.ratio), row.factor_b) + label;
+        return {VF{}, scale_product(exp2_fraction(x.log_p.r), both, x.log_p)};
+    }
+
+private:
+    static RowScalars with(RowScalars scalars, double factor) {
+        scalars.coefficient_b += factor;
+        return scalars;
+    }
+};
+
 template <class T>
 bool kl_gradient_with_label(const T* a, const T* b, std::int64_t n, double scale, const RowScalars& scalars,
                             const LabelTerm& label, T* to_a, T* to_b, bool non_temporal) {
@@ -208,12 +235,25 @@ bool kl_gradient_with_label(const T* a, const T* b, std::int64_t n, double scale
                 gradient_span<false, true>(a, b, n, both, to_a, to_b, non_temporal);
         };
         const Form form = form_for(scale, scalars, std::is_same_v<T, float>);
+        // q is at hand where the label's is at the row's temperature.
+        const bool own = to_b != nullptr && label.scale == scale && label.factor * scalars.coefficient_b > 0;
+        const auto go_own = [&](const auto& of) {
+            gradient_span<false, true>(a, b, n, of, to_a, to_b, non_temporal);
+        };
         if (form == Form::fast && !std::is_same_v<T, float>) {
-            go(KlGradient<Form::fast, VF>{RowConstants<VF>(scale, scalars, false, kRaised)});
+            if (own)
+                go_own(WithOwnLabel<Form::fast>(scale, scalars, label.factor));
+            else
+                go(KlGradient<Form::fast, VF>{RowConstants<VF>(scale, scalars, false, kRaised)});
         } else if (to_b != nullptr && may_take_difference(scalars)) {
-            go(Difference<true, VF>(scale, scalars));
+            if (own)
+                go_own(Difference<true, VF>(scale, scalars, label.factor));
+            else
+                go(Difference<true, VF>(scale, scalars));
         } else if (form == Form::general) {
             return false;
+        } else if (own) {
+            go_own(WithOwnLabel<Form::precise>(scale, scalars, label.factor));
         } else {
             go(KlGradient<Form::precise, VF>{RowConstants<VF>(scale, scalars, true, 0)});
         }

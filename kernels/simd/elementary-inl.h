@@ -3,6 +3,8 @@
 // tests/test_native.py asserts over every exponent and 10^7 points.
 #pragma once
 
+#include <type_traits>
+
 #include "simd/vectors-inl.h"
 
 namespace kl::KL_ISA {
@@ -24,6 +26,42 @@ KL_INLINE V horner(const V (&c)[N], V x) {
     for (int i = N - 2; i >= 0; --i) p = mad(p, x, c[i]);
     return p;
 }
+
+#if KL_NEON
+// Coefficients as vectors in memory, one after another.
+template <const auto& coefficients>
+struct Splats {
+    static constexpr int n = sizeof(coefficients) / sizeof(double);
+    struct Values {
+        alignas(kWidth) float of[n][lanes<VF>];
+    };
+    static constexpr Values values = [] {
+        Values out{};
+        for (int i = 0; i < n; ++i)
+            for (float& x : out.of[i]) x = static_cast<float>(coefficients[i]);
+        return out;
+    }();
+};
+
+// horner() of static coefficients. NEON's fmla overwrites what it adds to, so each coefficient is read anew:
+// by an offset from one address, where GCC would compute an address for each.
+template <const auto& coefficients, class V>
+KL_INLINE V horner(V x) {
+    if constexpr (std::is_same_v<V, VF>) {
+        const float* at = Splats<coefficients>::values.of[0];
+        asm("" : "+r"(at));
+        constexpr int n = Splats<coefficients>::n;
+        V p = load<V>(at + (n - 1) * lanes<V>);
+        for (int i = n - 2; i >= 0; --i) p = mad(p, x, load<V>(at + i * lanes<V>));
+        return p;
+    } else {
+        return horner(coefficients, x);
+    }
+}
+#define KL_HORNER(coefficients, x) horner<coefficients>(x)
+#else
+#define KL_HORNER(coefficients, x) horner(coefficients, x)
+#endif
 
 // Minimax on [-1/2, 1/2].
 template <class V>
@@ -178,7 +216,7 @@ KL_INLINE V scaled(V c, Reduced<V> x) {
 // 2^r for |r| <= 1/2.  fp32: 2.5 ulp.
 template <class V>
 KL_INLINE V exp2_fraction(V r) {
-    return mad(horner(Poly<V>::exp2, r), r, splat<V>(1));
+    return mad(KL_HORNER(Poly<V>::exp2, r), r, splat<V>(1));
 }
 
 // 2^x.  fp32: 2.5 ulp on [-125, 126]; below it under 2^-124 and in the end 0, above it over 2^125;
@@ -253,7 +291,7 @@ KL_INLINE V g2_from(V x, Reduced<V> e) {
     // In this order the large terms meet first and leave without a rounding. Where x rounds to n = 0 the
     // terms beside the polynomial vanish exactly, so no blend is needed.
     const V linear = two_n * e.r, rest = linear + mad(two_n, log2e, -log2e) - x;
-    return mad(linear, e.r * horner(Poly<V>::g, e.r), rest);
+    return mad(linear, e.r * KL_HORNER(Poly<V>::g, e.r), rest);
 }
 template <class V>
 KL_INLINE V g2(V x) {
@@ -277,7 +315,7 @@ KL_INLINE BothWays<V> both_ways(V x) {
     const Reduced<V> e = reduce(clamp_exponent(x));
     const V n = integer(e), two_n = scale(splat<V>(1), e);
     // 2^r = 1 + ln 2 f, f = r + r^2 P. Where n is 0, what stands beside r^2 P vanishes exactly, as in g2.
-    const V rp = e.r * horner(Poly<V>::g, e.r), r2p = e.r * rp, f = mad(e.r, rp, e.r);
+    const V rp = e.r * KL_HORNER(Poly<V>::g, e.r), r2p = e.r * rp, f = mad(e.r, rp, e.r);
     const V rest = mad(two_n, e.r, mad(two_n, log2e, -log2e)) - x;
     const V h = mad(two_n, mad(f, x * ln2, -r2p), mad(two_n, n - log2e, log2e));
     return {mad(two_n * ln2, f, two_n), mad(two_n, r2p, rest), h};
@@ -286,7 +324,7 @@ KL_INLINE BothWays<V> both_ways(V x) {
 // sign * (2^r two_n - 1), sign being 1 or -1 and already in two_n.
 template <class V>
 KL_INLINE V exp2m1_split(V r, V two_n, V sign) {
-    return mad(two_n, r * horner(Poly<V>::expm1, r), two_n - sign);
+    return mad(two_n, r * KL_HORNER(Poly<V>::expm1, r), two_n - sign);
 }
 
 // 2^x - 1.  fp32: 3 ulp up to 126.
@@ -309,7 +347,7 @@ KL_INLINE Exponential<V> exponential(V x) {
     constexpr S limit = Traits<V>::bias - 7;
     const V one = splat<V>(1);
     const Split<V> e = split(min(max(x, splat<V>(-limit)), splat<V>(limit)), one);
-    const V fraction = e.r * horner(Poly<V>::expm1, e.r);
+    const V fraction = e.r * KL_HORNER(Poly<V>::expm1, e.r);
     return {mad(e.two_n, fraction, e.two_n), mad(e.two_n, fraction, e.two_n - one)};
 }
 
@@ -332,7 +370,7 @@ KL_INLINE Logarithm<V> log_one_plus(V z, V y) {
     const I near = n == I{};
     const V x = near ? z : f - splat<V>(1);
     // log(1 + x) = 2 atanh s = 2 s + t, and x - 2 s = x s.
-    const V s = x / (splat<V>(2) + x), s2 = s * s, t = (s + s) * s2 * horner(Poly<V>::atanh, s2);
+    const V s = x / (splat<V>(2) + x), s2 = s * s, t = (s + s) * s2 * KL_HORNER(Poly<V>::atanh, s2);
     const V log = mad(units, splat<V>(static_cast<S>(kLn2)), mad(splat<V>(2), s, t));
     return {log, near ? mad(x, s, -t) : z - log};
 }

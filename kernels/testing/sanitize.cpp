@@ -69,13 +69,19 @@ Bytes run(kl::Dtype a, kl::Dtype b, std::int64_t rows, std::int64_t columns, int
     const kl::Gradient to_a{grad_a.data(), columns, columns, a}, to_b{grad_b.data(), columns, columns, b};
     if (formula == kl::Formula::kl) kl::token_stats(p, wide, tokens.data(), token_stats.data(), sums.data());
     kl::value(p, wide, alone.data(), nullptr);
+    std::vector<double> entropies(n), surprises(n);
+    const std::vector<double> factors(n, 0.25);
+    const kl::Beside beside{rows % 2 == 0, entropies.data(), tokens.data(),
+                            nullptr,       surprises.data(), factors.data()};
+    const bool asks = columns % 3 == 0 || (rows == 2 && a == kl::Dtype::bf16);
+    const kl::Beside* const more = asks ? &beside : nullptr;
     if (fused) {
-        kl::value_and_gradient(p, wide, row_scale, value.data(), stats.data(), to_a, to_b);
+        kl::value_and_gradient(p, wide, row_scale, value.data(), stats.data(), to_a, to_b, more);
     } else {
-        kl::value(p, wide, value.data(), stats.data());
-        kl::gradient(p, wide, stats.data(), row_scale, to_a, to_b);
+        kl::value(p, wide, value.data(), stats.data(), more);
+        kl::gradient(p, wide, stats.data(), row_scale, to_a, to_b, more);
     }
-    for (const auto& numbers : {value, token_stats, sums}) append(out, numbers);
+    for (const auto& numbers : {value, token_stats, sums, entropies, surprises}) append(out, numbers);
     for (const auto& grad : {grad_a, grad_b}) append(out, grad);
     // A value that depends on whether the stats were asked for makes the two runs differ.
     if (std::memcmp(value.data(), alone.data(), n * sizeof(double)) != 0) out.push_back(fused);

@@ -18,15 +18,18 @@ from .sides import BLOCK, Partial, Side
 from .windows import Windows
 
 
-def opened(path: Path) -> Side | None:
+def opened(path: Path, device: str = "cpu") -> Side | None:
     """The side that a path names, or None where it is none of these.
+
+    Args:
+        device: where a recording's logits are made and compared.
 
     Raises:
         ComparisonError: it is one of these and cannot be read; the message says why.
     """
     if (path / MANIFEST).is_file():
         recording = Recording(path)
-        return RecordedTopK(recording) if recording.form == "topk" else RecordedModel(recording)
+        return RecordedTopK(recording) if recording.form == "topk" else RecordedModel(recording, device)
     kinds: dict[str, Callable[[Path], Side]] = {
         ".kld": LlamaCpp, ".safetensors": Logits, ".parquet": OthersTopK, ".jsonl": OthersTopK,
     }  # fmt: skip
@@ -109,26 +112,28 @@ def _describe(side: Side, recording: Recording) -> None:
 class RecordedModel(Side):
     """A recording of hidden states or of logits."""
 
-    def __init__(self, recording: Recording) -> None:
-        self.recording = recording
+    def __init__(self, recording: Recording, device: str) -> None:
+        self.recording, self.device = recording, device
+        self.head = recording.head.to(torch.device(device)) if recording.form == "hidden" else None
         _describe(self, recording)
         if recording.form == "logits":
             dtype = recording.manifest["dtype"]
             self.note = f"{self.name} was recorded as logits in {dtype}; the figures are of those."
 
     def _rows(self, windows: Windows, which: Sequence[int], name: str) -> Tensor:
-        return torch.stack([self.recording.recorded(i)[name][-windows.rows :] for i in which])
+        rows = torch.stack([self.recording.recorded(i)[name][-windows.rows :] for i in which])
+        return rows.to(self.device)
 
     def logits(self, windows: Windows, which: Sequence[int]) -> Tensor:
         return torch.cat(list(self.blocks(windows, which))).unflatten(0, (len(which), -1))
 
     def blocks(self, windows: Windows, which: Sequence[int]) -> Iterator[Tensor]:
         """Of hidden states no more than a block's logits exist at a time."""
-        if self.recording.form == "logits":
+        if self.head is None:
             yield from self._rows(windows, which, "logits").flatten(0, 1).split(BLOCK)
             return
         for hidden in self._rows(windows, which, "hidden").flatten(0, 1).split(BLOCK):
-            yield self.recording.head.logits(hidden)
+            yield self.head.logits(hidden)
 
 
 class KnownByTopK(Partial):

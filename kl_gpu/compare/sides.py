@@ -148,7 +148,7 @@ def open_side(spec: str, dtype: str = "float32", device: str | None = None) -> S
 
     name, where = named(spec)
     path = Path(where)
-    side = recorded.opened(path) or _from_transformers(path, where, dtype, device)
+    side = recorded.opened(path, device or _device()) or _from_transformers(path, where, dtype, device)
     side.name = name
     return side
 
@@ -182,8 +182,11 @@ def _from_transformers(path: Path, where: str, dtype: str, device: str | None) -
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except Exception:  # nor for a model without a tokenizer
         tokenizer = None
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Model(path.stem if options else path.name, model.to(chosen), tokenizer)  # type: ignore[arg-type]
+    return Model(path.stem if options else path.name, model.to(device or _device()), tokenizer)  # type: ignore[arg-type]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _first_line(error: Exception) -> str:

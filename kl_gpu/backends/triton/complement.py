@@ -290,7 +290,7 @@ def complement_gradient_kernel(
     grad_rest = grad_rest - grad_entropy * tl.load(stats + 2)
     has_gradient = valid & ((grad_rest != 0) | (grad_entropy != 0)) & (inv != float("inf"))
     log_z = (-tl.log(inv) * LOG2E).to(CT)
-    side = normalised(0.0, n, inv.to(CT), k, scale, 15, CT)
+    side = normalised(0.0, n, inv.to(CT), k, (1.0 - scale * LOG2E / k).to(CT), 15)
     to_rest = grad_rest.to(CT)
     to_log = (grad_entropy / LOG2E).to(CT)
     begin, start, end = own_columns(grad, first, last, V, LAYOUT)

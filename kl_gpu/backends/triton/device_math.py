@@ -17,12 +17,15 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
+from . import launch
 from .launch import Layout
 
 # The interpreter multiplies and adds in two roundings where the hardware's fma rounds once.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(launch.LOG2E)
 LOG2E_LOW = tl.constexpr(1.925963033500e-8)  # what float32 lacks of it
+LN2 = tl.constexpr(0.6931471805599453)
+LN2_LOW = tl.constexpr(-1.904654299957768e-09)  # what float32 lacks of it
 # m before any column was seen: finite, so that −inf logits weigh 0 rather than NaN.
 NO_REFERENCE = tl.constexpr(-1e30)
 
@@ -54,7 +57,7 @@ def stored_scale(scale_ptr):
 
 @triton.jit
 def scales_of(row, scales_ptr, parts, HAS_SCALES: tl.constexpr, SAME_SCALE: tl.constexpr, CT: tl.constexpr):
-    """Of a row: its own, of `[A*B, 1]` or `[A*B, 2]`, or the two that all share, `parts` (high, low) each."""
+    """Of a row: its own, of `[A*B, 1]` or `[A*B, 2]`, or the two that all share, of `launch.scale_parts`."""
     if HAS_SCALES:
         own = scales_ptr + tl.full([], row, tl.int64) * (1 if SAME_SCALE else 2)
         a = stored_scale(own)
@@ -62,29 +65,41 @@ def scales_of(row, scales_ptr, parts, HAS_SCALES: tl.constexpr, SAME_SCALE: tl.c
     else:
         a = from_high_low(parts[0], parts[1])
         b = from_high_low(parts[2], parts[3])
-    k_a = (a * LOG2E).to(CT)
-    k_b = (b * LOG2E).to(CT)
-    shared = a.to(CT)
     if tl.float64 == CT:  # they are what they are taken for
-        return Scales(k_a, k_b, shared, a, b, k_a * 0.0, k_b * 0.0, k_a * 0.0)
-    high_b = b.to(CT)
-    if HAS_SCALES:
-        low = (a - shared.to(tl.float64)).to(CT)
-        low_b = (b - high_b.to(tl.float64)).to(CT)
-    else:
-        low = tl.full([], parts[1], CT)
-        low_b = tl.full([], parts[3], CT)
-    inverse = 1.0 / k_a
-    over_a = -log2e_times(shared, low, k_a) * inverse
-    over_b = -log2e_times(high_b, low_b, k_b) / k_b
-    return Scales(k_a, k_b, shared, a, b, over_a, over_b, low * inverse * LOG2E)
+        k_a = a * LOG2E
+        return Scales(k_a, b * LOG2E, a, a, b, k_a * 0.0, k_a * 0.0, k_a * 0.0)
+    if not HAS_SCALES:
+        return Scales(
+            tl.full([], parts[4], CT), tl.full([], parts[5], CT), tl.full([], parts[0], CT), a, b,
+            tl.full([], parts[6], CT), tl.full([], parts[7], CT), tl.full([], parts[8], CT),
+        )  # fmt: skip
+    shared = a.to(CT)
+    # As the host has them for all rows.
+    log2_a = a * LOG2E
+    log2_b = b * LOG2E
+    k_a = log2_a.to(CT)
+    k_b = log2_b.to(CT)
+    over_a = ((k_a.to(tl.float64) - log2_a) / k_a.to(tl.float64)).to(CT)
+    over_b = ((k_b.to(tl.float64) - log2_b) / k_b.to(tl.float64)).to(CT)
+    return Scales(k_a, k_b, shared, a, b, over_a, over_b, ((a - shared.to(tl.float64)) / a).to(CT))
+
+
+@triton.jit
+def quotient(n, magic, shift):
+    """n // d of n ≥ 0, with the numbers of `launch.divisor`: a division takes five times as long."""
+    high = tl.umulhi((n + n).to(tl.uint32, bitcast=True), magic.to(tl.uint32, bitcast=True))
+    return (high >> shift).to(tl.int32)
 
 
 @triton.jit
 def row_start(row, n_inner, base, outer_stride, inner_stride):
-    # 64 bits before the multiply: 2³¹ elements are 16 744 rows of 128 256. The division fits in 32.
     outer = row // n_inner
-    inner = row - outer * n_inner
+    return place_start(outer, row - outer * n_inner, base, outer_stride, inner_stride)
+
+
+@triton.jit
+def place_start(outer, inner, base, outer_stride, inner_stride):
+    # 64 bits before the multiply: 2³¹ elements are 16 744 rows of 128 256.
     return base + outer.to(tl.int64) * outer_stride + inner.to(tl.int64) * inner_stride
 
 
@@ -457,7 +472,7 @@ def weights(logit, k, n):
 
 
 @triton.jit
-def normalised(shift, n, inv, k, inv_temperature, TOP: tl.constexpr, CT: tl.constexpr):
+def normalised(shift, n, inv, k, over_k, TOP: tl.constexpr):
     """The `Softmax` of a side whose weights about n sum to 1/inv.
 
     n is lowered once more, from about 7 below the row's largest exponent to TOP. At 15, exponents are rounded
@@ -467,7 +482,7 @@ def normalised(shift, n, inv, k, inv_temperature, TOP: tl.constexpr, CT: tl.cons
     """
     low = n - (TOP - 7.0)
     scale = inv * tl.exp2(low - n)  # of 7 − TOP, unless n is too large to have units
-    correction = ((inv_temperature * LOG2E / k - 1.0) * 0.6931471805599453).to(CT) * scale
+    correction = (over_k * -LN2) * scale
     return Softmax(shift, k, low, mul_add(correction, -1.0 * TOP, scale), correction)
 
 
@@ -556,6 +571,63 @@ def g_near(x):
 def g(x):
     """g(x) = eˣ − 1 − x ≥ 0."""
     return tl.where(is_near(x), g_near(x) * x, (tl.exp2(x * LOG2E) - 1.0) - x)
+
+
+@triton.jit
+def top_of(logits):
+    """The largest of a tile `[R, VEC]`; NaN, where there is one that a thread's own maximum shows."""
+    top = tl.max(logits, axis=1)
+    if top.dtype == tl.float64:
+        return tl.max(top)
+    # As integers of the same order: of those a maximum is one instruction of a warp.
+    top = top.to(tl.int32, bitcast=True)
+    top = tl.max(top ^ ((top >> 31) & 0x7FFFFFFF))
+    return (top ^ ((top >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def any_reaches(values, bound: tl.constexpr):
+    """Whether one of the numbers `[R]`, none of them negative, reaches a positive bound or is NaN.
+
+    What branches follow comes from integers: of their maximum the compiler knows that all threads have the
+    same, and it is one instruction of a warp.
+    """
+    if values.dtype == tl.float64:
+        return tl.max(tl.where(values < bound, 0, 1)) != 0
+    least = tl.full([], bound, tl.float32).to(tl.int32, bitcast=True)
+    return tl.max(values.to(tl.int32, bitcast=True)) >= least
+
+
+@triton.jit
+def floor_log2(x):
+    """Of a positive number, and no subnormal one in float32."""
+    if x.dtype == tl.float64:
+        return tl.floor(tl.log2(x))
+    return ((x.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)
+
+
+@triton.jit
+def scaled_g(x, scale):
+    """scale·g of ln(2)·x, with 2^x from x itself: infinite where scale·2^x is.
+
+    The polynomial is minimax on |x| < 0.8: relative error 1.4e-6 in float32. Beyond, at most 9.4 times the
+    error of 2^x, 2^-22, is left of what cancels against 1 + ln(2)·x. A degree more costs an instruction a
+    column for half of either.
+    """
+    if x.dtype == tl.float64:
+        nats = x * LN2
+        near = is_near(nats)
+        p = g_near(nats) * nats * scale
+    else:
+        near = tl.abs(x) < 0.8
+        coefficients: tl.constexpr = (
+            1.543865365e-4, 1.345575787e-3, 9.618412703e-3, 5.550216138e-2, 2.402264774e-1,
+        )  # fmt: skip
+        p = tl.full([], coefficients[0], x.dtype) * scale
+        for i in tl.static_range(1, len(coefficients)):
+            p = tl.fma(p, x, tl.full([], coefficients[i], x.dtype) * scale)
+        p = p * x * x
+    return tl.where(near, p, sub_mul(mul_sub(tl.exp2(x), scale, scale), x, scale * LN2))
 
 
 @triton.jit
@@ -653,6 +725,24 @@ def log_ratio(a, b, c, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr):
     back = d - b
     error = (b - (d - back)) - (a + back)
     return fma(error, scales.shared, x)
+
+
+@triton.jit
+def log2_ratio(a, b, c, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr):
+    """`log_ratio` in units of log2, as is c: an exponential takes it as it is.
+
+    Where both temperatures are equal, it is in units of the k that both sides' exponents have.
+    """
+    if not SAME_SCALE:
+        scaled = mul_sub(b.to(tl.float64), scales.b * LOG2E, a.to(tl.float64) * (scales.a * LOG2E))
+        return (scaled - c.to(tl.float64)).to(a.dtype)
+    d = b - a
+    x = fma(d, scales.k_a, -c)
+    if EXACT:
+        return x
+    back = d - b
+    error = (b - (d - back)) - (a + back)
+    return fma(error, scales.k_a, x)
 
 
 @triton.jit

@@ -94,16 +94,14 @@ def _fast_kl_tile(
     x = log_ratio(a, b, row.c, row.scales, SAME_SCALE, EXACT)
     to_a = x
     to_b = x
-    if TO_B and DIRECT:
-        _, b_less_a, factor = _over_factor(a, b, row, to.up_b)
-        to_b = b_less_a * factor
-    elif TO_B:
-        r = x - row.log_z_ratio
+    if TO_B:
         scale_a, correction_a = scale_by_logit(times(row.a, to.up_b))
         scale_b, correction_b = scale_by_logit(times(row.b, to.up_b))
         mass_a = weights(a, row.a.k, row.a.n) * fma(a, correction_a, scale_a)
-        b_less_a = mul_sub(weights(b, row.b.k, row.b.n), fma(b, correction_b, scale_b), mass_a)
-        to_b = tl.where(tl.abs(r) < 0.5, mass_a * expm1_near(r), b_less_a)
+        to_b = mul_sub(weights(b, row.b.k, row.b.n), fma(b, correction_b, scale_b), mass_a)
+        if not DIRECT:
+            r = x - row.log_z_ratio
+            to_b = tl.where(tl.abs(r) < 0.5, mass_a * expm1_near(r), to_b)
     if TO_A:
         scale, correction = scale_by_logit(times(near_a, -to.up_a))
         weight = weights(a, near_a.k, near_a.n)

@@ -8,20 +8,26 @@ import triton
 import triton.language as tl
 
 from .device_math import (
+    LN2,
+    LN2_LOW,
     LOG2E,
     NO_REFERENCE,
     Sums,
     add_products,
+    any_reaches,
     difference,
     exp2_offset,
     exp2_pair,
     exp_minus,
+    floor_log2,
+    fma,
     g,
     g_near,
     is_near,
     load_ragged,
     load_tile,
     log1p_minus,
+    log2_ratio,
     log_probability_ratio,
     log_ratio,
     lowest,
@@ -30,10 +36,12 @@ from .device_math import (
     no_lower,
     out_of_range_shift,
     rebase,
+    scaled_g,
     sub_mul,
     tile_ahead,
     tile_offsets,
     times_log2e,
+    top_of,
     two_sum,
     uniform,
     unpacked,
@@ -42,10 +50,13 @@ from .device_math import (
 
 # The reference is rebased where a thread's weights of a step sum to this much. That tells a new maximum from
 # sums that are there anyway: a maximum itself would take an instruction per column.
-_REBASE_ABOVE = tl.constexpr(256.0)
+_REBASE_ABOVE = tl.constexpr(16.0)
 # A new reference leaves the largest of those sums below this power of 2, so that one twice as large rebases
 # nothing: rebasing costs about as much as its step. One eight times as large would cancel about the old c.
-_REBASED_LOG2 = tl.constexpr(7)
+_REBASED_LOG2 = tl.constexpr(3)
+# What a step's terms come times, so that those with eˣ beyond 2^16, whose exponent is rounded, are infinite.
+_G_SCALE = tl.constexpr(2.0**112)
+_G_SCALE_64 = tl.constexpr(2.0**900)
 # The least KL, beside c², at which fl(b − a) may be taken for b − a where both have 16 bits. 0.75 − 1e-6 has
 # 26: the difference may be off by 2^-25·|c|, which shows where c is far larger than the usual x.
 _LEAST_KL = tl.constexpr(4.5e-4)
@@ -74,40 +85,33 @@ ONE_SIDED = tl.constexpr(3)
 
 # What sums are taken about: a's n, c, b's own n_b, and the factor b_to_a = 2^n_b over w·eˣ's unit.
 Reference = namedtuple("Reference", "n c n_b b_to_a")
+# The fast sweep's: n, and c in units of log2, as its x and a1 are.
+FastReference = namedtuple("FastReference", "n c")
 # A row as `fallback_row` leaves it: n and c are of logits less the shifts, the rest is in float64.
 Fallback = namedtuple("Fallback", "shift_a n_a z_a shift_b n_b z_b c log_z_ratio value")
 
 
 @triton.jit
-def _moment(
-    a, b, n, inside, start, scales, SAME_SCALE: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr
-):
-    """Sums `[R]` of w·((b − a) − start) and of w over a tile, but for columns that CAREFUL leaves out.
-
-    Those are of sides masked with a number as low as -1e9, about which a mean would have no digits.
-    """
-    w = weights(a, scales.k_a, n)
+def _moment(w, a, b, inside, start, scales, SAME_SCALE: tl.constexpr, MASKED: tl.constexpr):
+    """The sum `[R]` of w·((b − a) − start) over a tile."""
     d = difference(a, b, scales, SAME_SCALE) - start
     if MASKED:
         d = tl.where(inside, d, 0.0)
-    if CAREFUL:
-        w = tl.where(tl.abs(d) < 1e6, w, 0.0)
-        d = tl.where(tl.abs(d) < 1e6, d, 0.0)
-    return add_products(tl.zeros([a.shape[0]], a.dtype), w, d), tl.sum(w, axis=1)
+    return add_products(tl.zeros([a.shape[0]], a.dtype), w, d)
 
 
 @triton.jit
-def _step_moment(
-    a, b, later_a, later_b, n, inside, start, scales,
-    SAME_SCALE: tl.constexpr, MASKED: tl.constexpr, TWO: tl.constexpr, CAREFUL: tl.constexpr,
-):  # fmt: skip
-    """`_moment` of a step of one or two tiles."""
-    moment, mass = _moment(a, b, n, inside, start, scales, SAME_SCALE, MASKED, CAREFUL)
-    if TWO:
-        later, later_mass = _moment(later_a, later_b, n, inside, start, scales, SAME_SCALE, MASKED, CAREFUL)
-        moment += later
-        mass += later_mass
-    return moment, mass
+def _careful_moment(w, a, b, inside, start, scales, SAME_SCALE: tl.constexpr, MASKED: tl.constexpr):
+    """`_moment` and the sum of w, but for columns of which one side is masked with a number as low as -1e9.
+
+    A mean about those would have no digits.
+    """
+    d = difference(a, b, scales, SAME_SCALE) - start
+    if MASKED:
+        d = tl.where(inside, d, 0.0)
+    w = tl.where(tl.abs(d) < 1e6, w, 0.0)
+    d = tl.where(tl.abs(d) < 1e6, d, 0.0)
+    return add_products(tl.zeros([a.shape[0]], a.dtype), w, d), tl.sum(w, axis=1)
 
 
 @triton.jit
@@ -123,33 +127,33 @@ def _step_weights(a, later_a, k, n, TWO: tl.constexpr):
 
 
 @triton.jit
-def _step_reference(
-    a, b, later_a, later_b, n, inside, start, scales,
+def _mean_difference(
+    w, later_w, mass, a, b, later_a, later_b, inside, start, scales,
     SAME_SCALE: tl.constexpr, MASKED: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """The c that fits a step, the step's weights about n per thread, and whether its differences are finite.
+    """The mean of a step's differences with weights w, less a scale that both sides have.
 
-    c is the mean of the differences with weights w, taken about `start`, where a common shift of 1000 costs
-    no digits. What branches follow comes from integers: of their maximum the compiler knows that all threads
-    have the same, and treats no later step as one that some of them skip.
+    And whether they are finite. It is taken about `start`, where a common shift of 1000 costs no digits.
     """
-    moment, mass = _step_moment(
-        a, b, later_a, later_b, n, inside, start, scales, SAME_SCALE, MASKED, TWO, False
-    )
+    moment = _moment(w, a, b, inside, start, scales, SAME_SCALE, MASKED)
+    if TWO:
+        moment += _moment(later_w, later_a, later_b, inside, start, scales, SAME_SCALE, MASKED)
     far = tl.where(tl.abs(moment) * scales.shared > mass * 1000.0, 1, 0)
     far = tl.max(tl.where(moment * 0.0 == 0.0, far, 2))
     total = tl.sum(mass)
     all_moment = tl.sum(moment)
     if far == 1:
-        moment, careful = _step_moment(
-            a, b, later_a, later_b, n, inside, start, scales, SAME_SCALE, MASKED, TWO, True
-        )
+        moment, mass = _careful_moment(w, a, b, inside, start, scales, SAME_SCALE, MASKED)
+        if TWO:
+            later, later_mass = _careful_moment(
+                later_w, later_a, later_b, inside, start, scales, SAME_SCALE, MASKED
+            )
+            moment += later
+            mass += later_mass
         all_moment = tl.sum(moment)
-        total = tl.sum(careful)
-    c = start + all_moment / total
-    if SAME_SCALE:
-        c = c * scales.shared
-    return tl.where(total > 0, c, 0.0), mass, far < 2
+        total = tl.sum(mass)
+    mean = start + all_moment / total
+    return tl.where(total > 0, mean, 0.0), far < 2
 
 
 @triton.jit
@@ -183,106 +187,188 @@ def exp2_over_offset(n, n_b, c, scales, SAME_SCALE: tl.constexpr):
 
 
 @triton.jit
-def _rise_of(mass):
-    """By how much n must rise for the largest of the sums to lie below 2^_REBASED_LOG2."""
-    if mass.dtype == tl.float64:
-        return tl.floor(tl.log2(tl.max(mass))) - (_REBASED_LOG2 - 1.0)
-    # Of positive numbers the exponents' bits: a maximum of integers is one instruction of a warp.
-    return (tl.max(mass.to(tl.int32, bitcast=True) >> 23) - (126 + _REBASED_LOG2)).to(tl.float32)
+def exp2_over_log2(n, n_b, c, scales, SAME_SCALE: tl.constexpr):
+    """`exp2_over_offset` of a `FastReference`, whose x has the rounding of k in it as both weights have."""
+    apart, apart_low = two_sum(n_b, -n)
+    high, low = two_sum(apart, -c)
+    low += apart_low
+    if not SAME_SCALE:
+        low += mul_sub(n, scales.over_k_a, n_b * scales.over_k_b)
+    return tl.exp2(high) if c.dtype == tl.float64 else exp2_pair(high, low)
 
 
 @triton.jit
-def _rebased(sums, reference, n, c):
-    """`Sums` about `reference` brought to n and c."""
-    # In pairs: where one column outweighs the others, an error of e^−h is one of Z_b, and so of all of b.
-    h, h_low = two_sum(c, -reference.c)
-    if c.dtype == tl.float64:
-        e_h = exp_minus(h)
-    else:
-        high, low = times_log2e(-h, -h_low)
-        e_h = exp2_pair(high, low)
+def _rise_of(mass):
+    """By how much n must rise for the largest of the sums to lie below 2^_REBASED_LOG2."""
+    if mass.dtype == tl.float64:
+        return floor_log2(tl.max(mass)) - (_REBASED_LOG2 - 1.0)
+    # Of positive numbers the bits: a maximum of integers is one instruction of a warp.
+    top = tl.max(mass.to(tl.int32, bitcast=True))
+    return floor_log2(top.to(tl.float32, bitcast=True)) - (_REBASED_LOG2 - 1.0)
+
+
+@triton.jit
+def _rebased(sums, h, e_h, s):
+    """`rebase` of sums, or NaN."""
     # b's sum z + a1 + a2 has a1's rounding in it, and where that sum is then multiplied by e^−h > 1, nothing
     # tells in the end: a NaN has the row swept again where it is more than `store_row` allows.
     lost = (tl.sum(mul_sub(sums.z + sums.a1 + sums.a2, 6.0, tl.abs(sums.a1))) < 0) & (h < 0)
-    sums = Sums(tl.where(lost, float("nan"), sums.z), sums.a1, sums.a2)
-    return rebase(sums, h, e_h, tl.exp2(reference.n - n))
+    return rebase(Sums(tl.where(lost, float("nan"), sums.z), sums.a1, sums.a2), h, e_h, s)
+
+
+@triton.jit
+def _step_reference(
+    a, b, later_a, later_b, inside, scales,
+    SAME_SCALE: tl.constexpr, MASKED: tl.constexpr, TWO: tl.constexpr,
+):  # fmt: skip
+    """The n that suits a step of one or two tiles, its `_mean_difference`, and b's largest logit.
+
+    And whether the differences are finite. A reference fixed by the first tile would do for Gaussian logits.
+    A trained teacher puts most of its mass on a token of some later tile, and sums about a distant c cancel:
+    the row would have to be swept again.
+    """
+    top_a = top_of(tl.maximum(a, later_a) if TWO else a)
+    top_b = top_of(tl.maximum(b, later_b) if TWO else b)
+    n = exp2_offset(top_a, scales.k_a)
+    apart = difference(top_a, top_b, scales, SAME_SCALE)
+    w, later_w, mass = _step_weights(a, later_a, scales.k_a, n, TWO)
+    mean, finite = _mean_difference(
+        w, later_w, mass, a, b, later_a, later_b, inside, apart, scales, SAME_SCALE, MASKED, TWO
+    )
+    return n + _rise_of(mass), mean, top_b, finite
 
 
 @triton.jit
 def _rebase_to_step(
     a, b, later_a, later_b, inside, reference, sums, scales,
-    SAME_SCALE: tl.constexpr, MASKED: tl.constexpr, TWO: tl.constexpr, ROBUST: tl.constexpr,
+    SAME_SCALE: tl.constexpr, MASKED: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """The reference that suits a step of one or two tiles, and the sums rebased to it.
+    """The fast sweep's reference that suits a step of one or two tiles, and the sums rebased to it.
 
     And whether `_fast_sweep` looks to be right for these columns.
-
-    A reference fixed by the first tile would do for Gaussian logits. A trained teacher puts most of its mass
-    on a token of some later tile, and sums about a distant c cancel: the row would have to be swept again.
     """
-    top_a = tl.max(tl.maximum(a, later_a) if TWO else a)
-    top_b = tl.max(tl.maximum(b, later_b) if TWO else b)
-    n = exp2_offset(top_a, scales.k_a)
-    apart = difference(top_a, top_b, scales, SAME_SCALE)
-    c, mass, fits = _step_reference(a, b, later_a, later_b, n, inside, apart, scales, SAME_SCALE, MASKED, TWO)
-    n += _rise_of(mass)
+    n, mean, _, fits = _step_reference(a, b, later_a, later_b, inside, scales, SAME_SCALE, MASKED, TWO)
+    c = mean * scales.k_a if SAME_SCALE else mean * LOG2E
+    if uniform(reference.n != NO_REFERENCE, a.shape[0]):
+        # In pairs: where one column outweighs the others, an error of e^−h is one of Z_b, and so of all of b.
+        h, h_low = two_sum(c, -reference.c)
+        e_h = tl.exp2(-h) if c.dtype == tl.float64 else exp2_pair(-h, -h_low)
+        sums = Sums(sums.z, sums.a1 * LN2, sums.a2)
+        z, a1, a2 = _rebased(sums, h * LN2, e_h, tl.exp2(reference.n - n))
+        sums = Sums(z, a1 * LOG2E, a2)
+    return FastReference(n, c), sums, fits
+
+
+@triton.jit
+def _robust_rebase(a, b, inside, reference, sums, scales, SAME_SCALE: tl.constexpr, MASKED: tl.constexpr):
+    """The robust sweep's reference that suits a tile, and the sums rebased to it."""
+    n, c, top_b, _ = _step_reference(a, b, a, b, inside, scales, SAME_SCALE, MASKED, False)
+    if SAME_SCALE:
+        c = c * scales.shared
+    if uniform(reference.n != NO_REFERENCE, a.shape[0]):
+        # In pairs, as above.
+        h, h_low = two_sum(c, -reference.c)
+        if c.dtype == tl.float64:
+            e_h = exp_minus(h)
+        else:
+            high, low = times_log2e(-h, -h_low)
+            e_h = exp2_pair(high, low)
+        sums = _rebased(sums, h, e_h, tl.exp2(reference.n - n))
+    else:
+        # Of columns in which b alone had mass, a2 is about b's own offset.
+        alone = exp2_over_offset(n, reference.n_b, c, scales, SAME_SCALE)
+        sums = Sums(sums.z * alone, sums.a1 * alone, sums.a2 * alone)
     # b is measured from its own maximum, where exponents are small, and brought to a's by one factor: an
     # exponent of 64 or more would be rounded by 2.6e-6. That maximum is at 2^1 or 2^2: so tops of b alone,
     # which rebase nothing, may lie 30 powers of 2 above it before their exponents reach 32.
     n_b = exp2_offset(top_b, scales.k_b) + _B_RAISED
-    if uniform(reference.n != NO_REFERENCE, a.shape[0]):
-        sums = _rebased(sums, reference, n, c)
-    elif ROBUST:
-        # Of columns in which b alone had mass, a2 is about b's own offset.
-        alone = exp2_over_offset(n, reference.n_b, c, scales, SAME_SCALE)
-        sums = Sums(sums.z * alone, sums.a1 * alone, sums.a2 * alone)
-    reference = Reference(n, c, n_b, exp2_over_offset(n, n_b, c, scales, SAME_SCALE))
-    return reference, sums, fits
+    return Reference(n, c, n_b, exp2_over_offset(n, n_b, c, scales, SAME_SCALE)), sums
 
 
 @triton.jit
-def _tile_sums(
-    a, b, w, inside, reference, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr
-):
-    """What a `[R, VEC]` tile of weights w adds to a1 and a2."""
-    v = weights(b, scales.k_b, reference.n_b)
-    x = log_ratio(a, b, reference.c, scales, SAME_SCALE, EXACT)
+def _terms(x, b, w, inside, n_b, b_to_a, scales, MASKED: tl.constexpr):
+    """The sums `[R]` of w·x and of w·g(x) over a tile, with w·eˣ from b's own exponents."""
+    v = weights(b, scales.k_b, n_b)
     if MASKED:  # w is 0 there
         v = tl.where(inside, v, 0.0)
         x = tl.where(inside, x, 0.0)
     wx = w * x
-    terms = tl.where(is_near(x), wx * g_near(x), mul_sub(v, reference.b_to_a, w) - wx)
+    terms = tl.where(is_near(x), wx * g_near(x), mul_sub(v, b_to_a, w) - wx)
     return tl.sum(wx, axis=1), tl.sum(terms, axis=1)
 
 
 @triton.jit
-def _add_step(
+def _tile_sums(
+    a, b, w, inside, c, a1, a2, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr
+):
+    """a1 and the scaled a2 of a fast sweep with a `[R, VEC]` tile of weights w added."""
+    x = log2_ratio(a, b, c, scales, SAME_SCALE, EXACT)
+    if MASKED:  # w is 0 there
+        x = tl.where(inside, x, 0.0)
+    return add_products(a1, w, x), add_products(a2, w, scaled_g(x, _g_scale(x.dtype)))
+
+
+@triton.jit
+def _g_scale(dtype: tl.constexpr):
+    return tl.full([], _G_SCALE_64 if dtype == tl.float64 else _G_SCALE, dtype)
+
+
+@triton.jit
+def _fast_step(
     a, b, later_a, later_b, inside, start, reference, sums, scales,
     SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, TWO: tl.constexpr,
-    ROBUST: tl.constexpr,
 ):  # fmt: skip
-    """The reference and the sums with a step of one or two tiles added.
+    """The `FastReference` and the sums with a step of one or two tiles added.
 
     And the column that it starts at, MISFIT where a new reference tells that `_fast_sweep` does not fit here.
     """
     w, later_w, mass = _step_weights(a, later_a, scales.k_a, reference.n, TWO)
-    # One bit: a maximum of integers is one instruction of a warp.
-    if tl.max((mass >= _REBASE_ABOVE).to(tl.int32)) != 0:
+    if any_reaches(mass, _REBASE_ABOVE):
         reference, sums, fits = _rebase_to_step(
-            a, b, later_a, later_b, inside, reference, sums, scales, SAME_SCALE, MASKED, TWO, ROBUST
+            a, b, later_a, later_b, inside, reference, sums, scales, SAME_SCALE, MASKED, TWO
         )
         start = tl.where(fits, start, MISFIT)
         w, later_w, mass = _step_weights(a, later_a, scales.k_a, reference.n, TWO)
+    n, c = reference
     z, a1, a2 = sums
     z += mass
-    s1, s2 = _tile_sums(a, b, w, inside, reference, scales, SAME_SCALE, EXACT, MASKED)
-    a1 += s1
-    a2 += s2
+    more = tl.zeros([a.shape[0]], a.dtype)
+    a1, more = _tile_sums(a, b, w, inside, c, a1, more, scales, SAME_SCALE, EXACT, MASKED)
     if TWO:
-        s1, s2 = _tile_sums(later_a, later_b, later_w, inside, reference, scales, SAME_SCALE, EXACT, MASKED)
-        a1 += s1
-        a2 += s2
+        a1, more = _tile_sums(
+            later_a, later_b, later_w, inside, c, a1, more, scales, SAME_SCALE, EXACT, MASKED
+        )
+    if any_reaches(more, float("inf")):
+        # A token of b far above what a has of it: by b's own exponents, which are small where it is large.
+        top_b = top_of(b)
+        if TWO:  # one by one: of a maximum of both the compiler would make one with the rebase's, and always
+            top_b = tl.maximum(top_b, top_of(later_b))
+        n_b = exp2_offset(top_b, scales.k_b)
+        b_to_a = exp2_over_log2(n, n_b, c, scales, SAME_SCALE)
+        x = log2_ratio(a, b, c, scales, SAME_SCALE, EXACT) * LN2
+        _, far = _terms(x, b, w, inside, n_b, b_to_a, scales, MASKED)
+        a2 += far
+        if TWO:
+            x = log2_ratio(later_a, later_b, c, scales, SAME_SCALE, EXACT) * LN2
+            _, far = _terms(x, later_b, later_w, inside, n_b, b_to_a, scales, MASKED)
+            a2 += far
+    else:
+        a2 = mul_add(more, 1.0 / _g_scale(a.dtype), a2)
     return start, reference, Sums(z, a1, a2)
+
+
+@triton.jit
+def _add_tile(a, b, inside, reference, sums, scales, SAME_SCALE: tl.constexpr, MASKED: tl.constexpr):
+    """The reference and the sums of a robust sweep with a tile added."""
+    w = weights(a, scales.k_a, reference.n)
+    mass = tl.sum(w, axis=1)
+    if any_reaches(mass, _REBASE_ABOVE):
+        reference, sums = _robust_rebase(a, b, inside, reference, sums, scales, SAME_SCALE, MASKED)
+        w = weights(a, scales.k_a, reference.n)
+        mass = tl.sum(w, axis=1)
+    x = log_ratio(a, b, reference.c, scales, SAME_SCALE, False)
+    a1, a2 = _terms(x, b, w, inside, reference.n_b, reference.b_to_a, scales, MASKED)
+    return reference, Sums(sums.z + mass, sums.a1 + a1, sums.a2 + a2)
 
 
 @triton.jit
@@ -415,6 +501,49 @@ def _total(sums):
 
 
 @triton.jit
+def _first_reference(a, b, scales, SAME_SCALE: tl.constexpr):
+    """The reference that suits a split's first tile, where its differences are of one size.
+
+    Where they are not, the first step rebases. That would cost twice as much, and all of the step again.
+    """
+    top_a = top_of(a)
+    start = difference(top_a, top_of(b), scales, SAME_SCALE)
+    n = exp2_offset(top_a, scales.k_a)
+    w = weights(a, scales.k_a, n)
+    mass = tl.sum(w, axis=1)
+    everywhere = tl.full([a.shape[0], a.shape[1]], 1, tl.int1)
+    moment = _moment(w, a, b, everywhere, start, scales, SAME_SCALE, False)
+    mean = tl.sum(moment) / tl.sum(mass)
+    near = tl.abs(mean) * scales.shared < 1000.0
+    c = (start + mean) * (scales.k_a if SAME_SCALE else LOG2E)
+    n += _rise_of(mass) + 1.0  # a step has twice as many columns
+    return FastReference(tl.where(near, n, NO_REFERENCE), tl.where(near, c, 0.0))
+
+
+@triton.jit
+def _in_nats(reference, sums, scales, SAME_SCALE: tl.constexpr):
+    """The `Reference` and the sums of a fast sweep as all others take them.
+
+    c is rounded, as it is stored; the sums are brought to what that leaves of it.
+    """
+    n, c = reference
+    z, a1, a2 = sums
+    to_c = c * LN2
+    rest = fma(c, tl.full([], LN2, c.dtype), -to_c)
+    if c.dtype == tl.float32:
+        unit = LN2_LOW
+        if SAME_SCALE:  # shared/k
+            unit = LN2_LOW - (scales.over_k_a + scales.under_shared) * LN2
+        rest = mul_add(c, unit, rest)
+    a1 = a1 * LN2
+    a2 = mul_add(rest, a1 + a2, mul_add(rest * rest * 0.5, z, a2))
+    a1 = mul_add(rest, z, a1)
+    # As a reference of b's own mass would have it.
+    n_b = tl.floor(n + c) + floor_log2(z + a1 + a2)
+    return Reference(n, to_c, n_b + (_B_RAISED - 7.0), to_c * 0.0), Sums(z, a1, a2)
+
+
+@triton.jit
 def _fast_sweep(
     a_row, b_row, first, last, scales, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr, CT: tl.constexpr,
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
@@ -425,7 +554,8 @@ def _fast_sweep(
     """
     BLOCK: tl.constexpr = R * VEC
     offsets = tile_offsets(R, VEC, LAYOUT)
-    reference, sums = _no_columns(0.0, R, CT)
+    reference = FastReference(tl.full([], NO_REFERENCE, CT), tl.full([], 0.0, CT))
+    sums = Sums(tl.zeros([R], CT), tl.zeros([R], CT), tl.zeros([R], CT))
     everywhere = tl.full([R, VEC], 1, tl.int1)
     # Two tiles a step where threads hold them in words: half as often a maximum that all threads wait for.
     # Held one by one, two tiles and the next two take more registers than there are.
@@ -443,6 +573,9 @@ def _fast_sweep(
         if TWO:
             behind_a = load_tile(a_row + LATER, first, R, VEC, LAYOUT)
             behind_b = load_tile(b_row + LATER, first, R, VEC, LAYOUT)
+        a = unpacked(next_a, a_row, CT, R, VEC)
+        b = unpacked(next_b, b_row, CT, R, VEC)
+        reference = _first_reference(a, b, scales, SAME_SCALE)
         while start < full:
             a = unpacked(next_a, a_row, CT, R, VEC)
             b = unpacked(next_b, b_row, CT, R, VEC)
@@ -457,25 +590,52 @@ def _fast_sweep(
             if TWO:
                 behind_a = load_tile(a_row + LATER, ahead, R, VEC, LAYOUT)
                 behind_b = load_tile(b_row + LATER, ahead, R, VEC, LAYOUT)
-            start, reference, sums = _add_step(
+            start, reference, sums = _fast_step(
                 a, b, later_a, later_b, everywhere, start, reference, sums, scales,
-                SAME_SCALE, EXACT, False, TWO, False,
+                SAME_SCALE, EXACT, False, TWO,
             )  # fmt: skip
             start += STEP
     while start < last:
         inside = start + offsets < last
         a = load_ragged(a_row, start, last, -float("inf"), CT, R, VEC, LAYOUT)
         b = load_ragged(b_row, start, last, -float("inf"), CT, R, VEC, LAYOUT)
-        start, reference, sums = _add_step(
-            a, b, a, b, inside, start, reference, sums, scales, SAME_SCALE, EXACT, True, False, False
+        start, reference, sums = _fast_step(
+            a, b, a, b, inside, start, reference, sums, scales, SAME_SCALE, EXACT, True, False
         )
         start += BLOCK
-    sums = _total(sums)
+    reference, sums = _in_nats(reference, _total(sums), scales, SAME_SCALE)
     fits = (start < MISFIT) & ((sums.a1 + sums.a2) * 0.0 == 0.0)  # an x of −inf, or one that is none
+    fits = fits & (last - first > 1)  # c is rounded, and with V = 1 all is exactly 0
     if EXACT:
         if SAME_SCALE:
-            fits = fits & rounding_is_small(sums, reference.c)
+            if uniform(fits & ~rounding_is_small(sums, reference.c), R):
+                fits = differences_are_exact(a_row, b_row, first, last, CT, R, VEC, LAYOUT)
     return reference, sums, fits
+
+
+@triton.jit
+def differences_are_exact(
+    a_row, b_row, first, last, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """Whether b − a is what it is rounded to in columns [first, last), which begin with a tile.
+
+    It most often is between logits of 16 bits, also where `rounding_is_small` cannot tell: one must be 2^16
+    times the other.
+    """
+    BLOCK: tl.constexpr = R * VEC
+    inexact = tl.zeros([R, VEC], tl.int1)
+    full = last - (last - first) % BLOCK
+    for start in range(first, full, BLOCK):
+        a = unpacked(load_tile(a_row, start, R, VEC, LAYOUT), a_row, CT, R, VEC)
+        b = unpacked(load_tile(b_row, start, R, VEC, LAYOUT), b_row, CT, R, VEC)
+        d = b - a
+        inexact |= (b - d != a) | (a + d != b)
+    if full < last:
+        a = load_ragged(a_row, full, last, 0.0, CT, R, VEC, LAYOUT)
+        b = load_ragged(b_row, full, last, 0.0, CT, R, VEC, LAYOUT)
+        d = b - a
+        inexact |= (b - d != a) | (a + d != b)
+    return tl.max(tl.max(inexact.to(tl.int32), axis=1)) == 0
 
 
 @triton.jit
@@ -484,14 +644,11 @@ def rounding_is_small(sums, c):
 
     What the columns' KLs sum to, by the mass of each split, a row's KL exceeds: so it holds for the row.
     """
-    inverse = 1.0 / sums.z
-    a1 = sums.a1 * inverse
-    a2 = sums.a2 * inverse
+    z, a1, a2 = sums
     y = a1 + a2
-    # log1p(y) − a1; where that would cancel, by log1p(y) ≥ y − y²/2, or y − y² below 0.
-    near = a2 - y * y * tl.where(y < 0, 1.0, 0.5)
-    least = tl.where(tl.abs(y) < 0.5, near, tl.log(1.0 + y) - a1)
-    return least >= c * c * (2.0 * _LEAST_KL)
+    # KL is log1p(y) − a1 with sums over z, and log1p(y) at least y − y²/(2 + y), or y − y²/(1 + y) below 0.
+    least = a2 - y * y / mul_add(z, tl.where(y < 0, 1.0, 2.0), y)
+    return least >= c * c * (2.0 * _LEAST_KL) * z
 
 
 @triton.jit
@@ -545,10 +702,7 @@ def _robust_step(
     b = no_lower(b, lowest_b)
     if uniform(reference.n == NO_REFERENCE, a.shape[0]):
         reference, sums = _start_with_b(b, reference, sums, scales)
-    nowhere = tl.full([], 0, tl.int32)
-    _, reference, sums = _add_step(
-        a, b, a, b, inside, nowhere, reference, sums, scales, SAME_SCALE, False, MASKED, False, True
-    )
+    reference, sums = _add_tile(a, b, inside, reference, sums, scales, SAME_SCALE, MASKED)
     return reference, sums, alone, worst
 
 

@@ -27,6 +27,7 @@ LANES = 64 if torch.version.hip else 32  # threads of a warp
 # until the gradient reads them again.
 SPLIT_COLUMNS = 4096
 _ROOM = 64
+LOG2E = 1.4426950408889634
 
 
 @lru_cache(maxsize=1024)
@@ -34,6 +35,16 @@ def high_low(x: float) -> tuple[float, float]:
     """x as a sum of two float32: Triton passes Python floats as float32."""
     high = float(np.float32(x))
     return high, float(np.float32(x - high))
+
+
+@lru_cache(maxsize=1024)
+def scale_parts(a: float, b: float) -> tuple[float, ...]:
+    """Both sides' 1/T as pairs of float32, and what `device_math.scales_of` would make of them in float32."""
+    parts = *high_low(a), *high_low(b)
+    a, b = parts[0] + parts[1], parts[2] + parts[3]
+    log2_a, log2_b = a * LOG2E, b * LOG2E
+    k_a, k_b = float(np.float32(log2_a)), float(np.float32(log2_b))
+    return *parts, k_a, k_b, (k_a - log2_a) / k_a, (k_b - log2_b) / k_b, (a - parts[0]) / a
 
 
 class ProgramShape(NamedTuple):
@@ -63,6 +74,16 @@ def cdiv(n: int, size: int) -> int:
 def power_of_2(n: int) -> int:
     """The next one, from n on."""
     return 1 << (n - 1).bit_length()
+
+
+def divisor(d: int) -> tuple[int, int]:
+    """The magic and the shift with which `device_math.quotient` divides numbers below 2^31 by d, exactly.
+
+    As Granlund and Montgomery have it: with s = ⌈log2 d⌉ and m = ⌈2^(31 + s)/d⌉, n // d is n·m >> (31 + s).
+    m needs all of 32 bits, and is passed as the int32 of the same bits.
+    """
+    shift = (d - 1).bit_length()
+    return cdiv(1 << (31 + shift), d) - (1 << 32), shift
 
 
 class Splits(NamedTuple):
@@ -195,8 +216,7 @@ def step_of(p: RowPair, configuration: dict[str, Any]) -> int:
 
 def geometry(p: RowPair) -> tuple[Any, ...]:
     """Sizes, strides and temperatures of both sides, as the kernel takes them."""
-    scales = (*high_low(p.a_scale), *high_low(p.b_scale))
-    return p.a.shape[-2], *steps(p.a), *steps(p.b), p.a.shape[-1], *scales
+    return p.a.shape[-2], *steps(p.a), *steps(p.b), p.a.shape[-1], *scale_parts(p.a_scale, p.b_scale)
 
 
 @cache

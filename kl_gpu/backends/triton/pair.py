@@ -25,7 +25,8 @@ from .device_math import (
     Sums,
     from_high_low,
     normalised,
-    row_start,
+    place_start,
+    quotient,
     scales_of,
     store_state,
     stored_side,
@@ -40,6 +41,7 @@ from .launch import (
     ProgramShape,
     cdiv,
     configuration,
+    divisor,
     geometry,
     gradient_layout,
     high_low,
@@ -79,7 +81,7 @@ Strided = namedtuple("Strided", "ptr outer inner")
 Launch = namedtuple(
     "Launch",
     "a b grad_a grad_b valid_ptr scales_ptr value_ptr stats_ptr states_ptr row_scale_ptr n_rows n_inner V "
-    "scale_parts beta_parts near num_splits split_columns lag",
+    "scale_parts beta_parts near num_splits split_columns lag by_inner by_splits",
 )
 # Pointers to one row, and its split number `split`, the columns [first, last).
 Work = namedtuple("Work", "a b grad_a grad_b value stats states split num_splits first last")
@@ -124,23 +126,31 @@ def _load_states(work, which: tl.constexpr, SPLITS: tl.constexpr, other: tl.cons
 
 
 @triton.jit
-def _load_row(stats, beta, rest, scales, TOP: tl.constexpr, CT: tl.constexpr):
+def _load_row(stats, beta, rest, scales, TOP: tl.constexpr):
     a = stored_side(_statistic(stats, 0), _statistic(stats, 1))
     b = stored_side(_statistic(stats, 2), _statistic(stats, 3))
     return Row(
-        normalised(*a, scales.k_a, scales.a, TOP, CT), normalised(*b, scales.k_b, scales.b, TOP, CT),
+        normalised(*a, scales.k_a, scales.over_k_a, TOP), normalised(*b, scales.k_b, scales.over_k_b, TOP),
         _statistic(stats, 4), _statistic(stats, 5), beta, rest, scales,
     )  # fmt: skip
 
 
 @triton.jit
+def _place(launch, row):
+    """Where a row lies in the two leading dimensions."""
+    outer = quotient(row, *launch.by_inner)
+    return outer, row - outer * launch.n_inner
+
+
+@triton.jit
 def _work(launch, row, split, SPLITS: tl.constexpr):
     first = split * launch.split_columns
+    outer, inner = _place(launch, row)
     return Work(
-        row_start(row, launch.n_inner, *launch.a),
-        row_start(row, launch.n_inner, *launch.b),
-        row_start(row, launch.n_inner, *launch.grad_a),
-        row_start(row, launch.n_inner, *launch.grad_b),
+        place_start(outer, inner, *launch.a),
+        place_start(outer, inner, *launch.b),
+        place_start(outer, inner, *launch.grad_a),
+        place_start(outer, inner, *launch.grad_b),
         launch.value_ptr + row,
         launch.stats_ptr + row.to(tl.int64) * _STATS,
         launch.states_ptr + row.to(tl.int64) * (_STATE * SPLITS),
@@ -154,8 +164,9 @@ def _first_sweep(
     R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     first = split * launch.split_columns
+    outer, inner = _place(launch, row)
     reference, sums, alone, worst = sweep(
-        row_start(row, launch.n_inner, *launch.a), row_start(row, launch.n_inner, *launch.b),
+        place_start(outer, inner, *launch.a), place_start(outer, inner, *launch.b),
         first, tl.minimum(first + launch.split_columns, launch.V), scales,
         SAME_SCALE, EXACT, CT, R, VEC, LAYOUT,
     )  # fmt: skip
@@ -221,7 +232,7 @@ def _second_sweep(
         _wait(work.stats, 1)
     kl = _statistic(work.stats, 6)
     SUMS: tl.constexpr = "overlap" if FORMULA == "nla" else ("tv" if FORMULA == "lk" else FORMULA)
-    row = _load_row(work.stats, beta, rest, scales, 31 if SUMS == "overlap" else 15, CT)
+    row = _load_row(work.stats, beta, rest, scales, 31 if SUMS == "overlap" else 15)
     row, unit = raised(row, SUMS)
     if _takes_fast_path(work.stats, 1.0, beta, rest, SUMS, False, LOG2):
         if _statistic(work.stats, _PATH) == PLAIN:
@@ -279,21 +290,21 @@ def _gradient(
     # A row without a divergence has no gradient, also where a probability of 0 would hide it. An infinite
     # mean leaves its side no gradient either: NaN, never a silent 0.
     nan = tl.full([], float("nan"), CT)
-    up_a = tl.where((value == value) & (tl.abs(mean_a) < float("inf")), upstream * scales.a.to(CT), nan)
+    up_a = tl.where((value == value) & (tl.abs(mean_a) < float("inf")), upstream * scales.shared, nan)
     has_b = value == value
     if FORMULA != "kl":
         has_b = has_b & (tl.abs(mean_b) < float("inf"))
-    up_b = tl.where(has_b, upstream * scales.b.to(CT), nan)
+    up_b = tl.where(has_b, upstream * (scales.shared if SAME_SCALE else scales.b.to(CT)), nan)
     if FORMULA == "nla" or FORMULA == "lk":
         beta = _statistic(work.stats, _ROW_BETA)
         rest = 1.0 - beta
     # The b − a of kl and tv subtracts exponentials that must be good far down; a (r + KL) multiplies one,
     # whose error near the top counts KL times.
     FAR: tl.constexpr = 31 if FORMULA == "kl" or FORMULA == "tv" or FORMULA == "nla" else 15
-    row, unit = raised(_load_row(work.stats, beta, rest, scales, FAR, CT), FORMULA)
+    row, unit = raised(_load_row(work.stats, beta, rest, scales, FAR), FORMULA)
     up_a *= unit
     up_b *= unit
-    near_a = _load_row(work.stats, beta, rest, scales, 15, CT).a
+    near_a = _load_row(work.stats, beta, rest, scales, 15).a
     to = Incoming(mean_a, mean_b, up_a, up_b)
     DIRECT: tl.constexpr = TO_B and SAME_SCALE and work.grad_b.dtype.element_ty.primitive_bitwidth == 16
     if _takes_fast_path(work.stats, upstream, beta, rest, FORMULA, DIRECT, LOG2):
@@ -323,7 +334,7 @@ def _item(
 ):  # fmt: skip
     """One split of one row in one stage: a sweep, or behind the sweeps the gradient."""
     num_splits, V = launch.num_splits, launch.V
-    row = item // num_splits  # the only division by a number that is not known as the kernel is compiled
+    row = quotient(item, *launch.by_splits)
     split = item - row * num_splits
     if STAGE == ALL_STAGES:
         stage = row % STAGES
@@ -335,9 +346,12 @@ def _item(
         if HAS_VALID:
             valid = tl.load(launch.valid_ptr + row) != 0
         scales = scales_of(row, launch.scales_ptr, launch.scale_parts, HAS_SCALES, SAME_SCALE, CT)
-        beta = from_high_low(*launch.beta_parts)
-        rest = (1.0 - beta).to(CT)
-        beta = beta.to(CT)
+        beta = tl.full([], 0.0, CT)
+        rest = beta
+        if FORMULA != "kl":
+            exact = from_high_low(*launch.beta_parts)
+            beta = exact.to(CT)
+            rest = (1.0 - exact).to(CT)
         if not valid:
             work = _work(launch, row, split, SPLITS)
             if SWEEPS > 0:
@@ -381,9 +395,11 @@ def pair_kernel(
     incoming_ptr,  # [] CT, where HAS_INCOMING
     grad_a_ptr, grad_b_ptr,  # [A, B, V] in the dtype of its side, where TO_A and where TO_B
     n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
-    a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low,
+    a_scale_high, a_scale_low, b_scale_high, b_scale_low,
+    a_log2_high, b_log2_high, a_over_low, b_over_low, a_under_low, beta_high, beta_low,
     near_0, near_1, near_2, near_3, near_4, near_5, near_6, near_7,
     grad_a_outer, grad_a_inner, grad_b_outer, grad_b_inner, num_splits, split_columns, lag,
+    inner_magic, inner_shift, splits_magic, splits_shift,  # of `launch.divisor`
     HAS_VALID: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_INCOMING: tl.constexpr, SAME_SCALE: tl.constexpr,
     EXACT: tl.constexpr, FORMULA: tl.constexpr, VALUE: tl.constexpr, STAGE: tl.constexpr,
     TO_A: tl.constexpr, TO_B: tl.constexpr, LOG2: tl.constexpr, CT: tl.constexpr, R: tl.constexpr,
@@ -400,8 +416,10 @@ def pair_kernel(
         Strided(a_ptr, a_outer, a_inner), Strided(b_ptr, b_outer, b_inner),
         Strided(grad_a_ptr, grad_a_outer, grad_a_inner), Strided(grad_b_ptr, grad_b_outer, grad_b_inner),
         valid_ptr, scales_ptr, value_ptr, stats_ptr, states_ptr, row_scale_ptr, n_rows, n_inner, V,
-        (a_scale_high, a_scale_low, b_scale_high, b_scale_low), (beta_high, beta_low),
+        (a_scale_high, a_scale_low, b_scale_high, b_scale_low,
+        a_log2_high, b_log2_high, a_over_low, b_over_low, a_under_low), (beta_high, beta_low),
         (near_0, near_1, near_2, near_3, near_4, near_5, near_6, near_7), num_splits, split_columns, lag,
+        (inner_magic, inner_shift), (splits_magic, splits_shift),
     )  # fmt: skip
     begin = tl.program_id(0)
     incoming = tl.full([], 1.0, CT)
@@ -475,6 +493,7 @@ def _plan(
     numbers = (
         p.n_rows, *geometry(p), *high_low(beta), *near_coefficients(formula, beta),
         *steps(a if grad_a is None else grad_a), *steps(b if grad_b is None else grad_b), *splits, lag,
+        *divisor(max(1, a.shape[-2])), *divisor(splits.number),
     )  # fmt: skip
     launches = tuple(
         PreparedLaunch(

@@ -30,7 +30,9 @@ def formula_sums_kernel(
     stats_ptr,  # [A*B, STATS] CT, of the whole rows
     out_ptr,  # [num_splits, 3, A*B] fp64, zeroed
     n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
-    a_scale_high, a_scale_low, b_scale_high, b_scale_low, beta_high, beta_low, num_splits, split_columns,
+    a_scale_high, a_scale_low, b_scale_high, b_scale_low,
+    a_log2_high, b_log2_high, a_over_low, b_over_low, a_under_low,
+    beta_high, beta_low, num_splits, split_columns,
     HAS_VALID: tl.constexpr, HAS_SCALES: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
     FORMULA: tl.constexpr, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
@@ -46,12 +48,15 @@ def formula_sums_kernel(
         stats = stats_ptr + row.to(tl.int64) * _STATS
         stored_a = stored_side(tl.load(stats), tl.load(stats + 1))
         stored_b = stored_side(tl.load(stats + 2), tl.load(stats + 3))
-        scale_parts = a_scale_high, a_scale_low, b_scale_high, b_scale_low
+        scale_parts = (
+            a_scale_high, a_scale_low, b_scale_high, b_scale_low,
+            a_log2_high, b_log2_high, a_over_low, b_over_low, a_under_low,
+        )  # fmt: skip
         scales = scales_of(row, scales_ptr, scale_parts, HAS_SCALES, SAME_SCALE, CT)
         beta = from_high_low(beta_high, beta_low)
         TOP: tl.constexpr = 15 if FORMULA != "overlap" and FORMULA != "comparison" else 31
-        a = normalised(*stored_a, scales.k_a, scales.a, TOP, CT)
-        b = normalised(*stored_b, scales.k_b, scales.b, TOP, CT)
+        a = normalised(*stored_a, scales.k_a, scales.over_k_a, TOP)
+        b = normalised(*stored_b, scales.k_b, scales.over_k_b, TOP)
         whole, unit = raised(
             Row(a, b, tl.load(stats + 4), tl.load(stats + 5), beta.to(CT), (1.0 - beta).to(CT), scales),
             FORMULA,

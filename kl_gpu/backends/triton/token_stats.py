@@ -300,7 +300,8 @@ def token_stats_splits_kernel(
     scales_ptr,  # [A*B, 1] or [A*B, 2] fp64, or None
     states_ptr,  # [A*B, STATE, SPLITS] CT
     n_inner, a_outer, a_inner, b_outer, b_inner, V,
-    a_scale_high, a_scale_low, b_scale_high, b_scale_low, num_splits, split_columns,
+    a_scale_high, a_scale_low, b_scale_high, b_scale_low,
+    a_log2_high, b_log2_high, a_over_low, b_over_low, a_under_low, num_splits, split_columns,
     HAS_VALID: tl.constexpr, HAS_SCALES: tl.constexpr, SAME_SCALE: tl.constexpr, EXACT: tl.constexpr,
     CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -316,7 +317,10 @@ def token_stats_splits_kernel(
         last = tl.minimum(first + split_columns, V)
         a_row = row_start(row, n_inner, a_ptr, a_outer, a_inner)
         b_row = row_start(row, n_inner, b_ptr, b_outer, b_inner)
-        scale_parts = a_scale_high, a_scale_low, b_scale_high, b_scale_low
+        scale_parts = (
+            a_scale_high, a_scale_low, b_scale_high, b_scale_low,
+            a_log2_high, b_log2_high, a_over_low, b_over_low, a_under_low,
+        )  # fmt: skip
         scales = scales_of(row, scales_ptr, scale_parts, HAS_SCALES, SAME_SCALE, CT)
         reference, sums, largest, fits = _fast_sweep(
             a_row, b_row, first, last, scales, SAME_SCALE, EXACT, CT, R, VEC, LAYOUT
@@ -412,7 +416,8 @@ def token_stats_merge_kernel(
     states_ptr,  # [A*B, STATE, SPLITS] CT
     out_ptr,  # [TOKEN_STATS, A*B] CT
     n_rows, n_inner, a_outer, a_inner, b_outer, b_inner, V,
-    a_scale_high, a_scale_low, b_scale_high, b_scale_low, num_splits,
+    a_scale_high, a_scale_low, b_scale_high, b_scale_low,
+    a_log2_high, b_log2_high, a_over_low, b_over_low, a_under_low, num_splits,
     HAS_VALID: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_TOKENS: tl.constexpr, SAME_SCALE: tl.constexpr,
     EXACT: tl.constexpr, CT: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -431,7 +436,10 @@ def token_stats_merge_kernel(
         a_row = row_start(row, n_inner, a_ptr, a_outer, a_inner)
         b_row = row_start(row, n_inner, b_ptr, b_outer, b_inner)
         states = states_ptr + row.to(tl.int64) * (_STATE * SPLITS)
-        scale_parts = a_scale_high, a_scale_low, b_scale_high, b_scale_low
+        scale_parts = (
+            a_scale_high, a_scale_low, b_scale_high, b_scale_low,
+            a_log2_high, b_log2_high, a_over_low, b_over_low, a_under_low,
+        )  # fmt: skip
         scales = scales_of(row, scales_ptr, scale_parts, HAS_SCALES, SAME_SCALE, CT)
         k_a = scales.k_a
         k_b = scales.k_b
