@@ -3,6 +3,7 @@
 
 #include "isa/entries-inl.h"
 #include "pair/copies-inl.h"
+#include "pair/difference-inl.h"
 #include "pair/label-inl.h"
 
 namespace kl::KL_ISA {
@@ -153,7 +154,8 @@ void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Desti
                 labelled && !label.of_a);
     if (to_a.data == nullptr && to_b.data == nullptr) return;
 
-    const bool again = is_out_of_range(scalars, is_kl && to_a.data != nullptr);
+    const bool uses_divergence = is_kl && to_a.data != nullptr && !(row.fits_fp32() && may_take_far(scalars));
+    const bool again = is_out_of_range(scalars, uses_divergence);
     const bool adds_label = labelled && (label.of_a ? to_a : to_b).data != nullptr;
     const LabelTerm none, &term = adds_label ? label : none;
     if (again || !row.fits_fp32() || need_fp64(scalars) || (adds_label && !fits_fp32(label)))
