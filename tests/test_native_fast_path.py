@@ -152,3 +152,15 @@ def test_a_slow_row_is_counted() -> None:
     student[:10, 5] = 1e30
     assert slow_rows(lambda: divergence(student, teacher, "forward_kl", backend="native")) == 10
     assert slow_rows(lambda: token_stats(student, teacher, backend="native")) >= 10
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_top_of_one_side_past_two_to_the_20(which: int) -> None:
+    """One token has nearly all of both sides' mass; its logit is huge on one side, and ordinary on the other."""
+    generator = torch.Generator().manual_seed(3)
+    sides = [torch.randn(4, 300, generator=generator) for _ in range(2)]
+    sides[1 - which][:, 7] = torch.tensor([25.0, 25.0, 26.0, 24.0])
+    sides[which][:, 7] = torch.tensor([1e6, 3e9, 7.6e32, 1e7])
+    for kind in KINDS:
+        found = to_numpy(divergence(*sides, kind, reduction="none", backend="native"))
+        assert np.allclose(found, expected(*sides, kind), rtol=5e-6, atol=0), kind
