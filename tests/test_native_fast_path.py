@@ -156,7 +156,7 @@ def test_a_slow_row_is_counted() -> None:
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_top_of_one_side_past_two_to_the_20(which: int) -> None:
-    """One token has nearly all of both sides' mass; its logit is huge on one side, and ordinary on the other."""
+    """One token has nearly all of both sides' mass; its logit is huge on one side, ordinary on the other."""
     generator = torch.Generator().manual_seed(3)
     sides = [torch.randn(4, 300, generator=generator) for _ in range(2)]
     sides[1 - which][:, 7] = torch.tensor([25.0, 25.0, 26.0, 24.0])
