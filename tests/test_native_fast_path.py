@@ -176,3 +176,13 @@ def test_a_cut_side_is_not_taken_for_a_far_one(which: int, kind: str) -> None:
     pair = RowPair.of(student[None], teacher[None], None, *KINDS[kind].at(None), 1.0, 1.0)
     top_r = native.value(pair)[1].reshape(2, -1)[:, 6]
     assert (top_r < 2**20).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("kind", ["skew_reverse_kl", "js", "tv"])
+def test_a_side_whose_mass_lies_far_below_the_others_top(kind: str) -> None:
+    """Its weights, measured from there, are below the normal numbers of float32."""
+    student = torch.tensor([[97.75, 0.0, -1e30], [98.5, 0.25, 0.5], [0.0, -94.5, -1.8e37]])
+    teacher = torch.tensor([[-5e20, 0.0, 0.0], [-1e9, 0.0, 1.0], [-9.6e34, 0.0, -1.8e37]])
+    for sides in ((student, teacher), (teacher, student)):
+        found = to_numpy(divergence(*sides, kind, reduction="none", backend="native"))
+        assert np.allclose(found, expected(*sides, kind), rtol=5e-6, atol=0), sides

@@ -31,6 +31,8 @@ constexpr float kMissing = Lone ? 0x1p30f : 0x1p60f;
 constexpr float kMostScale = 1.5f, kLeastScale = 0x1p-20f;
 // Past this x some product of fp32 overflows; and b is so low that no formula of fp32 may multiply by it.
 constexpr double kOddX = 0x1p100, kLowX = -0x1p19;
+// A weight of b below fp32's normal numbers is off by 2^-150, or is 0: by 2^-24 of this, as fp32_sum counts.
+constexpr double kLostBelow = kWidth < 64 ? 0x1p-101 : 0x1p-126;
 // Columns of a lower x would hide the others' share of D's sums.
 constexpr float kLoneX = -64;
 
@@ -151,8 +153,9 @@ inline bool sweep_far(const ColumnSpan<T>& in, float scale, Reference r, float m
     const double unit_of_x = 1 / static_cast<double>(small), unit_of_s = unit * unit_of_x;
     const double top = unit_of_x * static_cast<double>(largest(high)),
                  bottom = -unit_of_x * static_cast<double>(largest(-low));
-    const double u = sum(total.u) * std::exp2(static_cast<double>(m_b) - static_cast<double>(r.m) -
-                                              static_cast<double>(r.c));
+    const double unit_of_u =
+        std::exp2(static_cast<double>(m_b) - static_cast<double>(r.m) - static_cast<double>(r.c));
+    const double u = sum(total.u) * unit_of_u;
     out.z = sum(total.z) * unit;
     out.a1 = sum(total.s) * unit_of_s;
     const bool is_infinite = Lone && bottom <= -unit_of_x * static_cast<double>(kMissing<Lone>);
@@ -176,7 +179,8 @@ inline bool sweep_far(const ColumnSpan<T>& in, float scale, Reference r, float m
     if (u > 0) out.flags |= kSawB;
     if (!Lone && bottom < kLowX) return false;
     out.fp32_sum_z = out.z;
-    out.fp32_sum = length(u, out.z) * kLog2e;
+    const double lost_u = static_cast<double>(in.columns + in.rest) * kLostBelow * unit_of_u;
+    out.fp32_sum = (length(u, out.z) + lost_u) * kLog2e;
     if (z == 0) return true;
     // sum 2^a |x| is at most 1.07 u - s, because x is less than 0.54 2^x; and that from where sum 2^b is z.
     const double level = log2_above(u) - log2_above(z);
