@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kl_gpu import KINDS, divergence, token_stats
 from kl_gpu.backends import native
+from kl_gpu.backends.interface import RowPair
 from kl_gpu.backends.native import extension
 from support import check_gradients, check_value, expected, to_numpy
 
@@ -152,3 +153,26 @@ def test_a_slow_row_is_counted() -> None:
     student[:10, 5] = 1e30
     assert slow_rows(lambda: divergence(student, teacher, "forward_kl", backend="native")) == 10
     assert slow_rows(lambda: token_stats(student, teacher, backend="native")) >= 10
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_top_of_one_side_past_two_to_the_20(which: int) -> None:
+    """One token has nearly all of both sides' mass; its logit is huge on one side, ordinary on the other."""
+    generator = torch.Generator().manual_seed(3)
+    sides = [torch.randn(4, 300, generator=generator) for _ in range(2)]
+    sides[1 - which][:, 7] = torch.tensor([25.0, 25.0, 26.0, 24.0])
+    sides[which][:, 7] = torch.tensor([1e6, 3e9, 7.6e32, 1e7])
+    for kind in KINDS:
+        found = to_numpy(divergence(*sides, kind, reduction="none", backend="native"))
+        assert np.allclose(found, expected(*sides, kind), rtol=5e-6, atol=0), kind
+
+
+@pytest.mark.parametrize("kind", ["jeffreys", "lk"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_cut_side_is_not_taken_for_a_far_one(which: int, kind: str) -> None:
+    """What a side lacks has no log-ratio: float64 is for rows in which a finite logit is far."""
+    student, teacher = (side[:2].clone() for side in (cut_student, cut_teacher)[which](torch.float32))
+    teacher[1, 77] = -1e9
+    pair = RowPair.of(student[None], teacher[None], None, *KINDS[kind].at(None), 1.0, 1.0)
+    top_r = native.value(pair)[1].reshape(2, -1)[:, 6]
+    assert (top_r < 2**20).tolist() == [True, False]

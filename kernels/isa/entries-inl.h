@@ -9,6 +9,7 @@ constexpr std::int64_t kBlock = 32768;  // columns of the unit of work where a r
 
 State sweep_block(const Row&, std::int64_t first, std::int64_t last);
 RowResult fallback(const Row&);
+bool has_far_column(const Row&, double shift);
 FormulaSums formula_sums(const Row&, const RowScalars&, std::int64_t first, std::int64_t last);
 void gradient(const Row&, const RowScalars&, Destination to_a, Destination to_b, std::int64_t first,
               std::int64_t last, bool non_temporal, const LabelTerm&);

@@ -9,7 +9,8 @@ namespace kl::KL_ISA {
 
 extern const Kernels kernels;
 const Kernels kernels{
-    KL_STRING(KL_ISA), kBlock, sweep_block, fallback,   formula_sums, gradient,    sweep_pair_block,
-    side_result,       logit,  find,        elementary, probe_read,   probe_write, &complement_kernels};
+    KL_STRING(KL_ISA), kBlock,           sweep_block,        fallback, has_far_column, formula_sums,
+    gradient,          sweep_pair_block, side_result,        logit,    find,           elementary,
+    probe_read,        probe_write,      &complement_kernels};
 
 }  // namespace kl::KL_ISA

@@ -12,6 +12,8 @@ struct Kernels {
     std::int64_t block;  // columns of one unit of work
     State (*sweep_block)(const Row&, std::int64_t first, std::int64_t last);
     RowResult (*fallback)(const Row&);
+    // Whether r is past kMostR / 2 in any column that both sides have, in fp32.
+    bool (*has_far_column)(const Row&, double shift);
     FormulaSums (*formula_sums)(const Row&, const RowScalars&, std::int64_t first, std::int64_t last);
     // Where non_temporal, gradients bypass the cache.
     void (*gradient)(const Row&, const RowScalars&, Destination to_a, Destination to_b, std::int64_t first,

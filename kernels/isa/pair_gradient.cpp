@@ -2,7 +2,9 @@
 #include <cmath>
 
 #include "isa/entries-inl.h"
+#include "pair/column_span-inl.h"
 #include "pair/copies-inl.h"
+#include "pair/difference-inl.h"
 #include "pair/label-inl.h"
 
 namespace kl::KL_ISA {
@@ -17,13 +19,12 @@ bool is_out_of_range(const RowScalars& s, bool uses_divergence) {
 }
 
 // Whether a formula's sweeps need fp64 although the formats do not ask for it.
-bool need_fp64(const RowScalars& s) {
+bool need_fp64(const RowScalars& s, bool of_gradient) {
     if (s.formula == Formula::kl) return false;
-    // Past 2^20 r counts where its factor, a or b, is next to nothing; bounded formulas do not multiply by
-    // it. A beta this close to an end has terms of second order that underflow.
+    // lk's sums are tv's. A beta this close to an end has terms of second order that underflow.
     const bool is_mixture = s.formula == Formula::js || s.formula == Formula::skew,
-               is_bounded = is_mixture || s.formula == Formula::tv || s.formula == Formula::comparison;
-    return (!is_bounded && !(s.top_r < 0x1p20)) ||
+               uses_r = s.formula == Formula::jeffreys || (s.formula == Formula::lk && of_gradient);
+    return (uses_r && !(s.top_r < kMostR)) ||
            ((is_mixture || s.formula == Formula::jeffreys) && !(s.beta > 0x1p-20 && s.beta < 1 - 0x1p-20));
 }
 
@@ -39,6 +40,23 @@ RowScalars evaluated_again(const Row& row, RowScalars s) {
 
 }  // namespace
 
+bool has_far_column(const Row& row, double shift) {
+    const VF minus_inf = splat<VF>(-__builtin_inff()), k = splat<VF>(row.scale()),
+             c = splat<VF>(static_cast<float>(shift)), most = splat<VF>(static_cast<float>(kMostR / 2));
+    VI far{};
+    for_each_tile(row, 0, row.columns, [&](const auto& tile, std::int64_t) {
+        const auto column = [&](VF a, VF b) KL_INLINE_LAMBDA {
+            far |= (a > minus_inf) & (b > minus_inf) & ~(abs(fma(b - a, k, -c)) < most);
+        };
+        tile.for_each_step([&](const auto* at_a, const auto* at_b) KL_INLINE_LAMBDA {
+            const auto a = load_pair(at_a), b = load_pair(at_b);
+            column(a.x, b.x);
+            column(a.y, b.y);
+        });
+    });
+    return any<VF>(far);
+}
+
 FormulaSums formula_sums(const Row& row, const RowScalars& scalars, std::int64_t first, std::int64_t last) {
     const double nan = std::nan("");
     if (scalars.row_class == RowClass::zero) return {};
@@ -52,7 +70,7 @@ FormulaSums formula_sums(const Row& row, const RowScalars& scalars, std::int64_t
         return total;
     };
     const bool again = is_out_of_range(scalars, false);
-    if (again || !row.fits_fp32() || need_fp64(scalars))
+    if (again || !row.fits_fp32() || need_fp64(scalars, false))
         return copies.template operator()<double>(again ? evaluated_again(row, scalars) : scalars);
     if (row.dtype_a != row.dtype_b) return copies.template operator()<float>(scalars);
     return in_fp32_format(row.dtype_a, [&]<class T>() {
@@ -153,10 +171,11 @@ void gradient(const Row& row, const RowScalars& scalars, Destination to_a, Desti
                 labelled && !label.of_a);
     if (to_a.data == nullptr && to_b.data == nullptr) return;
 
-    const bool again = is_out_of_range(scalars, is_kl && to_a.data != nullptr);
+    const bool uses_divergence = is_kl && to_a.data != nullptr && !(row.fits_fp32() && may_take_far(scalars));
+    const bool again = is_out_of_range(scalars, uses_divergence);
     const bool adds_label = labelled && (label.of_a ? to_a : to_b).data != nullptr;
     const LabelTerm none, &term = adds_label ? label : none;
-    if (again || !row.fits_fp32() || need_fp64(scalars) || (adds_label && !fits_fp32(label)))
+    if (again || !row.fits_fp32() || need_fp64(scalars, true) || (adds_label && !fits_fp32(label)))
         return gradient_through_copies<double>(row, again ? evaluated_again(row, scalars) : scalars, to_a,
                                                to_b, first, last, term);
     if (adds_label) return gradient_with_label(row, scalars, to_a, to_b, first, last, non_temporal, label);

@@ -24,6 +24,12 @@ inline bool may_take_difference(const RowScalars& row) {
            std::fabs(row.lse_a) < 0x1p20 && std::fabs(row.lse_b) < 0x1p20 && !is_odd(row.coefficient_b);
 }
 
+// Whether errors of r as large as its own rounding stay below a's bound, which grows with D.
+inline bool may_take_far(const RowScalars& row) {
+    return may_take_difference(row) && row.divergence > 1 && row.divergence < 0x1p127 &&
+           std::fabs(row.shift) < 4 * row.divergence && !is_odd(row.coefficient_a);
+}
+
 template <bool WithLow, class V>
 struct Difference {
     RowConstants<V> row;

@@ -120,6 +120,15 @@ struct Value {
     FormulaSums formula_block(std::int64_t r, std::int64_t n) const {
         return layout.formula_block(layout.row(r), read(layout.p, r, stats + r * kStats, R{1}), n);
     }
+    // Whether r is large in no column but those that one side lacks, for formulas that multiply by it: the
+    // sums do not tell the two apart.
+    bool may_be_near(std::int64_t r, const RowResult& found) const {
+        const bool lacks = found.row_class == RowClass::neg_inf || found.row_class == RowClass::infinite,
+                   uses_r = layout.p.formula == Formula::jeffreys || layout.p.formula == Formula::lk;
+        const Row row = layout.row(r);
+        return uses_r && lacks && !(found.top_r < kMostR) && row.fits_fp32() &&
+               !layout.k.has_far_column(row, found.shift);
+    }
     template <class StateOf>
     void finish_kl(std::int64_t r, StateOf state_of) const {
         std::vector<State> states;
@@ -129,6 +138,7 @@ struct Value {
         if (layout.is_valid(r)) {
             found = evaluate(layout, layout.row(r), state_of, keeps ? &states : nullptr);
             write(found, value + r, row_stats);
+            if (may_be_near(r, found)) row_stats[kTopR] = static_cast<R>(kMostR / 2);
         }
         if (beside != nullptr) write_beside(layout, *beside, r, found, states);
         if (layout.is_valid(r)) return;

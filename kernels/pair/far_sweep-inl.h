@@ -66,15 +66,6 @@ struct FarSums {
     }
 };
 
-// The smaller of |x| and `most` with the sign of x, and `most` for NaN.
-KL_INLINE VF within(VF x, VF most) {
-#if KL_WIDTH == 64
-    return bits<VF>(_mm512_range_ps(bits<__m512>(x), bits<__m512>(most), 2));
-#else
-    return max(min(x, most), -most);
-#endif
-}
-
 // At most the span's D times its mass, in units of ln 2, from sums of any loop.
 inline double least_flow(const State& s) {
     const double u = s.z + kLn2 * (s.a1 + s.a2), z = s.z + s.lone_z;

@@ -47,7 +47,7 @@ struct FormulaRow {
         }
         // So that an r past the format's range meets a probability of 0 as a number.
         const V limit = splat<V>(static_cast<S>(sizeof(S) == 4 ? 0x1p60 : 0x1p500));
-        const V d = b - a, r = fma(difference_error(b, a, d), row.k, product_less(d, row, row.shift, zero));
+        const V r = log_ratio(a, b, row);
         // Where both sides are -inf r is NaN, and max() makes a number of it, which meets two probabilities
         // of 0.
         c.r2 = min(limit, max(r, -limit));

@@ -18,6 +18,8 @@ namespace kl::KL_ISA {
 
 // Where 2^r is nothing beside 1.
 constexpr float kFarBelow = 100;
+// No r of the fast path's rows is larger where p is not 0.
+constexpr float kFarAbove = 100, kLargestR = 0x1.8p126f;
 
 // On the fast path exponents of p are measured from this far below the top: |x| stays below 32, and its
 // rounding below 6.6e-7 of p, down to 2^-63.
@@ -32,25 +34,27 @@ enum class Form {
 };
 
 inline Form form_for(double exact_scale, const RowScalars& row, bool is_fp32) {
-    const bool masked = row.row_class == RowClass::masked;
-    if ((row.row_class != RowClass::all_finite && !masked) || !(row.top_r < 100) ||
-        !(std::fabs(row.lse_a) < 0x1p20) || is_odd(row.coefficient_a) || is_odd(row.coefficient_b))
+    const bool is_plain = row.row_class == RowClass::all_finite || row.row_class == RowClass::masked;
+    // b's gradient is a difference then, and a's takes any r.
+    const bool takes_all = may_take_difference(row) && row.row_class != RowClass::infinite;
+    if (!(takes_all || (is_plain && row.top_r < 100)) || !(std::fabs(row.lse_a) < 0x1p20) ||
+        is_odd(row.coefficient_a) || is_odd(row.coefficient_b))
         return Form::general;
     // Logits in fp32 keep the loop waiting for memory, so the fast path would gain nothing there.
     const bool fast =
-        !is_fp32 && !masked && is_good(exact_scale) && row.top_r < 16 && std::fabs(row.shift) < 8;
+        is_plain && !is_fp32 && is_good(exact_scale) && row.top_r < 16 && std::fabs(row.shift) < 16;
     return fast ? Form::fast : Form::precise;
 }
 
 template <Form form, bool ToA, bool ToB, class V>
 KL_INLINE Begun<V> begin_gradient(V a, V b, const RowConstants<V>& row) {
     // Logits are clamped so that nothing below overflows or loses its fraction: -1e9 is a usual mask. The
-    // gradient of a multiplies by r itself, which only an inf would spoil. AVX-512 reduces any finite
-    // exponent, so the fast path needs no clamp there.
+    // gradient of a multiplies by r itself, which only an inf would spoil. AVX-512 reduces any exponent, so
+    // the fast path needs no clamp there but that of an r where both are -inf.
     [[maybe_unused]] const Mask<V> no_a = a < row.lowest_a;
     if constexpr (form != Form::fast || kWidth < 64) {
         a = max(a, row.lowest_a);
-        b = max(b, ToA ? splat<V>(-0x1p100f) : row.lowest_b);
+        b = max(b, ToA ? splat<V>(-0x1p125f) : row.lowest_b);
     }
 
     Begun<V> out;
@@ -61,8 +65,12 @@ KL_INLINE Begun<V> begin_gradient(V a, V b, const RowConstants<V>& row) {
 
     const V d = b - a;
     if constexpr (form == Form::fast) {
-        out.r = fma(d, row.k, -row.near_shift);
-        if constexpr (ToB) out.ratio = reduce(clamp_exponent(ToA ? max(splat<V>(-kFarBelow), out.r) : out.r));
+        const V r = fma(d, row.k, -row.near_shift);
+        if constexpr (ToA) out.r = kWidth < 64 ? (no_a ? V{} : r) : within(r, splat<V>(kLargestR));
+        if constexpr (ToB) {
+            const V held = kWidth < 64 ? r : within(r, splat<V>(kFarAbove));
+            out.ratio = reduce(clamp_exponent(ToA ? max(splat<V>(-kFarBelow), held) : held));
+        }
     } else {
         const V rest = fma(difference_error(b, a, d), row.k, fma(d, row.k_lo, -row.shift.lo));
         const V near = fma(d, row.k, -row.shift.hi);
@@ -99,8 +107,7 @@ KL_INLINE Gradients<V> gradient_in_general(V a, V b, const RowConstants<V>& row)
     const Mask<V> no_a = a == minus_inf, no_b = b == minus_inf;
     a = no_a ? zero : a;
     b = no_b ? zero : b;
-    const V d = b - a;
-    const V r_ = fma(difference_error(b, a, d), row.k, product_less(d, row, row.shift, zero));
+    const V r_ = log_ratio(a, b, row);
     // So that an r past the format's range meets a p of 0, or of 2^-125, as a number. Where such an r
     // counts the row is out of range, and fp64 works on it.
     const V limit = splat<V>(static_cast<S>(sizeof(S) == 4 ? 0x1p60 : 0x1p500));
@@ -116,6 +123,34 @@ KL_INLINE Gradients<V> gradient_in_general(V a, V b, const RowConstants<V>& row)
     }
     return out;
 }
+
+// The gradient of a where D is large: -p (r + D), of any logits. r and D come in fourths, since an r of the
+// lowest number in units of ln 2 is more than fp32 holds.
+template <bool WithLow>
+struct FarGradient {
+    RowConstants<VF> row;
+    VF k, shift, divergence, factor;
+
+    FarGradient(double scale, const RowScalars& scalars)
+        : row(scale, scalars, WithLow),
+          k(splat<VF>(static_cast<float>(scale / 4))),
+          shift(splat<VF>(static_cast<float>(scalars.shift / 4))),
+          divergence(splat<VF>(static_cast<float>(scalars.divergence * kLog2e / 4))),
+          factor(row.factor_a * splat<VF>(4)) {}
+
+    template <bool ToA, bool ToB>
+    KL_INLINE Begun<VF> begin(VF a, VF b) const {
+        Begun<VF> out;
+        const VF r = within(fma(b - a, k, -shift), splat<VF>(kLargestR)) + divergence;
+        out.r = a < row.lowest_a ? VF{} : r;
+        out.log_p = reduced_product<WithLow>(max(a, row.lowest_a), row, row.lse_a);
+        return out;
+    }
+    template <bool ToA, bool ToB>
+    KL_INLINE Gradients<VF> end(const Begun<VF>& x) const {
+        return {scale_product(exp2_fraction(x.log_p.r), x.r, x.log_p) * factor, VF{}};
+    }
+};
 
 // KL's formula for the loop of gradient_loop-inl.h.
 template <Form form, class V>
@@ -269,17 +304,24 @@ void kl_gradient_run(const T* a, const T* b, std::int64_t n, double scale, const
         constexpr bool fast = form == Form::fast;
         const KlGradient<form, V> gradient{RowConstants<V>(scale, scalars, !fast, fast ? kRaised : 0)};
         if constexpr (!fast && std::is_same_v<V, VF>) {
-            const auto and_difference = [&]<bool with_low>() {
-                const Difference<with_low, V> of_b(scale, scalars);
-                const BothSides<KlGradient<form, V>, Difference<with_low, V>> of_both{gradient, of_b};
+            const auto and_difference = [&](const auto& of_a, const auto& of_b) {
+                using Both =
+                    BothSides<std::remove_cvref_t<decltype(of_a)>, std::remove_cvref_t<decltype(of_b)>>;
                 if (to_a == nullptr)
                     gradient_span<false, true>(a, b, n, of_b, to_a, to_b, non_temporal);
                 else
-                    gradient_span<true, true>(a, b, n, of_both, to_a, to_b, non_temporal);
+                    gradient_span<true, true>(a, b, n, Both{of_a, of_b}, to_a, to_b, non_temporal);
             };
-            if (to_b != nullptr && may_take_difference(scalars))
-                return is_good(scale) ? and_difference.template operator()<false>()
-                                      : and_difference.template operator()<true>();
+            const auto in_parts = [&]<bool with_low>() {
+                const Difference<with_low, V> of_b(scale, scalars);
+                if (!may_take_far(scalars)) return and_difference(gradient, of_b);
+                const FarGradient<with_low> of_a(scale, scalars);
+                if (to_b != nullptr) return and_difference(of_a, of_b);
+                gradient_span<true, false>(a, b, n, of_a, to_a, to_b, non_temporal);
+            };
+            if (may_take_difference(scalars) && (to_b != nullptr || may_take_far(scalars)))
+                return is_good(scale) ? in_parts.template operator()<false>()
+                                      : in_parts.template operator()<true>();
         }
         gradient_to(a, b, n, gradient, to_a, to_b, non_temporal);
     };

@@ -43,10 +43,14 @@ struct Row {
     }
 };
 
+// Formulas of fp32 multiply by no larger r, in units of ln 2: past it one counts where its factor, a or b, is
+// next to nothing.
+constexpr double kMostR = 0x1p20;
+
 // What gradient kernels know about a row.
 struct RowScalars {
     double lse_a, lse_b, shift, divergence;
-    double top_r;  // no log2 q - log2 p of the row is larger
+    double top_r;  // no log2 q - log2 p of the row is larger, or no finite one
     RowClass row_class;
     double coefficient_a, coefficient_b;  // row_scale / temperature
     Formula formula;

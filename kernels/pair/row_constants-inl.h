@@ -58,6 +58,7 @@ struct RowConstants {
     V near_shift;          // in one number
     V divergence;          // in units of ln 2
     V lowest_a, lowest_b;  // logits whose p and q are nothing in any format
+    bool is_apart;         // lse(b) - lse(a) is too large to be subtracted from b - a
     V coefficient_a, coefficient_b;
     V factor_a, factor_b;  // the coefficients, with what lse_a.hi leaves of lse_a
 
@@ -74,6 +75,7 @@ struct RowConstants {
           divergence(splat<V>(static_cast<S>(row.divergence * kLog2e))),
           lowest_a(splat<V>(static_cast<S>((row.lse_a - kNothing) / exact_scale))),
           lowest_b(splat<V>(static_cast<S>((row.lse_b - kNothing) / exact_scale))),
+          is_apart(std::fabs(row.shift) > 0x1p20),
           coefficient_a(splat<V>(static_cast<S>(-row.coefficient_a * kLn2))),
           coefficient_b(splat<V>(static_cast<S>(row.coefficient_b))) {
         const double rest = std::exp2(-static_cast<double>(lse_a.lo[0]) - raised);
@@ -93,6 +95,17 @@ private:
 template <class V>
 KL_INLINE V product_less(V z, const RowConstants<V>& row, const Offset<V>& offset, V n) {
     return fma(z, row.k, -(offset.hi + n)) + fma(z, row.k_lo, -offset.lo);
+}
+
+// log2 q - log2 p, of finite logits. Only rows in fp64 may be apart.
+template <class V>
+KL_INLINE V log_ratio(V a, V b, const RowConstants<V>& row) {
+    const V zero{}, d = b - a;
+    if constexpr (std::is_same_v<V, VD>) {
+        if (row.is_apart)
+            return product_less(b, row, row.lse_b, zero) - product_less(a, row, row.lse_a, zero);
+    }
+    return fma(difference_error(b, a, d), row.k, product_less(d, row, row.shift, zero));
 }
 
 template <class V>

@@ -203,6 +203,15 @@ KL_INLINE V within_one(V x) {
 }
 #endif
 
+// The smaller of |x| and `most` with the sign of x, and `most` for NaN.
+KL_INLINE VF within(VF x, VF most) {
+#if KL_WIDTH == 64
+    return bits<VF>(_mm512_range_ps(bits<__m512>(x), bits<__m512>(most), 2));
+#else
+    return max(min(x, most), -most);
+#endif
+}
+
 // c 2^n for any finite c, and a 2^n that the format holds.
 template <class V>
 KL_INLINE V scaled(V c, Reduced<V> x) {
