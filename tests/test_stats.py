@@ -621,6 +621,19 @@ def test_overlap_of_peaked_rows(backend: str, dtype: torch.dtype) -> None:
         np.testing.assert_allclose(to_numpy(getattr(found, name)), want[name], rtol=5e-6, atol=slack)
 
 
+def test_overlap_where_one_logit_towers(backend: str) -> None:
+    """A column far above the others on one side alone: KLs of tens or thousands of nats, an ordinary js."""
+    rows = [[0.0, 89.7343, -897.831], [0.0, 7780.0, -800.0], [5000.0, 5000.5, 5001.0], [0.0, -0.36, 89.7]]
+    student = torch.tensor(rows, device=DEVICE)
+    teacher = torch.tensor([[0.0, 0.0, -0.36186]] * 3 + [[0.0, 89.7, -0.3]], device=DEVICE)
+    for s, t in ((student, teacher), (teacher, student)):
+        found = kl_gpu.token_stats(s, t, backend=backend)
+        want = reference.token_stats(to_numpy(s), to_numpy(t))
+        assert (np.maximum(want["forward_kl"], want["reverse_kl"])[:2] > 10).all()
+        for name, slack in (("js", 0), ("tv", 1e-6), ("acceptance", 0)):
+            np.testing.assert_allclose(to_numpy(getattr(found, name)), want[name], rtol=5e-6, atol=slack)
+
+
 def test_without_overlap(backend: str) -> None:
     student, teacher = pair(3, 70)
     mask = torch.tensor([True, False, True], device=DEVICE)

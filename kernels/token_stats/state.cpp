@@ -87,7 +87,10 @@ PairResult finish(const PairState& s) {
     const double log_z = std::log2(s.z), log_zb = std::log2(zb);
     out.lse_a = m + log_z;
     out.lse_b = m + c + log_zb;
-    out.shift = c + std::log1p(kLn2 * gap / s.z) / kLn2;
+    // Columns far from the reference make a1 and a2 large, which cancel in a small gap: enough for KLs as
+    // large, but not for a js that is not.
+    const bool by_masses = s.error_of_gap() > s.error_of_masses();
+    out.shift = c + (by_masses ? log_zb - log_z : std::log1p(kLn2 * gap / s.z) / kLn2);
     out.entropy_a = std::max(0.0, kLn2 * (log_z - s.ea / s.z));
     out.entropy_b = std::max(0.0, kLn2 * (log_zb - s.eb / zb));
     // As finish() of one direction has it, and for both; y is seldom far from 0 here. A NaN fails every

@@ -43,9 +43,9 @@ struct PairState {
     // (zb - z) / ln 2, by its more exact side, and what its rounding error scales with.
     double gap() const { return is_near() ? a1 + a2 : (zb - z) / kLn2; }
     double error_of_gap() const {
-        return is_near() ? size_of_a1(fp32_sum_z, a1, fp32_sum_a) + fp32_sum_a
-                         : (fp32_sum_z + fp32_sum_zb) / kLn2;
+        return is_near() ? size_of_a1(fp32_sum_z, a1, fp32_sum_a) + fp32_sum_a : error_of_masses();
     }
+    double error_of_masses() const { return (fp32_sum_z + fp32_sum_zb) / kLn2; }
 
 private:
     bool is_near() const {
