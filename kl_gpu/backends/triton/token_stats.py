@@ -520,7 +520,7 @@ def token_stats_merge_kernel(
 
 
 # By the wider logit's bytes, as in pair.py; float32 spills a register at 128 on sm_90.
-SHAPES = {2: ProgramShape(8, 128), 4: ProgramShape(8, 136), 8: ProgramShape(4)}
+SHAPES = {2: ProgramShape(8, 128, of_runs=144), 4: ProgramShape(8, 136), 8: ProgramShape(4)}
 
 
 class _Plan(NamedTuple):
