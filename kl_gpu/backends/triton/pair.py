@@ -446,8 +446,8 @@ def pair_kernel(
 
 # By the wider logit's bytes. At 16 columns the kernel spills on sm_80. At 8 columns sixteen warps would share
 # an SM with 128 registers, where value and gradient in 16 bits spill two on sm_100. With 132 nothing spills,
-# and on sm_90 ptxas takes 128 of them; nor does it with 144 and 168 where a run or a pair is put together from
-# words. Left alone, ptxas holds the float32 form to 96 registers and spills.
+# and on sm_90 ptxas takes 128 of them; nor does it with 144 and 168 where a run or a pair is made of
+# two words. Left alone, ptxas holds the float32 form to 96 registers and spills.
 SHAPES = {2: ProgramShape(8, 132, 1, 144, 168), 4: ProgramShape(8, 128), 8: ProgramShape(4)}
 # Bound by arithmetic, and in need of more registers than four programs leave them.
 FORMULA_SHAPES = {2: ProgramShape(8, 168), 4: ProgramShape(8, 168), 8: ProgramShape(4)}
