@@ -109,12 +109,13 @@ def test_gradients_of_every_formula(backend: str, kind: str, dtype: torch.dtype)
         return [x.grad for x in leaves]
 
     got, teachers = run(2.0, backend, student, teacher)
-    assert torch.equal(teachers, run(0.0, backend, student, teacher)[1])
+    loose = 1e-5 if dtype == torch.float32 else 2**-7
+    # Whoever joins the labels' term may take another of its loops, which rounds otherwise.
+    torch.testing.assert_close(teachers, run(0.0, backend, student, teacher)[1], rtol=loose, atol=2e-7)
     plain = run(0.0, "eager", student.double(), teacher.double())[0]
     added = 2 * torch.softmax(student.double(), -1)
     added[rows, labels] -= 2
     # In 16 bits a backend may round each part and the sum.
-    loose = 1e-5 if dtype == torch.float32 else 2**-7
     error = (got.double() - (plain + added)).abs()
     assert (error <= loose * (added.abs() + plain.abs()) + 2e-7).all()
     assert added.abs().max() > 0.1

@@ -58,8 +58,8 @@ class TokenDivergence(_Metric):
                 f"TokenDivergence takes no {', '.join(sorted(unfit))}: it is the mean over tokens"
             )
         self.kind, self.options = kind, options
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum")
 
     def update(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None,

@@ -433,8 +433,10 @@ def pair_kernel(
         # For an incoming 1 the gradient is there already.
         end = tl.where(incoming == 1.0, 0, n_rows * num_splits)
         for item in range(begin, end, tl.num_programs(0)):
+            # The interpreter's loops count in ints, which no cast takes; compiled, this is the item.
+            one = begin + (item - begin)
             _item(
-                item, incoming, launch, HAS_VALID, HAS_SCALES, SAME_SCALE, EXACT, FORMULA, SWEEPS, STAGES,
+                one, incoming, launch, HAS_VALID, HAS_SCALES, SAME_SCALE, EXACT, FORMULA, SWEEPS, STAGES,
                 STAGE, TO_A, TO_B, LOG2, CT, R, VEC, LAYOUT, OUT_LAYOUT, SPLITS,
             )  # fmt: skip
     else:
