@@ -110,8 +110,8 @@ def merged_fields(
         torch.cat((state, torch.stack([log_q, *inside[2:4], *tokens, *leaders]))), group, "token statistics"
     )
     (whole_p, ratio, forward, reverse), fit = states.merged(found[:, :4].contiguous(), backend)
-    # The CPU kernels sum a row whose KL(p‖q) is infinite in fp32, and what that leaves out of lse(q) − lse(p) is
-    # of first order in the other KL, once shards are merged. All ranks see the same rows here.
+    # The CPU kernels sum a row whose KL(p‖q) is infinite in fp32, and what that leaves out of lse(q) − lse(p)
+    # is of first order in the other KL, once shards are merged. All ranks see the same rows here.
     rough = backend == "native" and bool(forward.isinf().any())
     if rough or (overlap and not fit):
         # The kernels would look at such a row again, and see no more of it than this shard.
