@@ -15,8 +15,8 @@ from support import DEVICE, pair
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the interpreter counts; a GPU does not say")
 
-# A row of one split has the reference of one tile: 5 % of float32 rows with a spread of 1 fall back there, and
-# one of these with a spread of 0.3.
+# A row of one split has the reference of one tile: 5 % of float32 rows with a spread of 1 fall back there,
+# and one of these with a spread of 0.3.
 ROWS, VOCAB = 2, 2055
 
 
