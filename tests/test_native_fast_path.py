@@ -137,7 +137,9 @@ def test_masks_on_one_side_take_it(case: str, dtype: torch.dtype) -> None:
     for kind in KINDS:
         found: list[Tensor] = []
         run = partial(divergence, student, teacher, kind, reduction="none", backend="native")
-        assert slow_rows(lambda run=run, found=found: found.append(run())) == 0, kind
+        slow = slow_rows(lambda run=run, found=found: found.append(run()))
+        # Other kinds want lse(q) - lse(p) better than fp32 leaves it where KL(p‖q) or KL(q‖p) is infinite.
+        assert slow == 0 or (kind not in ("forward_kl", "reverse_kl") and "cut" in case), kind
         where = f"{case} {kind} {dtype}"
         check_value(found[0], student, teacher, kind, "native", where)
         want = expected(student, teacher, kind)

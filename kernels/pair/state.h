@@ -115,6 +115,7 @@ struct RowResult {
     RowClass row_class = RowClass::all_finite;
     bool trusted = true;  // false: cancellation may have lost the result, and the fallback computes it again
     double top_r = std::numeric_limits<double>::infinity();  // no log2 q - log2 p is larger
+    bool coarse_shift = false;  // of an infinite KL: lse(b) - lse(a) is not good enough for a formula
 };
 
 // The mass at most, measured from m, of `columns` of 16-bit logits whose d may be rounded.
