@@ -124,7 +124,11 @@ def test_what_topk_div_makes_of_it(backend: str, gap: float) -> None:
 
 def test_the_recipe_of_the_page() -> None:
     page = (Path(__file__).parent.parent / "docs" / "offline-distillation.md").read_text()
-    (code,) = re.findall(r"## Making the data\n\n```python\n(.*?)```", page, re.DOTALL)
+    # Behind the page's own logits and labels.
+    code = (
+        "import torch\nfrom kl_gpu import topk_div, topk_logprobs\n"
+        + re.findall(r"```python\n.*?(with torch.no_grad\(\).*?)loss.backward", page, re.DOTALL)[0]
+    )
     for gap in (25.0, 30.0, 40.0):
         teacher = peaked(256, 300, gap).view(4, 64, 300)
         student = (teacher + 0.1 * torch.randn_like(teacher)).requires_grad_()
