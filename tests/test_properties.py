@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -363,14 +363,13 @@ def check(backend: str, case: Case) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, about inf and NaN
-def test_every_option_against_the_reference(backend: str, request: pytest.FixtureRequest) -> None:
-    if backend == "native":
-        reason = "KL(p‖q) stays finite where q lacks a column whose p is e^-100 and less of the others'"
-        request.applymarker(pytest.mark.xfail(reason=reason))
-
+def test_every_option_against_the_reference(backend: str) -> None:
     @settings(PROFILE, max_examples=EXAMPLES[backend] * (20 if LONG else 1))
     @given(case=cases())
     def every_option(case: Case) -> None:
+        # A known fault, which test_a_missing_column_of_next_to_no_mass holds.
+        lowest = min(case.temperature, case.teacher_temperature or case.temperature)
+        assume(not (backend == "native" and "columns" in case.holes and case.scale / lowest > 15))
         check(backend, case)
 
     every_option()
@@ -389,3 +388,11 @@ def test_small_beta(backend: str, beta: float, holes: float) -> None:
         exact = reference.gradients(to_numpy(student), to_numpy(teacher), kind, beta=beta)
         for grad, near in zip(torch.autograd.grad(got, (student, teacher)), exact, strict=True):
             np.testing.assert_allclose(to_numpy(grad), near, rtol=0, atol=GRADIENT * max(1.0, float(want)))
+
+
+@pytest.mark.xfail(reason="the fp32 sweep takes a weight below its range for none", strict=True)
+def test_a_missing_column_of_next_to_no_mass() -> None:
+    teacher = 15 * torch.randn(2000, 7, generator=torch.Generator().manual_seed(0))
+    student = teacher + torch.randn(2000, 7, generator=torch.Generator().manual_seed(1))
+    student[:, ::3] = -torch.inf
+    assert kl_gpu.kl_div(student, teacher, temperature=0.25, reduction="none", backend="native").isinf().all()
